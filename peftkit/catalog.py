@@ -1,0 +1,94 @@
+"""The recipes that can be named: those of this package, and functions marked with ``@recipe`` in any file.
+
+    @recipe
+    def my_recipe() -> Recipe: ...
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.recipe import Recipe
+from peftkit.registry import Registry
+
+RecipeFunction = Callable[[], Recipe]
+RECIPES: Registry[RecipeFunction] = Registry("recipe", group="peftkit.recipes")
+
+
+def recipe(function: RecipeFunction) -> RecipeFunction:
+    """Registers a function that returns a Recipe under the function's name."""
+    return RECIPES.register(function.__name__)(function)
+
+
+def recipes_folder() -> Path:
+    """Where the built-in recipes lie: ``recipes/`` of a checkout, or its copy inside an installed package."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def built_in() -> dict[str, Path]:
+    """Name → file of the built-in recipes, without importing them."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.py")) if not path.stem.startswith("_")}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name, of a ``.yaml`` file, or of a ``.py`` file with one ``@recipe`` function.
+
+    Raises:
+        RecipeError: there is no such recipe (the nearest name is given), or it is not valid.
+    """
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        return Recipe.from_yaml(path)
+    if path.suffix == ".py":
+        return _from_file(path)
+    files = built_in()
+    if name not in RECIPES and name in files:
+        _import(files[name])
+    if name not in RECIPES:
+        known = sorted(set(files) | set(RECIPES))
+        raise RecipeError(f"unknown recipe '{name}': {did_you_mean(name, known)} (`peftkit list` shows all)")
+    return RECIPES.get(name)()
+
+
+def summary(name: str) -> str:
+    """First line of a built-in recipe file's docstring."""
+    import ast
+
+    text = ast.get_docstring(ast.parse(built_in()[name].read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+def _from_file(path: Path) -> Recipe:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file")
+    before = set(RECIPES)
+    module = _import(path)
+    found = [name for name in RECIPES if name not in before or RECIPES.get(name).__module__ == module]
+    if len(found) != 1:
+        said = f"found {', '.join(found)}" if found else "found none"
+        raise RecipeError(f"{path}: expected one function under @recipe, {said}")
+    return RECIPES.get(found[0])()
+
+
+def _import(path: Path) -> str:
+    """Imports a recipe file under a name of its own, so that it cannot shadow another module."""
+    name = f"peftkit_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except RecipeError:
+        raise
+    except SyntaxError as error:
+        raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        raise RecipeError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    return name

@@ -1,0 +1,102 @@
+"""Every exception that peftkit raises on purpose.
+
+    PeftkitError                 exit code 1: the work failed
+    ├── TrainingError            the run cannot go on (numbers that are not finite, a rank that died)
+    ├── CheckpointError          no valid checkpoint where one is needed, or one could not be written
+    ├── ExportError              an export differs from what was trained
+    ├── Interrupted              exit code 130 or 143: stopped by a signal, resumable
+    └── UserError (ValueError)   exit code 2: something given to us is wrong
+        ├── RecipeError          a recipe, an override, a field
+        ├── DataError            a data set, a file, a row, a column
+        ├── ModelError           a base model, a tokenizer, an adapter
+        ├── MethodError          a method that cannot work on this model or task
+        ├── HubError             the hub is unreachable, gated, or lacks what was asked for
+        └── RunError             a run folder that is missing, foreign, locked or changed
+
+A message says what was expected, what was found and where, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class PeftkitError(Exception):
+    """Base of all errors raised on purpose; shown to the user as one message, never as a traceback."""
+
+    exit_code = 1
+
+
+class TrainingError(PeftkitError):
+    """The run cannot go on."""
+
+
+class CheckpointError(PeftkitError):
+    """A checkpoint is missing, corrupt, or could not be written."""
+
+
+class ExportError(PeftkitError):
+    """An export does not reproduce the trained model."""
+
+
+class Interrupted(PeftkitError):
+    """Stopped by a signal after a checkpoint was written; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class UserError(PeftkitError, ValueError):
+    """Something given to peftkit is wrong; nothing was lost and nothing was started."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe, an override or one of their fields is wrong."""
+
+
+class DataError(UserError):
+    """A data set is wrong; says in which file, line and column where these are known."""
+
+    def __init__(
+        self, message: str, *, file: str | Path | None = None, line: int | None = None, column: str | None = None
+    ) -> None:
+        self.message, self.file, self.line, self.column = message, file, line, column
+        where = [str(file)] if file else []
+        where += [f"line {line}"] if line else []
+        where += [f"column '{column}'"] if column else []
+        super().__init__(f"{', '.join(where)}: {message}" if where else message)
+
+
+class ModelError(UserError):
+    """A base model, tokenizer or adapter cannot be used."""
+
+
+class MethodError(UserError):
+    """A method cannot work on this model or task."""
+
+
+class HubError(UserError):
+    """The hub cannot give what was asked for."""
+
+
+class RunError(UserError):
+    """A run folder is missing, foreign, locked, or does not fit what is asked of it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
+    """A sentence that points from a wrong name to the nearest right one, or lists the right ones.
+
+    >>> did_you_mean("rnak", ["rank", "alpha"])
+    "did you mean 'rank'?"
+    """
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    shown = ", ".join(options[:limit])
+    return f"known names: {shown}{', …' if len(options) > limit else ''}" if options else "none are known"

@@ -1,0 +1,200 @@
+"""What the parts of a recipe have in common, and what a method, a task and a quantization must be able to do.
+
+A part is a frozen pydantic model. Methods, tasks and quantizations are parts chosen by ``kind`` from a registry; the
+class is both the schema and the behaviour, and imports torch, peft and transformers only inside the functions that
+need them, so that every schema loads in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftkit.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe
+
+Row = dict[str, Any]
+Batch = dict[str, "torch.Tensor"]
+
+
+class Part(BaseModel):
+    """A frozen piece of a recipe that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_field", "unknown field '{key}': {hint}",
+                        {"key": str(key), "hint": did_you_mean(str(key), cls.model_fields)},
+                    )  # fmt: skip
+        return value
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """Pydantic annotation: the mapping is validated by the class that its ``kind`` names in a registry."""
+
+    registry: Registry[Any]
+
+    def validate(self, value: Any) -> Any:
+        if isinstance(value, Part):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping) or "kind" not in value:
+            names = ", ".join(self.registry.names())
+            raise ValueError(f"expected a mapping with 'kind', one of: {names}")
+        try:
+            part = self.registry.get(str(value["kind"]))
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return part.model_validate(dict(value))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda part, info: part.model_dump(mode=info.mode), info_arg=True
+        )
+        return core_schema.no_info_plain_validator_function(self.validate, serialization=dump)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"oneOf": [self.registry.get(name).model_json_schema() for name in self.registry.names()]}
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a task learned about its data before training; stored in the run and needed to load the model again."""
+
+    problem_type: str
+    """single_label_classification, multi_label_classification, regression, or causal_lm."""
+    labels: tuple[str, ...] = ()
+    """Class names by id; empty for language models, one name for a regression."""
+    class_weights: tuple[float, ...] | None = None
+    """Loss weight of each class; None means 1 for all."""
+
+
+@dataclass
+class LoadedModel:
+    """A model with its head and tokenizer, on the way from the base model to the trainable one.
+
+    ``model`` is always a transformers model, or peft's wrapper around one, so that everything that reads
+    transformers and peft models reads ours.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    pooling: Literal["own", "mean", "cls"] = "own"
+    """How a classifier turns tokens into one vector: the architecture's own way, or over per-token logits."""
+    head_names: tuple[str, ...] = ()
+    """Names of the modules on top of the backbone that a classifier trains in full; empty for language models."""
+    fingerprint: str = ""
+    """SHA-256 over config, weights' file digests or commit, and vocabulary of the base."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided and why, in words for the user (dtype fallback, pad token, …)."""
+
+
+class Method(Part):
+    """What is trained on top of, or inside, the base model."""
+
+    paper: ClassVar[str] = ""
+    default_learning_rate: ClassVar[float] = 1e-3
+    saves: ClassVar[Literal["adapter", "model"]] = "adapter"
+    """Whether a run exports peft's adapter format or a whole transformers model."""
+
+    kind: str
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises MethodError when the method cannot work in this recipe; called before anything is loaded."""
+
+    @abstractmethod
+    def apply(self, loaded: LoadedModel) -> None:
+        """Replaces ``loaded.model`` by the trainable model: new modules in place, ``requires_grad`` set everywhere.
+
+        Raises MethodError when, for instance, a pattern matches no module.
+        """
+
+
+class Quantization(Part):
+    """How the frozen weights are held."""
+
+    kind: str
+
+    @abstractmethod
+    def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments for transformers' ``from_pretrained``; heads and embeddings stay unquantized."""
+
+
+class Task(Part):
+    """What is learned from a row, and how it is scored.
+
+    The data pipeline calls ``describe``, ``canonical`` and ``encode``; training calls ``loss``; evaluation calls
+    ``outputs`` and ``metrics``. Canonical rows also carry ``_file`` and ``_line`` (1-based, of the source).
+    """
+
+    head: ClassVar[Literal["classification", "causal_lm"]]
+
+    kind: str
+
+    @abstractmethod
+    def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
+        """Reads what must be known of all rows first (label names, problem type) from raw splits.
+
+        Raises DataError for a missing column, a wrong label type, or a single class.
+        """
+
+    @abstractmethod
+    def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
+        """The source's row under the task's own column names and types; raises DataError(column=…) for a bad one."""
+
+    @abstractmethod
+    def text_of(self, row: Row) -> str:
+        """The text of a canonical row by which duplicates are judged."""
+
+    def with_text(self, row: Row, change: Any) -> Row:
+        """The canonical row with ``change`` (str → str) applied to its learnable text, for cleaning and augmentation."""
+        return {**row, "text": change(row["text"])}
+
+    def stratum(self, row: Row) -> str:
+        """The group whose share every split keeps; the empty string where there is none."""
+        return ""
+
+    @abstractmethod
+    def encode(
+        self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, info: TaskInfo
+    ) -> dict[str, list[Any]]:
+        """A batch of canonical rows as columns → columns ``input_ids`` and ``labels``, ``weight``, ``row``.
+
+        ``weight`` is what the row adds to the loss's denominator (its scored tokens, or its class weight); ``row`` is
+        its index within the batch of rows (an encoder may drop rows, or make several examples of one). Columns
+        ``truncated`` (tokens cut off), and any further model inputs (``token_type_ids``, ``position_ids``) may follow.
+        """
+
+    @abstractmethod
+    def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
+        """The loss summed over the batch's scored examples or tokens (a scalar; the caller divides once)."""
+
+    @abstractmethod
+    def outputs(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> dict[str, torch.Tensor]:
+        """What evaluation needs of each row, first dimension = rows; always ``loss`` and ``weight`` [rows] fp32."""
+
+    @abstractmethod
+    def metrics(
+        self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
+    ) -> dict[str, float]:
+        """Figures of a split from the gathered outputs; ``loss`` is always among them."""
