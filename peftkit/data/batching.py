@@ -1,0 +1,145 @@
+"""Which rows stand together in a step, and how they become tensors.
+
+The plan of an epoch is a pure function of (lengths, recipe, seed, epoch): no sampler has a state, and resuming is an
+offset into the plan. Rows of like length share a batch, so that little is padded (bucketing, as in Khomenko et al.
+2016, arXiv:1708.05604); rows and batches are shuffled anew every epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peftkit.recipe import TrainingConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+POOL_BATCHES = 64
+"""Batches that are sorted by length together: more means less padding and less shuffling."""
+MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass on one process; ``counts`` is False for a filler that keeps the processes in step."""
+
+    rows: np.ndarray
+    counts: bool = True
+
+
+def plan(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.ndarray]:
+    """The epoch's global batches as arrays of row numbers; every row stands in exactly one.
+
+    Args:
+        lengths: tokens of each row, [rows].
+    """
+    generator = np.random.Generator(np.random.PCG64([training.seed, epoch]))
+    order = generator.permutation(len(lengths))
+    if training.batching == "random":
+        return list(_cut(order, lengths, training))
+    typical = training.batch_size
+    if training.batch_tokens:
+        typical = max(1, int(training.batch_tokens / max(1.0, float(lengths.mean()))))
+    pool = POOL_BATCHES * typical
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), pool):
+        rows = order[start : start + pool]
+        batches += _cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, training)
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _cut(rows: np.ndarray, lengths: np.ndarray, training: TrainingConfig) -> Iterator[np.ndarray]:
+    """Cuts an ordered list of rows by row count, or so that rows × longest stays within the token budget."""
+    if not training.batch_tokens:
+        for start in range(0, len(rows), training.batch_size):
+            yield rows[start : start + training.batch_size]
+        return
+    start, longest = 0, 0
+    for end in range(len(rows)):
+        longest = max(longest, int(lengths[rows[end]]))
+        if end > start and longest * (end - start + 1) > training.batch_tokens:
+            yield rows[start:end]
+            start, longest = end, int(lengths[rows[end]])
+    yield rows[start:]
+
+
+def steps_per_epoch(lengths: np.ndarray, training: TrainingConfig) -> int:
+    """Optimizer steps in one pass; with a token budget, those of the first epoch's plan."""
+    if training.batch_tokens:
+        return len(plan(lengths, training, 0))
+    return math.ceil(len(lengths) / training.batch_size)
+
+
+def share(
+    batch: np.ndarray, lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int | None
+) -> list[MicroBatch]:
+    """One process's micro-batches of a global batch; every process gets the same number of them.
+
+    Rows are dealt out by length in turn, so that the processes have like amounts of work.
+    """
+    order = batch[np.argsort(lengths[batch], kind="stable")]
+    mine = order[rank::world_size]
+    largest = math.ceil(len(order) / world_size)
+    size = min(micro_batch or largest, largest)
+    count = math.ceil(largest / size)
+    pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
+    micro = [MicroBatch(piece) for piece in pieces]
+    return micro + [MicroBatch(order[:1], counts=False)] * (count - len(micro))
+
+
+def by_length(lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Batches for evaluation: longest first (too large a batch fails at once), ``size`` rows each."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
+    """Share of padded tokens in the batches' rectangles."""
+    total = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - float(lengths.sum()) / total if total else 0.0
+
+
+def collate(columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Columns of examples → padded tensors.
+
+    ``input_ids`` [rows, tokens] and what stands beside them are padded on the tokenizer's side to the longest row;
+    ``attention_mask`` marks the real tokens by position, so that a pad token that equals another cannot confuse;
+    ``labels`` are [rows, tokens] with -100 on the padding, or [rows] / [rows, labels] for classifiers.
+    """
+    import torch
+
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    width, left = max(lengths), tokenizer.padding_side == "left"
+
+    def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        out = np.full((len(rows), width), value, dtype=np.int64)
+        for index, row in enumerate(rows):
+            place = slice(width - len(row), width) if left else slice(0, len(row))
+            out[index, place] = row
+        return torch.from_numpy(out)
+
+    fill = {"input_ids": int(tokenizer.pad_token_id or 0), "token_type_ids": 0, "position_ids": 0}
+    batch = {name: pad(columns[name], fill[name]) for name in MODEL_INPUTS if name in columns}
+    batch["attention_mask"] = pad([[1] * length for length in lengths], 0)
+    if "labels" in columns:
+        labels = columns["labels"]
+        if _is_per_token(labels, lengths):
+            batch["labels"] = pad(labels, IGNORE)
+        else:
+            batch["labels"] = torch.tensor(labels)
+    if "weight" in columns:
+        batch["weight"] = torch.tensor(columns["weight"], dtype=torch.float32)
+    return batch
+
+
+def _is_per_token(labels: Sequence[Any], lengths: Sequence[int]) -> bool:
+    """Lists of ints as long as the tokens label tokens; lists of floats are a row's several labels."""
+    first = labels[0]
+    return isinstance(first, (list, np.ndarray)) and len(first) == lengths[0] and not isinstance(first[0], float)

@@ -1,0 +1,75 @@
+"""Outputs of a model for every example of a split, in order, whatever the batches and the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from peftkit.data.batching import by_length, collate
+from peftkit.data.pipeline import EncodedSplit
+
+BATCH_SIZE = 32
+
+
+class Stopped(Exception):
+    """A stop was asked for in the middle of an evaluation."""
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[..., dict[str, torch.Tensor]],
+    split: EncodedSplit,
+    tokenizer: Any,
+    *,
+    device: torch.device,
+    batch_size: int | None = None,
+    autocast: Callable[[], Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs a module's ``forward(batch, outputs=True)`` over a split.
+
+    Args:
+        forward: a TaskModule in eval mode.
+        batch_size: rows a pass; batches are cut by length, longest first.
+        autocast: gives a context for every pass.
+        rank, world_size: this process's share; the results of all are gathered on every process.
+        progress: called with the number of rows done.
+        should_stop: asked between passes of a single process; Stopped is raised when it says so.
+
+    Returns:
+        Arrays whose first dimension is the examples, in the split's order.
+    """
+    batches = by_length(split.lengths, batch_size or BATCH_SIZE)
+    pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    for rows in batches[rank::world_size]:
+        if should_stop and should_stop():
+            raise Stopped
+        batch = {name: tensor.to(device) for name, tensor in collate(split.examples[rows.tolist()], tokenizer).items()}
+        if autocast is None:
+            outputs = forward(batch, outputs=True)
+        else:
+            with autocast():
+                outputs = forward(batch, outputs=True)
+        pieces.append((rows, {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}))
+        if progress:
+            progress(len(rows) * world_size)
+    if world_size > 1:
+        from accelerate.utils import gather_object
+
+        pieces = gather_object(pieces)
+    return _in_order(pieces, len(split.lengths))
+
+
+def _in_order(pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
+    if not pieces:
+        return {}
+    order = np.concatenate([index for index, _ in pieces])
+    assert len(order) == rows == len(np.unique(order)), "every row once"
+    place = np.argsort(order)
+    return {name: np.concatenate([outputs[name] for _, outputs in pieces])[place] for name in pieces[0][1]}

@@ -1,0 +1,100 @@
+"""What a run says while it trains: metrics.jsonl, trackers, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from peftkit.training.session import Session
+
+console = Console(stderr=True, highlight=False)
+
+
+class RunLog:
+    """The metrics log of a run, on the main process; silent on the others.
+
+    ``metrics.jsonl`` is cut back to a checkpoint's offset on resume, so that no step is logged twice.
+    """
+
+    def __init__(self, path: Path, session: Session, total_steps: int, *, offset: int = 0, step: int = 0) -> None:
+        self._session, self._total, self._started = session, total_steps, time.monotonic()
+        self._first_step = step
+        self._file = None
+        self._bar: Progress | None = None
+        if session.is_main:
+            self._file = path.open("a+b")
+            self._file.truncate(offset)
+            if console.is_terminal:
+                self._bar = Progress(
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
+                    TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
+                )  # fmt: skip
+                self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
+                self._bar.start()
+
+    def offset(self) -> int:
+        """Bytes of the log that are on disk."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        return self._file.seek(0, 2)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def train(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
+        """Logs figures of the steps since the last line."""
+        self._write({"step": step, "epoch": round(epoch, 4), **figures})
+        self._session.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=step)
+        said = f"loss {figures['loss']:.4f}  {figures['rows_per_second']:.1f} rows/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, said=said)
+        else:
+            self._say(f"step {step}/{self._total}  epoch {epoch:.2f}  {said}  {self._eta(step)}")
+
+    def evaluation(self, step: int, epoch: float, split: str, figures: Mapping[str, float]) -> None:
+        """Logs figures of a validation."""
+        self._write({"step": step, "epoch": round(epoch, 4), "split": split, **figures})
+        self._session.accelerator.log({f"{split}/{name}": value for name, value in figures.items()}, step=step)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
+        self._say(f"step {step}/{self._total}  epoch {epoch:.2f}  {split}: {shown}")
+
+    def event(self, step: int, name: str, message: str) -> None:
+        """Logs something worth knowing, and says it."""
+        self._write({"step": step, "event": name, "message": message})
+        self._say(message)
+
+    def close(self) -> None:
+        """Stops the bar and closes the file."""
+        if self._bar:
+            self._bar.stop()
+        if self._file:
+            self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file:
+            self._file.write((json.dumps(line) + "\n").encode())
+            self._file.flush()
+
+    def _say(self, text: str) -> None:
+        if self._session.is_main:
+            if self._bar:
+                self._bar.console.print(text)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first_step
+        if not done:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (self._total - step)
+        return f"eta {int(seconds // 60)}:{int(seconds % 60):02d}"

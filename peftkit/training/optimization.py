@@ -1,0 +1,68 @@
+"""Optimizer and schedule of a recipe, and their state as tensors and JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from peftkit.recipe import Recipe, TrainingConfig
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and vectors (biases, normalization), which do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters."""
+    training = recipe.training
+    groups, rate = parameter_groups(model, training.weight_decay), recipe.learning_rate
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=training.betas, eps=training.eps, fused=True)
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    return torch.optim.Adafactor(groups, lr=rate)
+
+
+def warmup_steps(training: TrainingConfig, total: int) -> int:
+    """``training.warmup`` in steps: a share of the total when below 1, else a count."""
+    return math.ceil(total * training.warmup) if training.warmup < 1 else int(training.warmup)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, total: int) -> Any:
+    """transformers' schedule of that name; stepped once an optimizer step, and never given to Accelerate."""
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        training.scheduler, optimizer, num_warmup_steps=warmup_steps(training, total), num_training_steps=total
+    )
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as ``PARAMETER/KEY`` → tensor; every value that torch's optimizers keep is one."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Puts back what ``optimizer_tensors`` gave, beside the parameters it belongs to."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        owner = parameters[parameter]
+        # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
+        device = owner.device if tensor.ndim else ("cpu" if owner.device.type == "cpu" else owner.device)
+        optimizer.state[owner][key] = tensor.to(device)

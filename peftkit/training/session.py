@@ -1,0 +1,123 @@
+"""Processes, devices and threads of a run: what was asked for, what really runs, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+MIXED_PRECISION = {"torch.float32": "no", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+
+
+@dataclass
+class Session:
+    """One process's view of the run."""
+
+    accelerator: Accelerator
+    dtype: torch.dtype
+    threads: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    def agree(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.world_size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.world_size == 1:
+            return value
+        import torch
+
+        tensor = torch.tensor([value], device=self.device)
+        return int(self.accelerator.gather(tensor).max())
+
+    def describe(self) -> str:
+        """``1 process on cpu, 2 threads, bfloat16``."""
+        many = "processes" if self.world_size > 1 else "process"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.world_size} {many} on {self.device.type}, {self.threads} CPU threads each, {dtype}"
+
+
+def open_session(recipe: Recipe) -> Session:
+    """Starts Accelerate, sets the CPU threads and the dtype, and notes what differs from what was asked for."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from peftkit.models.policy import dtype_for
+
+    use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    device = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
+    dtype = dtype_for(recipe.model, torch.device(device))
+    accelerator = Accelerator(cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=_trackers(recipe))
+    threads = recipe.training.threads or max(1, cores() // local_processes())
+    torch.set_num_threads(threads)
+    set_seed(recipe.training.seed)
+    session = Session(accelerator, dtype, threads)
+    _note_surprises(session)
+    return session
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _note_surprises(session: Session) -> None:
+    """Accelerate's CPU launcher starts one process whatever it is asked for; that must not pass in silence."""
+    asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", os.environ.get("WORLD_SIZE", "1")) or 1)
+    if asked > session.world_size:
+        session.notes.append(
+            f"{asked} processes were asked for and {session.world_size} runs: on a CPU use "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} FILE`"
+        )
+
+
+def _trackers(recipe: Recipe) -> list[str] | None:
+    """Accelerate's trackers by name; raises RecipeError for an unknown or missing one, before any work is done."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    installed = {str(name) for name in get_available_trackers()}
+    for name in recipe.tracking:
+        if name not in known:
+            raise RecipeError(f"tracking: unknown tracker '{name}': {did_you_mean(name, known)}")
+        if name not in installed:
+            raise RecipeError(f"tracking: '{name}' is not installed; `pip install {name}` or tracking=[]")
+    return list(recipe.tracking) or None

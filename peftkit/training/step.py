@@ -1,0 +1,124 @@
+"""One optimizer step, and the module that every forward pass goes through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from peftkit.data.batching import MicroBatch, collate, share
+from peftkit.data.pipeline import EncodedSplit
+from peftkit.parts import LoadedModel, Task, TaskInfo
+from peftkit.recipe import Recipe
+from peftkit.training.randomness import seed_micro_batch
+from peftkit.training.session import Session
+
+
+class TaskModule(torch.nn.Module):
+    """The model under its task: ``forward`` gives the summed loss, or the outputs that evaluation needs.
+
+    Being one module, it is what Accelerate wraps for many processes.
+    """
+
+    def __init__(self, loaded: LoadedModel, task: Task, info: TaskInfo) -> None:
+        super().__init__()
+        self.model = loaded.model
+        self.task, self.info, self.pooling = task, info, loaded.pooling
+
+    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
+        """Summed loss (a scalar), or a dict of tensors with one row an example."""
+        use = self.task.outputs if outputs else self.task.loss
+        return use(self.model, batch, self.info, self.pooling)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; sums are over the global batch."""
+
+    loss: float
+    """Mean loss over the scored examples or tokens."""
+    weight: float
+    grad_norm: float
+    rows: int
+    tokens: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients are numbers."""
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+
+@dataclass
+class Stepper:
+    """Carries out optimizer steps: forward and backward of every micro-batch, one division, clipping, one update."""
+
+    recipe: Recipe
+    session: Session
+    module: torch.nn.Module
+    """The TaskModule, wrapped by Accelerate."""
+    optimizer: Any
+    scheduler: Any
+    split: EncodedSplit
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def run(self, batch: np.ndarray, step: int) -> StepResult:
+        """One optimizer step on a global batch of row numbers.
+
+        The loss of every micro-batch is a sum and is divided by the weight of the whole global batch, which is known
+        beforehand; so neither accumulation, nor ragged lengths, nor the number of processes change the gradient.
+        """
+        session, training = self.session, self.recipe.training
+        weight = float(self.split.weights[batch].sum())
+        micro = share(
+            batch,
+            self.split.lengths,
+            rank=session.rank,
+            world_size=session.world_size,
+            micro_batch=training.micro_batch,
+        )
+        self.module.train()
+        total = self._accumulate(micro, weight, step)
+        norm = self._grad_norm(training.max_grad_norm)
+        loss = float(self._sum(total)) / weight if weight else 0.0
+        result = StepResult(loss, weight, norm, len(batch), int(self.split.lengths[batch].sum()))
+        if result.finite:
+            self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def _accumulate(self, micro: Sequence[MicroBatch], weight: float, step: int) -> torch.Tensor:
+        session = self.session
+        total = torch.zeros((), device=session.device)
+        for number, piece in enumerate(micro):
+            seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
+            batch = self.batch(piece.rows)
+            last = number == len(micro) - 1
+            # DDP averages gradients over processes; the sum over the global batch is wanted
+            scale = session.world_size / weight if piece.counts and weight else 0.0
+            with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
+                with session.accelerator.autocast():
+                    loss = self.module(batch)
+                session.accelerator.backward(loss * scale)
+            if piece.counts:
+                total += loss.detach()
+        return total
+
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """The rows as padded tensors on this process's device."""
+        batch = collate(self.split.examples[rows.tolist()], self.tokenizer)
+        return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _grad_norm(self, limit: float | None) -> float:
+        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit or float("inf"))
+        return float(norm) if norm is not None else 0.0
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        return self.session.accelerator.reduce(value, "sum") if self.session.world_size > 1 else value
