@@ -1,7 +1,7 @@
 """The recipes that can be named: those of this package, and functions marked with ``@recipe`` in any file.
 
-    @recipe
-    def my_recipe() -> Recipe: ...
+@recipe
+def my_recipe() -> Recipe: ...
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from peftkit.errors import RecipeError, did_you_mean
-from peftkit.recipe import Recipe
+from peftkit.recipe import Recipe, describe
 from peftkit.registry import Registry
 
 RecipeFunction = Callable[[], Recipe]
@@ -53,7 +55,18 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         known = sorted(set(files) | set(RECIPES))
         raise RecipeError(f"unknown recipe '{name}': {did_you_mean(name, known)} (`peftkit list` shows all)")
-    return RECIPES.get(name)()
+    return build(RECIPES.get(name))
+
+
+def build(function: RecipeFunction) -> Recipe:
+    """Calls a recipe function; raises RecipeError where it builds a recipe that is not valid, or none."""
+    try:
+        made = function()
+    except ValidationError as error:
+        raise RecipeError(describe(error, f"recipe '{function.__name__}'")) from None
+    if not isinstance(made, Recipe):
+        raise RecipeError(f"recipe '{function.__name__}': expected it to return a Recipe, found {type(made).__name__}")
+    return made
 
 
 def summary(name: str) -> str:
@@ -67,13 +80,12 @@ def summary(name: str) -> str:
 def _from_file(path: Path) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")
-    before = set(RECIPES)
-    module = _import(path)
-    found = [name for name in RECIPES if name not in before or RECIPES.get(name).__module__ == module]
+    module = _import(path.resolve())
+    found = [name for name in RECIPES if RECIPES.get(name).__module__ == module]
     if len(found) != 1:
         said = f"found {', '.join(found)}" if found else "found none"
         raise RecipeError(f"{path}: expected one function under @recipe, {said}")
-    return RECIPES.get(found[0])()
+    return build(RECIPES.get(found[0]))
 
 
 def _import(path: Path) -> str:

@@ -6,14 +6,15 @@ Values are read as YAML, so that ``evaluation.metrics=[accuracy, f1]`` and ``qua
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.parts import Part
-from peftkit.recipe import Recipe
+from peftkit.recipe import Recipe, merge
+from peftkit.recipe_yaml import value_of
 
 BY_KIND = ("method", "task", "quantization")
 
@@ -22,7 +23,7 @@ def apply(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """A new recipe with the overrides applied in order; raises RecipeError naming the override and the field."""
     values = recipe.model_dump()
     overrides = list(overrides)
-    # a swapped part loses its old fields, so swaps go first and fields of the new kind may stand anywhere
+    # a swapped part or source loses what belonged to the old, so swaps go first and fields of the new kind may stand anywhere
     for override in sorted(overrides, key=lambda text: not _is_swap(text)):
         path, value = parse(override)
         _set(values, path, value, override, recipe)
@@ -35,36 +36,27 @@ def parse(override: str) -> tuple[list[str], Any]:
     if not equals or not path.strip():
         raise RecipeError(f"override '{override}': expected part.field=value, such as training.epochs=1")
     try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError:
+        value = value_of(text) if text.strip() else ""
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"override '{override}': '{text}' is not a value that YAML can read; quote it") from None
     return path.strip().split("."), value
 
 
 def _is_swap(override: str) -> bool:
     path = override.partition("=")[0].strip()
-    return path in BY_KIND or path.removesuffix(".kind") in BY_KIND and path.endswith(".kind")
+    part, _, field = path.partition(".")
+    return part in BY_KIND and field in {"", "kind"} or field == "source"
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, override: str, recipe: Recipe) -> None:
-    if path[0] not in Recipe.model_fields:
-        raise RecipeError(f"override '{override}': no field '{path[0]}': {_hint(path[0], recipe)}")
-    if len(path) == 2 and path[1] == "kind" and path[0] in BY_KIND:
-        old = values[path[0]] or {}
-        values[path[0]] = old if old.get("kind") == value else {"kind": value}
-        return
-    if len(path) == 1 and path[0] in BY_KIND and isinstance(value, str):
+    part, *fields = path
+    if part not in Recipe.model_fields:
+        raise RecipeError(f"override '{override}': no field '{part}': {_hint(part, recipe)}")
+    if part in BY_KIND and not fields and isinstance(value, str):
         value = {"kind": value}
-    here: Any = values
-    for step in path[:-1]:
-        if here.get(step) is None:
-            here[step] = {}
-        here = here[step]
-        if not isinstance(here, dict):
-            raise RecipeError(f"override '{override}': '{step}' has no fields of its own")
-    if len(path) == 1 and isinstance(value, Mapping) and isinstance(here.get(path[0]), dict) and "kind" not in value:
-        value = {**here[path[0]], **value}
-    here[path[-1]] = value
+    for field in reversed(fields):
+        value = {field: value}
+    values[part] = merge(values.get(part), value)
 
 
 def _hint(name: str, recipe: Recipe) -> str:

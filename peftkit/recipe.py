@@ -1,11 +1,12 @@
 """The recipe: one immutable, validated description of a whole run. Imports pydantic only.
 
-    recipe = Recipe(name="mine", model={"source": "./model"}, data={"source": "reviews.csv"}, method={"kind": "lora"})
-    other = replace(recipe, name="other", method={"kind": "frozen"})
+recipe = Recipe(name="mine", model={"source": "./model"}, data={"source": "reviews.csv"}, method={"kind": "lora"})
+other = replace(recipe, name="other", method={"kind": "frozen"})
 """
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,8 @@ Rows = Annotated[int, Field(ge=1)]
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
+
+BOUND_TO_SOURCE = ("revision", "subset")
 
 
 class ModelConfig(Part):
@@ -325,11 +328,16 @@ def replace(recipe: Recipe, **parts: Any) -> Recipe:
 
 
 def merge(old: Any, new: Any) -> Any:
-    """``old`` with the fields of ``new`` put over it, part by part; a new ``kind`` starts from its own defaults."""
+    """``old`` with the fields of ``new`` put over it, part by part; a new ``kind`` starts from its own defaults.
+
+    A new ``source`` drops what belonged to the old one: a revision pinned there means nothing here.
+    """
     if isinstance(new, Part):
         return new
     if not isinstance(new, dict) or not isinstance(old, dict) or new.get("kind", old.get("kind")) != old.get("kind"):
         return new
+    if new.get("source", old.get("source")) != old.get("source"):
+        old = {key: value for key, value in old.items() if key not in BOUND_TO_SOURCE}
     return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}}
 
 
@@ -351,18 +359,32 @@ def describe(error: ValidationError, origin: str) -> str:
     """One line for one complaint, a short list for several."""
     lines = [complaint(loc, message, value) for loc, message, value in flatten(error)]
     lines = list(dict.fromkeys(lines))
-    return f"{origin}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
+    return (
+        f"{origin}: {lines[0]}"
+        if len(lines) == 1
+        else "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
+    )
+
+
+_SHORT = reprlib.Repr()  # bounded: aliases can make a small file stand for an endless value
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 61
 
 
 def complaint(loc: tuple[Any, ...], message: str, value: Any) -> str:
     """``training.epochs: input should be greater than 0, found -1``."""
     message = message[:1].lower() + message[1:]
-    shown = repr(value)
-    found = f", found {shown}" if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message else ""
+    shown = _SHORT.repr(value)
+    found = (
+        f", found {shown}"
+        if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message
+        else ""
+    )
     where = ".".join(str(part) for part in loc)
     return f"{where}: {message}{found}" if where else f"{message}{found}"
 
 
 def _is_union_tag(part: Any) -> bool:
     """pydantic puts the tried type of a union into the location; users know fields only."""
-    return isinstance(part, str) and (not part.isidentifier() or part in {"int", "str", "float", "none", "tuple", "dict"})
+    return isinstance(part, str) and (
+        not part.isidentifier() or part in {"int", "str", "float", "none", "tuple", "dict"}
+    )

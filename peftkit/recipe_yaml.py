@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,36 @@ from peftkit.recipe import Recipe, complaint, flatten
 
 MAX_BYTES = 1_000_000
 MAX_ALIASES = 100
+MAX_DEPTH = 20
+PLAIN = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}  # fmt: skip
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: ``1e-3`` is a number, ``no``, ``on`` and ``2024-01-01`` are words."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes exactly the words that Loader would read as something else."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+for _tag, (_pattern, _first) in PLAIN.items():
+    for _side in (Loader, Dumper):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def value_of(text: str) -> Any:
+    """One plain value, list or mapping; raises yaml.YAMLError or ValueError."""
+    return Loader(text).get_single_data()
 
 
 def read(path: Path) -> Recipe:
@@ -48,16 +79,17 @@ def write(recipe: Recipe, *, defaults: bool = True) -> str:
                 own = getattr(recipe, part).model_dump(mode="json", exclude_defaults=True)
                 unset[part] = {"kind": values[part]["kind"], **own}
         values = {key: unset[key] for key in values if key in unset}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
 
 
 def _parse(text: str, path: Path) -> tuple[Any, yaml.Node | None]:
     try:
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > MAX_ALIASES:
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader)) > MAX_ALIASES:
             raise RecipeError(f"{path}: more than {MAX_ALIASES} YAML aliases")
-        node = yaml.compose(text, yaml.SafeLoader)
+        loader = Loader(text)
+        node = loader.get_single_node()
         _refuse_repeated_keys(node, path)
-        return yaml.safe_load(text), node
+        return (None if node is None else loader.construct_document(node)), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -66,21 +98,26 @@ def _parse(text: str, path: Path) -> tuple[Any, yaml.Node | None]:
         raise RecipeError(f"{path}: not YAML that can be read: {error}") from None
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, path: Path, depth: int = 0) -> None:
-    if depth > 20:
-        raise RecipeError(f"{path}: nested more than 20 deep")
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path, depth: int = 0, known: set[int] | None = None) -> None:
+    """``known`` holds the nodes already looked at: aliases may lead to one node along very many ways."""
+    known = set() if known is None else known
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"{path}: nested more than {MAX_DEPTH} deep")
+    if node is None or id(node) in known:
+        return
+    known.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            if key.value in seen and isinstance(key.value, str):
+            if isinstance(key.value, str) and key.value in seen:
                 mark = key.start_mark
                 raise RecipeError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: '{key.value}' stands twice")
             if isinstance(key.value, str):
                 seen.add(key.value)
-            _refuse_repeated_keys(value, path, depth + 1)
+            _refuse_repeated_keys(value, path, depth + 1, known)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_repeated_keys(value, path, depth + 1)
+            _refuse_repeated_keys(value, path, depth + 1, known)
 
 
 def _position(node: yaml.Node | None, loc: tuple[Any, ...], message: str) -> str:

