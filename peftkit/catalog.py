@@ -92,7 +92,8 @@ def _import(path: Path) -> str:
     """Imports a recipe file under a name of its own, so that it cannot shadow another module."""
     name = f"peftkit_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

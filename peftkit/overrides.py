@@ -23,7 +23,7 @@ def apply(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """A new recipe with the overrides applied in order; raises RecipeError naming the override and the field."""
     values = recipe.model_dump()
     overrides = list(overrides)
-    # a swapped part or source loses what belonged to the old, so swaps go first and fields of the new kind may stand anywhere
+    # a swapped part or source loses what belonged to the old: swaps go first, so that the order does not matter
     for override in sorted(overrides, key=lambda text: not _is_swap(text)):
         path, value = parse(override)
         _set(values, path, value, override, recipe)
@@ -45,7 +45,7 @@ def parse(override: str) -> tuple[list[str], Any]:
 def _is_swap(override: str) -> bool:
     path = override.partition("=")[0].strip()
     part, _, field = path.partition(".")
-    return part in BY_KIND and field in {"", "kind"} or field == "source"
+    return (part in BY_KIND and field in {"", "kind"}) or field == "source"
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, override: str, recipe: Recipe) -> None:

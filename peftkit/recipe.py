@@ -71,7 +71,7 @@ class CleaningConfig(Part):
 
 
 class AugmentationConfig(Part):
-    """Easy data augmentation (Wei & Zou 2019, arXiv:1901.11196) of the training split; the other splits stay as read."""
+    """Easy data augmentation (Wei & Zou 2019, arXiv:1901.11196) of the training split; other splits stay as read."""
 
     copies: Annotated[int, Field(ge=1, le=16)] = 1
     """Changed copies added for each training row."""
@@ -161,7 +161,7 @@ class TrainingConfig(Part):
     batch_tokens: Rows | None = None
     """Padded tokens in an optimizer step, in place of batch_size: short rows make larger batches."""
     micro_batch: Rows | None = None
-    """Rows in one forward pass of one process; None takes the whole share of the batch. Gradients do not depend on it."""
+    """Rows in one forward pass of a process; None takes its whole share of the batch. Gradients do not depend on it."""
     batching: Literal["length", "random"] = "length"
     """length: batches of rows of like length (little padding), shuffled; random: plain shuffling."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
