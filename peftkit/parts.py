@@ -87,6 +87,8 @@ class TaskInfo:
     """Class names by id; empty for language models, one name for a regression."""
     class_weights: tuple[float, ...] | None = None
     """Loss weight of each class; None means 1 for all."""
+    integers: Literal["names", "ids"] = "names"
+    """What a whole number in the label column is: the name of a class ("5" stars), or its id, counted from 0."""
 
 
 @dataclass
@@ -198,3 +200,7 @@ class Task(Part):
         self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
     ) -> dict[str, float]:
         """Figures of a split from the gathered outputs; ``loss`` is always among them."""
+
+    def best_metric(self, info: TaskInfo) -> str:
+        """The validation figure by which the best checkpoint is chosen when the recipe names none."""
+        return "loss"

@@ -1,0 +1,397 @@
+"""Text classification: one label of several, several labels at once, or a number (regression).
+
+    task: {kind: classification, label_smoothing: 0.1, class_weights: balanced}
+
+The loss is the cross-entropy of torch (``CrossEntropyLoss`` with class weights and label smoothing), the binary
+cross-entropy averaged over labels, or the squared error; each is summed over rows, and the caller divides the sum by
+the summed ``weight`` of the whole global batch, which gives torch's mean over that batch whatever it was split into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftkit.errors import DataError, RecipeError, did_you_mean
+from peftkit.parts import Batch, Row, Task, TaskInfo
+from peftkit.recipe import TASKS
+from peftkit.tasks import labels as reading
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from peftkit.recipe import DataConfig, EvaluationConfig
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+@TASKS.register("classification")
+class Classification(Task):
+    """Learns to give a text, or a pair of texts, its label, labels or number."""
+
+    head: ClassVar[Literal["classification", "causal_lm"]] = "classification"
+
+    kind: Literal["classification"] = "classification"
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
+    """auto: several label columns or a list a row are multi-label, fractions a regression, all else one label a row."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread evenly over the classes (Szegedy et al. 2016); single label only."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping names some, the rest are
+    1. With several labels a row they weigh the positives; balanced is then negatives ÷ positives."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Probability from which a label counts as given, where a row may have several."""
+
+    def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
+        """Problem type, class names and class weights, from the raw splits; every label of every split is checked."""
+        self._check_texts(splits, data)
+        if not isinstance(data.label, str) and len(data.label) > 1:
+            return self._describe_indicators(splits, data)
+        name = data.label if isinstance(data.label, str) else data.label[0]
+        columns = [reading.read_column(split, rows, name) for split, rows in splits.items()]
+        for column in columns:
+            column.refuse_nulls()
+        _refuse_differing(columns)
+        train = _training(columns)
+        problem = self._problem_of(train, data)
+        if problem == REGRESSION:
+            return self._describe_regression(columns)
+        if problem == MULTI and not train.is_list:
+            train.fail(
+                "task.problem_type=multi_label_classification needs a list of labels in each row, or several 0/1 "
+                "columns named in data.label; this column holds one value a row"
+            )
+        if problem == SINGLE and train.is_list:
+            train.fail("this column holds a list in each row; set task.problem_type=multi_label_classification")
+        return self._describe_classes(columns, problem, data)
+
+    def _problem_of(self, train: reading.LabelColumn, data: DataConfig) -> str:
+        if self.problem_type != "auto":
+            return self.problem_type
+        if train.is_list:
+            return MULTI
+        if data.labels is None and train.names is None:
+            values = train.distinct()
+            numeric = all(reading.number(value) is not None for value in values)
+            if numeric and any(reading.whole_number(value) is None for value in values):
+                return REGRESSION
+        return SINGLE
+
+    def _describe_classes(self, columns: list[reading.LabelColumn], problem: str, data: DataConfig) -> TaskInfo:
+        train = _training(columns)
+        labels = data.labels or train.names
+        if labels is None:
+            reading.refuse_mixed(train)
+            labels = reading.sorted_names(train.distinct())
+            reading.refuse_too_many(train, len(labels))
+        if len(set(labels)) != len(labels):
+            raise DataError(f"data.labels names a label twice: {', '.join(labels)}", column=train.name)
+        integers = reading.reading_of_integers(columns, labels)
+        for column in columns:
+            reading.check_known(column, labels, integers, given=data.labels is not None or train.names is not None)
+        counts = _count_ids(train, labels, integers)
+        if sum(count > 0 for count in counts) < 2 and problem == SINGLE:
+            _fail_one_class(train)
+        if data.labels is None:
+            _refuse_unseen(columns, labels, integers, counts)
+        return TaskInfo(problem, labels, self._weights(labels, counts, len(train.values), problem), integers)
+
+    def _describe_indicators(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
+        if self.problem_type not in ("auto", MULTI):
+            raise RecipeError(
+                f"task.problem_type={self.problem_type} reads one column, but data.label names {len(data.label)}"
+            )
+        if data.labels is not None and len(data.labels) != len(data.label):
+            raise RecipeError(f"data.labels has {len(data.labels)} names for {len(data.label)} columns of data.label")
+        counts = []
+        for split, rows in splits.items():
+            for name in data.label:
+                column = reading.read_column(split, rows, name)
+                column.refuse_nulls()
+                positives = _count_positives(column)
+                if split == _training_split(splits):
+                    counts.append(positives)
+        labels = tuple(data.labels or data.label)
+        rows = len(splits[_training_split(splits)])
+        return TaskInfo(MULTI, labels, self._weights(labels, counts, rows, MULTI))
+
+    def _describe_regression(self, columns: list[reading.LabelColumn]) -> TaskInfo:
+        if self.class_weights is not None or self.label_smoothing:
+            field = "class_weights" if self.class_weights is not None else "label_smoothing"
+            raise RecipeError(f"task.{field} needs classes, but this is a regression; leave it out")
+        for column in columns:
+            if column.is_list:
+                column.fail("a regression learns one number a row; this column holds a list in each row", 0)
+            for value in column.distinct():
+                if reading.number(value) is None:
+                    column.fail(f"expected a finite number for a regression, found {value!r}", column.first(value))
+        if len(_training(columns).distinct()) < 2:
+            _fail_one_class(_training(columns))
+        return TaskInfo(REGRESSION, (columns[0].name,))
+
+    def _weights(
+        self, labels: tuple[str, ...], counts: Sequence[int], rows: int, problem: str
+    ) -> tuple[float, ...] | None:
+        if problem == MULTI and self.label_smoothing:
+            raise RecipeError("task.label_smoothing works where a row has one label; leave it out")
+        if self.class_weights is None:
+            return None
+        if isinstance(self.class_weights, dict):
+            for name in self.class_weights:
+                if name not in labels:
+                    raise RecipeError(f"task.class_weights names no label '{name}': {did_you_mean(name, labels)}")
+            return tuple(float(self.class_weights.get(name, 1.0)) for name in labels)
+        if problem == MULTI:
+            return tuple((rows - count) / count if 0 < count < rows else 1.0 for count in counts)
+        present = sum(count > 0 for count in counts)
+        return tuple(sum(counts) / (present * count) if count else 1.0 for count in counts)
+
+    def _check_texts(self, splits: Mapping[str, Any], data: DataConfig) -> None:
+        for split, rows in splits.items():
+            for field, name in (("text", data.text), ("text_pair", data.text_pair)):
+                if name is None:
+                    continue
+                reading.require_column(split, rows, name)
+                if not _is_text(rows.features[name]):
+                    words = [other for other in rows.column_names if other[0] != "_" and _is_text(rows.features[other])]
+                    hint = f"; columns of text: {', '.join(words)}" if words else ""
+                    held = getattr(rows.features[name], "dtype", rows.features[name])
+                    message = f"data.{field} must name a column of text, this one holds {held}{hint}"
+                    raise DataError(message, column=name)
+
+    def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
+        """``text``, ``text_pair`` where the recipe names one, and ``label``: an id, a list of 0.0/1.0, or a number."""
+        made = {"text": _text(row, data.text)}
+        if data.text_pair is not None:
+            made["text_pair"] = _text(row, data.text_pair)
+        made["label"] = self._label(row, data, info)
+        return {**made, **{name: row[name] for name in ("_file", "_line") if name in row}}
+
+    def _label(self, row: Row, data: DataConfig, info: TaskInfo) -> int | float | list[float]:
+        names = (data.label,) if isinstance(data.label, str) else data.label
+        if len(names) > 1:
+            return [_indicator(row, name) for name in names]
+        value = _cell(row, names[0])
+        if info.problem_type == REGRESSION:
+            found = reading.number(value)
+            if found is None:
+                raise _bad(row, names[0], f"expected a finite number, found {value!r}")
+            return found
+        if info.problem_type == MULTI:
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise _bad(row, names[0], f"expected a list of labels, found {value!r}")
+            held = {self._class(row, names[0], item, info) for item in value}
+            return [float(position in held) for position in range(len(info.labels))]
+        return self._class(row, names[0], value, info)
+
+    def _class(self, row: Row, column: str, value: Any, info: TaskInfo) -> int:
+        if value is None:
+            raise _bad(row, column, "no label")
+        found = reading.class_id(value, info.labels, info.integers)
+        if found is None:
+            raise _bad(row, column, f"unknown label {value!r}: {did_you_mean(reading.name_of(value), info.labels)}")
+        return found
+
+    def text_of(self, row: Row) -> str:
+        """The text, with its pair under it."""
+        return f"{row['text']}\n{row['text_pair']}" if "text_pair" in row else row["text"]
+
+    def stratum(self, row: Row) -> str:
+        """The class, or the combination of labels; regressions have none."""
+        label = row["label"]
+        if isinstance(label, list):
+            return "".join("1" if value else "0" for value in label)
+        return str(label) if isinstance(label, int) else ""
+
+    def encode(
+        self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, info: TaskInfo
+    ) -> dict[str, list[Any]]:
+        """Tokenizes a batch of rows; rows without a ``label`` (texts to be predicted) get weight 0.
+
+        ``truncated`` is exact: every row is tokenized whole, and only those over the limit once more with truncation,
+        so that special tokens stay and pairs are cut as the tokenizer does it.
+        """
+        texts = list(rows["text"])
+        pairs = list(rows["text_pair"]) if "text_pair" in rows else None
+        encoded, truncated = _tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
+        labels = list(rows["label"]) if "label" in rows else [_blank(info)] * len(texts)
+        made: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
+        if "token_type_ids" in encoded and (pairs is not None or any(tokenizer("a")["token_type_ids"])):
+            made["token_type_ids"] = encoded["token_type_ids"]
+        weights = [0.0] * len(texts) if "label" not in rows else [_weight(label, info) for label in labels]
+        return {**made, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
+
+    def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
+        """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
+        from peftkit.models.classifier import logits
+
+        return self._losses(logits(model, batch, pooling), batch["labels"], info).sum()
+
+    def outputs(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> dict[str, torch.Tensor]:
+        """``logits`` [rows, labels], ``labels`` [rows] or [rows, labels], ``loss`` and ``weight`` [rows]."""
+        from peftkit.models.classifier import logits
+
+        scores = logits(model, batch, pooling).float()
+        losses = self._losses(scores, batch["labels"], info)
+        return {"logits": scores, "labels": batch["labels"], "loss": losses, "weight": batch["weight"].float()}
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor, info: TaskInfo) -> torch.Tensor:
+        import torch.nn.functional as F
+
+        logits = logits.float()
+        weights = None if info.class_weights is None else logits.new_tensor(info.class_weights)
+        if info.problem_type == REGRESSION:
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits), reduction="none")
+        if info.problem_type == MULTI:
+            each = F.binary_cross_entropy_with_logits(logits, labels.to(logits), pos_weight=weights, reduction="none")
+            return each.mean(dim=-1)
+        return F.cross_entropy(
+            logits, labels.long(), weight=weights, label_smoothing=self.label_smoothing, reduction="none"
+        )
+
+    def metrics(
+        self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
+    ) -> dict[str, float]:
+        """The figures of ``evaluation.metrics``, or the usual ones of the problem type, and ``loss``."""
+        from peftkit.evaluation.figures import compute
+
+        return compute(outputs, info, evaluation.metrics, threshold=self.threshold, always=(self.best_metric(info),))
+
+    def best_metric(self, info: TaskInfo) -> str:
+        """Accuracy for one label, micro F1 for several, the squared error for a number."""
+        return {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "mse"}[info.problem_type]
+
+
+def _training_split(splits: Mapping[str, Any]) -> str:
+    return "train" if "train" in splits else next(iter(splits))
+
+
+def _training(columns: list[reading.LabelColumn]) -> reading.LabelColumn:
+    return next((column for column in columns if column.split == "train"), columns[0])
+
+
+def _refuse_differing(columns: list[reading.LabelColumn]) -> None:
+    """Raises DataError when one split's labels are numbers and another's words or lists."""
+
+    def shape(column: reading.LabelColumn) -> str:
+        return "lists" if column.is_list else "words" if column.is_words else "numbers"
+
+    train = _training(columns)
+    for column in columns:
+        if shape(column) != shape(train) and len(column.values):
+            column.fail(
+                f"labels are {shape(column)} in the {column.split} split and {shape(train)} in the {train.split} "
+                "split; write them one way",
+                0,
+            )
+
+
+def _count_ids(column: reading.LabelColumn, labels: tuple[str, ...], integers: str) -> list[int]:
+    counts = [0] * len(labels)
+    for value, count in column.counts().items():
+        found = reading.class_id(value, labels, integers)
+        assert found is not None, value
+        counts[found] += count
+    return counts
+
+
+def _refuse_unseen(
+    columns: list[reading.LabelColumn], labels: tuple[str, ...], integers: str, counts: Sequence[int]
+) -> None:
+    """Raises DataError when another split has a class that no training row has, unless data.labels lists it."""
+    for column in columns:
+        for value in column.distinct():
+            found = reading.class_id(value, labels, integers)
+            if found is not None and not counts[found]:
+                column.fail(
+                    f"label '{labels[found]}' of the {column.split} split has no row in training, so it cannot be "
+                    "learned; add some, or list the names in data.labels to go on all the same",
+                    column.first(value),
+                )
+
+
+def _fail_one_class(column: reading.LabelColumn) -> None:
+    only = column.distinct()[0] if len(column.values) else None
+    shown = column.names[only] if column.names and isinstance(only, int) else only
+    column.fail(
+        f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}; a classifier needs two "
+        "classes at least. Is the file sorted and cut short, or data.label the wrong column?"
+    )
+
+
+def _count_positives(column: reading.LabelColumn) -> int:
+    positives = 0
+    for value, count in column.counts().items():
+        flag = reading.whole_number(int(value) if isinstance(value, bool) else value)
+        if flag not in (0, 1):
+            column.fail(f"a column of a multi-label task holds 0 or 1, found {value!r}", column.first(value))
+        positives += count * flag
+    return positives
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in {"string", "large_string", "null"}
+
+
+def _bad(row: Row, column: str, message: str) -> DataError:
+    return DataError(message, file=row.get("_file"), line=row.get("_line"), column=column)
+
+
+def _cell(row: Row, column: str) -> Any:
+    if column not in row:
+        names = [name for name in row if not name.startswith("_")]
+        raise DataError(f"no column '{column}': {did_you_mean(column, names)}", file=row.get("_file"))
+    return row[column]
+
+
+def _text(row: Row, column: str) -> str:
+    value = _cell(row, column)
+    if value is not None and not isinstance(value, str):
+        raise _bad(row, column, f"expected text, found {value!r}")
+    return value or ""
+
+
+def _indicator(row: Row, column: str) -> float:
+    value = _cell(row, column)
+    flag = reading.whole_number(int(value) if isinstance(value, bool) else value)
+    if flag not in (0, 1):
+        raise _bad(row, column, f"expected 0 or 1, found {value!r}")
+    return float(flag)
+
+
+def _blank(info: TaskInfo) -> int | float | list[float]:
+    if info.problem_type == MULTI:
+        return [0.0] * len(info.labels)
+    return 0.0 if info.problem_type == REGRESSION else 0
+
+
+def _weight(label: Any, info: TaskInfo) -> float:
+    """What a row adds to the denominator: its class weight, as torch's weighted mean has it."""
+    if info.class_weights is None or info.problem_type != SINGLE:
+        return 1.0
+    return info.class_weights[label]
+
+
+def _tokenize(
+    texts: list[str], pairs: list[str] | None, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[dict[str, list[Any]], list[int]]:
+    """Token ids cut to ``limit``, and how many tokens each row lost."""
+    options = {"return_attention_mask": False, "verbose": False}
+    encoded = {key: list(value) for key, value in tokenizer(texts, pairs, **options).items()}
+    truncated = [0] * len(texts)
+    long = [position for position, ids in enumerate(encoded["input_ids"]) if len(ids) > limit]
+    if long:
+        cut = tokenizer(
+            [texts[position] for position in long],
+            [pairs[position] for position in long] if pairs is not None else None,
+            truncation=True, max_length=limit, **options,
+        )  # fmt: skip
+        for row, position in enumerate(long):
+            truncated[position] = len(encoded["input_ids"][position]) - len(cut["input_ids"][row])
+            for key in encoded:
+                encoded[key][position] = cut[key][row]
+    return encoded, truncated
