@@ -1,0 +1,204 @@
+"""A run's folder: made once, locked while in use, and what it says of how it came about.
+
+    output_dir/NAME-20261122-140501/
+        recipe.yaml  info.json  environment.json  metrics.json  metrics.jsonl  report.html
+        checkpoints/  adapter/ (or model/)  predictions/  plots/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from peftkit.errors import RunError
+from peftkit.parts import TaskInfo
+from peftkit.recipe import Recipe
+from peftkit.training import checkpoints
+from peftkit.training.checkpoints import Checkpoint
+from peftkit.training.session import Session, cores
+
+PACKAGES = (
+    "peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
+)  # fmt: skip
+RECIPE, INFO, ENVIRONMENT, METRICS, LOG = "recipe.yaml", "info.json", "environment.json", "metrics.json", "metrics.jsonl"
+
+
+def new_folder(recipe: Recipe, session: Session) -> Path:
+    """A fresh folder under ``output_dir``, the same on every process."""
+    path = None
+    if session.is_main:
+        root = Path(recipe.output_dir)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path = _first_free(root / f"{recipe.name}-{stamp}")
+        except OSError as error:
+            raise RunError(f"output_dir '{recipe.output_dir}' cannot be written: {error.strerror}") from None
+    return Path(session.agree(path))
+
+
+def _first_free(path: Path) -> Path:
+    for number in range(1, 1000):
+        attempt = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            attempt.mkdir()
+            return attempt
+    raise RunError(f"{path}: a thousand runs of this second exist")
+
+
+def find_run(recipe: Recipe | None, resume: str | Path | bool) -> Path:
+    """The folder that ``--resume`` means: the one named, or the recipe's newest."""
+    if isinstance(resume, bool):
+        assert recipe is not None, "resuming the newest run needs a recipe's name"
+        runs = sorted(path.parent for path in Path(recipe.output_dir).glob(f"{recipe.name}-[0-9]*/{RECIPE}"))
+        if not runs:
+            raise RunError(f"there is no run of '{recipe.name}' in {recipe.output_dir} to resume; start one first")
+        return runs[-1]
+    path = Path(resume)
+    if not (path / RECIPE).is_file():
+        raise RunError(f"{path} is not a run's folder: it has no {RECIPE}")
+    return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path, session: Session) -> Iterator[None]:
+    """Holds the folder for this run; raises RunError when another process trains in it."""
+    if not session.is_main:
+        yield
+        return
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(f"{folder}: another process is training in this folder; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def describe_run(folder: Path, recipe: Recipe, info: TaskInfo, session: Session) -> None:
+    """Writes recipe, task info and environment."""
+    if session.is_main:
+        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        write_json(folder / INFO, asdict(info))
+        write_json(folder / ENVIRONMENT, environment(session))
+
+
+def environment(session: Session) -> dict[str, Any]:
+    """Versions and hardware; nothing of the process's environment variables, where secrets live."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": cores(),
+        "device": _device_name(session),
+        "processes": session.world_size,
+        "threads": session.threads,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "versions": versions,
+    }
+
+
+def _device_name(session: Session) -> str:
+    if session.device.type == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name(session.device))
+    return str(session.device.type)
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+
+
+# -- resuming ------------------------------------------------------------------------------------------------------
+
+NOT_LEARNED_FROM = (
+    "output_dir", "tracking", "evaluation", "export", "training.max_time", "training.keep_checkpoints",
+    "training.log_every",
+)  # fmt: skip
+"""Recipe fields that may differ between a run and its continuation: the trained weights do not depend on them."""
+
+
+def fingerprints(recipe: Recipe, *, data: str, tokenizer: str, base: str, world_size: int) -> dict[str, Any]:
+    """What the continuation of a run must share with it."""
+    fields = {
+        name: value
+        for name, value in _flat(recipe.model_dump(mode="json"))
+        if not any(name == skipped or name.startswith(f"{skipped}.") for skipped in NOT_LEARNED_FROM)
+    }
+    return {"data": data, "tokenizer": tokenizer, "base model": base, "world_size": world_size, "recipe": fields}
+
+
+def resumable(folder: Path, current: Mapping[str, Any], allow: tuple[str, ...]) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from (None: from the start), and lines about corrupt ones that were passed over.
+
+    Raises:
+        RunError: something that the weights depend on has changed and is not allowed by name.
+    """
+    checkpoint, rejected = checkpoints.newest(folder / "checkpoints")
+    if checkpoint is None:
+        return None, rejected
+    changed = changes(checkpoint.state()["fingerprints"], current)
+    refused = {name: how for name, how in changed.items() if not any(_covers(given, name) for given in allow)}
+    if refused:
+        listed = "; ".join(f"{name}{how}" for name, how in refused.items())
+        first = next(iter(refused)).replace(" ", "_")
+        raise RunError(
+            f"{folder} cannot be resumed: since its checkpoint these changed: {listed}. Undo the change, start a new "
+            f"run, or allow it by name: --allow {first}"
+        )
+    return checkpoint, rejected
+
+
+def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Name → `` (old → new)`` of whatever differs."""
+    found = {}
+    for name in ("data", "tokenizer", "base model", "world_size"):
+        if saved.get(name) != current.get(name):
+            found[name] = f" ({saved[name]} → {current[name]})" if name == "world_size" else ""
+    old, new = saved["recipe"], current["recipe"]
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name):
+            found[name] = f" ({old.get(name)} → {new.get(name)})"
+    return found
+
+
+def _covers(given: str, name: str) -> bool:
+    given = given.replace("_", " ") if given == "base_model" else given
+    return name == given or name.startswith(f"{given}.")
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict) and values:
+        for name, value in values.items():
+            yield from _flat(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, values

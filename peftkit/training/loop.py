@@ -1,0 +1,328 @@
+"""The training loop: steps, validations, checkpoints, stopping. What a step does is in step.py.
+
+    for epoch: for batch in plan(epoch): step → log → validate? → checkpoint? → stop?
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peftkit.data.batching import plan, steps_per_epoch
+from peftkit.data.pipeline import EncodedData, EncodedSplit
+from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingError, did_you_mean
+from peftkit.evaluation.direction import greater_is_better
+from peftkit.evaluation.runner import Stopped, predict
+from peftkit.recipe import Recipe
+from peftkit.training import checkpoints
+from peftkit.training.checkpoints import Checkpoint
+from peftkit.training.log import RunLog
+from peftkit.training.optimization import (
+    build_optimizer,
+    build_scheduler,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from peftkit.training.session import Session
+from peftkit.training.state import TrainingState
+from peftkit.training.step import Stepper, StepResult, TaskModule
+from peftkit.training.stopping import StopRequest
+
+PROBE_ROWS = 8
+SPIKE = 5.0
+"""A step's loss over this many times the running mean is flagged."""
+
+
+@dataclass
+class Loop:
+    """One run's training; ``run`` leaves the best weights in the module."""
+
+    recipe: Recipe
+    session: Session
+    module: TaskModule
+    tokenizer: Any
+    data: EncodedData
+    folder: Path
+    fingerprints: Mapping[str, Any]
+    """What a resumed run must share with the one that stopped; stored in every checkpoint."""
+
+    def __post_init__(self) -> None:
+        training = self.recipe.training
+        self.state = TrainingState()
+        self.train_split = self.data.splits["train"]
+        per_epoch = steps_per_epoch(self.train_split.lengths, training)
+        self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
+        self.metric = training.best_metric or self.module.task.best_metric(self.module.info)
+        accelerator = self.session.accelerator
+        self.optimizer = build_optimizer(self.module, self.recipe)
+        # the schedule is not given to Accelerate, which would step it once a process
+        self.scheduler = build_scheduler(self.optimizer, training, self.total)
+        wrapped, prepared = accelerator.prepare(self.module, self.optimizer)
+        self.stepper = Stepper(
+            self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def run(self, resume_from: Checkpoint | None = None) -> TrainingState:
+        """Trains to the end.
+
+        Raises:
+            Interrupted: a signal or the time limit; a checkpoint has been written.
+            TrainingError: loss or gradients were not finite.
+        """
+        self._check_metric_name()
+        if resume_from:
+            self._restore(resume_from)
+        training = self.recipe.training
+        if self.session.is_main:
+            checkpoints.sweep(self.checkpoints)
+        self.log = RunLog(
+            self.folder / "metrics.jsonl", self.session, self.total, offset=self.state.log_offset, step=self.state.step
+        )
+        try:
+            with StopRequest(training.max_time) as stop:
+                self._stop = stop
+                self._epochs()
+        finally:
+            self.log.close()
+        self._restore_best()
+        return self.state
+
+    def _epochs(self) -> None:
+        state = self.state
+        if state.step:
+            self._finish_step()  # a run stopped before its validation makes up for it
+        while state.step < self.total and not state.stopped_early:
+            batches = plan(self.train_split.lengths, self.recipe.training, state.epoch)
+            while state.batch < len(batches) and state.step < self.total and not state.stopped_early:
+                self._step(batches[state.batch], last=state.batch + 1 == len(batches))
+                self._stop_if_asked()
+                self._finish_step()
+        if state.evaluated != state.step:
+            self._validate()
+            self._save(must=True)
+        elif not self._is_saved():
+            self._save(must=True)
+
+    def _step(self, batch: np.ndarray, *, last: bool) -> None:
+        state, started = self.state, time.perf_counter()
+        result = self.stepper.run(batch, state.step)
+        state.step += 1
+        state.epoch, state.batch = (state.epoch + 1, 0) if last else (state.epoch, state.batch + 1)
+        state.rows, state.tokens = state.rows + result.rows, state.tokens + result.tokens
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        if not result.finite:
+            self._not_finite(batch, result)
+        self._flag_spike(result)
+        self._log_step(result, seconds)
+
+    def _finish_step(self) -> None:
+        """Validates and saves, where these are due after the step just done."""
+        state, every = self.state, self.recipe.training.save_every
+        improved = state.evaluated != state.step and self._evaluation_due() and self._validate()
+        if improved or (state.batch == 0 if every == "epoch" else state.step % every == 0):
+            self._save()
+
+    def _evaluation_due(self) -> bool:
+        every, state = self.recipe.training.evaluate_every, self.state
+        return state.batch == 0 if every == "epoch" else state.step % every == 0
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    def _log_step(self, result: StepResult, seconds: float) -> None:
+        window = self.state.window
+        added = {
+            "loss": result.loss * result.weight,
+            "weight": result.weight,
+            "rows": result.rows,
+            "tokens": result.tokens,
+            "seconds": seconds,
+            "steps": 1,
+        }
+        for name, value in added.items():
+            if math.isfinite(value):
+                window[name] = window.get(name, 0.0) + value
+        self.log.advance(self.state.step)
+        if self.state.step % self.recipe.training.log_every == 0 or self.state.step == self.total:
+            figures = {
+                "loss": window["loss"] / window["weight"] if window.get("weight") else 0.0,
+                "learning_rate": float(self.scheduler.get_last_lr()[0]),
+                "grad_norm": result.grad_norm,
+                "rows_per_second": window["rows"] / window["seconds"],
+                "tokens_per_second": window["tokens"] / window["seconds"],
+            }
+            window.clear()
+            self.log.train(self.state.step, self._epoch(), figures)
+
+    def _epoch(self) -> float:
+        return self.state.step / steps_per_epoch(self.train_split.lengths, self.recipe.training)
+
+    def _flag_spike(self, result: StepResult) -> None:
+        window = self.state.window
+        if window.get("steps", 0) >= 5 and window.get("weight"):
+            mean = window["loss"] / window["weight"]
+            if result.loss > SPIKE * mean and result.loss > 1.0:
+                self.log.event(self.state.step, "loss_spike", f"loss {result.loss:.3f} at step {self.state.step}, after a mean of {mean:.3f}")  # fmt: skip
+
+    def _not_finite(self, batch: np.ndarray, result: StepResult) -> None:
+        rows = ", ".join(str(row) for row in sorted(batch.tolist())[:16])
+        what = f"loss {result.loss}, gradient norm {result.grad_norm} at step {self.state.step}, training rows {rows}"
+        if self.recipe.training.nonfinite == "skip":
+            self.state.skipped += 1
+            self.log.event(self.state.step, "skipped", f"step skipped: {what}")
+            return
+        kept, _ = checkpoints.newest(self.checkpoints)
+        last = f"the last finite checkpoint is {kept.path}" if kept else "there is no checkpoint yet"
+        raise TrainingError(
+            f"not a finite number: {what}; {last}. Lower training.learning_rate, look at these rows, use "
+            "model.dtype=float32, or skip such steps with training.nonfinite=skip"
+        )
+
+    # -- validation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
+        """Outputs for every example of a split, gathered on every process."""
+        self.module.eval()
+        single = self.session.world_size == 1
+        return predict(
+            self.module,
+            split,
+            self.tokenizer,
+            device=self.session.device,
+            batch_size=self.recipe.evaluation.batch_size,
+            autocast=self.session.accelerator.autocast,
+            rank=self.session.rank,
+            world_size=self.session.world_size,
+            should_stop=(lambda: bool(self._stop.code)) if single and hasattr(self, "_stop") else None,
+        )
+
+    def _validate(self) -> bool:
+        """Validates, and says whether this is the best model so far."""
+        state, training = self.state, self.recipe.training
+        try:
+            outputs = self.evaluate(self.data.splits["validation"])
+        except Stopped:
+            self._stop_if_asked()
+            raise
+        figures = self.module.task.metrics(outputs, self.module.info, self.recipe.evaluation)
+        state.evaluated = state.step
+        self.log.evaluation(state.step, self._epoch(), "validation", figures)
+        value, sign = figures[self.metric], 1 if greater_is_better(self.metric) else -1
+        improvement = math.inf if state.best_value is None else sign * (value - state.best_value)
+        stopping = training.early_stopping
+        if not improvement > (stopping.min_delta if stopping else 0.0):
+            state.stale += 1
+            if stopping and state.stale >= stopping.patience:
+                state.stopped_early = True
+                self.log.event(state.step, "early_stopping", f"no better {self.metric} in {state.stale} validations: stopping")  # fmt: skip
+        else:
+            state.stale = 0
+        if improvement > 0:
+            state.best_value, state.best_step = value, state.step
+        return improvement > 0
+
+    def _check_metric_name(self) -> None:
+        """A wrong name is an error before the first step, not after the first epoch."""
+        split = self.data.splits["validation"]
+        few = np.arange(min(PROBE_ROWS, len(split.lengths)))
+        probe = EncodedSplit(split.examples.select(few), split.lengths[few], split.weights[few])
+        figures = self.module.task.metrics(self.evaluate(probe), self.module.info, self.recipe.evaluation)
+        if self.metric not in figures:
+            raise RecipeError(f"training.best_metric: no figure '{self.metric}': {did_you_mean(self.metric, figures)}")
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self, *, must: bool = False) -> None:
+        """Writes a checkpoint; one that fails in mid-run is said and the run goes on with those before it."""
+        state, error = self.state, None
+        state.log_offset = self.log.offset()
+        if self.session.is_main:
+            try:
+                checkpoints.save(
+                    self.checkpoints,
+                    state.step,
+                    model=self._trained(),
+                    optimizer=optimizer_tensors(self.module, self.optimizer),
+                    state={
+                        "training": state.to_json(),
+                        "scheduler": _plain_state(self.scheduler),
+                        "fingerprints": dict(self.fingerprints),
+                    },
+                )
+                protect = {state.best_step} if state.best_step is not None else set()
+                checkpoints.prune(self.checkpoints, keep=self.recipe.training.keep_checkpoints, protect=protect)
+            except CheckpointError as failure:
+                error = str(failure)
+        error = self.session.agree(error)
+        if error and must:
+            raise CheckpointError(error)
+        if error:
+            self.log.event(state.step, "checkpoint_failed", error)
+
+    def _is_saved(self) -> bool:
+        newest, _ = checkpoints.newest(self.checkpoints)
+        return newest is not None and newest.step == self.state.step
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.module.model.named_parameters() if value.requires_grad}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._load_model(checkpoint)
+        load_optimizer_tensors(self.module, self.optimizer, checkpoint.tensors(checkpoints.OPTIMIZER))
+        saved = checkpoint.state()
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **saved["scheduler"]})
+        for group, rate in zip(self.optimizer.param_groups, saved["scheduler"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        self.state = TrainingState.from_json(saved["training"])
+
+    def _load_model(self, checkpoint: Checkpoint) -> None:
+        tensors, trained = checkpoint.tensors(checkpoints.MODEL), self._trained()
+        if set(tensors) != set(trained):
+            odd = sorted(set(tensors) ^ set(trained))[:3]
+            raise CheckpointError(f"{checkpoint.path} holds other parameters than this recipe trains: {', '.join(odd)}")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[name])
+
+    def _restore_best(self) -> None:
+        best = self.state.best_step
+        if best is not None and best != self.state.step:
+            self._load_model(checkpoints.at_step(self.checkpoints, best))
+
+    # -- stopping --------------------------------------------------------------------------------------------------
+
+    def _stop_if_asked(self) -> None:
+        code = self._stop.code
+        worst = self.session.largest(code if code > 0 else (1 << 10 if code else 0))
+        if not worst:
+            return
+        self._save(must=True)
+        why = "the time limit" if worst == 1 << 10 else signal.Signals(worst).name
+        number = signal.SIGTERM if worst == 1 << 10 else worst
+        raise Interrupted(
+            f"stopped by {why} after step {self.state.step} of {self.total}; nothing is lost. Go on with:\n"
+            f"  peftkit train --resume {self.folder}",
+            number,
+        )
+
+
+def _plain_state(scheduler: Any) -> dict[str, Any]:
+    """A schedule's counters without its functions, which the recipe gives anew."""
+    return {
+        name: value
+        for name, value in scheduler.state_dict().items()
+        if isinstance(value, (int, float, list)) and name != "lr_lambdas"
+    }
