@@ -1,0 +1,40 @@
+# The virtual environment lies in .venv of the checkout; a stamp file tells whether it is up to date.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+# one process, no questions, no warnings; the run itself decides how many threads it uses
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-all check lint bench clean
+
+demo: $(STAMP)  ## LoRA on BBC News: offline, a few minutes on two cores
+	HF_HUB_OFFLINE=1 $(LAUNCH) recipes/bbc_news_lora.py $(ARGS)
+
+test: $(STAMP)  ## the tests that take seconds each
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(STAMP)  ## all tests, those that take minutes included
+	$(PYTEST) $(ARGS)
+
+check: lint test  ## what a reviewer would ask for
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## side by side with transformers' Trainer + peft; writes JSON to benchmarks/results/
+	set -- benchmarks/*.py; for script; do HF_HUB_OFFLINE=1 $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf .venv build dist
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("peftkit needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,gguf,quantization]'
+	touch $(STAMP)
