@@ -6,6 +6,7 @@ def my_recipe() -> Recipe: ...
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -69,12 +70,16 @@ def build(function: RecipeFunction) -> Recipe:
     return made
 
 
-def summary(name: str) -> str:
-    """First line of a built-in recipe file's docstring."""
-    import ast
+def summaries() -> dict[str, str]:
+    """Name → first line of the docstring, of built-in recipes (not imported for it) and of those that others added."""
+    found = {
+        name: _first_line(ast.get_docstring(ast.parse(path.read_text("utf-8")))) for name, path in built_in().items()
+    }
+    return found | {name: _first_line(RECIPES.get(name).__doc__) for name in RECIPES if name not in found}
 
-    text = ast.get_docstring(ast.parse(built_in()[name].read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
 
 
 def _from_file(path: Path) -> Recipe:

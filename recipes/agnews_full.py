@@ -1,4 +1,4 @@
-"""AG News topics with every weight of DistilRoBERTa trained: what the parameter-efficient methods are measured by.
+"""AG News topics with all of DistilRoBERTa trained: what the parameter-efficient methods are measured by.
 
     accelerate launch recipes/agnews_full.py
 

@@ -1,0 +1,202 @@
+"""The command line: list, show, schema, inspect, train, evaluate, predict, export, doctor.
+
+Whatever needs torch is imported inside the command that needs it, so that ``peftkit list`` answers at once. Results
+go to stdout, everything said about them to stderr, so that every command can stand in a pipe.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftkit import __version__, catalog, launch, overrides
+from peftkit.recipe import Recipe
+
+app = typer.Typer(
+    name="peftkit",
+    help="Parameter-efficient finetuning of any Hugging Face model, from one recipe.",
+    epilog="First steps: peftkit list · peftkit show bbc_news_lora · peftkit inspect bbc_news_lora · "
+    "peftkit train bbc_news_lora",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `peftkit list`, a .yaml or a .py file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[part.field=value]...", help="Changes, such as training.epochs=1 or method.kind=frozen."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, such as runs/NAME-….")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+
+
+def main() -> None:
+    """The ``peftkit`` command."""
+    app(args=launch.name_newest(sys.argv[1:]))
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose errors end as one message and whose output is flushed while that still holds."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*arguments: Any, **options: Any) -> None:
+            with launch.one_message():
+                function(*arguments, **options)
+                sys.stdout.flush()
+
+        return app.command(name)(guarded)
+
+    return add
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Options that stand before any command."""
+    if show:
+        print(__version__)
+        raise typer.Exit()
+
+
+@command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """Name the recipes that can be run."""
+    summaries, files = catalog.summaries(), catalog.built_in()
+    if as_json:
+        rows = [{"name": name, "summary": text, "file": _path(files.get(name))} for name, text in summaries.items()]
+        print(json.dumps(rows, indent=2))
+        return
+    width = max(map(len, summaries), default=0)
+    for name, text in summaries.items():
+        print(f"{name:<{width}}  {text}")
+
+
+@command("show")
+def show(
+    recipe: RecipeName,
+    changes: Overrides = None,
+    defaults: Annotated[bool, typer.Option(help="Write the fields that are at their defaults, too.")] = True,
+) -> None:
+    """Print a recipe as YAML: the way to start your own (peftkit show NAME > mine.yaml)."""
+    print(_recipe(recipe, changes).to_yaml(defaults=defaults), end="")
+
+
+@command("schema")
+def schema() -> None:
+    """Print the JSON schema of recipes: every field, its meaning, its bounds; for editors."""
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@command("inspect")
+def inspect(
+    recipe: RecipeName,
+    changes: Overrides = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data as the model will see it; nothing is trained."""
+    from peftkit.data.inspection import inspect as look
+    from peftkit.reporting import inspection
+
+    found = look(_recipe(recipe, changes))
+    print(json.dumps(inspection.as_json(found), indent=2) if as_json else inspection.as_text(found))
+    if html:
+        inspection.write_html(found, html)
+        _say(f"wrote {html}")
+
+
+@command("train")
+def train(
+    recipe: RecipeName,
+    changes: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with this run; without RUN, with the newest of this recipe."),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="part.field", help="A field that may differ when resuming.")
+    ] = None,
+) -> None:
+    """Carry a recipe out in this process; `accelerate launch recipes/NAME.py` does so in several."""
+    launch.train(_recipe(recipe, changes), resume, tuple(allow or ()))
+
+
+@command("evaluate")
+def evaluate(
+    run: RunFolder,
+    file: Annotated[Path | None, typer.Option(help="Rows with labels, in place of a split of the run's data.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Score a finished run again, on its own data or on a file."""
+    from peftkit import run as runs
+
+    figures = runs.evaluate(run, split=split, file=file)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    width = max(map(len, figures), default=0)
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+@command("predict")
+def predict(
+    run: RunFolder,
+    file: Annotated[
+        Path | None, typer.Option(help="csv, tsv, jsonl or txt; without it, a text a line from stdin.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the texts; the recipe's own by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="csv, tsv or jsonl; without it, JSON lines on stdout.")] = None,
+) -> None:
+    """Give texts their labels, with the probability of every label."""
+    from peftkit import predictions
+
+    count = predictions.carry_out(run, file=file, column=column, out=out)
+    if out:
+        _say(f"wrote {count} rows to {out}")
+
+
+@command("export")
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
+) -> None:
+    """Write what a run learned to a folder that other libraries load, with a proof that it gives the same outputs."""
+    from peftkit.export import run_export
+
+    _say(run_export(run, to, merge=merge))
+
+
+@command("doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine offers: versions, devices, processes, the hub."""
+    from peftkit import doctor as examination
+
+    found = examination.examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _recipe(name: str, changes: list[str] | None) -> Recipe:
+    return overrides.apply(catalog.get_recipe(name), changes or ())
+
+
+def _path(file: Path | None) -> str | None:
+    return str(file) if file else None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
