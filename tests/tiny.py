@@ -3,8 +3,8 @@
     folder = tiny_bert(tmp_path / "bert")
     AutoModelForSequenceClassification.from_pretrained(folder)
 
-Weights are seeded; hidden size 32, 2 layers, 4 heads, some 300 tokens. Their logits spread well beyond rounding, so that
-two models that differ can be told apart.
+Weights are seeded; hidden size 32, 2 layers, 4 heads, some 300 tokens. Their logits spread well beyond rounding, so
+that two models that differ can be told apart.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
     "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-WORDS = (
+_TEXT = (
     "the a of and to in is was for on that with as it at by from this be are has have an not they which or but their "
     "world sports business science game team player match market stock bank money price oil computer software space "
     "good bad great terrible movie film plot actor love hate happy sad fine awful best worst red green blue king lord "
     "day night said new first last year one two three hello what who how why yes no please thank you"
-).split()
+)
+WORDS = _TEXT.split()
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-"
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def tiny_tokenizer(folder: str | Path, kind: str = "wordpiece") -> Path:
-    """Saves a tokenizer: "wordpiece" (BERT), "distilbert" (the same without token types), "roberta" (byte-level BPE with
-    <s>), "gpt2" (byte-level BPE, one special token) or "chatml" (byte-level BPE with a ChatML template)."""
+    """Saves a tokenizer: "wordpiece" (BERT), "distilbert" (the same without token types), "roberta" (byte-level BPE
+    with <s>), "gpt2" (byte-level BPE, one special token) or "chatml" (byte-level BPE with a ChatML template)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _fast_tokenizer(kind).save_pretrained(folder)

@@ -1,0 +1,47 @@
+"""Frozen backbone: only the classifier's head is trained (linear probing; Alain & Bengio 2016, arXiv:1610.01644).
+
+With no dropout below the head the features of a text never change, so they can be computed once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from peftkit.errors import MethodError
+from peftkit.parts import LoadedModel, Method
+from peftkit.recipe import METHODS
+
+if TYPE_CHECKING:
+    from peftkit.recipe import Recipe
+
+NO_TARGET = "dummy-target-modules"
+"""peft's own word for an adapter that wraps no module; the head travels as a module saved in full."""
+
+
+@METHODS.register("frozen")
+class Frozen(Method):
+    """Head only (linear probing; Alain & Bengio 2016, arXiv:1610.01644)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/1610.01644"
+    default_learning_rate: ClassVar[float] = 5e-3
+
+    kind: Literal["frozen"] = "frozen"
+
+    def check(self, recipe: Recipe) -> None:
+        """A language model has no head of its own to train."""
+        if recipe.task.head != "classification":
+            raise MethodError(
+                f"method.kind=frozen trains a classifier's head, and task.kind={recipe.task.kind} has none; "
+                "use method.kind=lora"
+            )
+
+    def apply(self, loaded: LoadedModel) -> None:
+        """Leaves gradients to the head, in peft's format so that the export is a small adapter."""
+        from peft import LoraConfig, get_peft_model
+
+        from peftkit.methods.lora import task_type
+
+        config = LoraConfig(
+            task_type=task_type(loaded), target_modules=NO_TARGET, modules_to_save=list(loaded.head_names)
+        )
+        loaded.model = get_peft_model(loaded.model, config)

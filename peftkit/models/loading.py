@@ -1,0 +1,203 @@
+"""From a recipe to a model that can be trained: base weights, head, dtypes, method.
+
+loaded = build(recipe, prepared.info, tokenizer)
+logits = classifier.logits(loaded.model, batch, loaded.pooling)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from peftkit.errors import ModelError
+from peftkit.models import policy
+from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
+from peftkit.models.tokenizer import pad_note
+from peftkit.parts import LoadedModel, TaskInfo
+from peftkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Pooling = Literal["own", "mean", "cls"]
+
+
+def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
+    """The trainable model of a recipe.
+
+    Everything that draws random numbers (head, adapters) draws them after ``training.seed`` was set. Frozen weights
+    are held in the compute dtype, trained ones in fp32; run the forward under ``policy.autocast(dtype)``.
+
+    Raises:
+        ModelError: the base cannot be used for this task.
+        MethodError: the method cannot work on this base.
+        HubError: the hub cannot give the base.
+    """
+    from transformers import set_seed
+
+    set_seed(recipe.training.seed)
+    loaded = load_base(recipe, info, tokenizer, device)
+    recipe.method.apply(loaded)
+    settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
+    return loaded
+
+
+def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
+    """The base model with the task's head, on its device, before any method was applied."""
+    policy.quiet()
+    source = resolve(recipe.model)
+    folder = folder_of(source)
+    pooling = choose_pooling(recipe, folder)
+    config = _configure(recipe, info, tokenizer, folder)
+    dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if recipe.quantization is not None:
+        arguments |= recipe.quantization.load_arguments(recipe.model, guess_heads(info))
+        arguments["device_map"] = {"": str(device or "cpu")}
+    if recipe.model.attention != "auto":
+        arguments["attn_implementation"] = recipe.model.attention
+    model, head_names, notes = _from_pretrained(folder, config, pooling, info, arguments)
+    # what adapters and cards name as their base is what the user can load again, not a path inside a cache
+    model.config._name_or_path = model.name_or_path = source.location if source.kind == "hub" else str(folder)
+    if recipe.quantization is not None:
+        from peftkit.models.quantization.guard import keep_gradients
+
+        keep_gradients(model)
+    elif device is not None:
+        model.to(device)
+    notes += [note] if (note := pad_note(tokenizer)) else []
+    return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes)
+
+
+def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
+    """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration, and else the architecture."""
+    if recipe.task.head != "classification":
+        return "own"
+    if recipe.model.pooling != "auto":
+        return recipe.model.pooling
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "own"
+    flags = json.loads(file.read_text(encoding="utf-8"))
+    mode = flags.get("pooling_mode")
+    if flags.get("pooling_mode_mean_tokens") or mode == "mean":
+        return "mean"
+    return "cls" if flags.get("pooling_mode_cls_token") or mode == "cls" else "own"
+
+
+def guess_heads(info: TaskInfo) -> tuple[str, ...]:
+    """Names that heads go by in transformers, for what must be said before the model exists (quantization)."""
+    if info.problem_type == "causal_lm":
+        return ("lm_head", "embed_out")
+    return ("classifier", "pre_classifier", "score", "head", "pooler", "classification_head")
+
+
+def settle_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Frozen floating-point weights in ``dtype``, trainable ones in fp32; quantized weights stay as they are."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _configure(recipe: Recipe, info: TaskInfo, tokenizer: Any, folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        kind = check_config(folder).get("model_type")
+        raise ModelError(f"{folder}: model type '{kind}' is not known to this version of transformers") from error
+    if info.problem_type != "causal_lm":
+        config.num_labels = len(info.labels) or 1
+        config.id2label = dict(enumerate(info.labels)) or {0: "value"}
+        config.label2id = {label: index for index, label in config.id2label.items()}
+        config.problem_type = info.problem_type
+    config.pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if recipe.model.dropout is not None:
+        _set_dropout(config, recipe.model.dropout)
+    _check_vocabulary(config, tokenizer, folder)
+    return config
+
+
+def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
+    """Every dropout field of the config: ``hidden_dropout_prob``, ``attention_dropout``, ``resid_pdrop``, …"""
+    for name, value in config.to_dict().items():
+        is_rate = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if is_rate and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, rate)
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokenizer: Any, folder: Path) -> None:
+    rows = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"{folder}: the tokenizer knows token ids up to {largest}, the embeddings have {rows} rows: "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _from_pretrained(
+    folder: Path, config: PreTrainedConfig, pooling: Pooling, info: TaskInfo, arguments: dict[str, Any]
+) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
+    """Loads the weights; only the head may be missing from them or differ in shape."""
+    auto = _auto_class(info, pooling)
+    if type(config) not in auto._model_mapping:
+        kind = auto.__name__.removeprefix("AutoModelFor")
+        raise ModelError(
+            f"{folder}: {config.model_type} models have no {kind} in transformers; "
+            + ("set model.pooling=own" if pooling != "own" else "choose another base model")
+        )
+    try:
+        model, report = auto.from_pretrained(
+            folder, config=config, trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True, **arguments,
+        )  # fmt: skip
+    except (ValueError, ImportError, OSError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
+    heads = _heads(model, report) if info.problem_type != "causal_lm" else ()
+    _check_report(report, heads, folder, model)
+    return model, heads, _head_notes(model, report, heads)
+
+
+def _auto_class(info: TaskInfo, pooling: Pooling) -> Any:
+    import transformers
+
+    if info.problem_type == "causal_lm":
+        return transformers.AutoModelForCausalLM
+    if pooling == "own":
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForTokenClassification
+
+
+def _heads(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:
+    """Modules on top of the backbone, and a pooler that the checkpoint does not hold."""
+    names = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    names += [name for name in ("pooler",) if any(f".{name}." in key for key in report["missing_keys"])]
+    return tuple(names)
+
+
+def _check_report(report: dict[str, Any], heads: tuple[str, ...], folder: Path, model: PreTrainedModel) -> None:
+    changed = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    lost = sorted(key for key in {*report["missing_keys"], *changed} if not set(key.split(".")) & set(heads))
+    if lost:
+        raise ModelError(
+            f"{folder}: the checkpoint lacks {len(lost)} of the weights of {type(model).__name__}, such as {lost[0]}: "
+            "it is incomplete, or belongs to another architecture"
+        )
+
+
+def _head_notes(model: PreTrainedModel, report: dict[str, Any], heads: tuple[str, ...]) -> list[str]:
+    fresh = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
+    kept = [name for name in heads if not any(name in key.split(".") for key in fresh)]
+    return [f"the base's own head was kept ({', '.join(kept)}): its shape fits the task"] if kept else []
