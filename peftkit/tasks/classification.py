@@ -17,7 +17,7 @@ from pydantic import Field
 from peftkit.errors import DataError, RecipeError, did_you_mean
 from peftkit.parts import Batch, Row, Task, TaskInfo
 from peftkit.recipe import TASKS
-from peftkit.tasks import labels as reading
+from peftkit.tasks import _labels as reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,17 +229,18 @@ class Classification(Task):
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
         from peftkit.models.classifier import logits
 
-        return self._losses(logits(model, batch, pooling), batch["labels"], info).sum()
+        return self.losses(logits(model, batch, pooling), batch["labels"], info).sum()
 
     def outputs(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> dict[str, torch.Tensor]:
         """``logits`` [rows, labels], ``labels`` [rows] or [rows, labels], ``loss`` and ``weight`` [rows]."""
         from peftkit.models.classifier import logits
 
         scores = logits(model, batch, pooling).float()
-        losses = self._losses(scores, batch["labels"], info)
+        losses = self.losses(scores, batch["labels"], info)
         return {"logits": scores, "labels": batch["labels"], "loss": losses, "weight": batch["weight"].float()}
 
-    def _losses(self, logits: torch.Tensor, labels: torch.Tensor, info: TaskInfo) -> torch.Tensor:
+    def losses(self, logits: torch.Tensor, labels: torch.Tensor, info: TaskInfo) -> torch.Tensor:
+        """Loss of each row from its logits [rows, labels]; cross-entropies come multiplied by the class weight."""
         import torch.nn.functional as F
 
         logits = logits.float()

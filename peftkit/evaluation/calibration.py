@@ -1,0 +1,53 @@
+"""Whether a probability means what it says: reliability bins and the expected calibration error.
+
+Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599: predictions are put into equal bins by
+their confidence p̂ (the probability of the predicted class), and
+
+    ECE = Σ_b |B_b| / n · |accuracy(B_b) − confidence(B_b)|
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The predictions whose confidence lies in (low, high]."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """The bins that hold predictions, from the least confident to the most.
+
+    Args:
+        confidence: probability of the predicted class, [rows].
+        correct: whether it was right, [rows].
+    """
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    # (low, high]: a confidence on an edge belongs to the bin below it, and 0 to the first
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    made = []
+    for number in range(bins):
+        inside = place == number
+        if inside.any():
+            mean, right = float(confidence[inside].mean()), float(correct[inside].mean())
+            made.append(Bin(float(edges[number]), float(edges[number + 1]), int(inside.sum()), mean, right))
+    return made
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
+    """Mean distance of accuracy and confidence over the bins, weighted by their rows; 0 is perfect."""
+    if not len(confidence):
+        return float("nan")
+    gaps = sum(one.count * abs(one.accuracy - one.confidence) for one in reliability(confidence, correct, bins))
+    return float(gaps / len(confidence))

@@ -1,0 +1,265 @@
+"""Metrics by name, as ``evaluate`` modules that need no network.
+
+    metric = load("f1")
+    metric.add_batch(predictions=[0, 1], references=[0, 0])
+    metric.compute()                                            # {"f1": 0.333…}
+
+Each is an ``evaluate.Metric`` over scikit-learn or SciPy, so that evaluate's batching and its gathering over processes
+work. ``evaluate.load`` itself runs a script from the hub; it is asked only for a name that is not here, and only for
+the modules that the library's own authors keep (``evaluate-metric/NAME``). Imports nothing of peftkit but errors and
+the registry: tasks may use it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn import metrics as sk
+
+from peftkit.errors import HubError, RecipeError, did_you_mean
+from peftkit.registry import Registry
+
+Holds = Literal["classes", "sets", "numbers"]
+METRICS: Registry[type[Score]] = Registry("metric", group="peftkit.metrics")
+OF_PROBABILITIES = ("calibration_error", "loss")
+"""Figures that are computed from probabilities, not from predictions; valid names, but not evaluate modules."""
+
+
+class Score(evaluate.Metric):
+    """An evaluate module for one figure.
+
+    ``config_name`` says what a prediction is: "classes" (an id), "sets" (0 or 1 for every label) or "numbers".
+    """
+
+    holds: ClassVar[tuple[Holds, ...]] = ("classes", "sets")
+    paper: ClassVar[str] = ""
+
+    def __init__(self, config_name: str | None = None, **options: Any) -> None:
+        super().__init__(config_name=config_name or self.holds[0], **options)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """The figure of all rows; NaN where it is not defined."""
+        raise NotImplementedError
+
+    def _info(self) -> evaluate.MetricInfo:
+        feature = {
+            "classes": datasets.Value("int64"),
+            "sets": datasets.Sequence(datasets.Value("int64")),
+            "numbers": datasets.Value("float64"),
+        }[self.config_name]
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation=self.paper,
+            inputs_description="predictions and references of the same length",
+            features=datasets.Features({"predictions": feature, "references": feature}),
+        )
+
+    def _compute(self, *, predictions: Any, references: Any, **options: Any) -> dict[str, float]:
+        gold, found = np.asarray(references), np.asarray(predictions)
+        return {self.registered_name: float(self.score(gold, found, **options))}
+
+    def _build_data_dir(self) -> str:
+        """The folder of the gathered predictions; none is made where they stay in memory."""
+        return "" if self.keep_in_memory else super()._build_data_dir()
+
+    @property
+    def registered_name(self) -> str:
+        """The key of the figure in what ``compute`` returns."""
+        return next(name for name in METRICS if METRICS.get(name) is type(self))
+
+
+def load(name: str, holds: Holds = "classes", *, keep_in_memory: bool = True) -> evaluate.EvaluationModule:
+    """The metric of that name.
+
+    Args:
+        holds: what a prediction is.
+        keep_in_memory: False lets several processes gather through evaluate's cache folder.
+
+    Raises:
+        RecipeError: there is no such metric, or it cannot score such predictions.
+        HubError: the name is not built in, and the hub cannot be asked.
+    """
+    if name in METRICS:
+        metric = METRICS.get(name)
+        if holds not in metric.holds:
+            fitting = ", ".join(other for other in METRICS if holds in METRICS.get(other).holds)
+            raise RecipeError(
+                f"metric '{name}' scores {' or '.join(metric.holds)}, not {holds}; choose from: {fitting}"
+            )
+        return metric(holds, keep_in_memory=keep_in_memory)
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> evaluate.EvaluationModule:
+    from huggingface_hub import constants
+
+    hint = did_you_mean(name, [*METRICS, *OF_PROBABILITIES])
+    if not re.fullmatch(r"[a-z][a-z0-9_]{1,60}", name) or Path("evaluate-metric", name).exists():
+        raise RecipeError(f"unknown metric '{name}': {hint}")
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"unknown metric '{name}': {hint} (Other evaluate modules need the hub, which is set offline.)")
+    try:
+        return evaluate.load(f"evaluate-metric/{name}", keep_in_memory=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise HubError(
+            f"unknown metric '{name}': {hint} (It is not among the hub's evaluate modules either, or the hub cannot be "
+            f"reached: {type(error).__name__}: {reason})"
+        ) from None
+
+
+@METRICS.register("accuracy")
+class Accuracy(Score):
+    """Share of rows predicted exactly; of sets of labels, those that are equal."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between 0 and 1."""
+        return sk.accuracy_score(references, predictions, **options)
+
+
+@METRICS.register("balanced_accuracy")
+class BalancedAccuracy(Score):
+    """Mean over classes of the share of their rows that are found."""
+
+    holds = ("classes",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between 0 and 1."""
+        present = np.unique(references)
+        return sk.recall_score(references, predictions, labels=present, average="macro", zero_division=0, **options)
+
+
+@METRICS.register("precision")
+class Precision(Score):
+    """Share of the rows given a class that have it; unweighted mean over classes."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between 0 and 1; ``average`` as in scikit-learn."""
+        return sk.precision_score(references, predictions, **{"average": "macro", "zero_division": 0, **options})
+
+
+@METRICS.register("recall")
+class Recall(Score):
+    """Share of a class's rows that are given it; unweighted mean over classes."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between 0 and 1; ``average`` as in scikit-learn."""
+        return sk.recall_score(references, predictions, **{"average": "macro", "zero_division": 0, **options})
+
+
+@METRICS.register("f1")
+class F1(Score):
+    """Harmonic mean of precision and recall; unweighted mean over classes (macro)."""
+
+    average: ClassVar[str] = "macro"
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between 0 and 1; ``average`` as in scikit-learn."""
+        return sk.f1_score(references, predictions, **{"average": self.average, "zero_division": 0, **options})
+
+
+@METRICS.register("f1_weighted")
+class F1Weighted(F1):
+    """F1 averaged over classes by their rows."""
+
+    average = "weighted"
+
+
+@METRICS.register("f1_micro")
+class F1Micro(F1):
+    """F1 of all decisions pooled; of one label a row it is the accuracy."""
+
+    average = "micro"
+
+
+@METRICS.register("matthews_correlation")
+class MatthewsCorrelation(Score):
+    """Correlation of gold and predicted classes, 0 for chance whatever their shares (Gorodkin 2004 for several)."""
+
+    holds = ("classes",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between -1 and 1."""
+        return sk.matthews_corrcoef(references, predictions, **options)
+
+
+@METRICS.register("exact_match")
+class ExactMatch(Accuracy):
+    """Share of rows whose labels are all right."""
+
+
+@METRICS.register("hamming_loss")
+class HammingLoss(Score):
+    """Share of single label decisions that are wrong."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between 0 and 1; smaller is better."""
+        return sk.hamming_loss(references, predictions, **options)
+
+
+@METRICS.register("mse")
+class MeanSquaredError(Score):
+    """Mean squared difference."""
+
+    holds = ("numbers",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """In the label's unit, squared."""
+        return sk.mean_squared_error(references, predictions, **options)
+
+
+@METRICS.register("mae")
+class MeanAbsoluteError(Score):
+    """Mean absolute difference."""
+
+    holds = ("numbers",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """In the label's unit."""
+        return sk.mean_absolute_error(references, predictions, **options)
+
+
+@METRICS.register("r2")
+class R2(Score):
+    """Share of the variance that is explained; 0 for always predicting the mean."""
+
+    holds = ("numbers",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """At most 1; NaN for fewer than two rows."""
+        return sk.r2_score(references, predictions, **options) if len(references) > 1 else float("nan")
+
+
+@METRICS.register("pearsonr")
+class Pearson(Score):
+    """Linear correlation."""
+
+    holds = ("numbers",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between -1 and 1; NaN where either side is constant."""
+        from scipy.stats import pearsonr
+
+        return pearsonr(references, predictions, **options).statistic if _varies(references, predictions) else np.nan
+
+
+@METRICS.register("spearmanr")
+class Spearman(Score):
+    """Correlation of ranks."""
+
+    holds = ("numbers",)
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
+        """Between -1 and 1; NaN where either side is constant."""
+        from scipy.stats import spearmanr
+
+        return spearmanr(references, predictions, **options).statistic if _varies(references, predictions) else np.nan
+
+
+def _varies(*sides: np.ndarray) -> bool:
+    return all(len(side) > 1 and np.ptp(side) > 0 for side in sides)
