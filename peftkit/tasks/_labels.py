@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.errors import DataError, ModelError
@@ -118,7 +118,8 @@ def tokenize(
     labelled = []
     for example, text in zip(examples, wholes, strict=True):
         split, whole = [next(parts) for _ in example], next(full)
-        if sum(split, []) != whole and not _same_text(tokenizer, sum(split, []), whole):
+        joined = list(chain.from_iterable(split))
+        if joined != whole and not _same_text(tokenizer, joined, whole):
             split = _by_offsets(example, text, tokenizer)
         labelled.append(_label(example, split, style))
     return labelled

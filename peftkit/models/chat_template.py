@@ -1,0 +1,190 @@
+"""Chat templates: named ones for a base that has none, and what must be known of any before labels are made with it.
+
+A template is only ever rendered by transformers (``apply_chat_template``). What is read off a rendering is where the
+text of a turn ends and how: ``read`` renders a probe whose assistant turn is known, so that stop token and trailing
+text are found by position and not by searching rows for marker strings.
+
+    install(tokenizer, "plain")          # a base without a template
+    style = read(tokenizer)              # style.stop == "<|im_end|>", style.after == "\\n"
+    prompt_text(tokenizer, [{"role": "user", "content": "Hello"}])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftkit.errors import ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+GENERATE = "{% if add_generation_prompt %}"
+NAMED = {
+    # ChatML (OpenAI 2023); its two markers must be tokens of the vocabulary
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}" + GENERATE + "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    # Llama 2 (Touvron et al. 2023, arXiv:2307.09288): the system prompt stands inside the first user turn
+    "llama2": (
+        "{% set first = namespace(system='') %}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}"
+        "{% set first.system = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' %}"
+        "{% elif message['role'] == 'user' %}"
+        "{{ (bos_token or '') + '[INST] ' + first.system + message['content'] + ' [/INST]' }}"
+        "{% set first.system = '' %}"
+        "{% else %}{{ ' ' + message['content'] + ' ' + (eos_token or '') }}{% endif %}{% endfor %}"
+    ),
+    # Zephyr (Tunstall et al. 2023, arXiv:2310.16944): turns end with the tokenizer's own end-of-text token
+    "zephyr": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+        "{{ (eos_token or '') + '\\n' }}{% endfor %}" + GENERATE + "{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+    # words that any tokenizer has; only answers end with the end-of-text token
+    "plain": (
+        "{% for message in messages %}{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+        "{{ ((eos_token or '') if message['role'] == 'assistant' else '') + '\\n\\n' }}"
+        "{% endfor %}" + GENERATE + "{{ '### Assistant:\\n' }}{% endif %}"
+    ),
+}
+NEEDS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+QUESTION, ANSWER = "peftkit probe question", "peftkit probe answer"
+
+
+@dataclass(frozen=True)
+class TurnStyle:
+    """How a template's assistant turn ends, by the rendering of a probe."""
+
+    stop: str
+    """Text from the end of the answer through the stop token (``<|im_end|>``); empty when the template has none."""
+    after: str
+    """What the template puts after the stop token (often a line break), or after the answer when there is no stop."""
+    stop_id: int
+    """The stop token; the tokenizer's end-of-text token when the template has none."""
+    note: str = ""
+    """What was mended, in words for the user; empty when nothing was."""
+
+    @property
+    def tail(self) -> str:
+        """All that the template puts after an answer that ends the conversation."""
+        return self.stop + self.after
+
+
+def install(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Gives the tokenizer the named template; None leaves its own.
+
+    Raises:
+        ModelError: there is no template of that name, or the tokenizer lacks a token that the template needs.
+    """
+    if name is None:
+        return
+    template = named_template(name)
+    for token in NEEDS.get(name, ()):
+        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+            raise ModelError(
+                f"model.chat_template: '{name}' needs the token {token}, which this tokenizer does not have; "
+                "'plain' and 'zephyr' work with any tokenizer"
+            )
+    tokenizer.chat_template = template
+
+
+def named_template(name: str) -> str:
+    """The text of a named template; raises ModelError pointing to the nearest when there is none of that name."""
+    if name not in NAMED:
+        raise ModelError(f"model.chat_template: no template is called '{name}': {did_you_mean(name, NAMED)}")
+    return NAMED[name]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool = False) -> str:
+    """The conversation as the template writes it; ``generate`` opens the next assistant turn.
+
+    The text holds every special token, BOS included (a doubled one is mended): tokenize it without adding more.
+
+    Raises:
+        ModelError: there is no template, or it fails on these messages (its own complaint is quoted).
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            "this base model's tokenizer has no chat template; choose one with model.chat_template: "
+            f"{', '.join(sorted(NAMED))}"
+        )
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = f" (line {line} of the template)" if line else ""
+        raise ModelError(f"the chat template fails{where}: {error}") from None
+    assert isinstance(text, str)
+    bos = tokenizer.bos_token
+    return text.removeprefix(bos) if bos and text.startswith(bos * 2) else text
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """What a model is given to answer ``messages``; tokenize it with ``add_special_tokens=False``."""
+    return render(tokenizer, messages, generate=True)
+
+
+def read(tokenizer: PreTrainedTokenizerBase) -> TurnStyle:
+    """Probes the tokenizer's template.
+
+    Raises:
+        ModelError: there is no template, it fails on one question and answer, does not print the answer or the
+            question, begins the answer differently from its own generation prompt, or names no end of turn while the
+            tokenizer has no end-of-text token either.
+    """
+    question = {"role": "user", "content": QUESTION}
+    prompt = render(tokenizer, [question], generate=True)
+    unopened = render(tokenizer, [question])
+    whole = render(tokenizer, [question, {"role": "assistant", "content": ANSWER}])
+    for text, said in ((QUESTION, "user's"), (ANSWER, "assistant's")):
+        if whole.count(text) != 1:
+            raise ModelError(_advice(f"prints the {said} text {whole.count(text)} times, expected once"))
+    if not whole.startswith(prompt):
+        raise ModelError(_advice("begins an assistant turn otherwise than its own generation prompt does"))
+    lead, _, tail = whole[len(prompt) :].partition(ANSWER)
+    if lead.strip() and prompt == unopened:
+        raise ModelError(_advice(f"leaves out of its generation prompt what opens an assistant turn: {lead!r}"))
+    return _style(tokenizer, tail)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a generated answer: the template's stop token, where there is one, and end-of-text."""
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if getattr(tokenizer, "chat_template", None):
+        ids.insert(0, read(tokenizer).stop_id)
+    return list(dict.fromkeys(ids))
+
+
+def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
+    found = _first_special(tokenizer, tail)
+    if found:
+        end = tail.index(found) + len(found)
+        return TurnStyle(tail[:end], tail[end:], int(tokenizer.convert_tokens_to_ids(found)))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(_advice("has no end-of-turn token, and the tokenizer no end-of-text token to end a turn with"))
+    note = (
+        f"the chat template has no end-of-turn token: every answer is ended with {tokenizer.eos_token} "
+        "so that the model learns to stop"
+    )
+    return TurnStyle("", tail, int(tokenizer.eos_token_id), note)
+
+
+def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The special token that stands first in a piece of the template's own text; empty when there is none."""
+    added: Any = tokenizer.added_tokens_decoder
+    special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+    places = [(text.index(token), -len(token), token) for token in special if token.strip() and token in text]
+    return min(places)[2] if places else ""
+
+
+def _advice(problem: str) -> str:
+    return (
+        f"the chat template {problem}, so answers cannot be told from prompts; "
+        f"set model.chat_template to one of: {', '.join(sorted(NAMED))}"
+    )

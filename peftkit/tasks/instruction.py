@@ -1,0 +1,193 @@
+"""Instruction tuning: the model learns the assistant's turns of conversations, each with its stop token.
+
+    task: {kind: instruction}
+    data: {source: my.jsonl, format: auto, max_length: 512}
+
+    <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎Hello<|im_end|>
+                                                       └──────────────┘ scored
+
+The conversation is rendered by the base model's own chat template; which tokens are the assistant's follows from the
+rendering itself (see ``_labels``). A canonical row is ``{"messages": [{"role": …, "content": …}, …]}``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftkit.errors import DataError
+from peftkit.models import chat_template
+from peftkit.parts import Row, TaskInfo
+from peftkit.recipe import TASKS
+from peftkit.tasks._conversation import Message, format_of, read_row
+from peftkit.tasks._labels import Labelled, TrainOn, fit, pieces_of, tokenize
+from peftkit.tasks._language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
+from peftkit.tasks._windows import Stretch, columns, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftkit.recipe import DataConfig
+
+log = logging.getLogger(__name__)
+
+
+@TASKS.register("instruction")
+class Instruction(LanguageTask):
+    """Learns to answer: single questions, or conversations of many turns."""
+
+    kind: Literal["instruction"] = "instruction"
+    train_on: TrainOn = "assistant"
+    """Which tokens are scored: every assistant turn, only the last one, or all of the conversation."""
+    packing: bool = False
+    """Put several conversations into one window of data.max_length; none sees another."""
+    too_long: Literal["drop", "error"] = "drop"
+    """What is done about a row whose prompt alone fills data.max_length, so that nothing of its answer is left."""
+
+    def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
+        """Checks that the rows of every split are in a known format; raises DataError where they are not."""
+        refuse_augmentation(data)
+        for rows in splits.values():
+            format_of(rows.column_names, data.format, data.columns)
+        return TaskInfo(CAUSAL_LM)
+
+    def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
+        """The row as ``messages`` with the roles system, user and assistant.
+
+        Raises:
+            DataError: names the column and the turn. An answer without text is one too, unless
+                ``data.cleaning.empty=drop`` has such rows dropped.
+        """
+        kind = format_of(row, data.format, data.columns)
+        messages = read_row(row, kind, data.columns, data.system)
+        blank = _blank_answer(messages)
+        if blank and data.cleaning.empty == "error":
+            raise DataError(
+                f"turn {blank}: the assistant's answer is empty; fill it, or set data.cleaning.empty=drop",
+                column=_answer_column(kind, data),
+            )
+        return {"messages": messages, **{name: row[name] for name in ("_file", "_line") if name in row}}
+
+    def text_of(self, row: Row) -> str:
+        """All turns; nothing where an answer is empty, so that the row counts as an empty one."""
+        if _blank_answer(row["messages"]):
+            return ""
+        return "\n".join(message["content"] for message in row["messages"] if message["role"] != "system")
+
+    def with_text(self, row: Row, change: Any) -> Row:
+        """The row with the text of every turn changed."""
+        messages = [{**message, "content": change(message["content"])} for message in row["messages"]]
+        return {**row, "messages": messages}
+
+    def encode(
+        self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, info: TaskInfo
+    ) -> dict[str, list[Any]]:
+        """Conversations → examples; ``labels`` are -100 but on the scored tokens, and are not shifted.
+
+        ``weight`` counts scored tokens; ``truncated`` the tokens cut off. Rows of which no scored token would be left
+        make no example. With packing, an example is a window: ``position_ids`` restart at 0 with each conversation in
+        it, ``rows`` lists them and ``row`` is the first.
+
+        Raises:
+            ModelError: there is no chat template, or it cannot be used.
+            DataError: the template fails on a row, or (``too_long=error``) a prompt fills the window.
+        """
+        check_window(tokenizer, data)
+        style = chat_template.read(tokenizer)
+        _say_once(style.note)
+        kept: list[Stretch] = []
+        for row, labelled in self._labelled(rows, tokenizer, style, data.max_length):
+            fitting = fit(labelled, row, data.max_length, self.train_on)
+            if fitting:
+                kept.append(fitting)
+            elif self.too_long == "error":
+                raise _too_long(rows, row, labelled, data.max_length)
+        windows = pack(kept, data.max_length) if self.packing else [[item] for item in kept]
+        return columns(windows, positions=self.packing)
+
+    def _labelled(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        style: chat_template.TurnStyle,
+        max_length: int,
+    ) -> list[tuple[int, Labelled]]:
+        """(row, tokens) of every example; where only the last answer counts, early turns give way to it."""
+        found = _encode(rows, list(enumerate(rows["messages"])), tokenizer, style, self.train_on)
+        if self.train_on != "last":
+            return found
+        for position, (row, labelled) in enumerate(found):
+            messages = list(rows["messages"][row])
+            while len(labelled.ids) > max_length and (shorter := without_first_exchange(messages)) is not None:
+                messages = shorter
+                ((_, labelled),) = _encode(rows, [(row, messages)], tokenizer, style, self.train_on)
+            found[position] = (row, labelled)
+        return found
+
+    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        """(text to be continued, the row's own last answer) for generation; tokenize without special tokens."""
+        messages = row["messages"]
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        return chat_template.prompt_text(tokenizer, messages[:last]), messages[last]["content"]
+
+
+@lru_cache(maxsize=8)
+def _say_once(note: str) -> None:
+    if note:
+        log.warning(note)
+
+
+def without_first_exchange(messages: Sequence[Message]) -> list[Message] | None:
+    """The conversation without its first question and answer; None where only the last question would remain to go."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = list(messages[len(system) :])
+    users = [index for index, message in enumerate(turns) if message["role"] == "user"]
+    answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
+    later = [index for index in users if 0 < index < answers[-1]]
+    return [*system, *turns[later[0] :]] if later else None
+
+
+def _encode(
+    rows: Mapping[str, Sequence[Any]],
+    conversations: Sequence[tuple[int, Sequence[Message]]],
+    tokenizer: PreTrainedTokenizerBase,
+    style: chat_template.TurnStyle,
+    train_on: TrainOn,
+) -> list[tuple[int, Labelled]]:
+    numbers, examples = [], []
+    for row, messages in conversations:
+        try:
+            made = pieces_of(messages, tokenizer, style, train_on)
+        except DataError as error:
+            raise _placed(rows, row, error.message) from None
+        numbers += [row] * len(made)
+        examples += made
+    return list(zip(numbers, tokenize(examples, tokenizer, style), strict=True))
+
+
+def _blank_answer(messages: Sequence[Message]) -> int:
+    """The number, from 1, of the first assistant turn without text; 0 where there is none."""
+    turns = enumerate(messages, 1)
+    return next((n for n, message in turns if message["role"] == "assistant" and not message["content"].strip()), 0)
+
+
+def _answer_column(kind: str, data: DataConfig) -> str:
+    name = {"alpaca": "output", "sharegpt": "conversations", "messages": "messages"}.get(kind, "completion")
+    return data.columns.get(name, name)
+
+
+def _too_long(rows: Mapping[str, Sequence[Any]], row: int, labelled: Labelled, max_length: int) -> DataError:
+    return _placed(
+        rows,
+        row,
+        f"the prompt takes {labelled.prompt_length} tokens and data.max_length is {max_length}, so nothing of its "
+        "answer is left; raise data.max_length, or set task.too_long=drop",
+    )
+
+
+def _placed(rows: Mapping[str, Sequence[Any]], row: int, message: str) -> DataError:
+    """An error about a canonical row, with the file and line that it came from."""
+    file, line = (rows[name][row] if name in rows else None for name in ("_file", "_line"))
+    return DataError(message, file=file, line=line, column="messages")

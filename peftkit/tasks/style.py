@@ -1,0 +1,121 @@
+"""Style: plain language modelling of documents, so that the model writes as they do.
+
+    task: {kind: style}
+    data: {source: my_texts/, max_length: 512}
+
+    window 1: [In the beginning … <eos>][Now these are the names …]
+    window 2: [… names of the children …]
+
+Documents end with the end-of-text token and are cut into full windows; attention stays within a document, and every
+token of it but the first is scored exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from peftkit.errors import DataError, ModelError, did_you_mean
+from peftkit.parts import Row, TaskInfo
+from peftkit.recipe import TASKS
+from peftkit.tasks._language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
+from peftkit.tasks._windows import Stretch, columns, stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peftkit.recipe import DataConfig
+
+
+@TASKS.register("style")
+class Style(LanguageTask):
+    """Learns to continue texts like those of the data."""
+
+    kind: Literal["style"] = "style"
+    packing: bool = True
+    """Fill every window of data.max_length with what follows, over the ends of documents; without it, a window holds
+    one document, or a part of one."""
+    prompt_words: Annotated[int, Field(ge=1)] = 12
+    """Words of a held-out document that sample generations begin with."""
+
+    def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
+        """Checks that every split has the column of the text; raises DataError where one has not."""
+        refuse_augmentation(data)
+        for split, rows in splits.items():
+            if data.text not in rows.column_names:
+                names = [name for name in rows.column_names if not name.startswith("_")]
+                raise DataError(
+                    f"missing in the {split} split, found {', '.join(names)}: {did_you_mean(data.text, names)} "
+                    "(data.text names the column)",
+                    column=data.text,
+                )
+        return TaskInfo(CAUSAL_LM)
+
+    def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
+        """The document as ``text``; raises DataError when it is not text. A null is an empty document."""
+        text = row.get(data.text)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"expected text, found {type(text).__name__} {str(text)[:40]!r}", column=data.text)
+        return {"text": text or "", **{name: row[name] for name in ("_file", "_line", "_document") if name in row}}
+
+    def text_of(self, row: Row) -> str:
+        """The document."""
+        return row["text"]
+
+    def encode(
+        self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, info: TaskInfo
+    ) -> dict[str, list[Any]]:
+        """Documents → windows of ``data.max_length`` tokens, in which nothing is lost.
+
+        ``labels`` are the tokens themselves, -100 at the first of each stretch of a document; a document that goes on
+        in the next window repeats its last token there, as context. ``position_ids`` restart at 0 with each stretch;
+        ``row`` is the window's first document, ``rows`` are all.
+
+        Raises:
+            ModelError: the tokenizer has no end-of-text token.
+        """
+        check_window(tokenizer, data)
+        documents = list(enumerate(tokens_of(rows["text"], tokenizer)))
+        windows: list[list[Stretch]] = []
+        for group in [documents] if self.packing else [[document] for document in documents]:
+            windows += stream(group, data.max_length)
+        return columns(windows, positions=self.packing)
+
+    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        """(the document's first ``prompt_words`` words, what follows) for generation, spaces and lines kept."""
+        text = row["text"]
+        end = _end_of_word(text, self.prompt_words)
+        return _opening(tokenizer) + text[:end], text[end:]
+
+
+def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each text as tokens: BOS where the tokenizer puts one, the text, and the end-of-text token; once each.
+
+    Raises:
+        ModelError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-text token (eos_token), so documents cannot be told apart")
+    found: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    start = [tokenizer.bos_token_id] if _opening(tokenizer) else []
+    return [[*start, *ids, tokenizer.eos_token_id] for ids in found["input_ids"]]
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The BOS token as text where the tokenizer begins texts with it by itself; empty where it does not."""
+    ids: Any = tokenizer("a")["input_ids"]
+    return str(tokenizer.bos_token) if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else ""
+
+
+def _end_of_word(text: str, words: int) -> int:
+    """Where the given number of words ends; the text's length where it has fewer."""
+    end = 0
+    for _ in range(words):
+        start = end + len(text[end:]) - len(text[end:].lstrip())
+        rest = text[start:].split(maxsplit=1)
+        if not rest:
+            return len(text)
+        end = start + len(rest[0])
+    return end
