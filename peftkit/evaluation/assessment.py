@@ -1,4 +1,4 @@
-"""Everything that is said of one split's predictions, as JSON: the end of training and ``peftkit evaluate`` share it."""
+"""All that is said of one split's predictions, as JSON: the end of training and ``peftkit evaluate`` share it."""
 
 from __future__ import annotations
 

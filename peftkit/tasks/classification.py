@@ -17,7 +17,7 @@ from pydantic import Field
 from peftkit.errors import DataError, RecipeError, did_you_mean
 from peftkit.parts import Batch, Row, Task, TaskInfo
 from peftkit.recipe import TASKS
-from peftkit.tasks import _labels as reading
+from peftkit.tasks import _label_column as reading
 
 if TYPE_CHECKING:
     import numpy as np
