@@ -10,6 +10,7 @@ Liu et al. 2024, arXiv:2402.09353. PiSSA (principal components first): Meng et a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -93,7 +94,7 @@ class Lora(Method):
         config = LoraConfig(
             task_type=task_type(loaded),
             r=self.rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft scales by it, whole or not
             lora_dropout=self.dropout,
             target_modules=targets,
             modules_to_save=list(loaded.head_names) or None,
@@ -169,7 +170,7 @@ def _nearest(wanted: str, names: list[str]) -> str:
     return did_you_mean(wanted, {name for name in known if not name[:1].isdigit()} or known)
 
 
-def _check_patterns(field: str, patterns: dict[str, object], targets: list[str]) -> None:
+def _check_patterns(field: str, patterns: Mapping[str, object], targets: list[str]) -> None:
     for pattern in patterns:
         if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in targets):
             raise MethodError(f"method.{field}: '{pattern}' matches no adapted module; {_nearest(pattern, targets)}")

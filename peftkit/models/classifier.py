@@ -31,7 +31,7 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tenso
         pooling: "own", "mean" or "cls".
     """
     inner = unwrap(model)
-    takes = _parameters(type(inner))
+    takes = _parameters(inner.__class__)
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in takes and name != "labels"}
     if "use_cache" in takes:
         inputs["use_cache"] = False
@@ -54,15 +54,16 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside the wrappers of peft, DistributedDataParallel and torch.compile."""
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
 @contextlib.contextmanager
@@ -104,5 +105,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _parameters(kind: type) -> frozenset[str]:
+def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)

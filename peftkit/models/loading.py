@@ -55,7 +55,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:
-        arguments |= recipe.quantization.load_arguments(recipe.model, guess_heads(info))
+        arguments |= recipe.quantization.load_arguments(recipe.model, never_quantized(config, pooling, info))
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
@@ -67,7 +67,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
 
         keep_gradients(model)
     elif device is not None:
-        model.to(device)
+        model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
     notes += [note] if (note := pad_note(tokenizer)) else []
     return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes)
 
@@ -88,11 +88,15 @@ def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
     return "cls" if flags.get("pooling_mode_cls_token") or mode == "cls" else "own"
 
 
-def guess_heads(info: TaskInfo) -> tuple[str, ...]:
-    """Names that heads go by in transformers, for what must be said before the model exists (quantization)."""
-    if info.problem_type == "causal_lm":
-        return ("lm_head", "embed_out")
-    return ("classifier", "pre_classifier", "score", "head", "pooler", "classification_head")
+def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo) -> tuple[str, ...]:
+    """Names of heads, pooler and output embeddings, read off the architecture before any weight is loaded."""
+    with torch.device("meta"):
+        model = _auto_class(info, pooling).from_config(config, trust_remote_code=False)
+    output = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is output and output is not None]
+    if info.problem_type != "causal_lm":
+        names += [*_heads(model, {"missing_keys": []}), f"{model.base_model_prefix}.pooler"]
+    return tuple(dict.fromkeys(names))
 
 
 def settle_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

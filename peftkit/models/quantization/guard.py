@@ -1,4 +1,4 @@
-"""Keeps a 4-bit model's gradients right after it was evaluated.
+"""What both quantizations need: bitsandbytes itself, and a 4-bit model's gradients kept right after an evaluation.
 
 On processors with AVX512-BF16, bitsandbytes repacks the weights of a ``Linear4bit`` for a faster kernel the first time
 it runs in evaluation mode without gradients. That kernel has no backward pass for the packed layout, and training that
@@ -7,9 +7,33 @@ goes on afterwards gets wrong gradients, silently. The layer decides by its attr
 
 from __future__ import annotations
 
-from torch import nn
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from peftkit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peftkit.recipe import ModelConfig
 
 SWITCH = "support_avx512bf16_for_cpu"
+
+
+def require_bitsandbytes(kind: str) -> None:
+    """Raises ModelError with the line that installs bitsandbytes where it is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantization.kind={kind} needs bitsandbytes: run `pip install 'peftkit[quantization]'`")
+
+
+def compute_dtype(model: ModelConfig) -> torch.dtype:
+    """The dtype that 4-bit weights are opened to for a product, on the device that will be used."""
+    import torch
+
+    from peftkit.models.policy import dtype_for
+
+    return dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def keep_gradients(model: nn.Module) -> int:

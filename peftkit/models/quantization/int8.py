@@ -1,0 +1,39 @@
+"""INT8: frozen linear weights in 8 bits, a scale for each row, with columns of outliers multiplied apart (LLM.int8(),
+Dettmers et al. 2022, arXiv:2208.07339), through bitsandbytes, on CUDA and on the CPU.
+
+    quantization: {kind: int8, threshold: 6.0}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from peftkit.parts import Quantization
+from peftkit.recipe import QUANTIZATIONS
+
+if TYPE_CHECKING:
+    from peftkit.recipe import ModelConfig
+
+
+@QUANTIZATIONS.register("int8")
+class Int8(Quantization):
+    """8-bit integers with outlier columns kept apart (LLM.int8(), arXiv:2208.07339)."""
+
+    kind: Literal["int8"] = "int8"
+    threshold: Annotated[float, Field(ge=0)] = 6.0
+    """Magnitude from which an activation is an outlier and its column is multiplied unquantized; 0 for never."""
+
+    def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
+        """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
+        from transformers import BitsAndBytesConfig
+
+        from peftkit.models.quantization.guard import require_bitsandbytes
+
+        require_bitsandbytes(self.kind)
+        config = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=list(head_names)
+        )
+        return {"quantization_config": config}
