@@ -21,7 +21,7 @@ from peftkit.registry import Registry
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from peftkit.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe
 
@@ -74,7 +74,12 @@ class ByKind:
         return core_schema.no_info_plain_validator_function(self.validate, serialization=dump)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"oneOf": [self.registry.get(name).model_json_schema() for name in self.registry.names()]}
+        """One of the parts with its ``kind``, or the kind alone, which stands for the part with its defaults."""
+        names = self.registry.names()
+        parts = [handler(self.registry.get(name).__pydantic_core_schema__) for name in names]
+        for part in parts:
+            handler.resolve_ref_schema(part)["required"] = ["kind"]
+        return {"oneOf": [*parts, {"type": "string", "enum": names}]} if names else {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class Task(Part):
         """The text of a canonical row by which duplicates are judged."""
 
     def with_text(self, row: Row, change: Any) -> Row:
-        """The canonical row with ``change`` (str → str) applied to its learnable text, for cleaning and augmentation."""
+        """The canonical row with ``change`` (str → str) applied to its learnable text (cleaning, augmentation)."""
         return {**row, "text": change(row["text"])}
 
     def stratum(self, row: Row) -> str:
