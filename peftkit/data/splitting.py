@@ -1,0 +1,189 @@
+"""Splits that the source lacks, the share of mixed sources, and limits: pure functions of the rows and split_seed.
+
+No row is lost. Rows that belong together (a document's, equal and nearly equal texts) stay in one split, and classes
+keep their shares, by largest remainder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from peftkit.data.mapping import PARTS, Rows
+from peftkit.data.steps import EXAMPLES, CleaningStep
+from peftkit.errors import DataError
+from peftkit.recipe import DataConfig
+
+TEST, VALIDATION, LIMIT, MIX = 1, 2, 3, 4
+"""What a random stream is for: each has its own, so that one choice does not move another."""
+
+
+def make_splits(
+    rows: Rows, alive: np.ndarray, groups: np.ndarray, data: DataConfig, labels: Sequence[str] = ()
+) -> tuple[np.ndarray, list[CleaningStep]]:
+    """Each row's split, [rows]: the source's own, and held out of its training split where it has none.
+
+    Args:
+        groups: rows with the same number stay together (besides those of one document, and equal texts).
+        labels: class names, for messages.
+
+    Raises:
+        DataError: fewer rows than are to be held out.
+    """
+    part, steps = rows.part.copy(), []
+    units = _units(rows, groups)
+    for source in np.unique(rows.source):
+        mine = rows.source == source
+        train = np.flatnonzero(alive & mine & (part == 0))
+        lacking = [
+            (number, size, purpose)
+            for number, size, purpose in ((2, data.test_size, TEST), (1, data.validation_size, VALIDATION))
+            if size and not np.any(mine & (rows.part == number))
+        ]
+        if not lacking:
+            continue
+        strata = rows.stratum if data.stratify else np.zeros(len(rows), dtype=np.int64)
+        steps += _rare_classes(rows, train, len(lacking) + 1, data, labels)
+        total = len(train)
+        for number, size, purpose in lacking:
+            rest = train[part[train] == 0]
+            count = _count(size, total, len(rest), PARTS[number])
+            held = hold_out(rest, units[rest], strata[rest], count, _generator(data, purpose))
+            if not len(held):
+                said = f"the {PARTS[number]} split cannot be made: the {total} rows are parts of one document, or of one text"
+                raise DataError(f"{said}; name a file for it, or add documents")
+            part[held] = number
+            steps.append(CleaningStep("split", PARTS[number], "kept", len(held)))
+    return part, steps
+
+
+def hold_out(
+    rows: np.ndarray, units: np.ndarray, strata: np.ndarray, count: int, generator: np.random.Generator
+) -> np.ndarray:
+    """About ``count`` of the rows (exactly, where no units are larger than a row), the classes' shares kept.
+
+    Args:
+        rows: row numbers, [n].
+        units: rows with the same number are taken or left together, [n].
+        strata: class of each row, [n]; a unit is of the class of its first row.
+
+    Every class leaves at least one unit behind.
+    """
+    _, first, inverse, sizes = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
+    classes, of_unit = np.unique(strata[first], return_inverse=True)
+    available = np.bincount(of_unit, weights=sizes, minlength=len(classes))
+    wanted = apportion(available, count, available - np.minimum(available, 1))
+    taken = np.zeros(len(sizes), dtype=bool)
+    for number in range(len(classes)):
+        members = generator.permutation(np.flatnonzero(of_unit == number))
+        taken[_fill(members, sizes, int(wanted[number]))] = True
+    return rows[taken[inverse]]
+
+
+def apportion(sizes: np.ndarray, count: int, most: np.ndarray) -> np.ndarray:
+    """Whole shares of ``count`` in proportion to ``sizes`` by largest remainder, none over ``most``; int64."""
+    exact = sizes * (count / max(1, sizes.sum()))
+    shares = np.minimum(np.floor(exact), most).astype(np.int64)
+    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    while shares.sum() < min(count, most.sum()):
+        for number in order:
+            if shares[number] < most[number] and shares.sum() < count:
+                shares[number] += 1
+    return shares
+
+
+def _fill(members: np.ndarray, sizes: np.ndarray, wanted: int) -> list[int]:
+    """Units in their order that fit into ``wanted`` rows; the smallest one where they come to less than half."""
+    chosen: list[int] = []
+    filled = 0
+    for unit in members.tolist():
+        if filled + sizes[unit] <= wanted and len(chosen) < len(members) - 1:
+            chosen.append(unit)
+            filled += int(sizes[unit])
+    left = [unit for unit in members.tolist() if unit not in set(chosen)] if 2 * filled < wanted else []
+    if len(left) > 1:
+        chosen.append(min(left, key=lambda unit: sizes[unit]))
+    return chosen
+
+
+def mix(rows: Rows, alive: np.ndarray, part: np.ndarray, data: DataConfig) -> list[CleaningStep]:
+    """Thins the training rows of sources out until their numbers are in proportion to ``data.weights``."""
+    if data.weights is None or isinstance(data.source, str):
+        return []
+    shares = np.array(data.weights) / sum(data.weights)
+    held = [np.flatnonzero(alive & (part == 0) & (rows.source == source)) for source in range(len(shares))]
+    # the source that runs out first limits all others
+    total = min(len(index) / share for index, share in zip(held, shares))
+    generator, steps = _generator(data, MIX), []
+    for name, index, share in zip(data.source, held, shares):
+        keep = generator.permutation(len(index))[: max(1, round(total * share))]
+        dropped = np.delete(index, keep)
+        alive[dropped] = False
+        steps.append(CleaningStep("mixing", "train", "kept", len(keep), (f"{name}: {len(keep)} of {len(index)} rows",)))
+    return steps
+
+
+def limit(rows: Rows, alive: np.ndarray, part: np.ndarray, data: DataConfig) -> list[CleaningStep]:
+    """Keeps ``data.limit`` rows of each split, the classes' shares kept."""
+    steps = []
+    for number, name in enumerate(PARTS):
+        most = data.limit.get(name) if isinstance(data.limit, dict) else data.limit  # type: ignore[call-overload]
+        index = np.flatnonzero(alive & (part == number))
+        if most is None or len(index) <= most:
+            continue
+        strata = rows.stratum[index] if data.stratify else np.zeros(len(index), dtype=np.int64)
+        kept = _choose(index, strata, most, _generator(data, LIMIT))
+        alive[np.setdiff1d(index, kept)] = False
+        steps.append(CleaningStep("limit", name, "dropped", len(index) - len(kept)))
+    return steps
+
+
+def _choose(index: np.ndarray, strata: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    classes, of_row, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    wanted = apportion(sizes.astype(float), count, sizes)
+    pieces = [generator.permutation(index[of_row == number])[: wanted[number]] for number in range(len(classes))]
+    return np.sort(np.concatenate(pieces))
+
+
+def _units(rows: Rows, groups: np.ndarray) -> np.ndarray:
+    """Rows joined by a document, an equal text or a group get the same number, [rows]."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(rows)
+    _, texts = np.unique(rows.text, return_inverse=True)
+    _, documents = np.unique(rows.document, return_inverse=True)
+    own = np.arange(count)
+    # a graph of rows and what joins them
+    with_document = np.flatnonzero(rows.document != 0)
+    one = np.concatenate([own, own, with_document])
+    other = np.concatenate([count + texts, groups, 2 * count + documents[with_document]])
+    graph = coo_matrix((np.ones(len(one), dtype=np.int8), (one, other)), shape=(3 * count, 3 * count))
+    return connected_components(graph, directed=False)[1][:count]
+
+
+def _count(size: float, total: int, left: int, name: str) -> int:
+    count = round(size * total) if size < 1 else int(size)
+    if count >= left:
+        said = f"data.{name}_size={size:g} asks for {max(1, count)} of the {left} rows that are left in training"
+        raise DataError(f"{said}; ask for fewer, or add rows")
+    return max(1, count)
+
+
+def _rare_classes(
+    rows: Rows, train: np.ndarray, needed: int, data: DataConfig, labels: Sequence[str]
+) -> list[CleaningStep]:
+    """Says which classes have too few rows to stand in every split."""
+    classes, counts = np.unique(rows.stratum[train], return_counts=True)
+    few = [(rows.strata[number], count) for number, count in zip(classes, counts) if count < needed]
+    if not few or not data.stratify:
+        return []
+    named = [labels[int(name)] if name.isdecimal() and int(name) < len(labels) else name for name, _ in few]
+    examples = [f"'{name}' has {count} row{'s' * (count > 1)}" for name, (_, count) in zip(named, few)]
+    total = int(sum(count for _, count in few))
+    return [CleaningStep("rare_classes", "train", "reported", total, tuple(examples[:EXAMPLES]))]
+
+
+def _generator(data: DataConfig, purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([data.split_seed, purpose]))
