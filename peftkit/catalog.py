@@ -85,15 +85,16 @@ def _first_line(text: str | None) -> str:
 def _from_file(path: Path) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")
-    module = _import(path.resolve())
-    found = [name for name in RECIPES if RECIPES.get(name).__module__ == module]
+    path = path.resolve()
+    _import(path)
+    found = [name for name in RECIPES if RECIPES.get(name).__code__.co_filename == str(path)]
     if len(found) != 1:
         said = f"found {', '.join(found)}" if found else "found none"
         raise RecipeError(f"{path}: expected one function under @recipe, {said}")
     return build(RECIPES.get(found[0]))
 
 
-def _import(path: Path) -> str:
+def _import(path: Path) -> None:
     """Imports a recipe file under a name of its own, so that it cannot shadow another module."""
     name = f"peftkit_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -109,4 +110,3 @@ def _import(path: Path) -> str:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
         raise RecipeError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
-    return name

