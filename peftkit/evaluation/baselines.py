@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from peftkit.evaluation import figures, zero_shot_scores
+from peftkit.evaluation.comparison import mcnemar, verdict
 from peftkit.evaluation.figures import MULTI, REGRESSION, SINGLE
 from peftkit.parts import TaskInfo
 from peftkit.recipe import EvaluationConfig
@@ -99,6 +100,36 @@ def zero_shot(
     wanted = [*(evaluation.metrics or figures.DEFAULTS[SINGLE]), "accuracy"]
     named = [name for name in wanted if name not in ("loss", "calibration_error")]
     return Baseline("zero_shot", figures.compute(outputs, info, named), scores.argmax(axis=1), rows, note)
+
+
+def beside(
+    baseline: Baseline, predicted: np.ndarray, gold: np.ndarray, info: TaskInfo, confidence: float = 0.95
+) -> dict[str, Any]:
+    """A baseline as JSON, compared with the trained model's predictions of the same rows.
+
+    Args:
+        predicted, gold: of all rows of the split, in the form of ``figures.decide`` and ``figures.references``.
+
+    Returns:
+        ``name``, ``metrics``, ``note``, ``rows`` (scored), ``comparison`` (McNemar's; None of a regression or where
+        the baseline does not apply) and ``verdict``, a sentence or the empty string.
+    """
+    made: dict[str, Any] = {"name": baseline.name, "metrics": baseline.metrics, "note": baseline.note, "rows": None}
+    made |= {"comparison": None, "verdict": ""}
+    if baseline.predicted is None:
+        return made
+    rows = np.arange(len(gold)) if baseline.rows is None else baseline.rows
+    made["rows"] = len(rows)
+    if info.problem_type != REGRESSION:
+        trained, other = _right(predicted[rows], gold[rows]), _right(baseline.predicted, gold[rows])
+        made["comparison"] = mcnemar(trained, other, confidence)
+        made["verdict"] = verdict(made["comparison"], baseline.name)
+    return made
+
+
+def _right(predicted: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    equal = predicted == gold
+    return equal.all(axis=1) if equal.ndim == 2 else equal
 
 
 def _inapplicable(info: TaskInfo) -> str:

@@ -1,0 +1,215 @@
+"""Plots of a run as matplotlib figures; ``save`` writes one as PNG. Neither a display nor pyplot's state is touched.
+
+save(learning_curves(rows), "plots/learning_curves.png")
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from peftkit.reporting import shown
+
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+BLUE, ORANGE, GREEN, RED = "#2563eb", "#d97706", "#059669", "#dc2626"
+BLUES = LinearSegmentedColormap.from_list("counts", ["#ffffff", "#c7dbfb", "#5b8def", "#123a8c"])
+NUMBERED_CLASSES = 20
+"""Up to so many classes the cells of a confusion matrix carry their counts."""
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure as PNG; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(figure))
+    return path
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; nothing to act upon
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None) -> Figure:
+    """Loss of training and validation by step, and beside it a validation figure.
+
+    Args:
+        rows: lines of metrics.jsonl; those with a ``split`` are validations, those with a ``loss`` alone training.
+        metric: the figure; None takes the first of the validations that is not the loss.
+    """
+    training = [row for row in rows if "split" not in row and "loss" in row]
+    validations = [row for row in rows if row.get("split") == "validation"]
+    metric = metric or next((name for row in validations for name in row if name not in _NOT_FIGURES), None)
+    scored = [row for row in validations if metric in row]
+    figure, axes = _figure(2 if scored else 1)
+    _losses(axes[0], training, validations)
+    if scored:
+        axis = axes[1]
+        axis.plot(_column(scored, "step"), _column(scored, str(metric)), "-o", color=GREEN, markersize=5)
+        _label_last(axis, scored, str(metric))
+        _dress(axis, f"validation {shown.name(str(metric))}", "step")
+    return figure
+
+
+_NOT_FIGURES = frozenset({"step", "epoch", "split", "loss", "event", "message"})
+
+
+def _losses(axis: Axes, training: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> None:
+    steps, losses = _column(training, "step"), _column(training, "loss")
+    many = len(losses) > 20
+    axis.plot(steps, losses, color=BLUE, alpha=0.3 if many else 1.0, linewidth=1.2 if many else 1.8,
+              label=None if many else "training")  # fmt: skip
+    if many:
+        axis.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="training (smoothed)")
+    checked = [row for row in validations if "loss" in row]
+    if checked:
+        axis.plot(
+            _column(checked, "step"), _column(checked, "loss"), "-o", color=ORANGE, markersize=5, label="validation"
+        )
+    if training or checked:
+        axis.legend(frameon=False, fontsize=9)
+    _dress(axis, "loss", "step")
+
+
+def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Running mean over a twentieth of the points, centred, narrower at the ends."""
+    half = max(1, int(len(values) * share))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    place = np.arange(len(values))
+    low, high = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Figure:
+    """Gold classes in rows, predicted in columns; shaded by the share of the row, with the counts where they fit."""
+    matrix = np.asarray(counts, dtype=float)
+    rows = matrix.sum(axis=1, keepdims=True)
+    share = np.divide(matrix, rows, out=np.zeros_like(matrix), where=rows > 0)
+    side = float(np.clip(2.2 + 0.55 * len(labels), 4.2, 13))
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    image = axis.imshow(share, cmap=BLUES, vmin=0, vmax=1)
+    _name_classes(axis, labels)
+    if len(labels) <= NUMBERED_CLASSES:
+        _write_counts(axis, matrix, share)
+    bar = figure.colorbar(image, ax=axis, shrink=0.7, aspect=30)
+    bar.set_label("share of the gold class", color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, colors=INK)
+    return figure
+
+
+def _name_classes(axis: Axes, labels: Sequence[str]) -> None:
+    """Class names along both axes, slanted while they are few; white lines between the cells."""
+    classes, few = len(labels), len(labels) <= 12
+    names = [shown.plain(label, 20) for label in labels]
+    # a class may be called "$5_": that is no formula
+    font = {"fontsize": float(np.clip(11 - classes * 0.14, 4.5, 10)), "parse_math": False}
+    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    axis.set_xticks(range(classes), names, **font, **slant)
+    axis.set_yticks(range(classes), names, **font)
+    axis.set_xlabel("predicted", color=INK)
+    axis.set_ylabel("gold", color=INK)
+    axis.spines[:].set_visible(False)
+    axis.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5 if few else 0.5)
+    axis.tick_params(which="both", length=0, colors=INK)
+
+
+def _write_counts(axis: Axes, matrix: np.ndarray, share: np.ndarray) -> None:
+    longest = max(len(f"{value:.0f}") for value in matrix.flat)
+    size = float(np.clip(12 - 0.35 * len(matrix) - max(0, longest - 3), 5, 12))
+    for row, column in np.ndindex(*matrix.shape):
+        if matrix[row, column]:
+            colour = "white" if share[row, column] > 0.5 else INK
+            axis.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=size)
+
+
+def reliability_diagram(bins: Sequence[Mapping[str, Any]], error: float | None = None) -> Figure:
+    """Accuracy against confidence, by bin, with the rows of each bin below (Guo et al. 2017).
+
+    Args:
+        bins: ``low``, ``high``, ``count``, ``confidence``, ``accuracy`` of each.
+        error: the expected calibration error, for the title.
+    """
+    figure = Figure(figsize=(5.2, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
+    left = [one["low"] for one in bins]
+    width = [one["high"] - one["low"] for one in bins]
+    accuracy = np.array([one["accuracy"] for one in bins])
+    confidence = np.array([one["confidence"] for one in bins])
+    top.plot([0, 1], [0, 1], linestyle="--", color=FAINT, linewidth=1.2, label="perfect", zorder=3)
+    top.bar(left, accuracy, width, align="edge", color=BLUE, alpha=0.85, edgecolor="white", label="accuracy")
+    top.bar(left, confidence - accuracy, width, bottom=accuracy, align="edge", color=RED, alpha=0.25, edgecolor="white",
+            label="gap to confidence")  # fmt: skip
+    top.set(xlim=(0, 1), ylim=(0, 1))
+    top.legend(frameon=False, fontsize=9, loc="upper left")
+    _dress(top, "reliability" if error is None else f"reliability: calibration error {error:.3f}", "")
+    top.set_ylabel("accuracy", color=INK)
+    bottom.bar(left, [one["count"] for one in bins], width, align="edge", color=FAINT, edgecolor="white")
+    _dress(bottom, "", "confidence")
+    bottom.set_ylabel("rows", color=INK)
+    return figure
+
+
+def scatter(pairs: Sequence[Sequence[float]], name: str = "value") -> Figure:
+    """Predicted against gold numbers of a regression."""
+    figure = Figure(figsize=(5.2, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    points = np.asarray(pairs, dtype=float).reshape(-1, 2)
+    if len(points):
+        low, high = float(points.min()), float(points.max())
+        axis.plot([low, high], [low, high], linestyle="--", color=FAINT, linewidth=1.2, label="perfect")
+        axis.legend(frameon=False, fontsize=9)
+    axis.scatter(points[:, 0], points[:, 1], s=14, color=BLUE, alpha=0.45, linewidths=0)
+    _dress(axis, f"predicted against gold {shown.plain(name, 30)}", "gold")
+    axis.set_ylabel("predicted", color=INK)
+    return figure
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.6 * panels, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(np.atleast_1d(figure.subplots(1, panels)))
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
+
+
+def _label_last(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    last = rows[-1]
+    if last[name] is not None:
+        axis.annotate(shown.figure(last[name]), (last["step"], last[name]), textcoords="offset points", xytext=(0, 8),
+                      ha="right", fontsize=9, color=INK)  # fmt: skip
+    axis.margins(y=0.15)
+
+
+def _dress(axis: Axes, title: str, across: str) -> None:
+    axis.set_title(title, color=INK, fontsize=11, loc="left", parse_math=False)
+    axis.set_xlabel(across, color=INK)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(FAINT)
+    axis.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
+    if across == "step":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

@@ -1,0 +1,57 @@
+"""How figures, counts and users' texts are written, in terminals and in reports alike."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+
+def figure(value: float | None) -> str:
+    """Four significant digits, or a dash.
+
+    >>> figure(0.91249), figure(None)
+    ('0.9125', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    return f"{value:.4f}" if size < 10 else f"{value:,.2f}" if size < 1000 else f"{value:,.0f}"
+
+
+def with_interval(entry: Mapping[str, Any]) -> str:
+    """``0.9125 [0.8977, 0.9254]``, or the figure alone where no interval is known."""
+    if entry.get("low") is None:
+        return figure(entry["value"])
+    return f"{figure(entry['value'])} [{figure(entry['low'])}, {figure(entry['high'])}]"
+
+
+def name(metric: str) -> str:
+    """``matthews_correlation`` → ``matthews correlation``."""
+    return metric.replace("_", " ")
+
+
+def count(value: int) -> str:
+    """Thousands apart."""
+    return f"{value:,}"
+
+
+def size(value: float) -> str:
+    """Bytes in the largest unit below them.
+
+    >>> size(90_900_000)
+    '90.9 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def plain(text: Any, limit: int | None = None) -> str:
+    """A user's text on one line, cut to ``limit``; control and direction marks, which a terminal obeys, are dropped."""
+    spaced = " ".join(str(text).split())
+    clean = "".join(letter for letter in spaced if unicodedata.category(letter) not in {"Cc", "Cf", "Cs", "Co", "Cn"})
+    return clean if limit is None or len(clean) <= limit else f"{clean[: limit - 1]}…"

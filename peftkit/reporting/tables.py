@@ -1,0 +1,184 @@
+"""Terminal tables from the JSON of a run. Users' texts stand in them as plain text: no markup, no escape sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peftkit.reporting import shown
+
+
+def metrics(assessments: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Every figure with its interval, one column a split.
+
+    Args:
+        assessments: split → what ``evaluation.assessment.assess`` returns.
+    """
+    level = next((one["confidence"] for one in assessments.values()), 0.95)
+    table = _table(f"Result, with {level:.0%} intervals")
+    table.add_column("")
+    for split, one in assessments.items():
+        table.add_column(f"{split} ({one['rows']:,} rows)", justify="right")
+    for name in dict.fromkeys(name for one in assessments.values() for name in one["metrics"]):
+        cells = [one["metrics"].get(name) for one in assessments.values()]
+        table.add_row(shown.name(name), *(shown.with_interval(cell) if cell else "–" for cell in cells))
+    return table
+
+
+def baselines(assessment: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Group:
+    """The result beside the baselines, and whether finetuning helped.
+
+    Args:
+        entries: what ``evaluation.baselines.beside`` returns.
+    """
+    table = _table(f"Did finetuning help? ({assessment['split']})")
+    table.add_column("")
+    table.add_column("finetuned", justify="right", style="bold")
+    used = [entry for entry in entries if entry["metrics"]]
+    for entry in used:
+        table.add_column(shown.name(entry["name"]), justify="right")
+    for name, own in assessment["metrics"].items():
+        others = [entry["metrics"].get(name) for entry in used]
+        if any(other is not None for other in others):
+            table.add_row(shown.name(name), shown.figure(own["value"]), *map(shown.figure, others))
+    lines: list[RenderableType] = [table] if used else []
+    for entry in entries:
+        said = "; ".join(filter(None, (entry["verdict"], entry["note"])))
+        if said:
+            lines.append(Text(f"  {shown.name(entry['name'])}: {shown.plain(said)}"))
+    return Group(*lines)
+
+
+def per_class(assessment: Mapping[str, Any]) -> Table:
+    """Precision, recall and F1 of every class."""
+    table = _table(f"By class ({assessment['split']})")
+    table.add_column("")
+    for heading in ("precision", "recall", "f1", "rows", "predicted"):
+        table.add_column(heading, justify="right")
+    for row in assessment["per_class"]:
+        scores = (shown.figure(row[name]) for name in ("precision", "recall", "f1"))
+        table.add_row(
+            Text(shown.plain(row["label"], 40)), *scores, shown.count(row["rows"]), shown.count(row["predicted"])
+        )
+    return table
+
+
+def confusion(assessment: Mapping[str, Any], most: int = 12) -> Table | None:
+    """Gold by predicted counts; None where there are more than ``most`` classes, or none."""
+    labels = assessment["labels"]
+    if "confusion" not in assessment or len(labels) > most:
+        return None
+    table = _table(f"Confusion ({assessment['split']}): gold in rows, predicted in columns")
+    table.add_column("")
+    for label in labels:
+        table.add_column(Text(shown.plain(label, 14)), justify="right")
+    for number, (label, counts) in enumerate(zip(labels, assessment["confusion"])):
+        cells = [
+            Text(shown.count(value), style="bold" if column == number else "") for column, value in enumerate(counts)
+        ]
+        table.add_row(Text(shown.plain(label, 24)), *cells)
+    return table
+
+
+def mistakes(assessment: Mapping[str, Any], most: int = 5) -> Table:
+    """The wrong predictions that were surest of themselves."""
+    table = _table(f"Worst mistakes ({assessment['split']})")
+    numbers = assessment["problem_type"] == "regression"
+    for heading in ("gold", "predicted", "error" if numbers else "sure", "where", "text"):
+        table.add_column(heading, overflow="fold" if heading == "text" else "ellipsis")
+    for row in assessment["mistakes"][:most]:
+        sure = shown.figure(row["error"]) if numbers else f"{row['confidence']:.0%}"
+        table.add_row(Text(answer(row["gold"])), Text(answer(row["predicted"])), sure, Text(place(row)),
+                      Text(shown.plain(row["text"], 120)))  # fmt: skip
+    return table
+
+
+def trainable(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """What of the model is trained.
+
+    Args:
+        parts: ``part``, ``parameters``, ``trainable``, ``dtype``, ``bytes`` of each.
+    """
+    total = sum(part["parameters"] for part in parts)
+    learned = sum(part["parameters"] for part in parts if part["trainable"])
+    share = learned / total if total else 0.0
+    table = _table(f"Trainable: {learned:,} of {total:,} parameters ({share:.2%})")
+    table.add_column("part")
+    for heading in ("parameters", "dtype", "held in"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for part in parts:
+        state = Text("trained", style="bold green") if part["trainable"] else Text("frozen", style="dim")
+        table.add_row(part["part"], shown.count(part["parameters"]), part["dtype"], shown.size(part["bytes"]), state)
+    return table
+
+
+def cleaning(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """What was done to the rows before training.
+
+    Args:
+        steps: ``name``, ``split``, ``action``, ``rows``, ``examples`` of each.
+    """
+    table = _table("Cleaning")
+    table.add_column("step")
+    table.add_column("split")
+    table.add_column("rows", justify="right")
+    table.add_column("such as", overflow="fold")
+    for step in steps:
+        examples = "; ".join(shown.plain(example, 60) for example in step["examples"][:2])
+        action = f"{shown.count(step['rows'])} {step['action']}" if step["rows"] else "none"
+        table.add_row(shown.name(step["name"]), step["split"], action, Text(examples))
+    return table
+
+
+def splits(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows, tokens and truncation of every split, from mappings that share their keys."""
+    table = _table("Data")
+    for number, heading in enumerate(rows[0] if rows else ()):
+        table.add_column(shown.name(heading), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(
+            *(Text(shown.count(cell) if isinstance(cell, int) else shown.plain(cell)) for cell in row.values())
+        )
+    return table
+
+
+def next_commands(commands: Sequence[tuple[str, str]]) -> Table:
+    """What to type next.
+
+    Args:
+        commands: (what it does, the command) in order.
+    """
+    table = Table(title="Next", title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for said, command in commands:
+        table.add_row(said, Text(command, style="cyan"))
+    return table
+
+
+def answer(value: Any) -> str:
+    """A label, a list of labels or a number as one cell."""
+    if isinstance(value, float):
+        return shown.figure(value)
+    return (
+        ", ".join(shown.plain(item, 24) for item in value) or "none"
+        if isinstance(value, list)
+        else shown.plain(value, 24)
+    )
+
+
+def place(row: Mapping[str, Any]) -> str:
+    """``file:line`` of a row, as far as it is known."""
+    if not row.get("file"):
+        return ""
+    file = str(row["file"]).replace("\\", "/").rpartition("/")[2]
+    return shown.plain(f"{file}:{row['line']}" if row.get("line") else file)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", header_style="bold", padding=(0, 1))
