@@ -1,0 +1,111 @@
+"""A low-rank addition to a linear layer that does no extra work (LoRA, arXiv:2106.09685).
+
+    y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ
+
+All products run in x's precision: no fp32 copy of x, nothing as wide as y beside y itself (the second product is
+added in place). Only x is kept for the backward pass, which forms x Aᵀ, a few columns wide, once more; the gradient by
+x is one product with W to which the low-rank part is added in place, and is left out where x needs none, so that
+the backward pass ends at the lowest adapted layer.
+
+Shape suffixes: N tokens, I and O width of input and output, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
+) -> Tensor:
+    """A frozen linear layer with its low-rank addition.
+
+    Args:
+        x: [..., I] in the weight's dtype.
+        weight_OI, bias_O: frozen.
+        a_RI, b_OR: trained, in any dtype; cast to x's once a call.
+        scale: s.
+        p: probability with which an element of x is dropped on its way to A.
+    """
+    return _Linear.apply(x, weight_OI, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
+
+
+def add(y: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, p: float) -> Tensor:
+    """``y`` (the output of any frozen layer, quantized ones too) with the low-rank addition put into it, in place."""
+    return _Add.apply(y, x, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(x, weight, bias)
+            keep = _add_into(y, x, a, b, scale, p)
+        ctx.save_for_backward(x, weight, a, b, keep)
+        ctx.scale, ctx.p = scale, p
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, keep = ctx.saved_tensors
+        grad_x = torch.matmul(grad_y, weight) if ctx.needs_input_grad[0] else None
+        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, ctx.scale, ctx.p)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            keep = _add_into(y, x, a, b, scale, p)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, a, b, keep)
+        ctx.scale, ctx.p = scale, p
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, keep = ctx.saved_tensors
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        grad_x, grad_a, grad_b = _gradients(grad_y.to(x.dtype), grad_x, x, a, b, keep, ctx.scale, ctx.p)
+        return grad_y if ctx.needs_input_grad[0] else None, grad_x, grad_a, grad_b, None, None
+
+
+def _add_into(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor | None:
+    """Adds the low-rank part to y; returns which elements of x were kept, one byte each, or None without dropout."""
+    keep = None
+    if p > 0:
+        x, keep = torch.native_dropout(x, p, True)
+    small_NR = F.linear(x, a.to(x.dtype)).flatten(0, -2)
+    y_NO = y.view(-1, y.shape[-1])
+    y_NO.addmm_(small_NR.to(y.dtype), b.to(y.dtype).T, alpha=scale)
+    return keep
+
+
+def _gradients(
+    grad_y: Tensor, grad_x: Tensor | None, x: Tensor, a: Tensor, b: Tensor, keep: Tensor | None, scale: float, p: float
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Adds the low-rank part to ``grad_x`` (None: x needs none), and forms the gradients by A and B."""
+    grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
+    x_NI = x.reshape(-1, x.shape[-1])
+    a_RI, keep_NI = a.to(x.dtype), None
+    if keep is not None:
+        keep_NI = keep.reshape(x_NI.shape)
+        x_NI = x_NI * keep_NI * (1 / (1 - p))
+    small_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
+    grad_a = (small_NR.T @ x_NI).to(a.dtype)
+    grad_b = (grad_NO.T @ (x_NI @ a_RI.T)).mul_(scale).to(b.dtype)
+    if grad_x is not None and keep_NI is None:
+        grad_x.view(x_NI.shape).addmm_(small_NR, a_RI)
+    elif grad_x is not None:
+        grad_x.view(x_NI.shape).addcmul_(small_NR @ a_RI, keep_NI, value=1 / (1 - p))
+    return grad_x, grad_a, grad_b
