@@ -46,7 +46,7 @@ def explain(error: Exception, name: str, revision: str | None, *, field: str) ->
         said = f"'{name}' is not complete in the cache and {_why_offline()}"
     else:
         cause = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        said = f"the download of '{name}' broke off ({cause}); run it again, it goes on where it stopped"
+        said = f"the download of '{name}' broke off ({cause}); run it again, files that are complete are kept"
     return HubError(f"{field}: {said}. {way_out}")
 
 
