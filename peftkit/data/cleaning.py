@@ -6,7 +6,7 @@ what it did. Texts are compared without case and spacing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -45,9 +45,7 @@ def drop_duplicates(rows: Rows, alive: np.ndarray, action: str) -> list[Cleaning
         again = np.flatnonzero(earlier != np.arange(len(index)))
         if len(again):
             kept = dict(zip(index[again].tolist(), index[earlier[again]].tolist()))
-            steps.append(
-                _step(rows, "duplicates", part, action, index[again], alive, lambda row: f" = {rows.place(kept[row])}")
-            )
+            steps.append(_step(rows, "duplicates", part, action, index[again], alive, kept))
     return steps
 
 
@@ -70,22 +68,16 @@ def near_duplicates(
     pairs = find_pairs(
         lambda wanted: (words_of(text) for text in texts(index[wanted])), len(index), cleaning.near_threshold
     )
-    removed: dict[int, tuple[int, float]] = {}
-    for later, earlier, similarity in pairs:  # ordered by the later row: what it resembles is decided already
+    removed: dict[int, int] = {}
+    for later, earlier, _ in pairs:  # ordered by the later row: what it resembles is decided already
         if later not in removed and earlier not in removed:
-            removed[later] = (earlier, similarity)
+            removed[later] = earlier
             groups[index[later]] = groups[index[earlier]]
     if not removed:
         return [], groups
     found = index[np.array(sorted(removed))]
-    kept = {int(index[later]): (int(index[earlier]), similarity) for later, (earlier, similarity) in removed.items()}
-    steps = [
-        _step(
-            rows, "near_duplicates", "train", cleaning.near_duplicates, found, alive,
-            lambda row: f" ~ {rows.place(kept[row][0])} ({kept[row][1]:.2f})",
-        )
-    ]  # fmt: skip
-    return steps, groups
+    twins = {int(index[later]): int(index[earlier]) for later, earlier in removed.items()}
+    return [_step(rows, "near_duplicates", "train", cleaning.near_duplicates, found, alive, twins, " ~ ")], groups
 
 
 def drop_leakage(rows: Rows, alive: np.ndarray, part: np.ndarray, action: str) -> list[CleaningStep]:
@@ -105,15 +97,12 @@ def drop_leakage(rows: Rows, alive: np.ndarray, part: np.ndarray, action: str) -
         if not len(leaked):
             continue
         where = dict(zip(rows.text[held].tolist(), held.tolist()))
-
-        def twin(row: int, where: dict[int, int] = where) -> str:
-            other = where[int(rows.text[row])]
-            return f" = {rows.place(other)} ({PARTS[part[other]]})"
-
-        step = _step(rows, "leakage", PARTS[inner], action, leaked, alive, twin)
+        twins = {row: where[int(rows.text[row])] for row in leaked.tolist()}
+        step = _step(rows, "leakage", PARTS[inner], action, leaked, alive, twins)
         if action == "error":
-            said = f"{step.rows} rows of the {step.split} split also stand in the data it is judged by; remove them, or set data.cleaning.leakage=drop"
-            raise DataError("\n  ".join([said, *step.examples]))
+            said = f"{step.rows} rows of the {step.split} split also stand in the data it is judged by"
+            hint = "remove them, or set data.cleaning.leakage=drop"
+            raise DataError("\n  ".join([f"{said}; {hint}", *step.examples]))
         steps.append(step)
     return steps
 
@@ -132,9 +121,13 @@ def _step(
     action: str,
     found: np.ndarray,
     alive: np.ndarray,
-    twin: Callable[[int], str] = lambda row: "",
+    twins: Mapping[int, int] | None = None,
+    sign: str = " = ",
 ) -> CleaningStep:
-    examples = tuple(f"{rows.place(row)}{twin(int(row))}" for row in found[:EXAMPLES])
+    """The step over the rows ``found``; ``twins`` says which other row each collides with."""
+    examples = []
+    for row in found[:EXAMPLES].tolist():
+        examples.append(f"{rows.place(row)}{sign}{rows.place(twins[row])}" if twins else rows.place(row))
     if action == "drop":
         alive[found] = False
-    return CleaningStep(name, part, "dropped" if action == "drop" else "reported", len(found), examples)
+    return CleaningStep(name, part, "dropped" if action == "drop" else "reported", len(found), tuple(examples))

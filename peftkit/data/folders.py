@@ -55,7 +55,7 @@ def layout_of(path: Path, data: DataConfig) -> Layout:
 
 
 def open_file(path: Path, data: DataConfig, *, alone: bool = True) -> File:
-    """The file with the reader that its suffix names; a text file is one document, or sections where it stands alone."""
+    """The file with the reader of its suffix; a text file is one document, or sections where it stands alone."""
     suffix = path.suffix.lower()
     if suffix in READERS:
         return File(path, READERS[suffix])
@@ -116,13 +116,11 @@ def _loose(path: Path, data: DataConfig) -> list[File]:
         return [open_file(tables[0], data)]
     if tables:
         names = ", ".join(child.name for child in tables[:8])
-        raise DataError(
-            f"several data files and none is named train: {names}; name one of them in data.source", file=path
-        )
+        raise DataError(f"none of these is named train: {names}; name one in data.source", file=path)
     if texts:
         return [open_file(text, data, alone=len(texts) == 1) for text in texts]
     names = ", ".join(child.name for child in _visible(path)[:8]) or "nothing"
-    said = "expected train, validation and test files (csv, tsv, json, jsonl, parquet, txt), or one folder of .txt files a label"
+    said = f"expected train, validation and test files ({', '.join(SUFFIXES)}), or one folder of .txt files a label"
     raise DataError(f"{said}; found {names}", file=path)
 
 

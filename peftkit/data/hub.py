@@ -61,6 +61,7 @@ def rows_of(split: Any, name: str, part: str, data: DataConfig) -> Iterator[Row]
 def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubError:
     """What went wrong between us and the hub, in one message."""
     from huggingface_hub import errors
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     causes = list(_causes(error))
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/datasets/{name}"
@@ -72,16 +73,11 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
     elif _has(causes, errors.RevisionNotFoundError):
         said = f"'{name}' has no revision '{data.revision}': see {page}/commits, or set data.revision=null"
     elif _has(causes, errors.RepositoryNotFoundError):
-        said = f"there is no data set '{name}' at {page} (or it is private and HF_TOKEN does not open it), and no such file or folder here"
-    elif _has(causes, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE", "0").upper() in (
-        "1",
-        "TRUE",
-        "YES",
-        "ON",
-    ):
         said = (
-            f"'{name}' is not in the cache and HF_HUB_OFFLINE is set: unset it, or download the data once while online"
+            f"'{name}' is no file or folder here, and there is no data set at {page} (or it is private: set HF_TOKEN)"
         )
+    elif _has(causes, errors.OfflineModeIsEnabled) or HF_HUB_OFFLINE:
+        said = f"'{name}' is not in the cache and HF_HUB_OFFLINE is set: unset it, or download it once while online"
     elif _unreachable(causes):
         said = f"'{name}' is not in the cache and the hub cannot be reached: check the network (HF_ENDPOINT, proxies)"
     elif isinstance(error, RuntimeError) and "script" in str(error):
@@ -89,7 +85,7 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
     elif "DataFilesNotFound" in type(error).__name__ or "EmptyDataset" in type(error).__name__:
         said = f"'{name}' holds no data file that can be read: see {page}/tree/main"
     else:
-        said = f"the download of '{name}' broke off ({_first_line(causes)}); run it again, files that are complete are kept"
+        said = f"the download of '{name}' broke off ({_first_line(causes)}); run it again, complete files are kept"
     return HubError(f"data.source: {said}. {WAY_OUT}")
 
 

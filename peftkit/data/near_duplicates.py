@@ -86,7 +86,7 @@ def _candidates(keys: np.ndarray) -> np.ndarray:
 
 
 def _band_keys(texts: list[Sequence[str]], bands: int, width: int) -> np.ndarray:
-    """One hash a band and row, [bands, rows], uint64: of the ``width`` least hashes of the row's shingles in the band."""
+    """One hash a band and row, [bands, rows], uint64: of the least hashes of the row's shingles in the band."""
     hashed = [_shingle_hashes(words) for words in texts]
     starts = np.cumsum([0, *(len(held) for held in hashed[:-1])])
     flat = np.concatenate(hashed)

@@ -237,7 +237,7 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over all that decides on the tokens: vocabulary, rules, special tokens, template; not its padding state."""
+    """SHA-256 over all that decides on the tokens: vocabulary, rules, special tokens, template; not the padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     held: dict[str, Any]
     if backend is not None:

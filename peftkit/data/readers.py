@@ -58,7 +58,9 @@ def _csv_rows(reader: Any, lines: _Lines, path: Path, problems: Problems) -> Ite
         if header is None:
             header = _header(fields, path, start)
         elif len(fields) != len(header):
-            said = f"expected {len(header)} fields as in the header, found {len(fields)}: quote fields that hold the separator"
+            said = (
+                f"expected {len(header)} fields as in the header, found {len(fields)}; quote fields with the separator"
+            )
             problems.add(DataError(said, file=path, line=start, column=_ragged_column(header, fields)))
         else:
             yield {**dict(zip(header, fields)), "_file": str(path), "_line": start}

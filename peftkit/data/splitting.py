@@ -51,7 +51,7 @@ def make_splits(
             count = _count(size, total, len(rest), PARTS[number])
             held = hold_out(rest, units[rest], strata[rest], count, _generator(data, purpose))
             if not len(held):
-                said = f"the {PARTS[number]} split cannot be made: the {total} rows are parts of one document, or of one text"
+                said = f"the {PARTS[number]} split cannot be made: the {total} rows are parts of one document or text"
                 raise DataError(f"{said}; name a file for it, or add documents")
             part[held] = number
             steps.append(CleaningStep("split", PARTS[number], "kept", len(held)))

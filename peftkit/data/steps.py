@@ -12,7 +12,8 @@ class CleaningStep:
     """One thing that was done to one split."""
 
     name: str
-    """empty, control_characters, duplicates, near_duplicates, conflicts, leakage, split, limit, mixing, augmentation."""
+    """empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing, limit,
+    or augmentation."""
     split: str
     action: str
     """dropped, changed, reported, kept or added."""
