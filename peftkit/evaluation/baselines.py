@@ -46,7 +46,7 @@ def majority(
         train_labels, labels: canonical labels of the training split and of the split that is scored.
         task: the Classification, for its loss and its threshold.
     """
-    known = np.asarray(train_labels, dtype=np.float64)
+    known, labels = np.asarray(list(train_labels), dtype=np.float64), list(labels)
     if info.problem_type == REGRESSION:
         logits, said = np.array([known.mean()]), f"always {known.mean():.4g}, the mean of training"
     elif info.problem_type == MULTI:
@@ -88,6 +88,7 @@ def zero_shot(
     note = _inapplicable(info)
     if note:
         return Baseline("zero_shot", note=note)
+    texts, labels = list(texts), list(labels)
     rows = np.arange(len(texts))
     decoder = zero_shot_scores.is_decoder(model)
     if decoder and len(rows) > DECODER_ROWS:

@@ -40,8 +40,8 @@ def mcnemar(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> 
 
 
 def verdict(compared: dict[str, Any], other: str, level: float = 0.05) -> str:
-    """One sentence for the user: "finetuning helped: +12.3 points over zero_shot (p < 0.001)"."""
-    points = f"{compared['difference'] * 100:+.1f} points against {other}"
+    """One sentence for the user: "finetuning helped: +12.3 points against zero shot (p < 0.001)"."""
+    points = f"{compared['difference'] * 100:+.1f} points against {other.replace('_', ' ')}"
     p_value = compared["p_value"]
     chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     if p_value >= level:

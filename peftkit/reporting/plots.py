@@ -49,11 +49,12 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None
 
     Args:
         rows: lines of metrics.jsonl; those with a ``split`` are validations, those with a ``loss`` alone training.
-        metric: the figure; None takes the first of the validations that is not the loss.
+        metric: the figure; None, or the loss, takes the first of the validations that is not the loss.
     """
     training = [row for row in rows if "split" not in row and "loss" in row]
     validations = [row for row in rows if row.get("split") == "validation"]
-    metric = metric or next((name for row in validations for name in row if name not in _NOT_FIGURES), None)
+    if metric in (None, "loss"):
+        metric = next((name for row in validations for name in row if name not in _NOT_FIGURES), None)
     scored = [row for row in validations if metric in row]
     figure, axes = _figure(2 if scored else 1)
     _losses(axes[0], training, validations)
@@ -156,9 +157,9 @@ def reliability_diagram(bins: Sequence[Mapping[str, Any]], error: float | None =
     accuracy = np.array([one["accuracy"] for one in bins])
     confidence = np.array([one["confidence"] for one in bins])
     top.plot([0, 1], [0, 1], linestyle="--", color=FAINT, linewidth=1.2, label="perfect", zorder=3)
-    top.bar(left, accuracy, width, align="edge", color=BLUE, alpha=0.85, edgecolor="white", label="accuracy")
-    top.bar(left, confidence - accuracy, width, bottom=accuracy, align="edge", color=RED, alpha=0.25, edgecolor="white",
-            label="gap to confidence")  # fmt: skip
+    top.bar(left, accuracy, width, align="edge", color=BLUE, alpha=0.8, edgecolor="white", label="accuracy")
+    right = [one["high"] for one in bins]
+    top.hlines(confidence, left, right, color=RED, linewidth=2.2, label="mean confidence", zorder=4)
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.legend(frameon=False, fontsize=9, loc="upper left")
     _dress(top, "reliability" if error is None else f"reliability: calibration error {error:.3f}", "")
