@@ -1,1 +1,17 @@
+"""Adapters, merged models and whole models that other libraries load, each with a proof of equal outputs."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def run_export(run: str | Path, to: str | Path, *, merge: bool = False) -> str:
+    """Writes what a run learned to a new folder; returns a sentence about it.
+
+    Raises:
+        RunError: ``run`` is not a finished run, or ``to`` holds something already.
+        ExportError: the export does not reproduce the trained model.
+    """
+    from peftkit.export.delivery import deliver
+
+    return deliver(Path(run), Path(to), merge=merge)

@@ -31,16 +31,22 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tenso
         pooling: "own", "mean" or "cls".
     """
     inner = unwrap(model)
-    takes = _parameters(inner.__class__)
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in takes and name != "labels"}
-    if "use_cache" in takes:
-        inputs["use_cache"] = False
+    inputs = _inputs(inner, batch)
     if pooling == "own":
         return model(**inputs).logits.float()
     mask = batch["attention_mask"]
     with _pooled_before_head(inner, mask, pooling) as pooled:
         scores = model(**inputs).logits
     return (scores if pooled else pool(scores, mask, pooling)).float()
+
+
+def plain_logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tensor:
+    """The same scores the way a reader of the model card gets them: head on every token first, then the mean.
+
+    In fp32 this equals ``logits`` to rounding; in bf16 the head's products are rounded token by token.
+    """
+    scores = model(**_inputs(unwrap(model), batch)).logits.float()
+    return scores if pooling == "own" else pool(scores, batch["attention_mask"], pooling)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -102,6 +108,13 @@ def _is_linear(module: nn.Module) -> bool:
     """A linear layer, or peft's wrapper around one that is trained in full."""
     original = getattr(module, "original_module", module)
     return isinstance(original, nn.Linear)
+
+
+def _inputs(inner: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the model's forward takes of a batch; its loss is not wanted, nor a cache of keys and values."""
+    takes = _parameters(inner.__class__)
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in takes and name != "labels"}
+    return inputs | ({"use_cache": False} if "use_cache" in takes else {})
 
 
 @functools.cache

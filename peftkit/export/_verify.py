@@ -1,0 +1,71 @@
+"""Loads an export with plain peft and transformers, in a process of its own, and writes the logits that it gives.
+
+    python -I _verify.py FOLDER    # holding job.json and inputs.safetensors
+
+Nothing of peftkit is imported: what this file can do, any reader of the model card can do.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+def load(job):
+    """The exported model as the card says to load it."""
+    dtype = getattr(torch, job["dtype"])
+    auto = getattr(transformers, job["auto_class"])
+    if job["saves"] == "model":
+        return auto.from_pretrained(job["folder"], dtype=dtype)
+    from peft import PeftModel
+
+    arguments = {"config": transformers.AutoConfig.from_pretrained(job["folder"])}
+    if job["revision"]:
+        arguments["revision"] = job["revision"]
+    if job["quantization"]:
+        arguments["quantization_config"] = transformers.BitsAndBytesConfig(**job["quantization"])
+        arguments["device_map"] = {"": job["device"]}
+    base = auto.from_pretrained(job["base"], dtype=dtype, ignore_mismatched_sizes=True, **arguments)
+    for name, module in base.named_modules():
+        if name.split(".")[-1] in job["heads"]:
+            module.float()  # heads were trained in fp32; in half precision they would be rounded on loading
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # the same kernels as in training
+    return PeftModel.from_pretrained(base, job["folder"])
+
+
+def logits(model, inputs, pooling):
+    """[rows, labels] of a classifier, [tokens, vocabulary] of a language model."""
+    scores = model(**inputs).logits.float()
+    mask = inputs["attention_mask"]
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1)
+        return (scores * weights).sum(1) / weights.sum(1)
+    if pooling == "cls":
+        return scores[torch.arange(len(scores)), mask.int().argmax(1)]
+    return scores if scores.dim() == 2 else scores[mask.bool()]
+
+
+def main():
+    """Reads the job, writes logits.safetensors and versions.json beside it."""
+    work = Path(sys.argv[1])
+    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
+    model = load(job).eval()
+    if not job["quantization"]:
+        model = model.to(job["device"])
+    inputs = {name: tensor.to(job["device"]) for name, tensor in load_file(work / "inputs.safetensors").items()}
+    dtype = getattr(torch, job["dtype"])
+    with torch.no_grad(), torch.autocast(job["device"], dtype=dtype, enabled=dtype != torch.float32):
+        found = logits(model, inputs, job["pooling"])
+    save_file({"logits": found.cpu().contiguous()}, work / "logits.safetensors")
+    names = ("torch", "transformers", "peft")
+    (work / "versions.json").write_text(json.dumps({name: version(name) for name in names}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The model card: what was trained, on what, how well it does, how far to trust it, and the code that loads it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from peftkit.export import proof
+from peftkit.export.description import Description
+from peftkit.recipe import Recipe
+
+FILE = "README.md"
+PIPELINE = {"classification": "text-classification", "causal_lm": "text-generation"}
+
+TEMPLATE = """\
+---
+{{ metadata }}
+---
+# {{ about.recipe }}
+
+{{ opening }}
+
+## Use
+{% if about.saves == "adapter" %}
+With peft and transformers alone{{ local_base }}:
+{%- else %}
+With transformers alone:
+{%- endif %}
+
+```python
+{{ code }}
+```
+
+With peftkit: `peftkit.load("this folder").{{ "generate" if causal else "predict" }}(["a text"])`.
+{% if about.labels %}
+Labels, in the order of the logits: {{ about.labels | join(", ") }}.
+{% endif %}
+## Training
+| | |
+|---|---|
+{% for name, value in training -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+The whole recipe is in `recipe.yaml`.
+
+## Results
+{% if results -%}
+| split | {{ columns | join(" | ") }} |
+|---|{{ "---|" * columns | length }}
+{% for split, values in results -%}
+| {{ split }} | {{ values | join(" | ") }} |
+{% endfor %}
+{%- else -%}
+No figures were recorded.
+{% endif %}
+## Proof
+{% if proof -%}
+In a fresh process, plain {{ "peft and transformers" if about.saves == "adapter" else "transformers" }} loaded this \
+folder and gave the logits of the trained model on {{ proof.rows }} rows ({{ proof.logits }} logits, {{ proof.dtype }}, \
+{{ proof.device }}): the largest difference was {{ "%.2g" | format(proof.relative) }} of the logits' standard \
+deviation, {{ "%g" | format(proof.tolerance) }} was allowed, and the likeliest answer was the same in \
+{{ "%.1f" | format(100 * proof.same_choice) }} % of them.
+{%- else -%}
+None was made (`export.prove` was off).
+{%- endif %}
+
+## Limits
+{% for limit in limits -%}
+- {{ limit }}
+{% endfor %}"""
+
+
+def write(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes README.md into an exported folder; the proof's figures are read from it."""
+    (folder / FILE).write_text(render(folder, about, recipe, metrics), encoding="utf-8")
+
+
+def render(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The card as Markdown."""
+    environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    columns, results = _results(metrics)
+    causal = about.info.problem_type == "causal_lm"
+    return environment.from_string(TEMPLATE).render(
+        about={"recipe": about.recipe, "saves": about.saves, "labels": about.info.labels},
+        causal=causal,
+        code=code(about),
+        columns=columns,
+        limits=_limits(about, recipe),
+        local_base=" (the base lies where it was trained)" if Path(about.base).is_absolute() else "",
+        metadata=_metadata(about),
+        opening=_opening(about, recipe),
+        proof=proof.read(folder),
+        results=results,
+        training=_training(about, recipe),
+    )
+
+
+def code(about: Description) -> str:
+    """Python that loads the export without peftkit and gives logits, pooling included."""
+    auto = about.auto_class
+    names = ["AutoTokenizer", auto] + (["AutoConfig"] if about.saves == "adapter" else [])
+    lines = ["import torch", f"from transformers import {', '.join(sorted(names))}", ""]
+    if about.saves == "adapter":
+        lines.insert(1, "from peft import PeftModel")
+        revision = f", revision={about.revision!r}" if about.revision else ""
+        lines += [
+            'folder = "path/to/this/folder"',
+            "config = AutoConfig.from_pretrained(folder)",
+            f"base = {auto}.from_pretrained({about.base!r}{revision}, config=config, dtype=torch.float32)",
+            "model = PeftModel.from_pretrained(base, folder).eval()",
+        ]
+    else:
+        lines += [
+            'folder = "path/to/this/folder"',
+            f"model = {auto}.from_pretrained(folder, dtype=torch.float32).eval()",
+        ]
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
+    return "\n".join(lines + (_generation_code() if not about.heads else _classifier_code(about)))
+
+
+def _generation_code() -> list[str]:
+    return [
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+    ]
+
+
+def _classifier_code(about: Description) -> list[str]:
+    lines = [
+        "inputs = tokenizer(",
+        f'    ["a text", "another text"], truncation=True, max_length={about.max_length}, padding=True, '
+        'return_tensors="pt"',
+        ")",
+        "with torch.no_grad():",
+        "    logits = model(**inputs).logits",
+    ]
+    if about.pooling == "mean":
+        lines += [
+            'mask = inputs["attention_mask"].unsqueeze(-1)',
+            "logits = (logits * mask).sum(1) / mask.sum(1)  # mean over the tokens: linear in them, like the head",
+        ]
+    elif about.pooling == "cls":
+        lines.append("logits = logits[:, 0]  # the first token")
+    return [*lines, _answer(about.info.problem_type)]
+
+
+def _answer(problem_type: str) -> str:
+    if problem_type == "regression":
+        return "print(logits.squeeze(-1).tolist())"
+    if problem_type == "multi_label_classification":
+        return "print(logits.sigmoid().tolist())"
+    return "print([model.config.id2label[index] for index in logits.argmax(-1).tolist()])"
+
+
+def _metadata(about: Description) -> str:
+    """The hub's front matter; JSON is YAML, and leaves nothing to quote by hand."""
+    values: dict[str, Any] = {
+        "library_name": "peft" if about.saves == "adapter" else "transformers",
+        "pipeline_tag": PIPELINE["causal_lm" if about.info.problem_type == "causal_lm" else "classification"],
+        "tags": ["peftkit", about.method],
+    }
+    if not Path(about.base).is_absolute():
+        values = {"base_model": about.base, **values}
+    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
+
+
+def _opening(about: Description, recipe: Recipe) -> str:
+    sources = recipe.data.source if isinstance(recipe.data.source, str) else ", ".join(recipe.data.source)
+    what = {
+        "single_label_classification": f"chooses one of {len(about.info.labels)} labels for a text",
+        "multi_label_classification": f"says which of {len(about.info.labels)} labels hold for a text",
+        "regression": "gives a text a number",
+        "causal_lm": "continues or answers a text",
+    }[about.info.problem_type]
+    return f"Finetuned from `{about.source}` with `{about.method}` on `{sources}`. It {what}."
+
+
+def _training(about: Description, recipe: Recipe) -> list[tuple[str, Any]]:
+    method = recipe.method.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
+    options = ", ".join(f"{name} {value}" for name, value in method.items())
+    size = (
+        f"{recipe.training.batch_tokens} tokens"
+        if recipe.training.batch_tokens
+        else f"{recipe.training.batch_size} rows"
+    )
+    rows: list[tuple[str, Any]] = [
+        ("base", f"`{about.base}`" + (f" at `{about.revision}`" if about.revision else "")),
+        ("fingerprint of the base", f"`{about.fingerprint}`"),
+        ("method", about.method + (f" ({options})" if options else "")),
+        ("pooling", about.pooling) if about.heads else ("head", "the base's own"),
+        ("epochs", f"{recipe.training.epochs:g}"),
+        ("batch", size),
+        ("learning rate", f"{recipe.learning_rate:g}, {recipe.training.scheduler}"),
+        ("longest row", f"{about.max_length} tokens"),
+        ("seed", recipe.training.seed),
+        ("dtype of frozen weights", about.dtype if about.quantization is None else about.quantization["kind"]),
+        ("software", ", ".join(f"{name} {version(name)}" for name in ("peftkit", "torch", "transformers", "peft"))),
+        ("machine", f"Python {platform.python_version()}, {platform.machine()}"),
+    ]
+    return rows
+
+
+def _results(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Columns are the figures that any split has; rows are the splits."""
+    splits = {name: values for name, values in metrics.items() if isinstance(values, Mapping)}
+    numbers = {
+        split: {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for split, values in splits.items()
+    }
+    columns = list(dict.fromkeys(name for values in numbers.values() for name in values))[:8]
+    rows = [
+        (split, [f"{values[name]:.4g}" if name in values else "" for name in columns])
+        for split, values in numbers.items()
+        if any(name in values for name in columns)
+    ]
+    return columns, rows
+
+
+def _limits(about: Description, recipe: Recipe) -> list[str]:
+    limits = [
+        f"Texts were cut after {about.max_length} tokens in training; longer ones are cut in `predict`, too.",
+        "The figures hold for texts like those of the data set; nothing was tested on others.",
+        "What the base model learned before, its errors and biases among it, is still there.",
+    ]
+    if about.quantization is not None:
+        limits.append(
+            f"It was trained on a base held in {about.quantization['kind']}; on the unquantized base its logits differ "
+            "a little."
+        )
+    if about.saves == "adapter":
+        limits.append("It fits the one base named above: on any other, peft may load it without a word and be wrong.")
+    return limits

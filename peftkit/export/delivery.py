@@ -1,0 +1,43 @@
+"""A finished run's export copied, or merged, to a folder of the user's choice."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from peftkit.errors import MethodError, RunError
+from peftkit.export import description, proof
+from peftkit.export.adapter import staged
+from peftkit.export.loading import find_export, refuse_pickles
+from peftkit.export.merge import merge as merge_adapter
+from peftkit.recipe import Recipe
+
+
+def deliver(run: Path, to: Path, *, merge: bool) -> str:
+    """See ``peftkit.export.run_export``."""
+    folder = find_export(run)
+    about = description.read(folder)
+    refuse_pickles(folder)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
+    if not merge:
+        with staged(to) as stage:
+            shutil.copytree(folder, stage, dirs_exist_ok=True)
+        return f"wrote the {about.saves} to {to}{_proven(to)}"
+    if about.saves == "model":
+        raise MethodError(
+            f"method '{about.method}' trained the base itself, so there is nothing to merge; leave --merge out"
+        )
+    tolerance = Recipe.from_yaml(folder / "recipe.yaml").export.tolerance
+    merge_adapter(folder, to, tolerance=tolerance)
+    return f"wrote the merged model to {to}{_proven(to)}"
+
+
+def _proven(folder: Path) -> str:
+    found = proof.read(folder)
+    if found is None:
+        return "; nothing was proven (export.prove=false)"
+    return (
+        f"; reloaded in a fresh process its logits differ from the trained model's by {found['relative']:.1g} of their "
+        f"spread ({found['tolerance']:g} allowed)"
+    )

@@ -1,0 +1,176 @@
+"""Loads an exported folder again, refusing what is foreign, unsafe, or made for another base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from peftkit.errors import ModelError, RunError
+from peftkit.export import description
+from peftkit.export.description import Description
+from peftkit.models import policy
+from peftkit.models.loading import load_base, settle_dtypes
+from peftkit.models.sources import PICKLED, check_config
+from peftkit.models.tokenizer import tokenizer_in
+from peftkit.parts import LoadedModel
+from peftkit.recipe import Recipe, replace
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was loaded: the model in evaluation mode, and what is known of it."""
+
+    loaded: LoadedModel
+    recipe: Recipe
+    about: Description
+    folder: Path
+
+
+def find_export(path: Path) -> Path:
+    """The exported folder of a run, or ``path`` itself where it is one; raises RunError otherwise."""
+    if not path.is_dir():
+        raise RunError(f"{path}: there is no such folder; expected a run, or its adapter/ or model/")
+    for folder in (path, path / "adapter", path / "model"):
+        if (folder / description.FILE).is_file():
+            return folder
+    if (path / "checkpoints").is_dir():
+        raise RunError(f"{path}: this run has not finished, so there is nothing to load; go on with --resume {path}")
+    if (path / ADAPTER_CONFIG).is_file():
+        raise RunError(f"{path}: an adapter that peftkit did not write; load it with peft.PeftModel.from_pretrained")
+    raise RunError(f"{path}: not a run of peftkit: neither it nor adapter/ or model/ in it holds {description.FILE}")
+
+
+def load_exported(
+    path: str | Path, *, device: str | None = None, dtype: str | None = None, quantized: bool = True
+) -> Exported:
+    """Loads a run's export.
+
+    Args:
+        path: a run's folder, or an exported folder.
+        device: where to; None takes CUDA where there is one.
+        dtype: of frozen weights and products, in place of the recipe's.
+        quantized: False holds a quantized recipe's base unquantized.
+
+    Raises:
+        RunError: not a finished run of peftkit.
+        ModelError: pickled or damaged weights, another base than the one trained on, or a head that does not fit.
+    """
+    import torch
+
+    folder = find_export(Path(path))
+    about = description.read(folder)
+    refuse_pickles(folder)
+    recipe = _recipe(folder, about, dtype, quantized)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = tokenizer_in(folder)
+    loaded = load_base(recipe, about.info, tokenizer, device)
+    loaded.pooling = about.pooling  # type: ignore[assignment]
+    if about.saves == "adapter":
+        _check_base(loaded, about)
+        check_head(folder / ADAPTER_WEIGHTS, about)
+        loaded.model = _with_adapter(loaded.model, folder)
+    settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
+    loaded.model.requires_grad_(False).eval()
+    return Exported(loaded, recipe, about, folder)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises ModelError where a folder holds weights that could run code."""
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise ModelError(
+            f"{folder}: holds {', '.join(pickled)}, which peftkit never writes and which can run code when opened; "
+            "remove it, or export the run again"
+        )
+
+
+def check_head(weights: Path, about: Description) -> None:
+    """Raises ModelError when the weights are unreadable or their head has another number of labels."""
+    if not weights.is_file():
+        raise ModelError(f"{weights.parent}: expected {weights.name}, found none; export the run again")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = list(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{weights}: not a readable safetensors file ({error}); export the run again") from None
+    if not about.heads:
+        return
+    rows = {
+        shape[0] for name, shape in shapes.items() if len(shape) == 2 and about.heads[-1] in name.split(".")
+    }  # fmt: skip
+    expected = len(about.info.labels) or 1
+    if expected not in rows:
+        raise ModelError(
+            f"{weights}: expected a head for {expected} labels ({', '.join(about.info.labels[:6])}), found "
+            f"{', '.join(map(str, sorted(rows))) or 'none'}: {description.FILE} and weights do not belong together"
+        )
+
+
+def _recipe(folder: Path, about: Description, dtype: str | None, quantized: bool) -> Recipe:
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    changes: dict[str, Any] = {"model": {"pooling": about.pooling}}
+    if dtype is not None:
+        changes["model"]["dtype"] = dtype
+    if about.saves == "model":
+        changes["model"] |= {"source": str(folder.resolve()), "revision": None}
+        changes["method"] = {"kind": "full"}  # a merged adapter, too, is a whole model
+        quantized = False
+    else:
+        changes["model"]["source"] = _source(recipe.model.source, about)
+        changes["model"]["revision"] = about.revision or recipe.model.revision
+    if not quantized:
+        changes["quantization"] = None
+    return replace(recipe, **changes)
+
+
+def _source(source: str, about: Description) -> str:
+    """A relative folder of the recipe is looked for where training found it, when it is not here."""
+    is_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
+    if is_path and not Path(source).expanduser().exists() and Path(about.base).is_dir():
+        return about.base
+    return source
+
+
+def _check_base(loaded: LoadedModel, about: Description) -> None:
+    if loaded.fingerprint != about.fingerprint:
+        raise ModelError(
+            f"this adapter was trained on {about.source} (fingerprint {about.fingerprint[:12]}), and the base found at "
+            f"{loaded.model.name_or_path} is another one ({loaded.fingerprint[:12]}): its files have changed, or "
+            "recipe.yaml in the export names another model"
+        )
+
+
+def _with_adapter(base: Any, folder: Path) -> Any:
+    """peft's own loading, as a fresh process would do it; what it only warns of is an error here."""
+    from peft import PeftModel
+
+    check_adapter_config(folder)
+    try:
+        model = PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from error
+    return model
+
+
+def check_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as a dict; raises ModelError when it is missing, no JSON, or names files outside."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        raise ModelError(f"{folder}: expected {ADAPTER_CONFIG}, found none; export the run again")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: expected JSON: {error}") from None
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise ModelError(f"{file}: expected peft's adapter configuration, found no peft_type in it")
+    if values.get("auto_mapping"):
+        raise ModelError(f"{file}: auto_mapping names a class to be imported, which is never done; remove it")
+    check_config(folder)
+    return values
