@@ -162,10 +162,18 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
-    found = _first_special(tokenizer, tail)
-    if found:
-        end = tail.index(found) + len(found)
-        return TurnStyle(tail[:end], tail[end:], int(tokenizer.convert_tokens_to_ids(found)))
+    special = _special(tokenizer)
+    places = [(tail.index(token), -len(token), token) for token in special if token in tail]
+    if not places:
+        return _ended_by_eos(tokenizer, tail)
+    place, _, token = min(places)
+    end = place + len(token)
+    while following := max((other for other in special if tail.startswith(other, end)), key=len, default=""):
+        token, end = following, end + len(following)  # an answer may end with several: <end of text><end of turn>
+    return TurnStyle(tail[:end], tail[end:], int(tokenizer.convert_tokens_to_ids(token)))
+
+
+def _ended_by_eos(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
     if tokenizer.eos_token_id is None:
         raise ModelError(_advice("has no end-of-turn token, and the tokenizer no end-of-text token to end a turn with"))
     note = (
@@ -175,12 +183,10 @@ def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
     return TurnStyle("", tail, int(tokenizer.eos_token_id), note)
 
 
-def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The special token that stands first in a piece of the template's own text; empty when there is none."""
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     added: Any = tokenizer.added_tokens_decoder
-    special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-    places = [(text.index(token), -len(token), token) for token in special if token.strip() and token in text]
-    return min(places)[2] if places else ""
+    found = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+    return {token for token in found if token.strip()}
 
 
 def _advice(problem: str) -> str:

@@ -77,9 +77,14 @@ def read_row(row: Mapping[str, Any], kind: str, columns: Mapping[str, str], syst
         messages = _prompt_completion(row, columns)
     else:
         messages = _turns(row.get(column), column)
+    _check_order(messages, column)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    _check_order(messages, column)
+    if messages[0]["role"] == "assistant":
+        raise DataError(
+            "turn 1: the assistant's, so there is nothing that it answers; begin with a user's turn, or set data.system",
+            column=column,
+        )
     return messages
 
 

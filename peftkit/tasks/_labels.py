@@ -10,7 +10,7 @@ exactly what it will read when it is used.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,25 +104,26 @@ def _solid(text: str) -> str:
 
 def tokenize(
     examples: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase, style: TurnStyle
-) -> list[Labelled]:
-    """Pieces of text → tokens and labels; the end of a piece is always the end of a token.
+) -> Iterator[Labelled]:
+    """Pieces of text → tokens and labels, example by example; the end of a piece is always the end of a token.
+
+    The pieces are tokenized one by one, so that a prompt's tokens are those that it has when it is all there is; a
+    tokenizer that puts a space before each text reads the whole, whose tokens are then shared out by their offsets.
 
     Raises:
-        DataError: the tokenizer joins the end of a prompt and the beginning of an answer into one token, and cannot
-            read them apart.
+        DataError: the tokenizer joins the end of a prompt and the beginning of an answer into one token, and
+            cannot read them apart.
     """
     texts = [piece.text for example in examples for piece in example]
     wholes = ["".join(piece.text for piece in example) for example in examples]
     encoded = _ids(tokenizer, texts + wholes)
     parts, full = iter(encoded[: len(texts)]), iter(encoded[len(texts) :])
-    labelled = []
     for example, text in zip(examples, wholes, strict=True):
         split, whole = [next(parts) for _ in example], next(full)
         joined = list(chain.from_iterable(split))
         if joined != whole and not _same_text(tokenizer, joined, whole):
             split = _by_offsets(example, text, tokenizer)
-        labelled.append(_label(example, split, style))
-    return labelled
+        yield _label(example, split, style)
 
 
 def _label(example: Sequence[Piece], split: Sequence[Sequence[int]], style: TurnStyle) -> Labelled:

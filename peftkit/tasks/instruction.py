@@ -156,15 +156,19 @@ def _encode(
     style: chat_template.TurnStyle,
     train_on: TrainOn,
 ) -> list[tuple[int, Labelled]]:
-    numbers, examples = [], []
-    for row, messages in conversations:
-        try:
+    """(row, tokens) of every example; raises DataError with the row's file and line."""
+    row, numbers, examples = 0, [], []
+    try:
+        for row, messages in conversations:
             made = pieces_of(messages, tokenizer, style, train_on)
-        except DataError as error:
-            raise _placed(rows, row, error.message) from None
-        numbers += [row] * len(made)
-        examples += made
-    return list(zip(numbers, tokenize(examples, tokenizer, style), strict=True))
+            numbers += [row] * len(made)
+            examples += made
+        labelled, found = tokenize(examples, tokenizer, style), []
+        for row in numbers:
+            found.append((row, next(labelled)))
+    except DataError as error:
+        raise _placed(rows, row, error.message) from None
+    return found
 
 
 def _blank_answer(messages: Sequence[Message]) -> int:
