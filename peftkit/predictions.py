@@ -1,0 +1,173 @@
+"""Predictions for a file or a pipe of texts: every input column, then the label and the probability of every label.
+
+carry_out(run, file=Path("texts.csv"), column=None, out=Path("predictions.csv"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from peftkit.data.problems import Problems, missing_column, shorten
+from peftkit.data.readers import READERS
+from peftkit.errors import DataError, did_you_mean
+from peftkit.parts import Row
+from peftkit.recipe import DataConfig, Recipe
+
+if TYPE_CHECKING:
+    from peftkit.inference import LoadedRun, Prediction
+
+CHUNK = 512
+"""Rows held at a time."""
+WRITERS = (".csv", ".tsv", ".jsonl")
+
+
+def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | None) -> int:
+    """Predicts the rows of ``file`` (or lines of stdin) into ``out`` (or as JSON lines to stdout); returns how many.
+
+    The whole file is checked before the model is loaded, and ``out`` appears only when it is complete.
+
+    Raises:
+        RunError: ``run`` is not a finished run.
+        DataError: a file of a kind that cannot be read or written, a missing column, a row without a text.
+    """
+    from peftkit.export.loading import find_export
+    from peftkit.inference import load
+
+    _check_paths(file, out)
+    data = Recipe.from_yaml(find_export(run) / "recipe.yaml").data
+    columns = _columns(data, column)
+    if file:
+        names = _check_rows(file, columns)
+    elif len(columns) == 1:
+        names = columns
+    else:
+        raise DataError(f"this model reads pairs ({' and '.join(columns)}); give them as a file: --file pairs.csv")
+    model = load(run)
+    rows = _rows(file, columns, Problems()) if file else _lines(sys.stdin, columns[0])
+    answers = _answers(model, rows, columns, set(names))
+    if out is None:
+        return _write_lines(answers, sys.stdout)
+    with _complete(out) as stream:
+        return _write_lines(answers, stream) if out.suffix == ".jsonl" else _write_table(answers, names, stream, out)
+
+
+def _check_paths(file: Path | None, out: Path | None) -> None:
+    if file and not file.is_file():
+        raise DataError("no such file", file=file)
+    if file and file.suffix.lower() not in (*READERS, ".txt"):
+        known = (*READERS, ".txt")
+        raise DataError(f"cannot be read: {did_you_mean(file.suffix, known)}", file=file)
+    if out and out.suffix not in WRITERS:
+        raise DataError(f"cannot be written: its name must end in {', '.join(WRITERS)}", file=out)
+    if out and not out.resolve().parent.is_dir():
+        raise DataError(f"there is no folder {out.resolve().parent}; make it first", file=out)
+    if file and out and out.exists() and out.samefile(file):
+        raise DataError("is the input too, and would be overwritten; name another file with --out", file=out)
+
+
+def _columns(data: DataConfig, column: str | None) -> list[str]:
+    return [column or data.text, *([data.text_pair] if data.text_pair else [])]
+
+
+def _check_rows(file: Path, columns: list[str]) -> list[str]:
+    """Reads the whole file; returns all its columns, and raises everything that is wrong with it at once."""
+    problems, names = Problems(), {}
+    for row in _rows(file, columns, problems):
+        names |= dict.fromkeys(row)
+    problems.check()
+    return list(names)
+
+
+def _rows(file: Path, columns: list[str], problems: Problems) -> Iterator[Row]:
+    """Rows of a file; those without a text under every one of the columns are noted as problems."""
+    if file.suffix.lower() == ".txt":
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            yield from _lines(stream, columns[0])
+        return
+    for row in READERS[file.suffix.lower()](file, problems):
+        place = {"file": row.pop("_file"), "line": row.pop("_line")}
+        for column in columns:
+            if column not in row:
+                raise missing_column(column, row, field="--column", file=file)
+            if not isinstance(row[column], str):
+                said = f"expected a text, found {shorten(row[column])}"
+                problems.add(DataError(said, column=column, **place))
+        yield row
+
+
+def _lines(stream: Iterable[str], column: str) -> Iterator[Row]:
+    for line in stream:
+        yield {column: line.rstrip("\r\n")}
+
+
+def _answers(model: LoadedRun, rows: Iterator[Row], columns: list[str], taken: set[str]) -> Iterator[Row]:
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        texts = [tuple(row[column] for column in columns) if len(columns) > 1 else row[columns[0]] for row in chunk]
+        for row, prediction in zip(chunk, model.predict(texts)):
+            yield {**row, **_answer(prediction, taken)}
+
+
+def _answer(prediction: Prediction, taken: set[str]) -> Row:
+    """The prediction as columns; a name that the input has already gets ``predicted_`` before it."""
+    label = prediction.label
+    answer: Row = {"label": list(label) if isinstance(label, tuple) else label}
+    if prediction.probability is not None:
+        answer["probability"] = round(prediction.probability, 6)
+    answer |= {f"probability_{name}": round(value, 6) for name, value in prediction.probabilities.items()}
+    return {f"predicted_{name}" if name in taken else name: value for name, value in answer.items()}
+
+
+def _write_lines(rows: Iterator[Row], stream: IO[str]) -> int:
+    count = 0
+    for row in rows:
+        stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        count += 1
+    return count
+
+
+def _write_table(rows: Iterator[Row], names: list[str], stream: IO[str], out: Path) -> int:
+    first = next(rows, {})
+    header = list(dict.fromkeys([*names, *first]))
+    writer = csv.DictWriter(stream, header, delimiter="\t" if out.suffix == ".tsv" else ",")
+    writer.writeheader()
+    count = 0
+    for row in itertools.chain([first] if first else [], rows):
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+        count += 1
+    return count
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+
+
+@contextlib.contextmanager
+def _complete(out: Path) -> Iterator[IO[str]]:
+    """A file beside ``out`` that takes its name when everything is written and safe on the disk."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=out.resolve().parent, prefix=f".{out.name}.", encoding="utf-8", newline="", delete=False
+    ) as stream:
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.chmod(stream.name, 0o666 & ~_umask())
+            os.replace(stream.name, out)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
+
+
+def _umask() -> int:
+    held = os.umask(0)
+    os.umask(held)
+    return held
