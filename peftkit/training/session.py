@@ -73,6 +73,7 @@ def open_session(recipe: Recipe) -> Session:
     """Starts Accelerate, sets the CPU threads and the dtype, and notes what differs from what was asked for."""
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     from peftkit.models.policy import dtype_for
@@ -80,7 +81,11 @@ def open_session(recipe: Recipe) -> Session:
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     device = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
     dtype = dtype_for(recipe.model, torch.device(device))
-    accelerator = Accelerator(cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=_trackers(recipe))
+    trackers = _trackers(recipe)
+    AcceleratorState._reset_state()  # an earlier run of this process (a notebook) may have had another precision
+    accelerator = Accelerator(
+        cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=trackers, project_dir=recipe.output_dir
+    )
     threads = recipe.training.threads or max(1, cores() // local_processes())
     torch.set_num_threads(threads)
     set_seed(recipe.training.seed)
