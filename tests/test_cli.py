@@ -266,17 +266,16 @@ def test_predict_refuses_before_the_model_is_loaded(content, options, said, call
 def test_a_prediction_that_fails_half_way_leaves_the_old_file(call, finished, tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("a\n" * 600, encoding="utf-8")
     (tmp_path / "out.csv").write_text("old", encoding="utf-8")
-    calls = []
+    calls, model = [], peftkit.load(finished)
 
     class Failing:
         def predict(self, texts):
             calls.append(len(texts))
             if len(calls) == 2:
                 raise TrainingError("broken")
-            return peftkit.load(finished).predict(texts[:1]) * len(texts)
+            return model.predict(texts)
 
     monkeypatch.setattr("peftkit.inference.load", lambda *_: Failing())
-    monkeypatch.setattr(peftkit, "load", peftkit.load, raising=False)
     code, _, err = call("predict", finished, "--file", tmp_path / "in.txt", "--out", tmp_path / "out.csv")
     assert (code, calls) == (1, [512, 88])
     assert "broken" in err
