@@ -1,0 +1,239 @@
+"""Text from a causal language model: batched, in order, and the same whoever shares the batch.
+
+    generate(model, tokenizer, ["In the beginning"], config)                       # continued as plain text
+    generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]], config)   # answered by the chat template
+
+Rows are padded on the left and batched by length. A row's sampling noise is drawn from a generator seeded by
+(``config.seed``, its number), so that a sampled text depends on neither the batch size nor the other prompts; what
+remains is the rounding of differently shaped products, which in half precision may tip a near tie.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig as TransformersConfig
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from peftkit.errors import ModelError
+from peftkit.models import chat_template, packing, policy
+from peftkit.recipe import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    *,
+    batch_size: int = 8,
+) -> list[str]:
+    """The text after each prompt, in the prompts' order, without special tokens.
+
+    Args:
+        prompts: plain texts to continue, or conversations to answer.
+        config: temperature 0 is greedy.
+
+    Raises:
+        ModelError: a prompt is empty, or longer than the model's context leaves room for; or there are conversations
+            and no chat template.
+    """
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    for number, ids in enumerate(encoded):
+        _check_fits(model, ids, config, f"prompt {number + 1}")
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda number: -len(encoded[number]))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        for number, text in zip(numbers, _batch(model, tokenizer, [encoded[n] for n in numbers], numbers, config)):
+            texts[number] = text
+    return texts
+
+
+def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, config: GenerationConfig) -> Iterator[str]:
+    """The answer piece by piece, as it is made; its pieces joined are what ``generate`` returns.
+
+    Generation runs in a thread of its own, and ends when the iterator is closed.
+    """
+    ids = encode(tokenizer, messages)
+    _check_fits(model, ids, config, "the conversation")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    closed, failure = threading.Event(), []
+
+    def work() -> None:
+        try:
+            _run(model, tokenizer, [ids], [0], config, streamer=streamer, stop=closed)
+        except BaseException as error:  # handed to the reader's thread, which raises it
+            failure.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        closed.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a plain text (with the tokenizer's own beginning), or of a conversation whose answer is awaited."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+        end = tokenizer.eos_token_id
+        if end is not None and len(ids) > 1 and ids[-1] == end:  # some tokenizers end every text, this one goes on
+            ids = ids[:-1]
+    else:
+        ids = tokenizer(chat_template.prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    if not ids and tokenizer.bos_token_id is not None:
+        return [int(tokenizer.bos_token_id)]
+    return list(ids)
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that the model can read at most, prompt and answer together; None where its config does not say."""
+    config = packing.underlying(model).config.get_text_config()
+    return next(
+        (int(n) for name in ("max_position_embeddings", "n_positions") if (n := getattr(config, name, 0))), None
+    )
+
+
+def _check_fits(model: Any, ids: list[int], config: GenerationConfig, what: str) -> None:
+    if not ids:
+        raise ModelError(f"{what} is empty, and this tokenizer has no token to begin a text with; give it some text")
+    context = context_length(model)
+    if context is not None and len(ids) + config.max_new_tokens > context:
+        raise ModelError(
+            f"{what} has {len(ids)} tokens, which with {config.max_new_tokens} new ones is more than the model's "
+            f"context of {context}; shorten it, or set evaluation.generation.max_new_tokens to at most "
+            f"{max(0, context - len(ids))}"
+        )
+
+
+def _batch(
+    model: Any, tokenizer: Any, rows: list[list[int]], numbers: list[int], config: GenerationConfig
+) -> list[str]:
+    width = max(len(ids) for ids in rows)
+    out = _run(model, tokenizer, rows, numbers, config)[:, width:].tolist()
+    stops = set(_stop_ids(model, tokenizer))
+    texts = []
+    for ids in out:
+        end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        texts.append(tokenizer.decode(ids[:end], skip_special_tokens=True))
+    return texts
+
+
+def _run(
+    model: Any,
+    tokenizer: Any,
+    rows: list[list[int]],
+    numbers: list[int],
+    config: GenerationConfig,
+    *,
+    streamer: Any = None,
+    stop: threading.Event | None = None,
+) -> Tensor:
+    """transformers' greedy search over left-padded rows; sampling enters through the scores."""
+    stops = _stop_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    base = packing.underlying(model)
+    embedding = base.get_input_embeddings().weight
+    width = max(len(ids) for ids in rows)
+    fill = [width - len(ids) for ids in rows]
+    input_ids = torch.tensor([[pad] * n + ids for n, ids in zip(fill, rows)], device=embedding.device)
+    mask = torch.tensor([[0] * n + [1] * len(ids) for n, ids in zip(fill, rows)], device=embedding.device)
+    settings = TransformersConfig(
+        max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+        eos_token_id=stops or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, use_cache=True,
+    )  # fmt: skip
+    criteria = StoppingCriteriaList([_Closed(stop)] if stop else [])
+    with _ready(model, embedding):
+        return model.generate(
+            input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer,
+            logits_processor=_processors(config, numbers, fill), stopping_criteria=criteria,
+        )  # fmt: skip
+
+
+@contextmanager
+def _ready(model: Any, embedding: Tensor) -> Iterator[None]:
+    """No gradient, no dropout, and products in the precision in which the weights are held."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(packing.still(model))
+        stack.enter_context(policy.autocast(embedding.dtype, embedding.device))
+        yield
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The template's end of turn, the tokenizer's end of text, and what the model itself calls an end."""
+    own = getattr(packing.underlying(model).generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys([*chat_template.stop_ids(tokenizer), *own]))
+
+
+def _processors(config: GenerationConfig, numbers: list[int], fill: list[int]) -> LogitsProcessorList:
+    found: list[LogitsProcessor] = []
+    if config.repetition_penalty != 1.0:
+        found.append(_Repetition(config.repetition_penalty, fill))
+    if config.temperature > 0:
+        found.append(TemperatureLogitsWarper(config.temperature))
+        found += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+        found += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+        found.append(_Gumbel(config.seed, numbers))
+    return LogitsProcessorList(found)
+
+
+class _Repetition(LogitsProcessor):
+    """CTRL's penalty (arXiv:1909.05858) on tokens already in the row; its padding does not count as text."""
+
+    def __init__(self, penalty: float, fill: list[int]) -> None:
+        self.penalty, self.fill = penalty, fill
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        fill = torch.tensor(self.fill, device=input_ids.device)[:, None]
+        real = torch.arange(input_ids.shape[1], device=input_ids.device)[None] >= fill
+        seen = torch.zeros_like(scores).scatter_add_(1, input_ids, real.to(scores.dtype)) > 0
+        return torch.where(seen, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
+
+
+class _Gumbel(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest score is a sample of the softmax (arXiv:1411.0030)."""
+
+    def __init__(self, seed: int, numbers: list[int]) -> None:
+        self.generators = [np.random.Generator(np.random.PCG64([seed, number])) for number in numbers]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = np.stack([generator.gumbel(size=scores.shape[-1]) for generator in self.generators])
+        return scores.float() + torch.from_numpy(noise).to(scores.device, torch.float32)
+
+
+class _Closed(StoppingCriteria):
+    """Ends generation when nobody reads any more."""
+
+    def __init__(self, closed: threading.Event) -> None:
+        self.closed = closed
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.closed.is_set(), device=input_ids.device, dtype=torch.bool)
