@@ -126,7 +126,10 @@ def load(path: str | Path, *, device: str | None = None) -> LoadedRun:
 
 def _rows(texts: Text | Sequence[Text]) -> Iterator[Row]:
     """Canonical rows without labels; a lone (text, pair) tuple cannot be told from two texts, and is two texts."""
-    for place, text in enumerate([texts] if isinstance(texts, str) else texts):
+    given = [texts] if isinstance(texts, str) else list(texts)
+    for place, text in enumerate(given):
+        if place and isinstance(text, str) != isinstance(given[0], str):
+            raise DataError(f"text {place}: texts and (text, text pair) tuples are mixed; give one kind in a call")
         if isinstance(text, str):
             yield {"text": text}
         elif isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):

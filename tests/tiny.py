@@ -77,6 +77,14 @@ def tiny_llama(folder: str | Path, **config: Any) -> Path:
     return _save(folder, "chatml", LlamaConfig, LlamaForCausalLM, {**sizes, "tie_word_embeddings": True, **config})
 
 
+def tiny_recipe(folder: str | Path, **parts: Any) -> Any:
+    """A recipe on a model folder, in fp32 and without tracking; parts are merged over it."""
+    from peftkit.recipe import Recipe, replace
+
+    base = {"name": "tiny", "model": {"source": str(folder), "dtype": "float32"}, "data": {"source": "none.csv"}}
+    return replace(Recipe.parse({**base, "tracking": []}), **parts)
+
+
 def add_pooling(folder: str | Path, mode: str = "mean") -> Path:
     """Makes a folder look like a sentence encoder's: modules.json and 1_Pooling/config.json with "mean" or "cls"."""
     folder = Path(folder)

@@ -16,6 +16,7 @@ from peftkit.export.description import Description
 from peftkit.recipe import Recipe
 
 FILE = "README.md"
+SOFTWARE = ("peftkit", "torch", "transformers", "peft")
 PIPELINE = {"classification": "text-classification", "causal_lm": "text-generation"}
 
 TEMPLATE = """\
@@ -62,8 +63,8 @@ No figures were recorded.
 ## Proof
 {% if proof -%}
 In a fresh process, plain {{ "peft and transformers" if about.saves == "adapter" else "transformers" }} loaded this \
-folder and gave the logits of the trained model on {{ proof.rows }} rows ({{ proof.logits }} logits, {{ proof.dtype }}, \
-{{ proof.device }}): the largest difference was {{ "%.2g" | format(proof.relative) }} of the logits' standard \
+folder and gave the logits of the trained model on {{ proof.rows }} rows ({{ proof.logits }} logits, \
+{{ proof.dtype }}, {{ proof.device }}): the largest difference was {{ "%.2g" | format(proof.relative) }} of the logits' standard \
 deviation, {{ "%g" | format(proof.tolerance) }} was allowed, and the likeliest answer was the same in \
 {{ "%.1f" | format(100 * proof.same_choice) }} % of them.
 {%- else -%}
@@ -201,7 +202,7 @@ def _training(about: Description, recipe: Recipe) -> list[tuple[str, Any]]:
         ("longest row", f"{about.max_length} tokens"),
         ("seed", recipe.training.seed),
         ("dtype of frozen weights", about.dtype if about.quantization is None else about.quantization["kind"]),
-        ("software", ", ".join(f"{name} {version(name)}" for name in ("peftkit", "torch", "transformers", "peft"))),
+        ("software", ", ".join(f"{name} {version(name)}" for name in SOFTWARE)),
         ("machine", f"Python {platform.python_version()}, {platform.machine()}"),
     ]
     return rows

@@ -75,6 +75,8 @@ def load_exported(
         _check_base(loaded, about)
         check_head(folder / ADAPTER_WEIGHTS, about)
         loaded.model = _with_adapter(loaded.model, folder)
+    else:
+        recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
     settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
     loaded.model.requires_grad_(False).eval()
     return Exported(loaded, recipe, about, folder)
@@ -120,7 +122,8 @@ def _recipe(folder: Path, about: Description, dtype: str | None, quantized: bool
         changes["model"]["dtype"] = dtype
     if about.saves == "model":
         changes["model"] |= {"source": str(folder.resolve()), "revision": None}
-        changes["method"] = {"kind": "full"}  # a merged adapter, too, is a whole model
+        if recipe.method.saves == "adapter":
+            changes["method"] = {"kind": "full"}  # merged, it is a whole model
         quantized = False
     else:
         changes["model"]["source"] = _source(recipe.model.source, about)

@@ -1,7 +1,7 @@
 """The proof that an export is what was trained: a fresh process loads it with plain peft and transformers.
 
-Both sides see the same tokens and do the same operations, in the same dtype, on the same kind of device. The figure is the largest difference of
-two logits, divided by the standard deviation of the trained model's logits.
+Both sides see the same tokens and do the same operations, in the same dtype, on the same kind of device. The figure is
+the largest difference of two logits, divided by the standard deviation of the trained model's logits.
 """
 
 from __future__ import annotations

@@ -93,10 +93,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     """The model's config as a dict; raises ModelError when it is missing, unreadable, or asks for its own code."""
     file = folder / "config.json"
     if not file.is_file():
-        hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = "; this is an adapter: give its base model here, or open it with peftkit.load(folder)"
-        raise ModelError(f"{folder}: expected config.json of a model, found {_listing(folder)}{hint}")
+        raise ModelError(f"{folder}: expected config.json of a model, found {_listing(folder)}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -110,6 +107,11 @@ def check_config(folder: Path) -> dict[str, Any]:
 def check_weights(folder: Path) -> list[Path]:
     """The safetensors files of a model folder; raises ModelError when there are none."""
     files = sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: expected a base model, found an adapter: name its base in model.source, or open the adapter "
+            "with peftkit.load(folder)"
+        )
     if files:
         return files
     pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED]
