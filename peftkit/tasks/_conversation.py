@@ -82,7 +82,7 @@ def read_row(row: Mapping[str, Any], kind: str, columns: Mapping[str, str], syst
         messages.insert(0, {"role": "system", "content": system})
     if messages[0]["role"] == "assistant":
         raise DataError(
-            "turn 1: the assistant's, so there is nothing that it answers; begin with a user's turn, or set data.system",
+            "turn 1: the assistant's, so there is nothing that it answers; begin with the user's, or set data.system",
             column=column,
         )
     return messages

@@ -79,8 +79,13 @@ def stream(documents: Iterable[tuple[int, list[int]]], size: int) -> Iterator[li
 
 
 def columns(windows: Iterable[Sequence[Stretch]], *, positions: bool) -> dict[str, list[Any]]:
-    """Windows as the columns of examples; ``row`` is the first row's, ``rows`` are all of the window's."""
-    made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "weight": [], "row": [], "rows": [], "truncated": []}
+    """Windows as the columns of examples.
+
+    ``row`` is the window's first row, ``row_offsets`` are all of its rows counted from that one ([0] for a single row),
+    so that rows of which no example was made can be told.
+    """
+    names = ("input_ids", "labels", "weight", "row", "row_offsets", "truncated")
+    made: dict[str, list[Any]] = {name: [] for name in names}
     if positions:
         made["position_ids"] = []
     for window in windows:
@@ -88,7 +93,7 @@ def columns(windows: Iterable[Sequence[Stretch]], *, positions: bool) -> dict[st
         made["labels"].append([label for part in window for label in (IGNORE, *part.labels[1:])])
         made["weight"].append(float(sum(part.weight for part in window)))
         made["row"].append(window[0].row)
-        made["rows"].append(list(dict.fromkeys(part.row for part in window)))
+        made["row_offsets"].append(list(dict.fromkeys(part.row - window[0].row for part in window)))
         made["truncated"].append(sum(part.truncated for part in window))
         if positions:
             made["position_ids"].append([position for part in window for position in range(len(part.ids))])

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from peftkit.recipe import DataConfig
 
 log = logging.getLogger(__name__)
+SHOWN = 5
+"""Rows named in a warning."""
 
 
 @TASKS.register("instruction")
@@ -87,8 +89,8 @@ class Instruction(LanguageTask):
         """Conversations → examples; ``labels`` are -100 but on the scored tokens, and are not shifted.
 
         ``weight`` counts scored tokens; ``truncated`` the tokens cut off. Rows of which no scored token would be left
-        make no example. With packing, an example is a window: ``position_ids`` restart at 0 with each conversation in
-        it, ``rows`` lists them and ``row`` is the first.
+        make no example, and a warning names them. With packing, an example is a window: ``position_ids`` restart at 0
+        with each conversation in it, ``row`` is the first and ``row_offsets`` are all, counted from it.
 
         Raises:
             ModelError: there is no chat template, or it cannot be used.
@@ -98,12 +100,16 @@ class Instruction(LanguageTask):
         style = chat_template.read(tokenizer)
         _say_once(style.note)
         kept: list[Stretch] = []
+        lost: list[int] = []
         for row, labelled in self._labelled(rows, tokenizer, style, data.max_length):
             fitting = fit(labelled, row, data.max_length, self.train_on)
             if fitting:
                 kept.append(fitting)
             elif self.too_long == "error":
                 raise _too_long(rows, row, labelled, data.max_length)
+            else:
+                lost.append(row)
+        _say_lost(rows, lost, data.max_length)
         windows = pack(kept, data.max_length) if self.packing else [[item] for item in kept]
         return columns(windows, positions=self.packing)
 
@@ -189,6 +195,18 @@ def _too_long(rows: Mapping[str, Sequence[Any]], row: int, labelled: Labelled, m
         f"the prompt takes {labelled.prompt_length} tokens and data.max_length is {max_length}, so nothing of its "
         "answer is left; raise data.max_length, or set task.too_long=drop",
     )
+
+
+def _say_lost(rows: Mapping[str, Sequence[Any]], lost: Sequence[int], max_length: int) -> None:
+    """Warns of prompts that fill the window; a row of several examples may have lost only some of them."""
+    if not lost:
+        return
+    places = [f"{rows['_file'][row]}:{rows['_line'][row]}" for row in lost[:SHOWN]] if "_file" in rows else []
+    more = ", …" if len(lost) > SHOWN else ""
+    log.warning(
+        "%d of %d rows are left out: their prompts alone fill data.max_length=%d%s",
+        len(set(lost)), len(rows["messages"]), max_length, f" ({', '.join(places)}{more})" if places else "",
+    )  # fmt: skip
 
 
 def _placed(rows: Mapping[str, Sequence[Any]], row: int, message: str) -> DataError:

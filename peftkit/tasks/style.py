@@ -71,7 +71,7 @@ class Style(LanguageTask):
 
         ``labels`` are the tokens themselves, -100 at the first of each stretch of a document; a document that goes on
         in the next window repeats its last token there, as context. ``position_ids`` restart at 0 with each stretch;
-        ``row`` is the window's first document, ``rows`` are all.
+        ``row`` is the window's first document, ``row_offsets`` are all, counted from it.
 
         Raises:
             ModelError: the tokenizer has no end-of-text token.

@@ -170,11 +170,13 @@ def test_a_first_answer_that_is_too_long_is_cut(tokenizer):
     assert made["truncated"][0] > 0
 
 
-def test_rows_whose_prompt_fills_the_window_make_no_example(tokenizer):
+def test_rows_whose_prompt_fills_the_window_make_no_example_and_are_named(tokenizer, caplog):
     rows = {"messages": [turns("one", "two"), turns("long " * 40, "two"), turns("three", "four")]}
+    rows |= {"_file": ["a"] * 3, "_line": [1, 2, 3]}
     made = Instruction().encode(rows, tokenizer, config(max_length=40), None)
     assert made["row"] == [0, 2]
-    assert made["rows"] == [[0], [2]]
+    assert made["row_offsets"] == [[0], [0]]
+    assert "1 of 3 rows are left out: their prompts alone fill data.max_length=40 (a:2)" in caplog.text
 
 
 def test_a_prompt_that_fills_the_window_is_an_error_on_demand(tokenizer):
@@ -256,8 +258,8 @@ def test_packed_windows_hold_every_example_and_score_the_same(folder, tokenizer)
     single = Instruction().encode(rows, tokenizer, config(), None)
     packed = Instruction(packing=True).encode(rows, tokenizer, config(), None)
     assert len(packed["row"]) < len(single["row"])
-    assert sorted(row for rows_in in packed["rows"] for row in rows_in) == single["row"]
-    assert packed["row"] == [rows_in[0] for rows_in in packed["rows"]]
+    held = [row + offset for row, offsets in zip(packed["row"], packed["row_offsets"]) for offset in offsets]
+    assert sorted(held) == single["row"]
     assert all(len(ids) <= 128 for ids in packed["input_ids"])
     assert packed == Instruction(packing=True).encode(rows, tokenizer, config(), None)
     figures = []

@@ -14,7 +14,7 @@ from peftkit.recipe import DataConfig
 from peftkit.tasks.instruction import Instruction
 from tests.tiny import CHATML, WORDS, tiny_tokenizer
 
-CONVERSATIONS = 1000
+CONVERSATIONS = 250  # for each of eight templates
 DATA = DataConfig(source="unused", max_length=1_000_000)
 HEADERS = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n\\n' }}"
 TRIMMED = (
