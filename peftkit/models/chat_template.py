@@ -12,8 +12,8 @@ text are found by position and not by searching rows for marker strings.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from peftkit.errors import ModelError, did_you_mean
 
@@ -107,6 +107,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
     Raises:
         ModelError: there is no template, or it fails on these messages (its own complaint is quoted).
     """
+    text = _rendered(tokenizer, messages, generate)
+    return text.removeprefix(str(tokenizer.bos_token)) if _doubles_bos(tokenizer, text) else text
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool) -> str:
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -114,15 +119,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
             "this base model's tokenizer has no chat template; choose one with model.chat_template: "
             f"{', '.join(sorted(NAMED))}"
         )
+    plain = [dict(message) for message in messages]
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
     except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f" (line {line} of the template)" if line else ""
         raise ModelError(f"the chat template fails{where}: {error}") from None
     assert isinstance(text, str)
-    bos = tokenizer.bos_token
-    return text.removeprefix(bos) if bos and text.startswith(bos * 2) else text
+    return text
+
+
+def _doubles_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token) * 2)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -150,14 +159,20 @@ def read(tokenizer: PreTrainedTokenizerBase) -> TurnStyle:
     lead, _, tail = whole[len(prompt) :].partition(ANSWER)
     if lead.strip() and prompt == unopened:
         raise ModelError(_advice(f"leaves out of its generation prompt what opens an assistant turn: {lead!r}"))
-    return _style(tokenizer, tail)
+    style = _style(tokenizer, tail)
+    if _doubles_bos(tokenizer, _rendered(tokenizer, [question], True)):
+        doubled = f"the chat template writes {tokenizer.bos_token} twice where a text begins: one is left out"
+        style = replace(style, note="; ".join(filter(None, [doubled, style.note])))
+    return style
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a generated answer: the template's stop token, where there is one, and end-of-text."""
+    """Tokens that end a generated text: the stop token of a template that can be used, and end-of-text."""
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    if getattr(tokenizer, "chat_template", None):
+    try:
         ids.insert(0, read(tokenizer).stop_id)
+    except ModelError:  # plain text is generated without a template, whatever is wrong with it
+        return ids
     return list(dict.fromkeys(ids))
 
 
@@ -170,7 +185,7 @@ def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
     end = place + len(token)
     while following := max((other for other in special if tail.startswith(other, end)), key=len, default=""):
         token, end = following, end + len(following)  # an answer may end with several: <end of text><end of turn>
-    return TurnStyle(tail[:end], tail[end:], int(tokenizer.convert_tokens_to_ids(token)))
+    return TurnStyle(tail[:end], tail[end:], int(cast(int, tokenizer.convert_tokens_to_ids(token))))
 
 
 def _ended_by_eos(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:

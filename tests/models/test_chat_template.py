@@ -124,4 +124,14 @@ def test_a_doubled_bos_is_mended(chatml):
     chatml.chat_template = "{{ bos_token }}" + CHATML
     prompt = chat_template.prompt_text(chatml, TALK[1:2])
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert chat_template.read(chatml).stop == "<|im_end|>"
+    style = chat_template.read(chatml)
+    assert style.stop == "<|im_end|>"
+    assert style.note == "the chat template writes <|im_start|> twice where a text begins: one is left out"
+
+
+def test_generation_ends_at_end_of_text_where_no_template_can_be_used(chatml, gpt2):
+    assert chat_template.stop_ids(gpt2) == [gpt2.eos_token_id]
+    chatml.chat_template = "{{ raise_exception('no') }}"
+    assert chat_template.stop_ids(chatml) == [chatml.eos_token_id]
+    chatml.chat_template = CHATML.replace("<|im_end|>", "<|endoftext|>")
+    assert chat_template.stop_ids(chatml) == [chatml.convert_tokens_to_ids("<|endoftext|>"), chatml.eos_token_id]
