@@ -3,9 +3,9 @@
     with HubStandIn({"models/some/model": Repository(folder, commit="a" * 40)}) as hub:
         subprocess.run(…, env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": …})
 
-It answers repository information, tree listings and paths-info, and files with ETag, X-Repo-Commit and ranges. It can
-gate a repository, cut a transfer short, and go away after that. Only one commit exists of each repository; ``main``
-points to it.
+It answers repository information, access checks, tree listings and paths-info, and files with ETag, X-Repo-Commit and
+ranges. It can gate a repository, cut a transfer short, and go away after that. Only one commit exists of each
+repository; ``main`` points to it.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
             shared = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": repository.commit, "tags": []}
             state = {"private": False, "gated": "manual" if repository.gated else False, "disabled": False}
             self._json({**shared, **state, "downloads": 0, "likes": 0, "siblings": siblings})
+        elif verb == "auth-check":
+            self._json({})
         elif verb == "tree":
             entries = repository.tree(rest)
             self._json(entries) if entries else self._refuse(404, "EntryNotFound", "No such folder")
