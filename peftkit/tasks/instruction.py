@@ -132,11 +132,11 @@ class Instruction(LanguageTask):
             found[position] = (row, labelled)
         return found
 
-    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-        """(text to be continued, the row's own last answer) for generation; tokenize without special tokens."""
+    def prompt(self, row: Row) -> tuple[list[Message], str]:
+        """(the turns before the last answer, that answer), for generation beside the row's own text."""
         messages = row["messages"]
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        return chat_template.prompt_text(tokenizer, messages[:last]), messages[last]["content"]
+        return messages[:last], messages[last]["content"]
 
 
 @lru_cache(maxsize=8)

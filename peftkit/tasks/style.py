@@ -83,11 +83,11 @@ class Style(LanguageTask):
             windows += stream(group, data.max_length)
         return columns(windows, positions=self.packing)
 
-    def prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-        """(the document's first ``prompt_words`` words, what follows) for generation, spaces and lines kept."""
+    def prompt(self, row: Row) -> tuple[str, str]:
+        """(the document's first ``prompt_words`` words, what follows), spaces and lines kept, for generation."""
         text = row["text"]
         end = _end_of_word(text, self.prompt_words)
-        return _opening(tokenizer) + text[:end], text[end:]
+        return text[:end], text[end:]
 
 
 def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -99,14 +99,9 @@ def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token (eos_token), so documents cannot be told apart")
     found: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    start = [tokenizer.bos_token_id] if _opening(tokenizer) else []
+    opening: Any = tokenizer("a")["input_ids"][:1]
+    start = [bos for bos in opening if bos == tokenizer.bos_token_id]
     return [[*start, *ids, tokenizer.eos_token_id] for ids in found["input_ids"]]
-
-
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS token as text where the tokenizer begins texts with it by itself; empty where it does not."""
-    ids: Any = tokenizer("a")["input_ids"]
-    return str(tokenizer.bos_token) if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else ""
 
 
 def _end_of_word(text: str, words: int) -> int:

@@ -114,10 +114,10 @@ def test_documents_begin_with_bos_where_the_tokenizer_puts_one(tmp_path):
     assert gpt2.decode(without) == "the king<|endoftext|>"
 
 
-def test_the_prompt_is_the_documents_first_words_as_they_stand(tokenizer):
+def test_the_prompt_is_the_documents_first_words_as_they_stand():
     row = {"text": " In the  beginning\nGod created the heaven"}
-    assert Style(prompt_words=4).prompt(row, tokenizer) == (" In the  beginning\nGod", " created the heaven")
-    assert Style(prompt_words=99).prompt(row, tokenizer) == (row["text"], "")
+    assert Style(prompt_words=4).prompt(row) == (" In the  beginning\nGod", " created the heaven")
+    assert Style(prompt_words=99).prompt(row) == (row["text"], "")
 
 
 def test_wrong_rows_and_settings_are_refused(tokenizer, tmp_path):
