@@ -1,0 +1,162 @@
+"""Metrics of generated text, as ``evaluate`` modules that need no network.
+
+    metric = load("rouge")
+    metric.compute(predictions=["the cat sat"], references=["a cat sat down"])     # {"rouge1": …, "rougeL": …, …}
+    score(predictions, references, ("rouge", "chrf"))
+
+ROUGE is rouge-score's, BLEU and chrF are sacreBLEU's, exact match and token F1 are SQuAD's; all figures are between 0
+and 1, sacreBLEU's percentages divided by 100.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import datasets
+import evaluate
+
+from peftkit.errors import DataError
+from peftkit.registry import Registry
+
+TEXT_METRICS: Registry[type[TextMetric]] = Registry("text metric", group="peftkit.text_metrics")
+DEFAULT = ("rouge", "chrf", "exact_match", "token_f1")
+
+
+class TextMetric(evaluate.Metric):
+    """An evaluate module over predicted and reference texts, row by row."""
+
+    paper: ClassVar[str] = ""
+
+    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """The figures of all rows."""
+        raise NotImplementedError
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation=self.paper,
+            inputs_description="predictions and references: texts, as many of each",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return self.figures(predictions, references)
+
+    def _build_data_dir(self) -> str:
+        """The folder of the gathered predictions; none is made where they stay in memory."""
+        return "" if self.keep_in_memory else super()._build_data_dir()
+
+
+@TEXT_METRICS.register("rouge")
+class Rouge(TextMetric):
+    """Overlap of words (rouge1), word pairs (rouge2) and the longest common subsequence, by text (rougeL) and by
+    lines (rougeLsum): mean F1 over rows, without stemming. Words are those of the Latin alphabet and digits."""
+
+    paper = "Lin 2004, ROUGE: a package for automatic evaluation of summaries, W04-1013"
+    kinds: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(list(self.kinds))
+        rows = [scorer.score(target, prediction) for prediction, target in zip(predictions, references)]
+        return {kind: _mean(row[kind].fmeasure for row in rows) for kind in self.kinds}
+
+
+@TEXT_METRICS.register("bleu")
+class Bleu(TextMetric):
+    """Corpus BLEU: geometric mean of the 1- to 4-gram precisions, times the brevity penalty (13a tokenization)."""
+
+    paper = "Papineni et al. 2002, P02-1040; Post 2018, arXiv:1804.08771"
+
+    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        import sacrebleu
+
+        return {"bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score / 100}
+
+
+@TEXT_METRICS.register("chrf")
+class Chrf(TextMetric):
+    """Corpus chrF: F2 of character n-grams up to 6; asks nothing of a language's words."""
+
+    paper = "Popović 2015, W15-3049; Post 2018, arXiv:1804.08771"
+
+    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        import sacrebleu
+
+        return {"chrf": sacrebleu.corpus_chrf(list(predictions), [list(references)]).score / 100}
+
+
+@TEXT_METRICS.register("exact_match")
+class ExactMatch(TextMetric):
+    """Share of rows whose prediction is the reference, but for case, punctuation, English articles and spaces."""
+
+    paper = "Rajpurkar et al. 2016, arXiv:1606.05250"
+
+    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        pairs = zip(predictions, references)
+        return {"exact_match": _mean(float(normalize(found) == normalize(wanted)) for found, wanted in pairs)}
+
+
+@TEXT_METRICS.register("token_f1")
+class TokenF1(TextMetric):
+    """Mean over rows of the F1 between the words of prediction and reference, as bags, normalized as in exact match."""
+
+    paper = "Rajpurkar et al. 2016, arXiv:1606.05250"
+
+    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {"token_f1": _mean(_word_f1(found, wanted) for found, wanted in zip(predictions, references))}
+
+
+def load(name: str) -> TextMetric:
+    """The text metric of that name; raises RecipeError naming the nearest when there is none."""
+    return TEXT_METRICS.get(name)(keep_in_memory=True)
+
+
+def score(predictions: Sequence[str], references: Sequence[str], names: Sequence[str] = DEFAULT) -> dict[str, float]:
+    """The figures of several metrics over the same rows; empty when there are no rows.
+
+    Raises:
+        DataError: there are more predictions than references, or fewer.
+        RecipeError: there is no metric of a name.
+    """
+    metrics = [load(name) for name in names]
+    if len(predictions) != len(references):
+        raise DataError(f"expected one reference a prediction, found {len(predictions)} and {len(references)}")
+    found: dict[str, float] = {}
+    for metric in metrics if len(predictions) else []:
+        found |= metric.compute(predictions=list(predictions), references=list(references)) or {}
+    return found
+
+
+def perplexity(loss: float, tokens: float) -> float:
+    """exp(loss / tokens) of a summed negative log-likelihood; infinite where that overflows, NaN without tokens."""
+    if tokens <= 0:
+        return math.nan
+    mean = loss / tokens
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation and English articles, single spaces."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def _word_f1(prediction: str, reference: str) -> float:
+    found, wanted = normalize(prediction).split(), normalize(reference).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * shared / (len(found) + len(wanted))
+
+
+def _mean(values: Iterable[float]) -> float:
+    held = list(values)
+    return sum(held) / len(held) if held else math.nan
