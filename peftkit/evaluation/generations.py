@@ -82,7 +82,7 @@ def read(path: str | Path) -> list[GenerationRow]:
 
 
 def marked_to_training_rows(path: str | Path) -> list[dict[str, Any]]:
-    """What was marked good, as rows to train on: ``messages`` of a conversation, ``prompt`` and ``completion`` of a text.
+    """What was marked good, as rows to train on: ``messages`` of a chat, ``prompt`` and ``completion`` of a text.
 
     Raises:
         DataError: the file is not of the page's form, or nothing in it is marked good.
