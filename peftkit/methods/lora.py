@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from peftkit.errors import MethodError, did_you_mean
 from peftkit.parts import LoadedModel, Method
@@ -57,7 +57,8 @@ class Lora(Method):
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, arXiv:2402.09353)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """Start of A and B: default is Kaiming-uniform and zero."""
+    """Start of A and B. default: Kaiming-uniform and zero; orthogonal: both at once, in halves of the rank that do not
+    meet; pissa and olora: factors of the base's own weights, which are taken out of these."""
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Other ranks for some modules, by name or regular expression."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
@@ -74,6 +75,13 @@ class Lora(Method):
         elif value is not None and not value:
             raise ValueError("expected at least one module name, found none")
         return value
+
+    @model_validator(mode="after")
+    def _halves(self) -> Lora:
+        ranks = {self.rank, *self.rank_pattern.values()}
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise ValueError("init_lora_weights=orthogonal shares the rank between A and B: expected an even rank")
+        return self
 
     def check(self, recipe: Recipe) -> None:
         """PiSSA and OLoRA factor the base's weights, which quantized weights do not allow."""

@@ -45,6 +45,8 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder}: no tokenizer that can be read ({first}); expected tokenizer.json") from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one up
+        raise ModelError(f"{folder}: expected a tokenizer (tokenizer.json, vocab.txt, …), found none")
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
     if (folder / "config.json").is_file():
