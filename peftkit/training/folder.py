@@ -1,8 +1,8 @@
 """A run's folder: made once, locked while in use, and what it says of how it came about.
 
-    output_dir/NAME-20261122-140501/
-        recipe.yaml  info.json  environment.json  metrics.json  metrics.jsonl  report.html
-        checkpoints/  adapter/ (or model/)  predictions/  plots/
+output_dir/NAME-20261122-140501/
+    recipe.yaml  info.json  environment.json  metrics.json  metrics.jsonl  report.html
+    checkpoints/  adapter/ (or model/)  predictions/  plots/
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from peftkit.training.session import Session, cores
 PACKAGES = (
     "peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
 )  # fmt: skip
-RECIPE, INFO, ENVIRONMENT, METRICS, LOG = "recipe.yaml", "info.json", "environment.json", "metrics.json", "metrics.jsonl"
+RECIPE, INFO, ENVIRONMENT, METRICS, LOG = (
+    "recipe.yaml",
+    "info.json",
+    "environment.json",
+    "metrics.json",
+    "metrics.jsonl",
+)
 
 
 def new_folder(recipe: Recipe, session: Session) -> Path:

@@ -1,6 +1,6 @@
 """The training loop: steps, validations, checkpoints, stopping. What a step does is in step.py.
 
-    for epoch: for batch in plan(epoch): step → log → validate? → checkpoint? → stop?
+for epoch: for batch in plan(epoch): step → log → validate? → checkpoint? → stop?
 """
 
 from __future__ import annotations
@@ -105,16 +105,23 @@ class Loop:
         if state.step:
             self._finish_step()  # a run stopped before its validation makes up for it
         while state.step < self.total and not state.stopped_early:
-            batches = plan(self.train_split.lengths, self.recipe.training, state.epoch)
-            while state.batch < len(batches) and state.step < self.total and not state.stopped_early:
-                self._step(batches[state.batch], last=state.batch + 1 == len(batches))
-                self._stop_if_asked()
-                self._finish_step()
+            self._epoch_from_here()
         if state.evaluated != state.step:
             self._validate()
             self._save(must=True)
         elif not self._is_saved():
             self._save(must=True)
+
+    def _epoch_from_here(self) -> None:
+        """The rest of the current epoch's plan, or as much of it as the run still needs."""
+        state = self.state
+        batches = plan(self.train_split.lengths, self.recipe.training, state.epoch)
+        for number in range(state.batch, len(batches)):
+            self._step(batches[number], last=number + 1 == len(batches))
+            self._stop_if_asked()
+            self._finish_step()
+            if state.step >= self.total or state.stopped_early:
+                return
 
     def _step(self, batch: np.ndarray, *, last: bool) -> None:
         state, started = self.state, time.perf_counter()

@@ -1,0 +1,165 @@
+"""What a run shows: tables while it goes on, and its report read back from its folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftkit.data.batching import padding_share, plan, steps_per_epoch
+from peftkit.models.inventory import trainable_table
+from peftkit.recipe import Recipe
+from peftkit.reporting import html, tables
+
+ABOUT = "about.json"
+"""What was shown before training, kept for the report."""
+
+
+class Speaker:
+    """Prints on the main process; tables go to stdout, remarks to stderr."""
+
+    def __init__(self, *, silent: bool) -> None:
+        width = None if sys.stdout.isatty() else 140  # a log has no window to fold lines for
+        self._out = Console(highlight=False, quiet=silent, width=width)
+        self._err = Console(stderr=True, highlight=False, quiet=silent, soft_wrap=True)
+
+    def start(self, recipe: Recipe, session: Any, prepared: Any, encoded: Any, loaded: Any) -> dict[str, Any]:
+        """Shows what will be trained on what, and gives it back for the report."""
+        about = {
+            "summary": summary(recipe),
+            "where": session.describe(),
+            "splits": split_rows(encoded, recipe),
+            "cleaning": [asdict(step) for step in prepared.steps if step.rows],
+            "trainable": [asdict(part) for part in trainable_table(loaded.model)],
+            "notes": [*session.notes, *loaded.notes],
+        }
+        self._out.print(f"{recipe.name}: {about['summary']}\n{about['where']}", markup=False)
+        self._out.print(tables.splits(about["splits"]))
+        if about["cleaning"]:
+            self._out.print(tables.cleaning(about["cleaning"]))
+        self._out.print(tables.trainable(about["trainable"]))
+        for note in about["notes"]:
+            self.warn(note)
+        return about
+
+    def warn(self, text: str) -> None:
+        """A remark."""
+        self._err.print(f"note: {text}", markup=False)
+
+    def end(self, path: Path, recipe: Recipe, found: Any) -> None:
+        """Shows the result, the run's folder and what to type next."""
+        report = read(path)
+        main = html.main_assessment(report)
+        if main:
+            self._out.print(tables.metrics(report.assessments))
+            if report.baselines:
+                self._out.print(tables.baselines(main, report.baselines))
+        self._out.print(f"\nRun: {path}\nNext:", markup=False)
+        for said, command in report.commands:  # on lines of their own, so that they can be copied
+            self._out.print(f"  {command}", style="cyan", soft_wrap=True, markup=False)
+            self._out.print(f"      {said}", style="dim", markup=False)
+
+
+def speaker(session: Any, *, quiet: bool = False) -> Speaker:
+    """A speaker for this process."""
+    return Speaker(silent=quiet or not session.is_main)
+
+
+def summary(recipe: Recipe) -> str:
+    """``lora on ./model, classification of data.csv``."""
+    held = f" in {recipe.quantization.kind}" if recipe.quantization else ""
+    source = recipe.data.source if isinstance(recipe.data.source, str) else " + ".join(recipe.data.source)
+    return f"{recipe.method.kind} on {recipe.model.source}{held}, {recipe.task.kind} of {source}"
+
+
+def split_rows(encoded: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """One line a split: examples, tokens, the longest, what is cut off, and the padding of its batches."""
+    rows = []
+    for name, split in encoded.splits.items():
+        cut = split.examples["truncated"] if "truncated" in split.examples.column_names else []
+        row = {
+            "split": name,
+            "examples": len(split.lengths),
+            "tokens": int(split.lengths.sum()),
+            "longest": int(split.lengths.max()) if len(split.lengths) else 0,
+            "truncated": sum(bool(tokens) for tokens in cut),
+            "padding": "",
+        }
+        if name == "train":
+            batches = plan(split.lengths, recipe.training, 0)
+            row["padding"] = (
+                f"{padding_share(split.lengths, batches):.1%} in {steps_per_epoch(split.lengths, recipe.training)} batches"
+            )
+        rows.append(row)
+    return rows
+
+
+def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
+    """What can be done with a finished run."""
+    use = [("predict a file", f"peftkit predict {path} --file texts.csv --out predictions.csv")]
+    if recipe.task.head == "causal_lm":
+        use = [
+            ("talk to it", f"peftkit chat {path}"),
+            ("generate from a file", f"peftkit generate {path} --file prompts.jsonl"),
+        ]
+    return [
+        ("look at the report", str(path / "report.html")),
+        *use,
+        ("evaluate again", f"peftkit evaluate {path}"),
+        ("watch the curves", f"tensorboard --logdir {path}"),
+        ("export", f"peftkit export {path} --to {recipe.name}-{recipe.method.saves}"),
+    ]
+
+
+def read(path: Path) -> html.Report:
+    """A run's folder as a report."""
+    from peftkit.training.folder import ENVIRONMENT, LOG, METRICS, RECIPE
+
+    recipe = Recipe.from_yaml(path / RECIPE)
+    about = _json(path / ABOUT, {})
+    metrics = _json(path / METRICS, {})
+    return html.Report(
+        title=path.name,
+        recipe=recipe.to_yaml(defaults=False),
+        summary=about.get("summary", summary(recipe)),
+        assessments=_json(path / "assessment.json", {}),
+        baselines=_json(path / "baselines.json", []),
+        splits=about.get("splits", []),
+        cleaning=about.get("cleaning", []),
+        trainable=about.get("trainable", []),
+        log=_lines(path / LOG),
+        best_metric=metrics.get("training", {}).get("best_metric"),
+        samples=_lines(path / "generations.jsonl"),
+        notes=about.get("notes", []),
+        commands=next_commands(path, recipe),
+        environment={**_json(path / ENVIRONMENT, {}), **metrics.get("training", {})},
+    )
+
+
+def write(path: Path) -> None:
+    """Writes ``report.html`` and ``plots/``."""
+    report = read(path)
+    html.write(report, path / "report.html")
+    (path / "plots").mkdir(exist_ok=True)
+    for name, image in html.figures_of(report).items():
+        (path / "plots" / name).write_bytes(image)
+
+
+def fragment(path: Path) -> str:
+    """The report for a notebook."""
+    return html.fragment(read(path))
+
+
+def _json(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def _lines(path: Path) -> Sequence[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

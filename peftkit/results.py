@@ -1,0 +1,204 @@
+"""What a run found out: figures before and after training, baselines beside them, and every prediction.
+
+metrics.json      {split or baseline: {figure: value}}, and "training"
+assessment.json   the figures with intervals, per class, confusion, calibration, mistakes
+baselines.json    each baseline's figures, and whether training beat it
+predictions/      one JSONL a split
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftkit.data.pipeline import EncodedSplit, PreparedData
+from peftkit.evaluation import baselines, figures
+from peftkit.evaluation.assessment import assess
+from peftkit.parts import LoadedModel
+from peftkit.training import folder as folders
+from peftkit.training.loop import Loop
+
+DEFAULT_BASELINES = ("majority", "zero_shot")
+HELD_OUT = ("validation", "test")
+
+
+@dataclass
+class Results:
+    """Everything that is written beside the adapter."""
+
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    assessments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baselines: list[dict[str, Any]] = field(default_factory=list)
+    predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def scored_split(splits: Mapping[str, Any]) -> str:
+    """The split that results are quoted on: test where there is one."""
+    return "test" if "test" in splits else "validation"
+
+
+def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> list[baselines.Baseline]:
+    """The baselines of the recipe; the zero-shot one needs the model as it is before the first step."""
+    recipe, split = loop.recipe, scored_split(prepared.splits)
+    wanted = DEFAULT_BASELINES if recipe.evaluation.baselines is None else recipe.evaluation.baselines
+    found = []
+    if recipe.task.head == "causal_lm":
+        if "zero_shot" in wanted:
+            outputs = loop.evaluate(loop.data.splits[split])
+            values = recipe.task.metrics(outputs, prepared.info, recipe.evaluation)
+            found.append(baselines.Baseline("zero_shot", values, note="the base model before training"))
+        return found
+    rows = prepared.splits[split]
+    if "majority" in wanted:
+        found.append(
+            baselines.majority(
+                prepared.splits["train"]["label"], rows["label"], recipe.task, prepared.info, recipe.evaluation
+            )
+        )
+    if "zero_shot" in wanted:
+        found.append(_zero_shot(loop, loaded, rows, prepared))
+    return found
+
+
+def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedData) -> baselines.Baseline:
+    """The base told only the classes' names; every process computes it, so that none waits for another."""
+    recipe = loop.recipe
+    model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+    backbone = model.base_model
+    if (recipe.model.pooling == "auto" and getattr(model.config, "is_decoder", False)) or _is_causal(model):
+        return baselines.Baseline(
+            "zero_shot", note="skipped: a decoder's head for text is not loaded in classification"
+        )
+    loaded.model.eval()
+    with loop.session.accelerator.autocast():
+        return baselines.zero_shot(
+            backbone,
+            loaded.tokenizer,
+            rows["text"],
+            rows["label"],
+            recipe.task,
+            prepared.info,
+            recipe.evaluation,
+            max_length=recipe.data.max_length,
+        )
+
+
+def _is_causal(model: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    masked = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "bert-generation", "rembert", "roformer"}
+    kind = model.config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in masked
+
+
+def after_training(
+    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: list[baselines.Baseline]
+) -> Results:
+    """Scores the trained model on the held-out splits and sets the baselines beside it."""
+    recipe, found = loop.recipe, Results()
+    seconds = {}
+    for split in HELD_OUT:
+        if split not in loop.data.splits:
+            continue
+        encoded = loop.data.splits[split]
+        started = time.perf_counter()
+        outputs = loop.evaluate(encoded)
+        seconds[split] = time.perf_counter() - started
+        rows = _rows_of(encoded, prepared.splits[split])
+        assessment = assess(recipe.task, outputs, rows, prepared.info, recipe.evaluation, split=split)
+        found.assessments[split] = assessment
+        found.metrics[split] = {name: figure["value"] for name, figure in assessment["metrics"].items()}
+        if recipe.task.head == "classification":
+            found.predictions[split] = predictions(recipe.task, outputs, rows, prepared.info)
+    for baseline in before:
+        found.metrics[baseline.name] = baseline.metrics
+        found.baselines.append(_beside(baseline, loop, outputs, prepared))
+    found.metrics["training"] = training_figures(loop, seconds)
+    return found
+
+
+def _rows_of(encoded: EncodedSplit, rows: Any) -> Any:
+    """The canonical rows that the examples stand for, in the examples' order."""
+    index = encoded.examples["row"]
+    return rows if len(index) == len(rows) else rows.select(index)
+
+
+def _beside(
+    baseline: baselines.Baseline, loop: Loop, outputs: Mapping[str, np.ndarray], prepared: PreparedData
+) -> dict[str, Any]:
+    recipe, info = loop.recipe, prepared.info
+    if recipe.task.head == "causal_lm":
+        return {"name": baseline.name, "metrics": baseline.metrics, "note": baseline.note, "rows": None,
+                "comparison": None, "verdict": ""}  # fmt: skip
+    predicted = figures.decide(outputs["logits"], info, recipe.task.threshold).predicted
+    gold = figures.references(outputs, info)
+    return baselines.beside(baseline, predicted, gold, info, recipe.evaluation.confidence)
+
+
+def predictions(task: Any, outputs: Mapping[str, np.ndarray], rows: Any, info: Any) -> list[dict[str, Any]]:
+    """One JSON-able row a prediction: where it came from, the text, gold and predicted."""
+    found, gold = figures.decide(outputs["logits"], info, task.threshold), figures.references(outputs, info)
+    made = []
+    for number, row in enumerate(rows):
+        line = {"file": row.get("_file"), "line": row.get("_line"), "text": row["text"]}
+        if "text_pair" in row:
+            line["text_pair"] = row["text_pair"]
+        made.append({**line, **_said(found, gold, number, info)})
+    return made
+
+
+def _said(found: figures.Decisions, gold: np.ndarray, number: int, info: Any) -> dict[str, Any]:
+    if info.problem_type == figures.REGRESSION:
+        return {"gold": float(gold[number]), "predicted": float(found.predicted[number])}
+    if info.problem_type == figures.MULTI:
+        names = np.array(info.labels)
+        return {
+            "gold": names[gold[number].astype(bool)].tolist(),
+            "predicted": names[found.predicted[number].astype(bool)].tolist(),
+        }
+    return {
+        "gold": info.labels[int(gold[number])],
+        "predicted": info.labels[int(found.predicted[number])],
+        "probability": round(float(found.confidence[number]), 6),
+    }
+
+
+def training_figures(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dict[str, Any]:
+    """How the training itself went."""
+    state = loop.state
+    trained = sum(p.numel() for p in loop.module.parameters() if p.requires_grad)
+    made = {
+        "steps": state.step,
+        "rows": state.rows,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "rows_per_second": state.rows / state.seconds if state.seconds else 0.0,
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
+        "best_metric": loop.metric,
+        "best_value": state.best_value,
+        "best_step": state.best_step,
+        "stopped_early": state.stopped_early,
+        "skipped_steps": state.skipped,
+        "trained_parameters": trained,
+        "peak_memory_bytes": folders.peak_memory(),
+    }
+    for split, seconds in evaluation_seconds.items():
+        made[f"{split}_rows_per_second"] = len(loop.data.splits[split].lengths) / seconds if seconds else 0.0
+    return made
+
+
+def write(path: Path, found: Results) -> None:
+    """Writes the results into the run's folder."""
+    folders.write_json(path / folders.METRICS, found.metrics)
+    folders.write_json(path / "assessment.json", found.assessments)
+    folders.write_json(path / "baselines.json", found.baselines)
+    (path / "predictions").mkdir(exist_ok=True)
+    for split, rows in found.predictions.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (path / "predictions" / f"{split}.jsonl").write_text(text, encoding="utf-8")

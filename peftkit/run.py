@@ -1,0 +1,120 @@
+"""The whole flow, in one function that can be read, copied and reordered.
+
+run = peftkit.train(peftkit.get_recipe("bbc_news_lora"))
+run.metrics["test"]["accuracy"], run.path
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit import results
+from peftkit.data.pipeline import encode, prepare
+from peftkit.errors import UserError
+from peftkit.export.adapter import export_run
+from peftkit.models import policy
+from peftkit.models.loading import build
+from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from peftkit.recipe import Recipe
+from peftkit.reporting import run_report
+from peftkit.training import folder as folders
+from peftkit.training.loop import Loop
+from peftkit.training.session import open_session
+from peftkit.training.step import TaskModule
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk."""
+
+    path: Path
+    recipe: Recipe
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Final figures: by split, by baseline, and of the training itself."""
+        return dict(json.loads((self.path / folders.METRICS).read_text()))
+
+    @property
+    def adapter(self) -> Path:
+        """What was exported: ``adapter/``, or ``model/`` of a method that trains the base itself."""
+        return self.path / self.recipe.method.saves
+
+    def predict(self, texts: Any, **options: Any) -> Any:
+        """Predictions of the trained model; see ``peftkit.load``."""
+        from peftkit.inference import load
+
+        return load(self.path).predict(texts, **options)
+
+    def _repr_html_(self) -> str:
+        return run_report.fragment(self.path)
+
+
+def train(
+    recipe: Recipe, *, resume: str | Path | bool | None = None, allow: tuple[str, ...] = (), quiet: bool = False
+) -> Run:
+    """Carries out a recipe, from data to exported adapter.
+
+    Args:
+        recipe: what to do.
+        resume: a run's folder to go on with, or True for the newest of this recipe's name.
+        allow: what may differ from the resumed run's checkpoint, by name ("data", "training.epochs").
+        quiet: print no tables.
+
+    Raises:
+        UserError: something in the recipe, the data or the base is wrong; nothing is left behind.
+        Interrupted: stopped by a signal or the time limit; resumable.
+        TrainingError: loss or gradients were not finite.
+    """
+    policy.quiet()
+    session = open_session(recipe)
+    with session.accelerator.main_process_first():  # the others then read its caches
+        tokenizer = load_tokenizer(recipe.model)
+        prepared = prepare(recipe)
+        encoded = encode(prepared, tokenizer, recipe)
+        loaded = build(recipe, prepared.info, tokenizer, session.device)
+    say = run_report.speaker(session, quiet=quiet)
+    about = say.start(recipe, session, prepared, encoded, loaded)
+
+    path = folders.find_run(recipe, resume) if resume else folders.new_folder(recipe, session)
+    module = TaskModule(loaded, recipe.task, prepared.info)
+    marks = folders.fingerprints(
+        recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
+        world_size=session.world_size,
+    )  # fmt: skip
+    loop = Loop(recipe, session, module, tokenizer, encoded, path, marks)
+    with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
+        checkpoint, rejected = folders.resumable(path, marks, allow) if resume else (None, [])
+        for line in rejected:
+            say.warn(line)
+        folders.describe_run(path, recipe, prepared.info, session)
+        before = results.before_training(loop, loaded, prepared)
+        loop.run(checkpoint)
+        found = results.after_training(loop, loaded, prepared, before)
+        if session.is_main:
+            results.write(path, found)
+            folders.write_json(path / run_report.ABOUT, about)
+            export_run(path, loaded, recipe, prepared, encoded, found.metrics)
+            run_report.write(path)
+        session.accelerator.wait_for_everyone()
+        session.accelerator.end_training()
+    say.end(path, recipe, found)
+    return Run(path, recipe)
+
+
+class _removed_if_unused:
+    """Removes a fresh folder when what was given turns out wrong before the first step."""
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path, self.fresh = path, fresh
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.fresh and isinstance(error, UserError) and not (self.path / "checkpoints").exists():
+            shutil.rmtree(self.path, ignore_errors=True)

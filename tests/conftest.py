@@ -1,0 +1,77 @@
+"""Fixtures shared by all tests: tiny bases, small data, and an environment that reaches no hub."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from peftkit.recipe import Recipe
+from tests import tiny
+
+TOPICS = {
+    "sports": "game team player match score win lose play ball first last".split(),
+    "business": "market stock bank money price oil company trade year day cost".split(),
+    "science": "computer software space science data red green blue star new light".split(),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Every test session caches in a folder of its own."""
+    os.environ["PEFTKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """Folder of a tiny BERT."""
+    return tiny.tiny_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Folder of a tiny Llama with a ChatML template."""
+    return tiny.tiny_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+def topic_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Rows (text, topic) of words that tell the topic, ragged in length, no two alike."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        topic = list(TOPICS)[index % len(TOPICS)]
+        words = [generator.choice(TOPICS[topic] + ["the", "a", "of"]) for _ in range(generator.randint(4, 24))]
+        rows.append((f"{' '.join(words)} {index}", topic))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def topics_csv(tmp_path_factory):
+    """A CSV of 90 rows, columns text and label."""
+    path = tmp_path_factory.mktemp("data") / "topics.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *topic_rows(90)])
+    return path
+
+
+@pytest.fixture
+def small_recipe(bert, topics_csv, tmp_path):
+    """A whole classification recipe that trains in a second or two."""
+    return Recipe.parse(
+        {
+            "name": "small",
+            "model": {"source": str(bert), "dtype": "float32", "dropout": 0.0},
+            "data": {"source": str(topics_csv), "max_length": 32},
+            "method": {"kind": "lora", "rank": 4},
+            "training": {"epochs": 4, "batch_size": 8, "learning_rate": 1e-2, "log_every": 3, "threads": 1},
+            "evaluation": {"baselines": ["majority"]},
+            "export": {"prove": False},
+            "tracking": [],
+            "output_dir": str(tmp_path / "runs"),
+        }
+    )
