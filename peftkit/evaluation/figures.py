@@ -118,4 +118,4 @@ def _one(name: str, gold: np.ndarray, predicted: np.ndarray, holds: metrics.Hold
     if not len(gold):
         return {name: float("nan")}
     result = metrics.load(name, holds).compute(predictions=predicted, references=gold) or {}
-    return {key: float(value) for key, value in result.items() if np.isscalar(value)}
+    return {key: float(value) for key, value in result.items() if isinstance(value, int | float | np.number)}

@@ -120,8 +120,8 @@ def _name_classes(axis: Axes, labels: Sequence[str]) -> None:
     classes, few = len(labels), len(labels) <= 12
     names = [shown.plain(label, 20) for label in labels]
     # a class may be called "$5_": that is no formula
-    font = {"fontsize": float(np.clip(11 - classes * 0.14, 4.5, 10)), "parse_math": False}
-    slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    font: dict[str, Any] = {"fontsize": float(np.clip(11 - classes * 0.14, 4.5, 10)), "parse_math": False}
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axis.set_xticks(range(classes), names, **font, **slant)
     axis.set_yticks(range(classes), names, **font)
     axis.set_xlabel("predicted", color=INK)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from peftkit.errors import DataError, did_you_mean
 
@@ -218,7 +218,7 @@ def _ids(labels: tuple[str, ...]) -> dict[str, int]:
     return {name: position for position, name in enumerate(labels)}
 
 
-def reading_of_integers(columns: Sequence[LabelColumn], labels: tuple[str, ...]) -> str:
+def reading_of_integers(columns: Sequence[LabelColumn], labels: tuple[str, ...]) -> Literal["names", "ids"]:
     """Whether whole numbers in the columns are class ids or class names, judged over all splits.
 
     Numbers that all stand in ``labels`` are names; otherwise they are ids. A ``ClassLabel`` feature holds ids.

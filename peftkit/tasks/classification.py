@@ -165,7 +165,7 @@ class Classification(Task):
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """``text``, ``text_pair`` where the recipe names one, and ``label``: an id, a list of 0.0/1.0, or a number."""
-        made = {"text": _text(row, data.text)}
+        made: Row = {"text": _text(row, data.text)}
         if data.text_pair is not None:
             made["text_pair"] = _text(row, data.text_pair)
         made["label"] = self._label(row, data, info)
