@@ -42,7 +42,8 @@ def layout_of_package(source: str, data: DataConfig) -> Layout:
     key = re.sub(r"[-_.]+", "-", name).lower()
     if key in KNOWN:
         inside, read = KNOWN[key]
-        return {"train": read(_locate(name, files, inside), data)}
+        top = _locate(name, files, inside)
+        return {"train": [_named(file, top, source) for file in read(top, data)]}
     raise DataError(f"data.source: it is not known how package '{name}' is read; {_what_it_holds(files)}")
 
 
@@ -53,6 +54,12 @@ def _locate(name: str, files: list[Any], inside: str) -> Path:
             top = Path(str(file.locate()))
             return top if str(file) == inside else top.parents[len(file.parts) - len(Path(inside).parts) - 1]
     raise DataError(f"data.source: package '{name}' does not hold {inside} in this version; install another one")
+
+
+def _named(file: File, top: Path, source: str) -> File:
+    """The file with rows that name it within its package: where that is installed differs from machine to machine."""
+    place = file.path.relative_to(top if top.is_dir() else top.parent).as_posix()
+    return replace(file, extra={**file.extra, "_file": f"{source}/{place}"})
 
 
 def _what_it_holds(files: list[Any]) -> str:
