@@ -64,9 +64,9 @@ No figures were recorded.
 {% if proof -%}
 In a fresh process, plain {{ "peft and transformers" if about.saves == "adapter" else "transformers" }} loaded this \
 folder and gave the logits of the trained model on {{ proof.rows }} rows ({{ proof.logits }} logits, \
-{{ proof.dtype }}, {{ proof.device }}): the largest difference was {{ "%.2g" | format(proof.relative) }} of the logits' \
-standard deviation, {{ "%g" | format(proof.tolerance) }} was allowed, and the likeliest answer was the same in \
-{{ "%.1f" | format(100 * proof.same_choice) }} % of them.
+{{ proof.dtype }}, {{ proof.device }}). The largest difference was {{ "%.2g" | format(proof.relative) }} of the \
+logits' standard deviation, where {{ "%g" | format(proof.tolerance) }} was allowed, and the likeliest answer was the \
+same in {{ "%.1f" | format(100 * proof.same_choice) }} % of them.
 {%- else -%}
 None was made (`export.prove` was off).
 {%- endif %}

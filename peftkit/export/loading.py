@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def load_exported(
     loaded.pooling = about.pooling  # type: ignore[assignment]
     if about.saves == "adapter":
         _check_base(loaded, about)
-        check_head(folder / ADAPTER_WEIGHTS, about)
-        loaded.model = _with_adapter(loaded.model, folder)
+        names = check_head(folder / ADAPTER_WEIGHTS, about)
+        loaded.model = _with_adapter(loaded.model, folder, names)
     else:
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
     settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
@@ -92,8 +93,8 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
-def check_head(weights: Path, about: Description) -> None:
-    """Raises ModelError when the weights are unreadable or their head has another number of labels."""
+def check_head(weights: Path, about: Description) -> list[str]:
+    """Names of the adapter's weights; raises ModelError when they cannot be read or the head has other labels."""
     if not weights.is_file():
         raise ModelError(f"{weights.parent}: expected {weights.name}, found none; export the run again")
     try:
@@ -103,7 +104,7 @@ def check_head(weights: Path, about: Description) -> None:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{weights}: not a readable safetensors file ({error}); export the run again") from None
     if not about.heads:
-        return
+        return names
     rows = {
         shape[0] for name, shape in shapes.items() if len(shape) == 2 and about.heads[-1] in name.split(".")
     }  # fmt: skip
@@ -113,6 +114,7 @@ def check_head(weights: Path, about: Description) -> None:
             f"{weights}: expected a head for {expected} labels ({', '.join(about.info.labels[:6])}), found "
             f"{', '.join(map(str, sorted(rows))) or 'none'}: {description.FILE} and weights do not belong together"
         )
+    return names
 
 
 def _recipe(folder: Path, about: Description, dtype: str | None, quantized: bool) -> Recipe:
@@ -150,15 +152,22 @@ def _check_base(loaded: LoadedModel, about: Description) -> None:
         )
 
 
-def _with_adapter(base: Any, folder: Path) -> Any:
+def _with_adapter(base: Any, folder: Path, names: list[str]) -> Any:
     """peft's own loading, as a fresh process would do it; what it only warns of is an error here."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     check_adapter_config(folder)
     try:
-        model = PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing keys are looked for below
+            model = PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from error
+    expected, found = set(get_peft_model_state_dict(model, save_embedding_layers=False)), set(names)
+    if expected != found:
+        lost, strange = sorted(expected - found), sorted(found - expected)
+        said = f"lacks {len(lost)} weights, such as {lost[0]}" if lost else f"holds {strange[0]}, which nothing takes"
+        raise ModelError(f"{folder}: {ADAPTER_WEIGHTS} {said}: it and {ADAPTER_CONFIG} do not belong together")
     return model
 
 
