@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,6 +70,7 @@ def open_file(path: Path, data: DataConfig, *, alone: bool = True) -> File:
 
 def nearest(path: Path) -> str:
     """A hint to what does exist: the nearest name in the deepest folder that is there."""
+    path = Path(os.path.normpath(path))
     parent, name = path.parent, path.name
     while not parent.is_dir() and parent != parent.parent:
         parent, name = parent.parent, parent.name

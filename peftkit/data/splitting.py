@@ -180,7 +180,7 @@ def _rare_classes(
     if not few or not data.stratify:
         return []
     named = [labels[int(name)] if name.isdecimal() and int(name) < len(labels) else name for name, _ in few]
-    examples = [f"'{name}' has {count} row{'s' * (count > 1)}" for name, (_, count) in zip(named, few)]
+    examples = [f"'{name}' has {count} row{'s' if count > 1 else ''}" for name, (_, count) in zip(named, few)]
     total = int(sum(count for _, count in few))
     return [CleaningStep("rare_classes", "train", "reported", total, tuple(examples[:EXAMPLES]))]
 
