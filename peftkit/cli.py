@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import __version__, catalog, launch, overrides
+from peftkit.errors import RecipeError, RunError
 from peftkit.recipe import Recipe
 
 app = typer.Typer(
@@ -28,7 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `peftkit list`, a .yaml or a .py file.")]
+ANY_RECIPE = "A name from `peftkit list`, a .yaml or a .py file."
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=ANY_RECIPE)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[part.field=value]...", help="Changes, such as training.epochs=1 or method.kind=frozen."),
@@ -114,7 +116,9 @@ def inspect(
 
 @command("train")
 def train(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help=f"{ANY_RECIPE} Not needed with --resume RUN.")
+    ] = None,
     changes: Overrides = None,
     resume: Annotated[
         str | None,
@@ -125,7 +129,14 @@ def train(
     ] = None,
 ) -> None:
     """Carry a recipe out in this process; `accelerate launch recipes/NAME.py` does so in several."""
-    launch.train(_recipe(recipe, changes), resume, tuple(allow or ()))
+    given = [text for text in (recipe, *(changes or ())) if text]
+    if given and "=" not in given[0]:
+        chosen = _recipe(given[0], given[1:])
+    elif resume and resume != launch.NEWEST:
+        chosen = overrides.apply(_recipe_of_run(Path(resume)), given)
+    else:
+        raise RecipeError("which recipe? `peftkit list` names them; --resume RUN goes on with that run's own")
+    launch.train(chosen, resume, tuple(allow or ()))
 
 
 @command("evaluate")
@@ -192,6 +203,13 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _recipe(name: str, changes: list[str] | None) -> Recipe:
     return overrides.apply(catalog.get_recipe(name), changes or ())
+
+
+def _recipe_of_run(run: Path) -> Recipe:
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise RunError(f"{run}: expected the folder of a run, which holds its recipe.yaml; found none")
+    return Recipe.from_yaml(file)
 
 
 def _path(file: Path | None) -> str | None:

@@ -37,7 +37,7 @@ def parse(override: str) -> tuple[list[str], Any]:
         raise RecipeError(f"override '{override}': expected part.field=value, such as training.epochs=1")
     try:
         value = value_of(text) if text.strip() else ""
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, RecursionError):
         raise RecipeError(f"override '{override}': '{text}' is not a value that YAML can read; quote it") from None
     return path.strip().split("."), value
 

@@ -45,8 +45,20 @@ for _tag, (_pattern, _first) in PLAIN.items():
 
 
 def value_of(text: str) -> Any:
-    """One plain value, list or mapping; raises yaml.YAMLError or ValueError."""
-    return Loader(text).get_single_data()
+    """One plain value, list or mapping; raises yaml.YAMLError."""
+    loader = Loader(text)
+    node = loader.get_single_node()
+    return None if node is None else _construct(loader, node)
+
+
+def _construct(loader: Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # PyYAML trusts an explicit tag (!!int, !!bool, …) to stand before a value that fits it
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a value does not fit its tag: {error}", node.start_mark
+        ) from None
 
 
 def read(path: Path) -> Recipe:
@@ -92,12 +104,12 @@ def _parse(text: str, path: Path) -> tuple[Any, yaml.Node | None]:
         loader = Loader(text)
         node = loader.get_single_node()
         _refuse_repeated_keys(node, path)
-        return (None if node is None else loader.construct_document(node)), node
+        return (None if node is None else _construct(loader, node)), node
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{path}{where}: not YAML that can be read: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path}: not YAML that can be read: {error}") from None
 
 

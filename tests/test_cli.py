@@ -68,6 +68,9 @@ def test_schema_is_the_recipes_json_schema(call):
         (["show", "agnews_lora", "rank"], "expected part.field=value"),
         (["show", "none.yaml"], "cannot be read"),
         (["train", "own_csv", *DATA], "no.csv"),
+        (["train"], "which recipe?"),
+        (["train", "training.epochs=1"], "which recipe?"),
+        (["train", "--resume", "no_such_run"], "no_such_run: expected the folder of a run"),
         (["inspect", "own_csv", *DATA], "no.csv"),
         (["evaluate", "no_such_run"], "no_such_run"),
         (["predict", "no_such_run", "--file", "no.csv"], "no such file"),
@@ -146,11 +149,22 @@ def test_a_bare_resume_means_the_newest_run(given, named):
     ],
 )
 def test_a_recipe_file_hands_over_recipe_resume_and_allow(arguments, resume, allow, epochs, monkeypatch):
-    run = pytest.importorskip("peftkit.run")
+    from peftkit import run
+
     seen = {}
     monkeypatch.setattr(run, "train", lambda recipe, **given: seen.update(given, epochs=recipe.training.epochs))
     launch.main(lambda: get_recipe("own_csv"), arguments)
     assert seen == {"resume": resume, "allow": allow, "epochs": epochs}
+
+
+def test_train_resumes_a_run_by_its_folder_alone_with_its_own_recipe(call, tmp_path, monkeypatch):
+    from peftkit import run
+
+    seen = {}
+    monkeypatch.setattr(run, "train", lambda recipe, **given: seen.update(given, epochs=recipe.training.epochs))
+    (tmp_path / "recipe.yaml").write_text(get_recipe("bbc_news_lora").to_yaml(), encoding="utf-8")
+    assert call("train", "--resume", tmp_path, "training.epochs=7")[0] == 0
+    assert seen == {"resume": str(tmp_path), "allow": (), "epochs": 7}
 
 
 def test_a_recipe_file_explains_itself(tmp_path):

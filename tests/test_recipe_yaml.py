@@ -6,7 +6,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from peftkit import Recipe, catalog, get_recipe, replace
@@ -138,6 +138,10 @@ def check_read(path):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(text="!!int")
+@example(text="!!bool x")
+@example(text="!!timestamp x")
+@example(text="? [a]\n: b")
 @given(text=st.one_of(st.text(max_size=80), st.lists(st.sampled_from(WORDS), max_size=25).map("".join)))
 def test_any_text_is_a_recipe_or_a_recipe_error(text, tmp_path):
     path = tmp_path / "any.yaml"
