@@ -145,15 +145,12 @@ def _weights(block: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scal
     scores = torch.matmul(_grouped(block, key) * scale, key.mT)
     scores = scores.view(*key.shape[:2], -1, block.shape[2], key.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    hidden = None
+    lowest = torch.finfo(scores.dtype).min
     if mask is not None:
         piece = mask if mask.shape[2] == 1 else mask[:, :, first : first + block.shape[2]]
-        hidden = ~piece[:, :, None, :, : key.shape[2]]
+        scores.masked_fill_(~piece[:, :, None, :, : key.shape[2]], lowest)
     elif causal:
-        ones = torch.ones(block.shape[2], key.shape[2], dtype=torch.bool)
-        hidden = ones.triu_(first + 1)
-    if hidden is not None:
-        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        scores += scores.new_full(scores.shape[-2:], lowest).triu_(first + 1)
     return scores.softmax(-1)
 
 
