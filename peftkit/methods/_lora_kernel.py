@@ -20,8 +20,9 @@ def accelerate_lora(model: torch.nn.Module) -> int:
     """
     changed = 0
     for module in model.modules():
-        if type(module) in _layer_classes():
-            module.__class__ = _faster(type(module))
+        cls: Any = type(module)
+        if cls in _layer_classes():
+            module.__class__ = _faster(cls)
             changed += 1
     return changed
 

@@ -8,10 +8,13 @@ file); the dtype in which a run holds them is chosen later. Deleting the cache c
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,10 @@ def _convert(path: Path, folder: Path) -> None:
     if not importlib.util.find_spec("gguf"):
         raise ModelError(f"{path.name}: reading GGUF files needs the gguf package: pip install 'peftkit[gguf]'")
     log.info("dequantizing %s once into %s", path.name, folder)
-    model, tokenizer = _read(path)
+    with contextlib.ExitStack() as stack:
+        if not sys.stderr.isatty():  # the progress bars are for a person's terminal, not for a log
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        model, tokenizer = _read(path)
     with cache.atomic_folder(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -84,6 +90,7 @@ def _read(path: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    model: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -160,7 +160,8 @@ def _summed(hidden_SH: Tensor, targets_S: Tensor, head: Head) -> Tensor:
     trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
     if trained or not _is_plain(head.module):
         return _AnyHead.apply(hidden_SH, targets_S, head, *trained)  # type: ignore[no-any-return]
-    weight, bias = head.module.weight, head.module.bias
+    weight: Tensor = head.module.weight  # type: ignore[assignment]
+    bias = head.module.bias
     fused = _fused_kernel(hidden_SH.device.type)
     if fused is not None and head.shaping.scale == 1.0 and bias is None and len(targets_S):
         return fused(hidden_SH, weight, targets_S, head.shaping.cap)

@@ -106,6 +106,6 @@ def _gradients(
     grad_b = (grad_NO.T @ (x_NI @ a_RI.T)).mul_(scale).to(b.dtype)
     if grad_x is not None and keep_NI is None:
         grad_x.view(x_NI.shape).addmm_(small_NR, a_RI)
-    elif grad_x is not None:
+    elif grad_x is not None and keep_NI is not None:
         grad_x.view(x_NI.shape).addcmul_(small_NR @ a_RI, keep_NI, value=1 / (1 - p))
     return grad_x, grad_a, grad_b

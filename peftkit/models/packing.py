@@ -47,7 +47,7 @@ def underlying(model: Any) -> Any:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(getattr(model, "module", None), nn.Module):  # DistributedDataParallel, FSDP, DeepSpeed
             model = model.module
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()

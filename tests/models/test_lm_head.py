@@ -180,6 +180,22 @@ def test_learned_prompt_stands_before_the_tokens():
     torch.testing.assert_close(lm_head.loss(model, batch), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_inside_distributed_data_parallel(tmp_path):
+    """The loss is formed within the wrapper's forward pass, so its reducer sees the gradients."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, batch = make("llama-tied"), batch_of()
+        wanted = gradients(model, reference(model, batch))
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        found = gradients(model, lm_head.loss(wrapped, batch))
+    finally:
+        dist.destroy_process_group()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
 def test_unknown_shaping_falls_back_to_whole_logits(caplog):
     model, batch = make("llama"), batch_of()
     plain = model.forward
