@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from peftkit.data.inspection import inspect
     from peftkit.inference import load
     from peftkit.launch import main
-    from peftkit.run import Run, evaluate, train
+    from peftkit.run import Run, train
+    from peftkit.scoring import evaluate
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Run": "peftkit.run",
-    "evaluate": "peftkit.run",
+    "evaluate": "peftkit.scoring",
     "inspect": "peftkit.data.inspection",
     "load": "peftkit.inference",
     "main": "peftkit.launch",

@@ -147,9 +147,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again, on its own data or on a file."""
-    from peftkit import run as runs
+    from peftkit import scoring
 
-    figures = runs.evaluate(run, split=split, file=file)
+    figures = scoring.evaluate(run, split=split, file=file)
     if as_json:
         print(json.dumps(figures, indent=2))
         return

@@ -80,7 +80,8 @@ def _columns(data: DataConfig, column: str | None) -> list[str]:
 
 def _check_rows(file: Path, columns: list[str]) -> list[str]:
     """Reads the whole file; returns all its columns, and raises everything that is wrong with it at once."""
-    problems, names = Problems(), {}
+    problems = Problems()
+    names: dict[str, None] = {}
     for row in _rows(file, columns, problems):
         names |= dict.fromkeys(row)
     problems.check()

@@ -310,6 +310,27 @@ def test_evaluate_scores_the_test_split_as_the_run_did(call, finished):
     assert code == 0
     recorded = json.loads((finished / "metrics.json").read_text())["test"]
     assert json.loads(out)["accuracy"] == pytest.approx(recorded["accuracy"])
+    assert json.loads(out)["loss"] == pytest.approx(recorded["loss"], rel=1e-3)
+    assert f"{recorded['accuracy']:.4f}" in call("evaluate", finished)[1]
+    code, _, err = call("evaluate", finished, "--split", "tset")
+    assert code == 2
+    assert "did you mean 'test'?" in err
+
+
+def test_evaluate_scores_a_file_under_the_labels_of_the_run(call, finished, topics_csv, tmp_path):
+    rows = table(topics_csv)[:6]
+    predicted = peftkit.load(finished).predict([row["text"] for row in rows])
+    file = tmp_path / "rows.csv"
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("text", "label"), *((row["text"], row["label"]) for row in rows)])
+    found = json.loads(call("evaluate", finished, "--file", file, "--json")[1])
+    right = sum(prediction.label == row["label"] for prediction, row in zip(predicted, rows))
+    assert found["accuracy"] == pytest.approx(right / 6)
+    file.write_text("text,label\nthe bank,busines\n", encoding="utf-8")
+    code, _, err = call("evaluate", finished, "--file", file)
+    assert code == 2
+    assert "rows.csv, line 2" in err
+    assert "busines" in err
 
 
 def test_doctor_counts_the_processes_that_really_start(call, monkeypatch):
