@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 
 from peftkit.data.pipeline import EncodedSplit, PreparedData
-from peftkit.evaluation import baselines, figures
+from peftkit.evaluation import figures, samples
 from peftkit.evaluation.assessment import assess
+from peftkit.evaluation.baselines import Baseline, beside, majority, zero_shot
+from peftkit.evaluation.generations import GenerationRow
+from peftkit.evaluation.generations import write as write_generations
+from peftkit.evaluation.samples import Sample
 from peftkit.parts import LoadedModel
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
@@ -36,6 +40,16 @@ class Results:
     assessments: dict[str, dict[str, Any]] = field(default_factory=dict)
     baselines: list[dict[str, Any]] = field(default_factory=list)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    generations: list[GenerationRow] = field(default_factory=list)
+
+
+@dataclass
+class Before:
+    """What must be asked of the model before its first step."""
+
+    baselines: list[Baseline] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
 
 def scored_split(splits: Mapping[str, Any]) -> str:
@@ -43,41 +57,44 @@ def scored_split(splits: Mapping[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> list[baselines.Baseline]:
-    """The baselines of the recipe; the zero-shot one needs the model as it is before the first step."""
+def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> Before:
+    """The baselines of the recipe, and the base model's texts: both need the model as it is before the first step."""
     recipe, split = loop.recipe, scored_split(prepared.splits)
     wanted = DEFAULT_BASELINES if recipe.evaluation.baselines is None else recipe.evaluation.baselines
-    found = []
+    rows, found = prepared.splits[split], Before()
     if recipe.task.head == "causal_lm":
         if "zero_shot" in wanted:
             outputs = loop.evaluate(loop.data.splits[split])
             values = recipe.task.metrics(outputs, prepared.info, recipe.evaluation)
-            found.append(baselines.Baseline("zero_shot", values, note="the base model before training"))
+            found.baselines.append(Baseline("zero_shot", values, note="the base model before training"))
+        found.samples = samples.choose(rows, recipe.task, recipe.evaluation.generation)
+        found.texts = _texts(loop, loaded, found.samples)
         return found
-    rows = prepared.splits[split]
     if "majority" in wanted:
-        found.append(
-            baselines.majority(
-                prepared.splits["train"]["label"], rows["label"], recipe.task, prepared.info, recipe.evaluation
-            )
-        )
+        known = prepared.splits["train"]["label"]
+        found.baselines.append(majority(known, rows["label"], recipe.task, prepared.info, recipe.evaluation))
     if "zero_shot" in wanted:
-        found.append(_zero_shot(loop, loaded, rows, prepared))
+        found.baselines.append(_zero_shot(loop, loaded, rows, prepared))
     return found
 
 
-def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedData) -> baselines.Baseline:
+def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
+    with loop.session.accelerator.autocast():
+        return samples.write_texts(loaded.model, loaded.tokenizer, chosen, loop.recipe.evaluation.generation)
+
+
+def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedData) -> Baseline:
     """The base told only the classes' names; every process computes it, so that none waits for another."""
     recipe = loop.recipe
     model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
     backbone = model.base_model
     if (recipe.model.pooling == "auto" and getattr(model.config, "is_decoder", False)) or _is_causal(model):
-        return baselines.Baseline(
+        return Baseline(
             "zero_shot", note="skipped: a decoder's head for text is not loaded in classification"
         )
     loaded.model.eval()
     with loop.session.accelerator.autocast():
-        return baselines.zero_shot(
+        return zero_shot(
             backbone,
             loaded.tokenizer,
             rows["text"],
@@ -98,7 +115,7 @@ def _is_causal(model: Any) -> bool:
 
 
 def after_training(
-    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: list[baselines.Baseline]
+    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: Before
 ) -> Results:
     """Scores the trained model on the held-out splits and sets the baselines beside it."""
     recipe, found = loop.recipe, Results()
@@ -116,7 +133,12 @@ def after_training(
         found.metrics[split] = {name: figure["value"] for name, figure in assessment["metrics"].items()}
         if recipe.task.head == "classification":
             found.predictions[split] = predictions(recipe.task, outputs, rows, prepared.info)
-    for baseline in before:
+    if before.samples:
+        texts = _texts(loop, loaded, before.samples)
+        found.generations = samples.side_by_side(before.samples, before.texts, texts)
+        found.metrics["generation"] = samples.figures(before.samples, texts)
+        found.metrics["generation_before"] = samples.figures(before.samples, before.texts)
+    for baseline in before.baselines:
         found.metrics[baseline.name] = baseline.metrics
         found.baselines.append(_beside(baseline, loop, outputs, prepared))
     found.metrics["training"] = training_figures(loop, seconds)
@@ -130,7 +152,7 @@ def _rows_of(encoded: EncodedSplit, rows: Any) -> Any:
 
 
 def _beside(
-    baseline: baselines.Baseline, loop: Loop, outputs: Mapping[str, np.ndarray], prepared: PreparedData
+    baseline: Baseline, loop: Loop, outputs: Mapping[str, np.ndarray], prepared: PreparedData
 ) -> dict[str, Any]:
     recipe, info = loop.recipe, prepared.info
     if recipe.task.head == "causal_lm":
@@ -138,7 +160,7 @@ def _beside(
                 "comparison": None, "verdict": ""}  # fmt: skip
     predicted = figures.decide(outputs["logits"], info, recipe.task.threshold).predicted
     gold = figures.references(outputs, info)
-    return baselines.beside(baseline, predicted, gold, info, recipe.evaluation.confidence)
+    return beside(baseline, predicted, gold, info, recipe.evaluation.confidence)
 
 
 def predictions(task: Any, outputs: Mapping[str, np.ndarray], rows: Any, info: Any) -> list[dict[str, Any]]:
@@ -198,7 +220,9 @@ def write(path: Path, found: Results) -> None:
     folders.write_json(path / folders.METRICS, found.metrics)
     folders.write_json(path / "assessment.json", found.assessments)
     folders.write_json(path / "baselines.json", found.baselines)
-    (path / "predictions").mkdir(exist_ok=True)
     for split, rows in found.predictions.items():
+        (path / "predictions").mkdir(exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (path / "predictions" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    if found.generations:
+        write_generations(path, found.generations, title=path.name)

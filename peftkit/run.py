@@ -19,7 +19,8 @@ from peftkit.export.adapter import export_run
 from peftkit.models import policy
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from peftkit.recipe import Recipe
+from peftkit.parts import LoadedModel
+from peftkit.recipe import Recipe, replace
 from peftkit.reporting import run_report
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
@@ -77,6 +78,9 @@ def train(
         prepared = prepare(recipe)
         encoded = encode(prepared, tokenizer, recipe)
         loaded = build(recipe, prepared.info, tokenizer, session.device)
+        if not_packable(recipe, loaded):
+            recipe = replace(recipe, task={"packing": False})
+            encoded = encode(prepared, tokenizer, recipe)
     say = run_report.speaker(session, quiet=quiet)
     about = say.start(recipe, session, prepared, encoded, loaded)
 
@@ -104,6 +108,18 @@ def train(
         session.accelerator.end_training()
     say.end(path, recipe, found)
     return Run(path, recipe)
+
+
+def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
+    """Whether the recipe packs rows for a model that cannot keep them apart; batches by length do it then."""
+    if not getattr(recipe.task, "packing", False):
+        return False
+    from peftkit.models.packing import supports_packing
+
+    able, reason = supports_packing(loaded.model)
+    if not able:
+        loaded.notes.append(f"rows are batched by length and not packed: {reason}")
+    return not able
 
 
 class _removed_if_unused:

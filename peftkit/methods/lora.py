@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from peftkit.errors import MethodError, did_you_mean
+from peftkit.methods._lora_kernel import accelerate_lora
 from peftkit.parts import LoadedModel, Method
 from peftkit.recipe import METHODS
 
@@ -115,6 +116,7 @@ class Lora(Method):
             fan_in_fan_out=_transposed(loaded.model, targets),
         )
         loaded.model = get_peft_model(loaded.model, config)
+        accelerate_lora(loaded.model)
 
     def targets(self, model: nn.Module, heads: tuple[str, ...]) -> list[str]:
         """Full names of the layers to adapt; raises MethodError where a name, a pattern or a layer matches nothing."""

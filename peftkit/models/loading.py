@@ -16,6 +16,7 @@ from peftkit.errors import ModelError
 from peftkit.models import policy
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
 from peftkit.models.tokenizer import pad_note
+from peftkit.models.training_options import prepare_for_training
 from peftkit.parts import LoadedModel, TaskInfo
 from peftkit.recipe import Recipe
 
@@ -42,6 +43,7 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
     loaded = load_base(recipe, info, tokenizer, device)
     recipe.method.apply(loaded)
     settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
+    prepare_for_training(loaded, recipe)
     return loaded
 
 

@@ -146,7 +146,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
             (folder / "half").write_text("x")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(path.parent.iterdir()) == []
     with cache.atomic_folder(path) as folder:
         (folder / "whole").write_text("x")

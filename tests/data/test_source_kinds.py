@@ -180,9 +180,10 @@ def test_dialogs_alternate_and_end_with_an_answer(tmp_path):
     rows = raw("package:chatterbot-corpus", tmp_path / "out")["train"]
     for row in rows:
         assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
-    line = rows[3]
-    source = Path(line["_file"]).read_text(encoding="utf-8").splitlines()
-    assert line["messages"][0]["content"] in source[line["_line"] - 1]
+    (found,) = find(DataConfig(source="package:chatterbot-corpus"))
+    row = rows[3]
+    path = next(file.path for file in found.layout["train"] if file.path.name == row["_file"].split("/")[-1])
+    assert row["messages"][0]["content"] in path.read_text(encoding="utf-8").splitlines()[row["_line"] - 1]
 
 
 def test_ten_times_the_rows_take_about_the_same_memory(tmp_path):

@@ -1,0 +1,59 @@
+"""Texts written before and after training for the same prompts, so that a person can see what was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peftkit.evaluation import generation, text_metrics
+from peftkit.evaluation.generations import GenerationRow
+from peftkit.recipe import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt out of the held-out rows, or one of the user's own."""
+
+    prompt: Any
+    reference: str | None = None
+    file: str | None = None
+    line: int | None = None
+
+
+def choose(rows: Any, task: Any, config: GenerationConfig) -> list[Sample]:
+    """``config.samples`` held-out rows, chosen by ``config.seed``, and ``config.prompts``."""
+    generator = np.random.Generator(np.random.PCG64(config.seed))
+    numbers = np.sort(generator.permutation(len(rows))[: config.samples])
+    found = []
+    for number in numbers:
+        row = rows[int(number)]
+        prompt, reference = task.prompt(row)
+        found.append(Sample(prompt, reference, row.get("_file"), row.get("_line")))
+    conversational = task.kind == "instruction"
+    own = [[{"role": "user", "content": text}] if conversational else text for text in config.prompts]
+    return found + [Sample(prompt) for prompt in own]
+
+
+def write_texts(model: Any, tokenizer: Any, samples: Sequence[Sample], config: GenerationConfig) -> list[str]:
+    """What the model makes of every sample's prompt."""
+    return generation.generate(model, tokenizer, [sample.prompt for sample in samples], config) if samples else []
+
+
+def side_by_side(samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> list[GenerationRow]:
+    """The rows of ``generations.jsonl``."""
+    return [
+        GenerationRow(sample.prompt, sample.reference, base, tuned, sample.file, sample.line)
+        for sample, base, tuned in zip(samples, before, after, strict=True)
+    ]
+
+
+def figures(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """ROUGE, BLEU and the like of the texts whose reference is known."""
+    known = [(text, sample.reference) for sample, text in zip(samples, texts, strict=True) if sample.reference]
+    if not known:
+        return {}
+    written, references = zip(*known)
+    return text_metrics.score(list(written), list(references))

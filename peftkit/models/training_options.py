@@ -1,0 +1,36 @@
+"""What is switched on in a model for training only: checkpointed activations, noisy embeddings, a faster attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from peftkit.parts import LoadedModel
+from peftkit.recipe import Recipe
+
+
+def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Applies the recipe's training options to a model whose method has been applied."""
+    from peftkit.models.attention import cpu_attention
+
+    if recipe.model.attention == "auto":
+        cpu_attention(loaded.model)
+    if recipe.training.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.training.neftune_alpha:
+        add_embedding_noise(loaded.model, recipe.training.neftune_alpha)
+
+
+def add_embedding_noise(model: Any, alpha: float) -> None:
+    """Uniform noise of ± alpha / √(tokens × width) on the input embeddings in training mode (NEFTune, Jain et al. 2023,
+    arXiv:2310.05914)."""
+
+    def noisy(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        reach = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-reach, reach)
+
+    model.get_input_embeddings().register_forward_hook(noisy)
