@@ -297,6 +297,20 @@ def test_a_prediction_that_fails_half_way_leaves_the_old_file(call, finished, tm
     assert sorted(os.listdir(tmp_path)) == ["in.txt", "out.csv"]
 
 
+def test_inspect_shows_the_data_as_text_json_and_page(call, bert, topics_csv, tmp_path):
+    changes = [f"data.source={topics_csv}", f"model.source={bert}", "data.max_length=16"]
+    code, out, err = call("inspect", "own_csv", *changes, "--html", tmp_path / "page.html")
+    assert code == 0
+    assert "business" in out
+    assert str(tmp_path / "page.html") in err
+    assert "business" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    found = json.loads(call("inspect", "own_csv", *changes, "--json")[1])
+    rows = {split["name"]: split["rows"] for split in found["splits"]}
+    assert sum(rows.values()) == 90
+    assert set(rows) == {"train", "validation", "test"}
+    assert found["max_length"] == 16
+
+
 def test_export_writes_a_folder_once(call, finished, tmp_path):
     code, _, err = call("export", finished, "--to", tmp_path / "here")
     assert code == 0
