@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import DataError, HubError, did_you_mean
@@ -28,13 +30,31 @@ def load(name: str, data: DataConfig) -> DatasetDict:
     """
     import datasets
 
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, name=data.subset, revision=data.revision, streaming=data.streaming)
+        with _settled(offline=_unreachable(list(_causes(_asked(name, data))))):
+            return datasets.load_dataset(name, name=data.subset, revision=data.revision, streaming=data.streaming)
     except Exception as error:  # the libraries and the network underneath promise no common base
         raise explain(error, name, data) from error
+
+
+@contextmanager
+def _settled(*, offline: bool) -> Iterator[None]:
+    """No progress bars, no warnings of each retry; and no retries at all where the hub was just found out of reach."""
+    import datasets
+
+    bars, was_offline = datasets.is_progress_bar_enabled(), datasets.config.HF_HUB_OFFLINE
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    datasets.disable_progress_bars()
+    datasets.config.HF_HUB_OFFLINE = was_offline or offline
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+        datasets.config.HF_HUB_OFFLINE = was_offline
         if bars:
             datasets.enable_progress_bars()
 
@@ -90,7 +110,7 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
         said = (
             f"there is no data set '{name}' at {page} (or it is private: set HF_TOKEN), nor such a file or folder here"
         )
-    elif _has(causes, errors.OfflineModeIsEnabled) or HF_HUB_OFFLINE:
+    elif HF_HUB_OFFLINE:
         said = f"'{name}' is not in the cache and HF_HUB_OFFLINE is set: unset it, or download it once while online"
     elif _unreachable(causes):
         said = f"'{name}' is not in the cache and the hub cannot be reached: check the network (HF_ENDPOINT, proxies)"

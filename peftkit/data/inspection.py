@@ -238,21 +238,24 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
 
     A character that is made of several tokens appears with the last of them.
     """
-    texts, said = [], ""
+
+    def decoded(wanted: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(wanted), clean_up_tokenization_spaces=False))
+
+    texts: list[str] = []
     special = set(tokenizer.all_special_ids)
-    start = 0
+    start, said = 0, ""
     for place, token in enumerate(ids):
         if token in special:
-            texts.append(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            texts.append(decoded([token]))
             start, said = place + 1, ""
             continue
-        now = tokenizer.decode(ids[start : place + 1], clean_up_tokenization_spaces=False)
+        now = decoded(ids[start : place + 1])
         if now.endswith("\ufffd") and place + 1 < len(ids):
             texts.append("")
             continue
         texts.append(now[len(said) :])
-        said = now
-        alone = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        said, alone = now, decoded([token])
         if place - start > STRETCH and "\ufffd" not in alone:
             start, said = place, alone  # so that the work does not grow with the square of the length
     return texts

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ class _Arrays:
 
 
 def canonical_rows(
-    raw: list[Mapping[str, Dataset]], task: Task, data: DataConfig, info: TaskInfo, folder: Path
+    raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig, info: TaskInfo, folder: Path
 ) -> tuple[Rows, list[CleaningStep]]:
     """Every row of every split under the task's own columns, with control characters and empty rows dealt with.
 
@@ -108,7 +108,7 @@ def canonical_rows(
 
 
 def _canonical(
-    raw: list[Mapping[str, Dataset]],
+    raw: Sequence[Mapping[str, Dataset]],
     task: Task,
     data: DataConfig,
     info: TaskInfo,
@@ -136,7 +136,8 @@ def _one(
         if not _is_blank(row, error.column, data):
             problems.add(located(error, row["_file"], row["_line"]))
             return None
-        return _empty(row, part, error.column, data, problems, log)
+        _empty(row, part, error.column, data, problems, log)
+        return None
     if data.cleaning.control_characters != "off":
         changed = task.with_text(made, clean_text)
         if changed != made:
@@ -148,7 +149,8 @@ def _one(
             )
             made = changed if data.cleaning.control_characters == "strip" else made
     if not _has_text(made, task):
-        return _empty(row, part, data.text if data.text in row else None, data, problems, log)
+        _empty(row, part, data.text if data.text in row else None, data, problems, log)
+        return None
     return {**made, **{name: row[name] for name in PLACE if name in row}}
 
 
@@ -188,7 +190,7 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def describe(raw: list[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
+def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
     """What the task learns of all rows of all sources first; raises DataError with the file it concerns."""
     splits = raw[0] if len(raw) == 1 else _merged(raw, task)
     try:
@@ -200,7 +202,7 @@ def describe(raw: list[Mapping[str, Dataset]], task: Task, data: DataConfig) -> 
         raise
 
 
-def _merged(raw: list[Mapping[str, Dataset]], task: Task) -> Mapping[str, Dataset]:
+def _merged(raw: Sequence[Mapping[str, Dataset]], task: Task) -> Mapping[str, Dataset]:
     """The splits of several sources as one; a language model's need not have the same columns, so each is described."""
     from datasets import concatenate_datasets
 

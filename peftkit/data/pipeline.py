@@ -130,13 +130,14 @@ def _clean_and_split(rows: Rows, recipe: Recipe, info: TaskInfo) -> tuple[dict[s
 
 def _augment(train: Dataset, recipe: Recipe, folder: Path, steps: list[CleaningStep]) -> str:
     """Writes the changed copies; returns a digest of their texts."""
-    if recipe.data.augmentation is None:
+    config = recipe.data.augmentation
+    if config is None:
         return ""
     digest, count = hashlib.sha256(), 0
 
     def copies() -> Iterator[Row]:
         nonlocal count
-        for row in augmented(train, recipe.task, recipe.data.augmentation, recipe.training.seed):
+        for row in augmented(train, recipe.task, config, recipe.training.seed):
             digest.update(recipe.task.text_of(row).encode("utf-8", "surrogatepass") + b"\0")
             count += 1
             yield row
@@ -163,7 +164,8 @@ def _open_prepared(folder: Path, sources: tuple[str, ...]) -> PreparedData:
 
 
 def _info(values: dict[str, Any]) -> TaskInfo:
-    return TaskInfo(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    held: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TaskInfo(**held)
 
 
 def encode(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> EncodedData:

@@ -6,7 +6,6 @@ Raw rows are the source's own columns, with ``_file`` and ``_line``; tasks read 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,10 +162,7 @@ def read(source: Source, data: DataConfig, folder: Path, prefix: str) -> dict[st
 
 def _rows(source: Source, part: str, data: DataConfig, problems: Problems) -> Iterator[Row]:
     if part in source.remote:
-        rows: Any = hub.rows_of(source.remote[part], source.name, part, data)
-        # a stream is read no further than is asked for: the seeded choice is then among the rows read
-        limit = data.limit.get(part) if isinstance(data.limit, dict) else data.limit  # type: ignore[call-overload]
-        return itertools.islice(rows, limit * 4) if data.streaming and limit else rows
+        return hub.rows_of(source.remote[part], source.name, part, data)
     return (
         {**row, **file.extra} if file.extra else row
         for file in source.layout[part]

@@ -32,6 +32,7 @@ def make_splits(
         DataError: fewer rows than are to be held out.
     """
     part, steps = rows.part.copy(), []
+    made: dict[int, int] = {}
     units = _units(rows, groups)
     for source in np.unique(rows.source):
         mine = rows.source == source
@@ -54,8 +55,8 @@ def make_splits(
                 said = f"the {PARTS[number]} split cannot be made: the {total} rows are parts of one document or text"
                 raise DataError(f"{said}; name a file for it, or add documents")
             part[held] = number
-            steps.append(CleaningStep("split", PARTS[number], "kept", len(held)))
-    return part, steps
+            made[number] = made.get(number, 0) + len(held)
+    return part, [*steps, *(CleaningStep("split", PARTS[number], "kept", made[number]) for number in sorted(made))]
 
 
 def hold_out(
