@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 def load(job):
     """The exported model as the card says to load it."""
-    dtype = getattr(torch, job["dtype"])
+    dtype = getattr(torch, job["held"])
     auto = getattr(transformers, job["auto_class"])
     if job["saves"] == "model":
         return auto.from_pretrained(job["folder"], dtype=dtype)
@@ -57,7 +57,7 @@ def main():
     torch.set_num_threads(job["threads"])
     model = load(job).eval()
     if not job["quantization"]:
-        model = model.to(job["device"])
+        model = model.to(job["device"], dtype=getattr(torch, job["dtype"]))
     inputs = {name: tensor.to(job["device"]) for name, tensor in load_file(work / "inputs.safetensors").items()}
     dtype = getattr(torch, job["dtype"])
     with torch.no_grad(), torch.autocast(job["device"], dtype=dtype, enabled=dtype != torch.float32):

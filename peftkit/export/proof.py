@@ -1,7 +1,9 @@
 """The proof that an export is what was trained: a fresh process loads it with plain peft and transformers.
 
-Both sides see the same tokens and do the same operations, in the same dtype, on the same kind of device. The figure is
-the largest difference of two logits, divided by the standard deviation of the trained model's logits.
+Both sides hold the weights as in training (the base rounded to bf16 where it was) and see the same tokens. They compute
+in fp32, where the order of operations hardly matters, so that a difference means other weights; over a quantized base,
+whose products have a precision of their own, both take peft's and transformers' own way in the dtype of training. The
+figure is the largest difference of two logits, divided by the standard deviation of the trained model's logits.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from peftkit.data.batching import collate
 from peftkit.errors import ExportError
 from peftkit.export.description import Description
+from peftkit.methods._lora_kernel import plainly
 from peftkit.models import classifier, policy
 from peftkit.parts import LoadedModel
 
@@ -90,7 +93,8 @@ def job_for(about: Description, folder: Path, device: torch.device, **changes: A
         "revision": about.revision,
         "heads": list(about.heads),
         "pooling": about.pooling,
-        "dtype": about.dtype if about.saves == "adapter" else "float32",
+        "held": about.dtype if about.saves == "adapter" else "float32",
+        "dtype": about.dtype if _quantization(about) else "float32",
         "quantization": _quantization(about),
         "device": device.type,
         "threads": torch.get_num_threads(),
@@ -137,9 +141,9 @@ def _trained_logits(loaded: LoadedModel, about: Description, batch: dict[str, Te
     was_training = model.training
     model.eval()
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
-    whole = about.saves == "model"
-    dtype = torch.float32 if whole else getattr(torch, about.dtype)
-    with _in_fp32(model) if whole else contextlib.nullcontext(), policy.autocast(dtype, device):
+    quantized = _quantization(about) is not None
+    dtype = getattr(torch, about.dtype) if quantized else torch.float32
+    with plainly(model) if quantized else _in_fp32(model), policy.autocast(dtype, device):
         if about.heads:
             scores = classifier.plain_logits(model, moved, about.pooling)
         else:

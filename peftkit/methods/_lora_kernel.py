@@ -6,7 +6,9 @@ merged, not disabled, no DoRA or other variant, no bias of its own) and peft's o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +27,19 @@ def accelerate_lora(model: torch.nn.Module) -> int:
             module.__class__ = _faster(cls)
             changed += 1
     return changed
+
+
+@contextlib.contextmanager
+def plainly(model: torch.nn.Module) -> Iterator[None]:
+    """Lets the layers of a model take peft's own way for a while."""
+    ours = {module: type(module) for module in model.modules() if type(module).__mro__[1] in _layer_classes()}
+    for module, kind in ours.items():
+        module.__class__ = kind.__mro__[1]
+    try:
+        yield
+    finally:
+        for module, kind in ours.items():
+            module.__class__ = kind
 
 
 @functools.cache
