@@ -30,6 +30,7 @@ class Speaker(Protocol):
 class SeveralAdapters(Protocol):
     """What a speaker with several adapters on one base offers besides."""
 
+    @property
     def adapters(self) -> Sequence[str]:
         """The adapters' names."""
 
@@ -91,9 +92,9 @@ class Chat:
         return (__doc__ or "").split("\n\n")[-1].rstrip()
 
     def _adapter(self, name: str) -> str:
-        if not isinstance(self.speaker, SeveralAdapters):
-            return "there is one adapter only; name several runs to switch between them"
-        names = list(self.speaker.adapters())
+        names = list(self.speaker.adapters) if isinstance(self.speaker, SeveralAdapters) else []
+        if not isinstance(self.speaker, SeveralAdapters) or len(names) < 2:
+            return "there is one adapter only; add others with --adapter NAME=RUN to switch between them"
         if not name:
             return f"adapters: {', '.join(names)}"
         if name not in names:

@@ -1,4 +1,4 @@
-"""The command line: list, show, schema, inspect, train, evaluate, predict, export, doctor.
+"""The command line: list, show, schema, inspect, train, evaluate, predict, generate, chat, export, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``peftkit list`` answers at once. Results
 go to stdout, everything said about them to stderr, so that every command can stand in a pipe.
@@ -37,6 +37,11 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run, such as runs/NAME-….")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens written at most.")]
+Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
+TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that have this share together.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among this many of the likeliest tokens; 0 for all.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
 
 
 def main() -> None:
@@ -98,12 +103,24 @@ def schema() -> None:
 
 @command("inspect")
 def inspect(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help=f"{ANY_RECIPE} Not needed with --marked FILE.")
+    ] = None,
     changes: Overrides = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with histograms as well.")] = None,
     as_json: AsJson = False,
+    marked: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Generations that a person marked: the good ones go to --out, to train on."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The .jsonl file that --marked makes.")] = None,
 ) -> None:
     """Show the data as the model will see it; nothing is trained."""
+    if marked or out:
+        _keep_marked(marked, out, recipe)
+        return
+    if recipe is None:
+        raise RecipeError("which recipe? `peftkit list` names them; --marked FILE needs none")
     from peftkit.data.inspection import inspect as look
     from peftkit.reporting import inspection
 
@@ -175,6 +192,53 @@ def predict(
         _say(f"wrote {count} rows to {out}")
 
 
+@command("generate")
+def generate(
+    run: RunFolder,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: jsonl, csv or txt; without it, a prompt a line from stdin.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of JSON lines; without it, they go to stdout.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+) -> None:
+    """Continue or answer prompts with a language model; rows may hold prompt, messages, or instruction and input."""
+    from peftkit import prompts
+
+    options = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    count = prompts.carry_out(run, file=file, out=out, options=options)
+    if out:
+        _say(f"wrote {count} rows to {out}")
+
+
+@command("chat")
+def chat(
+    run: RunFolder,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=RUN", help="Another run on the same base; /adapter NAME switches to it."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, in place of the recipe's.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+) -> None:
+    """Talk with a language model: a line a turn, on the terminal or over a pipe; /help lists commands."""
+    from peftkit import chat as conversation
+    from peftkit import inference, prompts
+
+    options = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    _, recipe = prompts.language_run(run)
+    inference.generation_config(recipe, options)  # a wrong option is told before the model is loaded
+    model = inference.load(run, adapters=_adapters(adapter or []))
+    conversation.chat(model.configured(**options), system=system)
+
+
 @command("export")
 def export(
     run: RunFolder,
@@ -210,6 +274,33 @@ def _recipe_of_run(run: Path) -> Recipe:
     if not file.is_file():
         raise RunError(f"{run}: expected the folder of a run, which holds its recipe.yaml; found none")
     return Recipe.from_yaml(file)
+
+
+def _keep_marked(marked: Path | None, out: Path | None, recipe: str | None) -> None:
+    if marked is None or out is None or recipe is not None:
+        raise RecipeError("expected both --marked FILE and --out FILE, and no recipe: the marked generations are read")
+    from peftkit import output
+    from peftkit.evaluation import generations
+
+    output.check(out, marked)
+    rows = generations.marked_to_training_rows(marked)
+    with output.complete(out) as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _say(f"wrote {len(rows)} of {len(generations.read(marked))} generations, those marked good, to {out}")
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name in found:
+            raise RunError(f"--adapter {text}: expected NAME=RUN, each name once, such as kjv=runs/style_kjv_lora-…")
+        found[name] = path
+    return found
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _path(file: Path | None) -> str | None:

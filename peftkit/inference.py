@@ -2,28 +2,39 @@
 
 model = peftkit.load("runs/bbc_news_lora-20260101-120000")
 model.predict(["The striker scored twice."])[0].label
+
+model = peftkit.load("runs/style_kjv_lora-…", adapters={"shakespeare": "runs/style_shakespeare_lora-…"})
+model.generate("In the beginning", max_new_tokens=40)
+model.use_adapter("shakespeare")
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
-from peftkit.errors import DataError, RunError
+from peftkit.errors import DataError, RecipeError, RunError, did_you_mean
+from peftkit.export import description, switching
 from peftkit.export.description import Description
-from peftkit.export.loading import load_exported
+from peftkit.export.loading import find_export, load_exported
+from peftkit.export.switching import AddedAdapter
 from peftkit.models import policy
 from peftkit.parts import LoadedModel, Row, TaskInfo
-from peftkit.recipe import Recipe
+from peftkit.recipe import GenerationConfig, Recipe, describe
 
 BATCH_SIZE = 32
 Text = str | tuple[str, str]
+Conversation = Sequence[Mapping[str, str]]
+NOT_OPTIONS = ("samples", "prompts")
+"""Fields of GenerationConfig that say what is generated in an evaluation, and not how."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class LoadedRun:
     about: Description
     metrics: dict[str, Any]
     """Final figures by split."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """What ``generate`` and ``stream`` take in place of the recipe's ``evaluation.generation``."""
+    others: dict[str, AddedAdapter] = field(default_factory=dict, repr=False)
+    """Further adapters on the same base, by name."""
 
     @property
     def model(self) -> Any:
@@ -58,8 +73,19 @@ class LoadedRun:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer it was trained with."""
-        return self.loaded.tokenizer
+        """The tokenizer that the adapter in use was trained with."""
+        other = self.others.get(self.adapter or "")
+        return other.tokenizer if other else self.loaded.tokenizer
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that can be switched between; "default" is the run's own."""
+        return tuple(getattr(self.model, "peft_config", ()))
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter in use; None where the method trained the base itself."""
+        return self.model.active_adapter if self.adapters else None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -96,7 +122,7 @@ class LoadedRun:
         rows = list(_rows(texts))
         if not rows:
             return np.zeros((0, len(self.info.labels)), dtype=np.float32)
-        split = encode_rows(rows, self.tokenizer, self.recipe, self.info)
+        split = encode_rows(rows, self.tokenizer, self._recipe, self.info)
         device = next(self.model.parameters()).device
         dtype = policy.dtype_for(self.recipe.model, device)
         outputs = runner.predict(
@@ -105,23 +131,155 @@ class LoadedRun:
         )  # fmt: skip
         return outputs["logits"]
 
+    def generate(
+        self, prompts: str | Conversation | Sequence[str | Conversation], *, batch_size: int = 8, **options: Any
+    ) -> list[str]:
+        """The text that follows each prompt, in the prompts' order.
 
-def load(path: str | Path, *, device: str | None = None) -> LoadedRun:
+        Args:
+            prompts: texts or conversations (lists of ``{"role": …, "content": …}`` that end with the user's turn); a
+                single one is taken as a list of one. A run of instruction tuning answers a text as the user's
+                question, with the recipe's ``data.system`` before it; one of style continues it.
+            batch_size: prompts that are continued together.
+            options: fields of ``evaluation.generation`` (max_new_tokens, temperature, top_p, top_k,
+                repetition_penalty, seed); the rest stays as in the recipe.
+
+        Raises:
+            RunError: the run is a classifier.
+            RecipeError: an option that there is none of, or a value that it cannot have.
+            DataError: a conversation with an unknown role, or without a question.
+            ModelError: a prompt is empty or longer than the model reads, or there is no chat template.
+        """
+        from peftkit.evaluation import generation
+
+        self._check_writes()
+        config = generation_config(self._recipe, {**self.generation, **options})
+        asked = [as_prompt(one, self._recipe, f"prompt {n}: ") for n, one in enumerate(_prompts(prompts), 1)]
+        return generation.generate(self.model, self.tokenizer, asked, config, batch_size=batch_size)
+
+    def stream(self, messages: str | Conversation, **options: Any) -> Iterator[str]:
+        """The answer to one conversation, or what follows one text, piece by piece; see ``generate``."""
+        from peftkit.evaluation import generation
+
+        self._check_writes()
+        config = generation_config(self._recipe, {**self.generation, **options})
+        return generation.stream(self.model, self.tokenizer, as_prompt(messages, self._recipe), config)
+
+    def configured(self, **options: Any) -> LoadedRun:
+        """The same model with other defaults for ``generate`` and ``stream``; raises RecipeError as they do."""
+        generation_config(self._recipe, options)
+        return replace(self, generation={**self.generation, **options})
+
+    def add_adapter(self, path: str | Path, name: str) -> None:
+        """Loads another run's adapter beside this one, on the same base; ``use_adapter`` switches to it.
+
+        Raises:
+            RunError: ``path`` is not a finished run, or the name is taken or cannot be used.
+            ModelError: the adapter is not for this base, has another head or method, or is damaged.
+        """
+        added = switching.read(Path(path), name, self.about, self.adapters)
+        switching.attach(self.model, added)
+        self.others[name] = added
+
+    def use_adapter(self, name: str) -> None:
+        """Predicts and writes with that adapter from now on; raises RunError when none has that name."""
+        switching.check_known(name, self.adapters)
+        self.model.set_adapter(name)
+        self.model.requires_grad_(False)
+
+    @contextmanager
+    def base(self) -> Iterator[LoadedRun]:
+        """Within it the adapter is off, and the base model answers: ``with run.base(): run.generate(…)``.
+
+        Raises:
+            RunError: the method trained the base itself, so that there is nothing to take off.
+        """
+        if not self.adapters:
+            raise RunError(f"{self.path}: method '{self.about.method}' trained the base itself; there is no adapter")
+        try:
+            with self.model.disable_adapter():
+                yield self
+        finally:
+            self.model.requires_grad_(False)
+
+    @property
+    def _recipe(self) -> Recipe:
+        """The recipe of the adapter in use."""
+        other = self.others.get(self.adapter or "")
+        return other.recipe if other else self.recipe
+
+    def _check_writes(self) -> None:
+        if self.info.problem_type != "causal_lm":
+            raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
+
+
+def load(path: str | Path, *, device: str | None = None, adapters: Mapping[str, str | Path] | None = None) -> LoadedRun:
     """Loads a finished run, or an exported folder.
 
     Args:
         path: a run's folder, its ``adapter/`` or ``model/``, or a copy of that on another machine.
         device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one.
+        adapters: other runs on the same base by the name under which ``use_adapter`` finds them.
 
     Raises:
-        RunError: not a finished run of peftkit.
+        RunError: not a finished run of peftkit, or a name that cannot be used.
         ModelError: the base is missing or another than the one trained on, weights are pickled or damaged, or the
             head does not fit the labels.
     """
+    first = description.read(find_export(Path(path)))
+    others: dict[str, AddedAdapter] = {}
+    for name, other in (adapters or {}).items():
+        others[name] = switching.read(Path(other), name, first, [switching.FIRST, *others])
     exported = load_exported(path, device=device)
+    for added in others.values():
+        switching.attach(exported.loaded.model, added)
     file = exported.folder / "metrics.json"
     metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return LoadedRun(exported.folder, exported.loaded, exported.recipe, exported.about.info, exported.about, metrics)
+    return LoadedRun(
+        exported.folder, exported.loaded, exported.recipe, exported.about.info, exported.about, metrics, others=others
+    )
+
+
+def generation_config(recipe: Recipe, options: Mapping[str, Any]) -> GenerationConfig:
+    """The recipe's ``evaluation.generation`` with options put over it.
+
+    Raises:
+        RecipeError: an option that there is none of (the nearest is named), or a value that it cannot have.
+    """
+    known = [name for name in GenerationConfig.model_fields if name not in NOT_OPTIONS]
+    for name in options:
+        if name not in known:
+            raise RecipeError(f"generation has no option '{name}': {did_you_mean(name, known)}")
+    try:
+        return GenerationConfig.model_validate({**recipe.evaluation.generation.model_dump(), **options})
+    except ValidationError as error:
+        raise RecipeError(describe(error, "generation")) from None
+
+
+def as_prompt(prompt: str | Conversation, recipe: Recipe, where: str = "") -> str | list[dict[str, str]]:
+    """A prompt as the run was trained to read it: a text as it is, or turns under the recipe's system prompt.
+
+    Raises:
+        DataError: neither a text nor a conversation that awaits an answer; ``where`` opens the message.
+    """
+    from peftkit.tasks import _conversation
+
+    if isinstance(prompt, str):
+        if recipe.task.kind != "instruction":
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    try:
+        return _conversation.read_open(prompt, "messages", recipe.data.system)
+    except DataError as error:
+        raise DataError(f"{where}{error.message}") from None
+
+
+def _prompts(given: Any) -> list[str | Conversation]:
+    """Several prompts; a text, or a list of turns, is a single one."""
+    if isinstance(given, str):
+        return [given]
+    prompts = list(given)
+    return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
 
 
 def _rows(texts: Text | Sequence[Text]) -> Iterator[Row]:

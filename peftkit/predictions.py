@@ -5,17 +5,15 @@ carry_out(run, file=Path("texts.csv"), column=None, out=Path("predictions.csv"))
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from peftkit import output
 from peftkit.data.problems import Problems, missing_column, shorten
 from peftkit.data.readers import READERS
 from peftkit.errors import DataError, did_you_mean
@@ -56,7 +54,7 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
     answers = _answers(model, rows, columns, set(names))
     if out is None:
         return _write_lines(answers, sys.stdout)
-    with _complete(out) as stream:
+    with output.complete(out) as stream:
         return _write_lines(answers, stream) if out.suffix == ".jsonl" else _write_table(answers, names, stream, out)
 
 
@@ -68,10 +66,8 @@ def _check_paths(file: Path | None, out: Path | None) -> None:
         raise DataError(f"cannot be read: {did_you_mean(file.suffix, known)}", file=file)
     if out and out.suffix not in WRITERS:
         raise DataError(f"cannot be written: its name must end in {', '.join(WRITERS)}", file=out)
-    if out and not out.resolve().parent.is_dir():
-        raise DataError(f"there is no folder {out.resolve().parent}; make it first", file=out)
-    if file and out and out.exists() and out.samefile(file):
-        raise DataError("is the input too, and would be overwritten; name another file with --out", file=out)
+    if out:
+        output.check(out, file)
 
 
 def _columns(data: DataConfig, column: str | None) -> list[str]:
@@ -149,26 +145,3 @@ def _write_table(rows: Iterator[Row], names: list[str], stream: IO[str], out: Pa
 
 def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
-
-
-@contextlib.contextmanager
-def _complete(out: Path) -> Iterator[IO[str]]:
-    """A file beside ``out`` that takes its name when everything is written and safe on the disk."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=out.resolve().parent, prefix=f".{out.name}.", encoding="utf-8", newline="", delete=False
-    ) as stream:
-        try:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o666 & ~_umask())
-            os.replace(stream.name, out)
-        except BaseException:
-            os.unlink(stream.name)
-            raise
-
-
-def _umask() -> int:
-    held = os.umask(0)
-    os.umask(held)
-    return held

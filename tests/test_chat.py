@@ -26,6 +26,7 @@ class Two(Echo):
 
     name = "kjv"
 
+    @property
     def adapters(self):
         return ["kjv", "shakespeare"]
 

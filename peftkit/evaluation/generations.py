@@ -82,7 +82,10 @@ def read(path: str | Path) -> list[GenerationRow]:
 
 
 def marked_to_training_rows(path: str | Path) -> list[dict[str, Any]]:
-    """What was marked good, as rows to train on: ``messages`` of a chat, ``prompt`` and ``completion`` of a text.
+    """What was marked good, as rows to train on.
+
+    A chat becomes ``messages``. A text becomes ``text`` for another run of style, with its ``prompt`` and
+    ``completion`` beside it, which instruction tuning reads.
 
     Raises:
         DataError: the file is not of the page's form, or nothing in it is marked good.
@@ -95,7 +98,7 @@ def marked_to_training_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _training_row(row: GenerationRow) -> dict[str, Any]:
     if isinstance(row.prompt, str):
-        return {"prompt": row.prompt, "completion": row.finetuned}
+        return {"text": row.prompt + row.finetuned, "prompt": row.prompt, "completion": row.finetuned}
     return {"messages": [*row.prompt, {"role": "assistant", "content": row.finetuned}]}
 
 

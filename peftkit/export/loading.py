@@ -76,6 +76,7 @@ def load_exported(
         _check_base(loaded, about)
         names = check_head(folder / ADAPTER_WEIGHTS, about)
         loaded.model = _with_adapter(loaded.model, folder, names)
+        mark_adapter(loaded.model, "default")
     else:
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
     settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
@@ -154,7 +155,7 @@ def _check_base(loaded: LoadedModel, about: Description) -> None:
 
 def _with_adapter(base: Any, folder: Path, names: list[str]) -> Any:
     """peft's own loading, as a fresh process would do it; what it only warns of is an error here."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     check_adapter_config(folder)
     try:
@@ -163,12 +164,27 @@ def _with_adapter(base: Any, folder: Path, names: list[str]) -> Any:
             model = PeftModel.from_pretrained(base, folder)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from error
-    expected, found = set(get_peft_model_state_dict(model, save_embedding_layers=False)), set(names)
+    check_same_names(model, folder, names, "default")
+    return model
+
+
+def mark_adapter(model: Any, adapter: str) -> None:
+    """Calls an adapter's weights trained, so that they are held in fp32, as they were trained and saved."""
+    for name, parameter in model.named_parameters():
+        if adapter in name.split("."):
+            parameter.requires_grad_(True)
+
+
+def check_same_names(model: Any, folder: Path, names: list[str], adapter: str) -> None:
+    """Raises ModelError unless the weights in the folder are those that the adapter in the model is made of."""
+    from peft import get_peft_model_state_dict
+
+    expected = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+    found = set(names)
     if expected != found:
         lost, strange = sorted(expected - found), sorted(found - expected)
         said = f"lacks {len(lost)} weights, such as {lost[0]}" if lost else f"holds {strange[0]}, which nothing takes"
         raise ModelError(f"{folder}: {ADAPTER_WEIGHTS} {said}: it and {ADAPTER_CONFIG} do not belong together")
-    return model
 
 
 def check_adapter_config(folder: Path) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def read_row(row: Mapping[str, Any], kind: str, columns: Mapping[str, str], syst
     else:
         messages = _turns(row.get(column), column)
     _check_order(messages, column)
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError("the conversation has no assistant turn, so nothing can be learned from it", column=column)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     if messages[0]["role"] == "assistant":
@@ -88,12 +90,61 @@ def read_row(row: Mapping[str, Any], kind: str, columns: Mapping[str, str], syst
     return messages
 
 
-def _alpaca(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
-    instruction, output = (_text(row, columns.get(name, name)) for name in COLUMNS["alpaca"])
+def read_open(value: Any, column: str, system: str | None = None) -> list[Message]:
+    """Turns that await an answer; ``system`` goes before those that have none.
+
+    Raises:
+        DataError: names the turn, counted from 1.
+    """
+    messages = _turns(value, column)
+    _check_order(messages, column)
+    if messages[-1]["role"] != "user":
+        raise DataError(
+            f"turn {len(messages)}: the {messages[-1]['role']}'s; the last turn must be the user's, to be answered",
+            column=column,
+        )
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], text: str) -> str | list[Message]:
+    """What is to be continued or answered in a row of any format; an answer that is there already is left out.
+
+    Args:
+        row: with prompt (a text or turns), messages, conversations, or instruction and input.
+        columns: ``data.columns``, our name → the source's.
+        text: a further column that may hold the prompt.
+
+    Raises:
+        DataError: none of these columns is there, or what it holds is wrong; names the column and the turn.
+    """
+    for name in ("messages", "conversations"):
+        column = columns.get(name, name)
+        if row.get(column) is not None:
+            turns = _turns(row[column], column)
+            return read_open(turns[:-1] if len(turns) > 1 and turns[-1]["role"] == "assistant" else turns, column)
+    column = columns.get("instruction", "instruction")
+    if row.get(column) is not None:
+        return _question(row, columns)
+    for column in (columns.get("prompt", "prompt"), text):
+        if row.get(column) is not None:
+            return row[column] if isinstance(row[column], str) else read_open(row[column], column)
+    raise DataError(f"expected prompt, messages, or instruction (and input), found {_listed(row) or 'nothing'}")
+
+
+def _question(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    """The turns before Alpaca's answer."""
+    instruction = _text(row, columns.get("instruction", "instruction"))
     extra, system = (_text(row, columns.get(name, name), optional=True) for name in OPTIONAL)
     asked = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
     start = [{"role": "system", "content": system}] if system.strip() else []
-    return [*start, {"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+    return [*start, {"role": "user", "content": asked}]
+
+
+def _alpaca(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
+    asked = _question(row, columns)
+    return [*asked, {"role": "assistant", "content": _text(row, columns.get("output", "output"))}]
 
 
 def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -142,8 +193,6 @@ def _check_order(messages: Sequence[Message], column: str) -> None:
         if role == "system" and number > 1:
             raise DataError(f"turn {number}: the system prompt must be the first turn", column=column)
         before = role
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError("the conversation has no assistant turn, so nothing can be learned from it", column=column)
 
 
 def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:

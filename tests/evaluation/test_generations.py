@@ -48,7 +48,11 @@ def test_good_rows_become_training_rows(tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in marked), encoding="utf-8")
     assert marked_to_training_rows(path) == [
         {"messages": [*CHAT, {"role": "assistant", "content": ROWS[0].finetuned}]},
-        {"prompt": "In the beginning", "completion": ROWS[1].finetuned},
+        {
+            "text": "In the beginning" + ROWS[1].finetuned,
+            "prompt": "In the beginning",
+            "completion": ROWS[1].finetuned,
+        },
     ]
 
 
