@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from peftkit import output
 from peftkit.data.problems import Problems, missing_column, shorten
 from peftkit.data.readers import READERS
-from peftkit.errors import DataError, did_you_mean
+from peftkit.errors import DataError, RunError, did_you_mean
 from peftkit.parts import Row
 from peftkit.recipe import DataConfig, Recipe
 
@@ -34,14 +34,18 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
     The whole file is checked before the model is loaded, and ``out`` appears only when it is complete.
 
     Raises:
-        RunError: ``run`` is not a finished run.
+        RunError: ``run`` is not a finished run, or one of a language model.
         DataError: a file of a kind that cannot be read or written, a missing column, a row without a text.
     """
+    from peftkit.export import description
     from peftkit.export.loading import find_export
     from peftkit.inference import load
 
     _check_paths(file, out)
-    data = Recipe.from_yaml(find_export(run) / "recipe.yaml").data
+    folder = find_export(run)
+    if description.read(folder).info.problem_type == "causal_lm":
+        raise RunError(f"{run}: a language model has no labels to predict; use `peftkit generate` or `peftkit chat`")
+    data = Recipe.from_yaml(folder / "recipe.yaml").data
     columns = _columns(data, column)
     if file:
         names = _check_rows(file, columns)
