@@ -7,6 +7,7 @@ peftkit.load(run.path).predict(["The striker scored twice."])
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 # the submodule and the decorator share the name `recipe`: importing both now makes the decorator win
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from peftkit.scoring import evaluate
 
 __version__ = "0.1.0"
+
+# said by tqdm, beneath the libraries, in every notebook without ipywidgets; our progress needs none
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _LAZY = {
     "Run": "peftkit.run",

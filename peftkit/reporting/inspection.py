@@ -34,6 +34,7 @@ def as_text(found: Inspection, *, color: bool | None = None, width: int | None =
         color_system="standard" if color else None,
         width=width,
         no_color=not color,
+        force_jupyter=False,  # in a notebook rich would show it there and then, and the text would be empty
     )
     console.print(render(found))
     held = console.file
