@@ -7,7 +7,8 @@ STAMP := .venv/installed
 # one process, no questions, no warnings; the run itself decides how many threads it uses
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two workers share the cores: waiting threads sleep, for spinning they would take the cores from each other
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-all check lint bench clean
 
