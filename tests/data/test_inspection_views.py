@@ -8,11 +8,11 @@ from dataclasses import replace as change
 import numpy as np
 import pytest
 
-from peftkit.data.inspection import Token, histogram, inspect, token_texts
+from peftkit.data.inspection import Example, Token, histogram, inspect, token_texts
 from peftkit.data.pipeline import encode, prepare
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.recipe import Recipe, replace
-from peftkit.reporting.inspection import as_json, as_text, write_html
+from peftkit.reporting.inspection import as_json, as_text, example_html, write_html
 
 
 def test_figures_equal_those_counted_by_hand(small_recipe):
@@ -88,3 +88,12 @@ def test_pages_escape_and_stand_alone(small_recipe, tmp_path):
     assert "<script>alert(1)</script>[bold]" in text
     assert "\x1b" not in text
     assert json.loads(json.dumps(as_json(found)))["splits"][0]["rows"] == first.rows
+
+
+def test_an_example_by_itself_has_a_ground_under_what_is_learned_and_is_escaped():
+    tokens = (Token("<b>", False, False), Token("<i>&", False, True), Token("\n", True, True))
+    page = example_html(Example("rows.jsonl:3", "", tokens, 0))
+    assert page.count("background") == 2
+    assert "<b>" not in page
+    assert "&lt;i&gt;&amp;</span>" in page.split("background")[1]
+    assert "⏎" in page.split("background")[2]
