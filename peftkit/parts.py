@@ -123,6 +123,8 @@ class Method(Part):
     default_learning_rate: ClassVar[float] = 1e-3
     saves: ClassVar[Literal["adapter", "model"]] = "adapter"
     """Whether a run exports peft's adapter format or a whole transformers model."""
+    adapts_backbone: ClassVar[bool] = True
+    """Whether anything below the head is trained."""
 
     kind: str
 

