@@ -28,8 +28,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## side by side with transformers' Trainer + peft; writes JSON to benchmarks/results/
-	set -- benchmarks/*.py; for script; do HF_HUB_OFFLINE=1 $(BIN)/python "$$script"; done
+DATA ?= ag_news
+bench: $(STAMP)  ## side by side with transformers' Trainer + peft on DATA (a folder of train.csv and test.csv: text,label)
+	$(BIN)/python benchmarks/encoder_lora.py --data $(DATA)
 
 clean:
 	rm -rf .venv build dist

@@ -24,6 +24,7 @@ from peftkit.evaluation.baselines import Baseline, beside, majority, zero_shot
 from peftkit.evaluation.generations import GenerationRow
 from peftkit.evaluation.generations import write as write_generations
 from peftkit.evaluation.samples import Sample
+from peftkit.models.loading import load_language_model, writes_text
 from peftkit.parts import LoadedModel
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
@@ -86,16 +87,14 @@ def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
 def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedData) -> Baseline:
     """The base told only the classes' names; every process computes it, so that none waits for another."""
     recipe = loop.recipe
-    model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
-    backbone = model.base_model
-    if (recipe.model.pooling == "auto" and getattr(model.config, "is_decoder", False)) or _is_causal(model):
-        return Baseline(
-            "zero_shot", note="skipped: a decoder's head for text is not loaded in classification"
-        )
     loaded.model.eval()
+    backbone = getattr(loaded.model, "get_base_model", lambda: loaded.model)().base_model
+    model = backbone
+    if writes_text(backbone.config):  # a classifier has lost the head that a prompt is answered with
+        model = load_language_model(recipe, loop.session.device)
     with loop.session.accelerator.autocast():
         return zero_shot(
-            backbone,
+            model,
             loaded.tokenizer,
             rows["text"],
             rows["label"],
@@ -106,17 +105,7 @@ def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedDat
         )
 
 
-def _is_causal(model: Any) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    masked = {"bert", "roberta", "electra", "xlm-roberta", "camembert", "bert-generation", "rembert", "roformer"}
-    kind = model.config.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in masked
-
-
-def after_training(
-    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: Before
-) -> Results:
+def after_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: Before) -> Results:
     """Scores the trained model on the held-out splits and sets the baselines beside it."""
     recipe, found = loop.recipe, Results()
     seconds = {}

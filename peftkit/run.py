@@ -96,6 +96,7 @@ def train(
         for line in rejected:
             say.warn(line)
         folders.describe_run(path, recipe, prepared.info, session)
+        session.start_trackers(recipe, path)
         before = results.before_training(loop, loaded, prepared)
         loop.run(checkpoint)
         found = results.after_training(loop, loaded, prepared, before)

@@ -38,8 +38,8 @@ def log_without_times(run):
 def test_a_run_learns_and_leaves_everything_behind(small_recipe):
     run = peftkit.train(small_recipe)
     for name in ("recipe.yaml", "info.json", "environment.json", "metrics.json", "metrics.jsonl", "report.html",
-                 "adapter/adapter_config.json", "adapter/README.md", "predictions/test.jsonl", "plots/learning_curves.png",
-                 "plots/confusion_matrix.png"):  # fmt: skip
+                 "adapter/adapter_config.json", "adapter/README.md", "predictions/test.jsonl",
+                 "plots/learning_curves.png", "plots/confusion_matrix.png"):  # fmt: skip
         assert (run.path / name).is_file(), name
     assert run.metrics["test"]["accuracy"] > run.metrics["majority"]["accuracy"] + 0.2
     losses = [line["loss"] for line in log_without_times(run) if "learning_rate" in line]
@@ -59,7 +59,7 @@ def test_every_epoch_has_an_order_of_its_own(small_recipe, monkeypatch):
     )
     peftkit.train(replace(small_recipe, training={"epochs": 2}))
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    assert sorted(sum(first, [])) == sorted(sum(second, []))
+    assert sorted(row for batch in first for row in batch) == sorted(row for batch in second for row in batch)
     assert first != second
 
 

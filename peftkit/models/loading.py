@@ -74,6 +74,27 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes)
 
 
+def load_language_model(recipe: Recipe, device: torch.device | str | None = None) -> PreTrainedModel:
+    """The untrained base as a language model, for prompting it without any training."""
+    from transformers import AutoModelForCausalLM
+
+    folder = folder_of(resolve(recipe.model))
+    dtype = policy.dtype_for(recipe.model, device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval()
+
+
+def writes_text(config: PreTrainedConfig) -> bool:
+    """Whether the architecture is a decoder: made to write, and not a masked model that also can."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
     """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration under a frozen backbone.
 

@@ -121,7 +121,7 @@ def candidates(root: Path) -> Iterator[tuple[int, Path]]:
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, and a line about each newer one that had to be passed over."""
-    rejected = []
+    rejected: list[str] = []
     for step, path in candidates(root):
         reason = verify(path)
         if reason is None:

@@ -26,7 +26,7 @@ from peftkit.parts import TaskInfo
 from peftkit.recipe import Recipe
 from peftkit.training import checkpoints
 from peftkit.training.checkpoints import Checkpoint
-from peftkit.training.session import Session, cores
+from peftkit.training.session import Session, cores, flat
 
 PACKAGES = (
     "peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
@@ -157,7 +157,7 @@ def fingerprints(recipe: Recipe, *, data: str, tokenizer: str, base: str, world_
     """What the continuation of a run must share with it."""
     fields = {
         name: value
-        for name, value in _flat(recipe.model_dump(mode="json"))
+        for name, value in flat(recipe)
         if not any(name == skipped or name.startswith(f"{skipped}.") for skipped in NOT_LEARNED_FROM)
     }
     return {"data": data, "tokenizer": tokenizer, "base model": base, "world_size": world_size, "recipe": fields}
@@ -200,11 +200,3 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, s
 def _covers(given: str, name: str) -> bool:
     given = given.replace("_", " ") if given == "base_model" else given
     return name == given or name.startswith(f"{given}.")
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, dict) and values:
-        for name, value in values.items():
-            yield from _flat(value, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix, values

@@ -33,8 +33,8 @@ class RunLog:
             self._file.truncate(offset)
             if console.is_terminal:
                 self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"),
-                    TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
+                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                    TextColumn("{task.fields[said]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
                 )  # fmt: skip
                 self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
                 self._bar.start()

@@ -182,7 +182,8 @@ class Loop:
         if window.get("steps", 0) >= 5 and window.get("weight"):
             mean = window["loss"] / window["weight"]
             if result.loss > SPIKE * mean and result.loss > 1.0:
-                self.log.event(self.state.step, "loss_spike", f"loss {result.loss:.3f} at step {self.state.step}, after a mean of {mean:.3f}")  # fmt: skip
+                said = f"loss {result.loss:.3f} at step {self.state.step}, after a mean of {mean:.3f}"
+                self.log.event(self.state.step, "loss_spike", said)
 
     def _not_finite(self, batch: np.ndarray, result: StepResult) -> None:
         rows = ", ".join(str(row) for row in sorted(batch.tolist())[:16])
@@ -234,7 +235,8 @@ class Loop:
             state.stale += 1
             if stopping and state.stale >= stopping.patience:
                 state.stopped_early = True
-                self.log.event(state.step, "early_stopping", f"no better {self.metric} in {state.stale} validations: stopping")  # fmt: skip
+                said = f"no better {self.metric} in {state.stale} validations: stopping"
+                self.log.event(state.step, "early_stopping", said)
         else:
             state.stale = 0
         if improvement > 0:

@@ -46,7 +46,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state as ``PARAMETER/KEY`` → tensor; every value that torch's optimizers keep is one."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import RecipeError, did_you_mean
@@ -62,6 +64,15 @@ class Session:
         tensor = torch.tensor([value], device=self.device)
         return int(self.accelerator.gather(tensor).max())
 
+    def start_trackers(self, recipe: Recipe, folder: Path) -> None:
+        """Starts the recipe's trackers, with the recipe's fields; those that write files write into the run's folder."""
+        if recipe.tracking:
+            self.accelerator.project_configuration.set_directories(str(folder))
+            fields = {
+                name: value if isinstance(value, (int, float, str)) else str(value) for name, value in flat(recipe)
+            }
+            self.accelerator.init_trackers(recipe.name, config=fields)
+
     def describe(self) -> str:
         """``1 process on cpu, 2 threads, bfloat16``."""
         many = "processes" if self.world_size > 1 else "process"
@@ -92,6 +103,19 @@ def open_session(recipe: Recipe) -> Session:
     session = Session(accelerator, dtype, threads)
     _note_surprises(session)
     return session
+
+
+def flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Every field of a recipe as (dotted name, plain value)."""
+
+    def walk(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(values, dict) and values:
+            for name, value in values.items():
+                yield from walk(value, f"{prefix}.{name}" if prefix else name)
+        else:
+            yield prefix, values
+
+    yield from walk(recipe.model_dump(mode="json"), "")
 
 
 def cores() -> int:

@@ -41,3 +41,18 @@ def test_a_hub_out_of_reach_is_said_at_once_and_quietly(python):  # noqa: F811
     assert "the hub cannot be reached" in said
     assert "data.source=FOLDER" in said
     assert "Retrying" not in done.stderr
+
+
+def test_subset_and_revision_reach_the_hub(monkeypatch):
+    import datasets
+
+    from peftkit.data import hub as hub_data
+    from peftkit.recipe import DataConfig
+
+    asked = []
+    monkeypatch.setattr(hub_data, "_asked", lambda name, data: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)))
+    hub_data.load("some/set", DataConfig(source="some/set", subset="plain", revision="abc"))
+    hub_data.load("some/set", DataConfig(source="some/set"))
+    assert [options["name"] for _, options in asked] == ["plain", None]
+    assert [options["revision"] for _, options in asked] == ["abc", None]
