@@ -80,7 +80,7 @@ def load_language_model(recipe: Recipe, device: torch.device | str | None = None
 
     folder = folder_of(resolve(recipe.model))
     dtype = policy.dtype_for(recipe.model, device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()
 
 

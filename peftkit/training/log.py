@@ -10,11 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from peftkit.training.session import Session
 
 console = Console(stderr=True, highlight=False)
+
+
+def columns() -> list[ProgressColumn]:
+    """What a progress bar shows: steps, loss and rate, time taken, time to come."""
+    said = TextColumn("{task.fields[said]}")
+    steps: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    return [*steps, said, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()]
 
 
 class RunLog:
@@ -32,10 +47,7 @@ class RunLog:
             self._file = path.open("a+b")
             self._file.truncate(offset)
             if console.is_terminal:
-                self._bar = Progress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                    TextColumn("{task.fields[said]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
-                )  # fmt: skip
+                self._bar = Progress(*columns(), console=console)
                 self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
                 self._bar.start()
 
