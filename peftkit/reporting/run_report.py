@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peftkit.data.batching import padding_share, plan, steps_per_epoch
+from peftkit.data.batching import padding_share, plan
 from peftkit.models.inventory import trainable_table
 from peftkit.recipe import Recipe
 from peftkit.reporting import html, tables
@@ -92,9 +92,7 @@ def split_rows(encoded: Any, recipe: Recipe) -> list[dict[str, Any]]:
         }
         if name == "train":
             batches = plan(split.lengths, recipe.training, 0)
-            row["padding"] = (
-                f"{padding_share(split.lengths, batches):.1%} in {steps_per_epoch(split.lengths, recipe.training)} batches"
-            )
+            row["padding"] = f"{padding_share(split.lengths, batches):.1%} in {len(batches)} batches"
         rows.append(row)
     return rows
 

@@ -65,7 +65,7 @@ class Session:
         return int(self.accelerator.gather(tensor).max())
 
     def start_trackers(self, recipe: Recipe, folder: Path) -> None:
-        """Starts the recipe's trackers, with the recipe's fields; those that write files write into the run's folder."""
+        """Starts the recipe's trackers, told the recipe's fields; their files go into the run's folder."""
         if recipe.tracking:
             self.accelerator.project_configuration.set_directories(str(folder))
             fields = {
