@@ -93,7 +93,10 @@ def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not _is_watched(base):
         return low_rank.linear(x.to(dtype), base.weight, base.bias, *low)
-    out = base(x).contiguous()
+    out = base(x)
+    if out._is_view():  # autograd lets nobody add in place to a view that a custom function made, as bitsandbytes' does
+        out = out.clone(memory_format=torch.contiguous_format)
+    out = out.contiguous()
     return low_rank.add(out, x.to(out.dtype), *low)
 
 

@@ -67,7 +67,8 @@ class Session:
     def start_trackers(self, recipe: Recipe, folder: Path) -> None:
         """Starts the recipe's trackers, told the recipe's fields; their files go into the run's folder."""
         if recipe.tracking:
-            self.accelerator.project_configuration.set_directories(str(folder))
+            configuration = self.accelerator.project_configuration
+            configuration.project_dir = configuration.logging_dir = str(folder)
             fields = {
                 name: value if isinstance(value, (int, float, str)) else str(value) for name, value in flat(recipe)
             }

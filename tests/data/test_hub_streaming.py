@@ -51,7 +51,7 @@ def test_subset_and_revision_reach_the_hub(monkeypatch):
 
     asked = []
     monkeypatch.setattr(hub_data, "_asked", lambda name, data: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: asked.append((path, options)))
     hub_data.load("some/set", DataConfig(source="some/set", subset="plain", revision="abc"))
     hub_data.load("some/set", DataConfig(source="some/set"))
     assert [options["name"] for _, options in asked] == ["plain", None]
