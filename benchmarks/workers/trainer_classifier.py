@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--warmup", type=float, default=0.06)
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tuned", action="store_true", help="bf16 and batches by length")
     return parser.parse_args()
@@ -36,6 +37,7 @@ def main() -> None:
     """Trains, evaluates on the test rows, and prints what was measured."""
     args = arguments()
     import numpy as np
+    import torch
     from datasets import load_dataset
     from peft import LoraConfig, get_peft_model
     from transformers import (
@@ -60,7 +62,7 @@ def main() -> None:
     lora = LoraConfig(
         task_type="SEQ_CLS", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules=targets
     )
-    tuned = {"bf16": True, "train_sampling_strategy": "group_by_length"} if args.tuned else {}
+    tuned = {"bf16": True, "train_sampling_strategy": "group_by_length", "use_cpu": not torch.cuda.is_available()}
     trainer = Trainer(
         model=get_peft_model(model, lora),
         args=TrainingArguments(
@@ -71,11 +73,12 @@ def main() -> None:
             learning_rate=args.learning_rate,
             weight_decay=0.01,
             warmup_steps=args.warmup,
+            label_smoothing_factor=args.label_smoothing,
             logging_steps=50,
             save_strategy="no",
             report_to=[],
             seed=args.seed,
-            **tuned,
+            **(tuned if args.tuned else {}),
         ),
         train_dataset=data["train"],
         eval_dataset=data["test"],
