@@ -6,8 +6,10 @@ run.metrics["test"]["accuracy"], run.path
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,15 +125,12 @@ def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
     return not able
 
 
-class _removed_if_unused:
+@contextlib.contextmanager
+def _removed_if_unused(path: Path, *, fresh: bool) -> Iterator[None]:
     """Removes a fresh folder when what was given turns out wrong before the first step."""
-
-    def __init__(self, path: Path, *, fresh: bool) -> None:
-        self.path, self.fresh = path, fresh
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self.fresh and isinstance(error, UserError) and not (self.path / "checkpoints").exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+    try:
+        yield
+    except UserError:
+        if fresh and not (path / "checkpoints").exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise
