@@ -113,6 +113,7 @@ class LoadedRun:
 
     def logits(self, texts: Text | Sequence[Text], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``."""
+        from peftkit.data.batching import pass_tokens
         from peftkit.data.pipeline import encode_rows
         from peftkit.evaluation import runner
         from peftkit.training.step import TaskModule
@@ -127,7 +128,7 @@ class LoadedRun:
         dtype = policy.dtype_for(self.recipe.model, device)
         outputs = runner.predict(
             TaskModule(self.loaded, self.recipe.task, self.info), split, self.tokenizer, device=device,
-            batch_size=batch_size, autocast=lambda: policy.autocast(dtype, device),
+            batch_size=batch_size, tokens=pass_tokens(self.recipe.training, device.type), autocast=lambda: policy.autocast(dtype, device),
         )  # fmt: skip
         return outputs["logits"]
 

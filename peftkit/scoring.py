@@ -64,6 +64,7 @@ def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
 
 
 def _outputs(model: LoadedRun, rows: list[Row]) -> dict[str, Any]:
+    from peftkit.data.batching import pass_tokens
     from peftkit.data.pipeline import encode_rows
     from peftkit.evaluation import runner
     from peftkit.models import policy
@@ -77,5 +78,6 @@ def _outputs(model: LoadedRun, rows: list[Row]) -> dict[str, Any]:
         model.tokenizer,
         device=device,
         batch_size=model.recipe.evaluation.batch_size,
+        tokens=pass_tokens(model.recipe.training, device.type),
         autocast=lambda: policy.autocast(dtype, device),
     )

@@ -8,7 +8,7 @@ offset into the plan. Rows of like length share a batch, so that little is padde
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 POOL_BATCHES = 64
 """Batches that are sorted by length together: more means less padding and less shuffling."""
+PASS_TOKENS = {"cpu": 1024}
+OTHER_PASS_TOKENS = 32768
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids")
 
 
@@ -43,7 +45,7 @@ def plan(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.n
     generator = np.random.Generator(np.random.PCG64([training.seed, epoch]))
     order = generator.permutation(len(lengths))
     if training.batching == "random":
-        return list(_cut(order, lengths, training))
+        return _batches(order, lengths, training)
     typical = training.batch_size
     if training.batch_tokens:
         typical = max(1, int(training.batch_tokens / max(1.0, float(lengths.mean()))))
@@ -51,23 +53,13 @@ def plan(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.n
     batches: list[np.ndarray] = []
     for start in range(0, len(order), pool):
         rows = order[start : start + pool]
-        batches += _cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, training)
+        batches += _batches(rows[np.argsort(lengths[rows], kind="stable")], lengths, training)
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
-def _cut(rows: np.ndarray, lengths: np.ndarray, training: TrainingConfig) -> Iterator[np.ndarray]:
-    """Cuts an ordered list of rows by row count, or so that rows × longest stays within the token budget."""
-    if not training.batch_tokens:
-        for start in range(0, len(rows), training.batch_size):
-            yield rows[start : start + training.batch_size]
-        return
-    start, longest = 0, 0
-    for end in range(len(rows)):
-        longest = max(longest, int(lengths[rows[end]]))
-        if end > start and longest * (end - start + 1) > training.batch_tokens:
-            yield rows[start:end]
-            start, longest = end, int(lengths[rows[end]])
-    yield rows[start:]
+def _batches(rows: np.ndarray, lengths: np.ndarray, training: TrainingConfig) -> list[np.ndarray]:
+    """Cuts an ordered list of rows into global batches, by row count or by token budget."""
+    return cut(rows, lengths, None if training.batch_tokens else training.batch_size, training.batch_tokens)
 
 
 def steps_per_epoch(lengths: np.ndarray, training: TrainingConfig) -> int:
@@ -78,26 +70,45 @@ def steps_per_epoch(lengths: np.ndarray, training: TrainingConfig) -> int:
 
 
 def share(
-    batch: np.ndarray, lengths: np.ndarray, *, rank: int, world_size: int, micro_batch: int | None
+    batch: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int | None = None,
+    micro_tokens: int | None = None,
 ) -> list[MicroBatch]:
     """One process's micro-batches of a global batch; every process gets the same number of them.
 
-    Rows are dealt out by length in turn, so that the processes have like amounts of work.
+    Rows are dealt out by length in turn, so that the processes have like amounts of work, and are cut so that no
+    micro-batch has more than ``micro_batch`` rows or, having several, more than ``micro_tokens`` padded tokens.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
-    mine = order[rank::world_size]
-    largest = math.ceil(len(order) / world_size)
-    size = min(micro_batch or largest, largest)
-    count = math.ceil(largest / size)
-    pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
-    micro = [MicroBatch(piece) for piece in pieces]
-    return micro + [MicroBatch(order[:1], counts=False)] * (count - len(micro))
+    shares = [cut(order[each::world_size], lengths, micro_batch, micro_tokens) for each in range(world_size)]
+    micro = [MicroBatch(piece) for piece in shares[rank]]
+    return micro + [MicroBatch(order[:1], counts=False)] * (max(map(len, shares)) - len(micro))
 
 
-def by_length(lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """Batches for evaluation: longest first (too large a batch fails at once), ``size`` rows each."""
-    order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def cut(rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None) -> list[np.ndarray]:
+    """Cuts an ordered list of rows into pieces of at most ``most`` rows and ``tokens`` padded tokens (or one row)."""
+    pieces, start, longest = [], 0, 0
+    for end, row in enumerate(rows):
+        longest = max(longest, int(lengths[row]))
+        many = end + 1 - start
+        if many > 1 and ((most and many > most) or (tokens and longest * many > tokens)):
+            pieces.append(rows[start:end])
+            start, longest = end, int(lengths[row])
+    return [*pieces, rows[start:]] if len(rows) else []
+
+
+def pass_tokens(training: TrainingConfig, device: str) -> int:
+    """Padded tokens in one forward pass on a kind of device."""
+    return training.micro_batch_tokens or PASS_TOKENS.get(device, OTHER_PASS_TOKENS)
+
+
+def by_length(lengths: np.ndarray, size: int, tokens: int | None = None) -> list[np.ndarray]:
+    """Batches for evaluation: longest first (too large a batch fails at once), ``size`` rows or ``tokens`` each."""
+    return cut(np.argsort(-lengths, kind="stable"), lengths, size, tokens)
 
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:

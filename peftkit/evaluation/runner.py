@@ -26,6 +26,7 @@ def predict(
     *,
     device: torch.device,
     batch_size: int | None = None,
+    tokens: int | None = None,
     autocast: Callable[[], Any] | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -36,7 +37,7 @@ def predict(
 
     Args:
         forward: a TaskModule in eval mode.
-        batch_size: rows a pass; batches are cut by length, longest first.
+        batch_size, tokens: rows and padded tokens a pass at most; batches are cut by length, longest first.
         autocast: gives a context for every pass.
         rank, world_size: this process's share; the results of all are gathered on every process.
         progress: called with the number of rows done.
@@ -45,7 +46,7 @@ def predict(
     Returns:
         Arrays whose first dimension is the examples, in the split's order.
     """
-    batches = by_length(split.lengths, batch_size or BATCH_SIZE)
+    batches = by_length(split.lengths, batch_size or BATCH_SIZE, tokens)
     pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for rows in batches[rank::world_size]:
         if should_stop and should_stop():

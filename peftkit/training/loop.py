@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import plan, steps_per_epoch
+from peftkit.data.batching import pass_tokens, plan, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingError, did_you_mean
 from peftkit.evaluation.direction import greater_is_better
@@ -211,6 +211,7 @@ class Loop:
             self.tokenizer,
             device=self.session.device,
             batch_size=self.recipe.evaluation.batch_size,
+            tokens=pass_tokens(self.recipe.training, self.session.device.type),
             autocast=self.session.accelerator.autocast,
             rank=self.session.rank,
             world_size=self.session.world_size,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import MicroBatch, collate, share
+from peftkit.data.batching import MicroBatch, collate, pass_tokens, share
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.parts import LoadedModel, Task, TaskInfo
 from peftkit.recipe import Recipe
@@ -82,6 +82,7 @@ class Stepper:
             rank=session.rank,
             world_size=session.world_size,
             micro_batch=training.micro_batch,
+            micro_tokens=pass_tokens(training, session.device.type),
         )
         self.module.train()
         total = self._accumulate(micro, weight, step)

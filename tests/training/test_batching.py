@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.data.batching import by_length, collate, padding_share, plan, share, steps_per_epoch
+from peftkit.data.batching import by_length, collate, padding_share, pass_tokens, plan, share, steps_per_epoch
 from peftkit.recipe import TrainingConfig
 
 LENGTHS = np.random.default_rng(0).integers(4, 129, size=3000).astype(np.int32)
@@ -66,6 +66,24 @@ def test_processes_share_a_batch_without_loss_in_equally_many_micro_batches(worl
     counted = [row for pieces in shares for piece in pieces if piece.counts for row in piece.rows]
     assert sorted(counted) == batch.tolist()
     assert all(len(piece.rows) <= (micro or rows) for pieces in shares for piece in pieces)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 60, 200, 10_000])
+def test_passes_stay_within_their_tokens(world_size, tokens):
+    batch, lengths = np.arange(30), np.random.default_rng(2).integers(1, 50, size=30)
+    shares = [share(batch, lengths, rank=r, world_size=world_size, micro_tokens=tokens) for r in range(world_size)]
+    assert len({len(pieces) for pieces in shares}) == 1
+    pieces = [piece.rows for mine in shares for piece in mine if piece.counts]
+    assert sorted(np.concatenate(pieces)) == batch.tolist()
+    assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= tokens for rows in pieces)
+    assert max(map(len, pieces)) == (
+        1 if tokens == 1 else 30 // world_size if tokens == 10_000 else max(map(len, pieces))
+    )
+    passes = by_length(lengths, 32, tokens)
+    assert all(len(rows) == 1 or len(rows) * lengths[rows].max() <= tokens for rows in passes)
+    assert pass_tokens(TrainingConfig(micro_batch_tokens=tokens), "cpu") == tokens
+    assert pass_tokens(TrainingConfig(), "cpu") < pass_tokens(TrainingConfig(), "cuda")
 
 
 def test_steps_per_epoch_is_the_length_of_the_plan():
