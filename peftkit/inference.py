@@ -128,7 +128,8 @@ class LoadedRun:
         dtype = policy.dtype_for(self.recipe.model, device)
         outputs = runner.predict(
             TaskModule(self.loaded, self.recipe.task, self.info), split, self.tokenizer, device=device,
-            batch_size=batch_size, tokens=pass_tokens(self.recipe.training, device.type), autocast=lambda: policy.autocast(dtype, device),
+            batch_size=batch_size, tokens=pass_tokens(self.recipe.training, device.type),
+            autocast=lambda: policy.autocast(dtype, device),
         )  # fmt: skip
         return outputs["logits"]
 
