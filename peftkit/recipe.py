@@ -10,7 +10,7 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.parts import ByKind, Method, Part, Quantization, Task
@@ -29,6 +29,11 @@ SCHEDULERS = (
 )  # fmt: skip
 
 BOUND_TO_SOURCE = ("revision", "subset")
+
+
+def _as_mode(value: Any) -> Any:
+    """A switch written as a truth value, which YAML's ``off`` is, too."""
+    return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class ModelConfig(Part):
@@ -183,8 +188,12 @@ class TrainingConfig(Part):
     """Learning-rate schedule after warmup, by transformers' name."""
     warmup: Annotated[float, Field(ge=0)] = 0.06
     """Share (below 1) or number of steps over which the learning rate rises from 0."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(_as_mode)] = "off"
+    """Form activations again in the backward pass in place of keeping them. full: all of a block, about a third more
+    time; selective: all but matrix products, which are kept; true and false mean full and off."""
+    feature_cache_gb: Annotated[float, Field(ge=0)] = 8.0
+    """GB of disk for what frozen blocks give, computed once for all epochs and runs; what was used longest ago makes
+    room. 0 computes it in every epoch."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """Noise on the input embeddings while training (NEFTune, arXiv:2310.05914)."""
     early_stopping: EarlyStopping | None = None

@@ -12,12 +12,16 @@ Shape suffixes: N tokens, I and O width of input and output, R rank.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+PRODUCTS_ARE_KEPT: ContextVar[bool] = ContextVar("PRODUCTS_ARE_KEPT", default=False)
+"""Set while someone else keeps the results of products (selective checkpointing): nothing is then added in place."""
 
 
 def linear(
@@ -37,6 +41,7 @@ def linear(
 
 def add(y: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, p: float) -> Tensor:
     """``y`` (the output of any frozen layer, quantized ones too) with the low-rank addition put into it, in place."""
+    y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
     return _Add.apply(y, x, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
 
 
@@ -47,6 +52,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, weight, bias)
+            y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
             keep = _add_into(y, x, a, b, scale, p)
         ctx.save_for_backward(x, weight, a, b, keep)
         ctx.scale, ctx.p = scale, p

@@ -14,11 +14,11 @@ from peftkit.recipe import Recipe
 def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
     """Applies the recipe's training options to a model whose method has been applied."""
     from peftkit.models.attention import cpu_attention
+    from peftkit.models.checkpointing import checkpoint_activations
 
     if recipe.model.attention == "auto":
         cpu_attention(loaded.model)
-    if recipe.training.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(loaded.model, recipe.training.gradient_checkpointing)
     if recipe.training.neftune_alpha:
         add_embedding_noise(loaded.model, recipe.training.neftune_alpha)
 
