@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from peftkit.data.pipeline import EncodedSplit, PreparedData
 from peftkit.evaluation import figures, samples
 from peftkit.evaluation.assessment import assess
-from peftkit.evaluation.baselines import Baseline, beside, majority, zero_shot
+from peftkit.evaluation.baselines import Baseline, beside, beside_losses, majority, zero_shot
 from peftkit.evaluation.generations import GenerationRow
 from peftkit.evaluation.generations import write as write_generations
 from peftkit.evaluation.samples import Sample
@@ -67,7 +67,8 @@ def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> 
         if "zero_shot" in wanted:
             outputs = loop.evaluate(loop.data.splits[split])
             values = recipe.task.metrics(outputs, prepared.info, recipe.evaluation)
-            found.baselines.append(Baseline("zero_shot", values, note="the base model before training"))
+            held, note = (outputs["loss"], outputs["weight"]), "the base model before training"
+            found.baselines.append(Baseline("zero_shot", values, note=note, losses=held))
         found.samples = samples.choose(rows, recipe.task, recipe.evaluation.generation)
         found.texts = _texts(loop, loaded, found.samples)
         return found
@@ -105,11 +106,13 @@ def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedDat
         )
 
 
-def after_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: Before) -> Results:
-    """Scores the trained model on the held-out splits and sets the baselines beside it."""
+def after_training(
+    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: Before, splits: Sequence[str] = HELD_OUT
+) -> Results:
+    """Scores the trained model on held-out splits and sets the baselines beside it."""
     recipe, found = loop.recipe, Results()
     seconds = {}
-    for split in HELD_OUT:
+    for split in splits:
         if split not in loop.data.splits:
             continue
         encoded = loop.data.splits[split]
@@ -122,6 +125,8 @@ def after_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData, befo
         found.metrics[split] = {name: figure["value"] for name, figure in assessment["metrics"].items()}
         if recipe.task.head == "classification":
             found.predictions[split] = predictions(recipe.task, outputs, rows, prepared.info)
+        else:
+            found.predictions[split] = losses(outputs, rows)
     if before.samples:
         texts = _texts(loop, loaded, before.samples)
         found.generations = samples.side_by_side(before.samples, before.texts, texts)
@@ -145,8 +150,7 @@ def _beside(
 ) -> dict[str, Any]:
     recipe, info = loop.recipe, prepared.info
     if recipe.task.head == "causal_lm":
-        return {"name": baseline.name, "metrics": baseline.metrics, "note": baseline.note, "rows": None,
-                "comparison": None, "verdict": ""}  # fmt: skip
+        return beside_losses(baseline, outputs["loss"], outputs["weight"], recipe.evaluation.confidence)
     predicted = figures.decide(outputs["logits"], info, recipe.task.threshold).predicted
     gold = figures.references(outputs, info)
     return beside(baseline, predicted, gold, info, recipe.evaluation.confidence)
@@ -162,6 +166,14 @@ def predictions(task: Any, outputs: Mapping[str, np.ndarray], rows: Any, info: A
             line["text_pair"] = row["text_pair"]
         made.append({**line, **_said(found, gold, number, info)})
     return made
+
+
+def losses(outputs: Mapping[str, np.ndarray], rows: Any) -> list[dict[str, Any]]:
+    """One row an example of a language model: where it begins, its summed loss, and how many tokens were scored."""
+    return [
+        {"file": row.get("_file"), "line": row.get("_line"), "loss": round(float(loss), 6), "tokens": float(tokens)}
+        for row, loss, tokens in zip(rows, outputs["loss"], outputs["weight"], strict=True)
+    ]
 
 
 def _said(found: figures.Decisions, gold: np.ndarray, number: int, info: Any) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from peftkit.evaluation import figures, zero_shot_scores
-from peftkit.evaluation.comparison import mcnemar, verdict
+from peftkit.evaluation.comparison import mcnemar, paired, verdict, verdict_on_loss
 from peftkit.evaluation.figures import MULTI, REGRESSION, SINGLE
+from peftkit.evaluation.resampling import of_loss
 from peftkit.parts import TaskInfo
 from peftkit.recipe import EvaluationConfig
 
@@ -35,6 +36,8 @@ class Baseline:
     rows: np.ndarray | None = None
     """Numbers of the rows that were scored; None for all."""
     note: str = ""
+    losses: tuple[np.ndarray, np.ndarray] | None = None
+    """Of a language model: each example's summed loss, and its scored tokens."""
 
 
 def majority(
@@ -125,6 +128,23 @@ def beside(
         trained, other = _right(predicted[rows], gold[rows]), _right(baseline.predicted, gold[rows])
         made["comparison"] = mcnemar(trained, other, confidence)
         made["verdict"] = verdict(made["comparison"], baseline.name)
+    return made
+
+
+def beside_losses(baseline: Baseline, loss: np.ndarray, weight: np.ndarray, confidence: float = 0.95) -> dict[str, Any]:
+    """A language model's baseline as JSON, in the form of ``beside``.
+
+    Args:
+        loss, weight: the trained model's summed loss and scored tokens of each example.
+    """
+    made: dict[str, Any] = {"name": baseline.name, "metrics": baseline.metrics, "note": baseline.note}
+    made |= {"rows": len(loss), "comparison": None, "verdict": ""}
+    if baseline.losses is not None:
+        trained, other = of_loss(loss, weight), of_loss(*baseline.losses)
+        made["comparison"] = paired(
+            [lambda rows: trained(rows)["loss"]], [lambda rows: other(rows)["loss"]], len(loss), confidence=confidence
+        )
+        made["verdict"] = verdict_on_loss(made["comparison"], baseline.name)
     return made
 
 

@@ -33,6 +33,7 @@ class Speaker:
         about = {
             "summary": summary(recipe),
             "where": session.describe(),
+            "data": prepared.fingerprint,
             "splits": split_rows(encoded, recipe),
             "cleaning": [asdict(step) for step in prepared.steps if step.rows],
             "trainable": [asdict(part) for part in trainable_table(loaded.model)],
