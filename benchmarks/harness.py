@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
-def run_in_turn(contestants: Mapping[str, Sequence[str]], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Figures of every run, by contestant."""
+def run_in_turn(
+    contestants: Mapping[str, Sequence[str]], repeats: int, after: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Figures of every run, by contestant; ``after`` may add some, once the run is over."""
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for turn in range(repeats):
@@ -32,7 +34,9 @@ def run_in_turn(contestants: Mapping[str, Sequence[str]], repeats: int) -> dict[
             if done.returncode:
                 sys.exit(f"{name} failed ({done.returncode}):\n{done.stderr[-3000:]}")
             found = json.loads(done.stdout.strip().splitlines()[-1])
-            figures[name].append(found)
+            if after:
+                after(found)
+            figures[name].append({key: value for key, value in found.items() if isinstance(value, (int, float))})
             shown = "  ".join(f"{key} {value:.4g}" for key, value in found.items() if isinstance(value, (int, float)))
             print(f"[{turn + 1}/{repeats}] {name}: {shown}", flush=True)
     return figures

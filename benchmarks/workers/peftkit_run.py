@@ -9,8 +9,16 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 START = time.perf_counter()
+
+
+def mean_training_loss(run: Path) -> float:
+    """Mean of the logged losses; a log line a step makes it the mean over steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line and "grad_norm" in line]
+    return sum(losses) / len(losses)
 
 
 def main() -> None:
@@ -29,9 +37,11 @@ def main() -> None:
                 "eval_rows_per_second": training["test_rows_per_second"],
                 "accuracy": test.get("accuracy"),
                 "loss": test.get("loss"),
+                "train_loss": mean_training_loss(run.path),
                 "train_seconds": training["seconds"],
                 "process_seconds": done - START,
                 "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "adapter": str(run.path / "adapter"),
             }
         )
     )

@@ -1,6 +1,6 @@
 """The peer: trl's SFTTrainer with peft on instruction rows; prints one JSON line.
 
-python benchmarks/workers/trl_sft.py --data FILE.jsonl --test FILE.jsonl --model FOLDER [--tuned] …
+python benchmarks/workers/trl_sft.py --data FILE.jsonl --out FOLDER --model FOLDER [--tuned] …
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def arguments() -> argparse.Namespace:
     """The work to do."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", required=True, help="JSONL of instruction,input,output")
-    parser.add_argument("--test", help="the same for the held-out loss")
+    parser.add_argument("--out", required=True, help="folder for the adapter")
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--epochs", type=float, default=1)
@@ -26,7 +26,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tuned", action="store_true", help="no checkpointing, batches by length")
+    parser.add_argument("--tuned", action="store_true", help="batches by length")
+    parser.add_argument("--keep", action="store_true", help="keep activations: no checkpointing")
     return parser.parse_args()
 
 
@@ -57,20 +58,19 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="bfloat16")
     train = Dataset.from_list(rows_of(args.data, args.rows))
-    test = Dataset.from_list(rows_of(args.test, None)) if args.test else None
-    tuned = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"} if args.tuned else {}
+    tuned = {"train_sampling_strategy": "group_by_length"} if args.tuned else {}
+    if args.keep:
+        tuned["gradient_checkpointing"] = False
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=train,
-        eval_dataset=test,
         peft_config=LoraConfig(
             task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, target_modules="all-linear"
         ),
         args=SFTConfig(
-            output_dir="unused",
+            output_dir=args.out,
             per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=args.batch_size,
             num_train_epochs=args.epochs,
             learning_rate=args.learning_rate,
             lr_scheduler_type="linear",
@@ -90,17 +90,15 @@ def main() -> None:
     trainer.train()
     trained = time.perf_counter()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer.save_model(args.out)
     figures = {
         "train_tokens_per_second": tokens / (trained - started),
         "train_seconds": trained - started,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "train_loss": sum(losses) / len(losses),
         "process_seconds": time.perf_counter() - START,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    if test is not None:
-        figures["held_out_loss"] = trainer.evaluate()["eval_loss"]
-    print(json.dumps(figures))
+    print(json.dumps({**figures, "adapter": args.out}))
 
 
 if __name__ == "__main__":

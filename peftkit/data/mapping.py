@@ -192,7 +192,13 @@ def hash64(text: str) -> int:
 
 def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
     """What the task learns of all rows of all sources first; raises DataError with the file it concerns."""
-    splits = raw[0] if len(raw) == 1 else _merged(raw, task)
+    # sources of a language model need not have the same columns, so each is looked at by itself
+    alone = raw if task.head == "causal_lm" else [raw[0] if len(raw) == 1 else _merged(raw)]
+    first, *_ = [_describe_one(splits, task, data) for splits in alone]
+    return first
+
+
+def _describe_one(splits: Mapping[str, Dataset], task: Task, data: DataConfig) -> TaskInfo:
     try:
         return task.describe(splits, data)
     except DataError as error:
@@ -202,12 +208,10 @@ def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig)
         raise
 
 
-def _merged(raw: Sequence[Mapping[str, Dataset]], task: Task) -> Mapping[str, Dataset]:
-    """The splits of several sources as one; a language model's need not have the same columns, so each is described."""
+def _merged(raw: Sequence[Mapping[str, Dataset]]) -> Mapping[str, Dataset]:
+    """The splits of several sources as one."""
     from datasets import concatenate_datasets
 
-    if task.head == "causal_lm":
-        return raw[0]
     merged = {}
     for part in PARTS:
         held = [splits[part] for splits in raw if part in splits]

@@ -18,13 +18,14 @@ import numpy as np
 
 from peftkit.data import cleaning, splitting
 from peftkit.data.augmentation import augmented
+from peftkit.data.batching import collate
 from peftkit.data.cache import atomic_folder, cache_folder, entry_lock, is_intact
 from peftkit.data.mapping import PARTS, Rows, canonical_rows, describe
 from peftkit.data.sources import Source, find, read
 from peftkit.data.steps import CleaningStep
 from peftkit.data.tables import BATCH, open_table, write_rows
 from peftkit.errors import DataError
-from peftkit.parts import Row, Task, TaskInfo
+from peftkit.parts import Batch, Row, Task, TaskInfo
 from peftkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class EncodedSplit:
     """Tokens of each example, int32."""
     weights: np.ndarray
     """What each example adds to the loss's denominator, float32."""
+
+    def batch(self, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Batch:
+        """The rows as padded tensors; see ``batching.collate``."""
+        return collate(self.examples[rows.tolist()], tokenizer)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,9 @@ def _encode_split(
                 yield example
 
     if write_rows(examples(), folder, part) is None:
-        raise DataError(f"the {part} split has no example left after tokenizing; see data.max_length")
+        first: Any = rows[0]
+        said = f"the {part} split, whose first row this is, has no example left after tokenizing; see data.max_length"
+        raise DataError(said, file=first["_file"], line=first["_line"])
     np.save(folder / f"{part}-lengths.npy", np.array(lengths, dtype=np.int32), allow_pickle=False)
     np.save(folder / f"{part}-weights.npy", np.array(weights, dtype=np.float32), allow_pickle=False)
 
@@ -271,7 +278,7 @@ def _prepared_key(found: list[Source], recipe: Recipe) -> str:
 
 def _code_digest(task: Task) -> str:
     """Digest of the code that makes the rows, so that no other version's cache is taken for this one's."""
-    files = [*Path(__file__).parent.glob("*.py")]
+    files = [*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "models" / "chat_template.py"]
     own = getattr(sys.modules.get(type(task).__module__), "__file__", None)
     files += (
         sorted(Path(own).parent.glob("*.py")) if own and "peftkit" in Path(own).parts else [Path(own)] if own else []

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peftkit.data.pipeline import prepare
+from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import DataError
-from peftkit.recipe import Recipe
+from peftkit.models.tokenizer import load_tokenizer
+from peftkit.recipe import Recipe, replace
 
 GOOD = [f"{word} number {index},{label}" for index, (word, label) in enumerate([("alpha", "a"), ("beta", "b")] * 10)]
 
@@ -197,3 +198,43 @@ def test_an_unused_column_of_mixed_types_does_no_harm(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert sum(len(split) for split in prepare(recipe_for(path)).splits.values()) == 20
+
+
+def conversation_rows(folder, name, row, count=20):
+    path = folder / name
+    path.write_text("".join(json.dumps(row(number)) + "\n" for number in range(count)), encoding="utf-8")
+    return path
+
+
+def alpaca(number):
+    return {"instruction": f"Count to {number}.", "input": "", "output": f"It is {number}."}
+
+
+def messages(number):
+    said = {"user": f"What is {number}?", "assistant": f"A number, {number}."}
+    return {"messages": [{"role": role, "content": text} for role, text in said.items()]}
+
+
+def test_conversations_of_several_formats_are_mixed_and_each_source_is_looked_at(tmp_path):
+    one = conversation_rows(tmp_path, "one.jsonl", alpaca)
+    two = conversation_rows(tmp_path, "two.jsonl", messages)
+    recipe = replace(recipe_for(one), data={"source": [str(one), str(two)]})
+    mixed = prepare(replace(recipe, task={"kind": "instruction"}))
+    assert sum(map(len, mixed.splits.values())) == 40
+    assert {row["_file"] for row in mixed.splits["train"]} == {str(one), str(two)}
+    odd = conversation_rows(tmp_path, "odd.jsonl", lambda number: {"letter": "a", "digit": str(number)})
+    with pytest.raises(DataError) as caught:
+        prepare(replace(recipe, data={"source": [str(one), str(odd)]}, task={"kind": "instruction"}))
+    assert str(odd) in str(caught.value)
+
+
+def test_a_split_that_keeps_no_example_is_named_with_its_first_row(tmp_path, llama):
+    rows = conversation_rows(tmp_path, "long.jsonl", lambda number: alpaca(number) | {"instruction": "the game " * 40})
+    recipe = replace(
+        recipe_for(rows), model={"source": str(llama)}, task={"kind": "instruction"},
+        data={"max_length": 16, "cleaning": {"conflicts": "off", "duplicates": "off", "leakage": "off"}},
+    )  # fmt: skip
+    with pytest.raises(DataError, match="no example left") as caught:
+        encode(prepare(recipe), load_tokenizer(recipe.model), recipe)
+    assert caught.value.file == str(rows)
+    assert caught.value.line is not None
