@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from peftkit.errors import RecipeError, did_you_mean
+from peftkit.errors import MethodError, RecipeError, did_you_mean
 from peftkit.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from peftkit.recipe import DataConfig, EvaluationConfig, ModelConfig, Recipe
 
@@ -125,11 +125,44 @@ class Method(Part):
     """Whether a run exports peft's adapter format or a whole transformers model."""
     adapts_backbone: ClassVar[bool] = True
     """Whether anything below the head is trained."""
+    heads: ClassVar[tuple[str, ...]] = ("classification", "causal_lm")
+    """Tasks it is defined for, by their heads."""
+    quantizations: ClassVar[tuple[str, ...] | None] = None
+    """Kinds of quantization that its layers can stand on; None for all."""
+    merges: ClassVar[bool] = True
+    """Whether the result can be folded into the base's own weights, so that nothing of the method is left."""
+    checkpoints_activations: ClassVar[bool] = True
+    """Whether it works with ``training.gradient_checkpointing``."""
+    starts_as_base: ClassVar[bool] = True
+    """Whether the untrained method leaves the base's outputs as they were."""
 
     kind: str
 
     def check(self, recipe: Recipe) -> None:
         """Raises MethodError when the method cannot work in this recipe; called before anything is loaded."""
+        if recipe.task.head not in self.heads:
+            raise MethodError(f"method.kind={self.kind} is not defined for task.kind={recipe.task.kind}")
+        held = recipe.quantization.kind if recipe.quantization is not None else None
+        if held and self.quantizations is not None and held not in self.quantizations:
+            known = ", ".join(["null", *self.quantizations])
+            raise MethodError(
+                f"method.kind={self.kind} cannot stand on weights held by quantization.kind={held}; it works with "
+                f"quantization={known}"
+            )
+        if recipe.training.gradient_checkpointing and not self.checkpoints_activations:
+            raise MethodError(
+                f"method.kind={self.kind} puts keys and values before every layer's own, which checkpointed layers "
+                "drop; set training.gradient_checkpointing=false"
+            )
+        if recipe.export.merge and (reason := self.why_not_merged()):
+            raise MethodError(f"export.merge: {reason}; set export.merge=false")
+
+    def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
+        """Raises MethodError when the base's architecture cannot take it; called before any weight is loaded."""
+
+    def why_not_merged(self) -> str | None:
+        """Why the trained result cannot be merged into the base; None where it can."""
+        return None if self.merges else f"method '{self.kind}' changes no weight that it could be merged into"
 
     @abstractmethod
     def apply(self, loaded: LoadedModel) -> None:
@@ -137,6 +170,41 @@ class Method(Part):
 
         Raises MethodError when, for instance, a pattern matches no module.
         """
+
+    def initialize(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
+        """Called once after ``apply``, before the optimizer is made, on every process alike, and again on resume.
+
+        Args:
+            batches: a few batches of training rows on the model's device; each is formed when it is asked for.
+        """
+
+    def begin(self, model: Any, total: int) -> None:
+        """Tells how many optimizer steps the whole run will have; called before the first step, and on resume."""
+
+    def penalty(self, model: Any) -> torch.Tensor | None:
+        """A scalar added once to every optimizer step's mean loss, with its gradient; None for none."""
+        return None
+
+    def after_step(self, model: Any, step: int) -> None:
+        """Called when the optimizer has done its step number ``step`` (from 1); the gradients are still there."""
+
+    def finish(self, model: Any) -> None:
+        """Called once when the weights that are kept are in place, before they are scored and exported."""
+
+    def state(self, model: Any) -> dict[str, torch.Tensor]:
+        """What besides trained parameters and optimizer must be in a checkpoint, so that a resumed run is exact."""
+        return {}
+
+    def load_state(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what ``state`` gave, when a checkpoint's parameters are put back."""
+
+    def learning_rate_factor(self, name: str) -> float:
+        """What the learning rate of the parameter of that name is multiplied by."""
+        return 1.0
+
+    def decays(self, name: str, parameter: torch.Tensor) -> bool:
+        """Whether weight decay applies to a parameter: to matrices, not to biases and normalization weights."""
+        return parameter.ndim >= 2
 
 
 class Quantization(Part):
