@@ -24,6 +24,7 @@ from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.parts import LoadedModel
 from peftkit.recipe import Recipe, replace
 from peftkit.reporting import run_report
+from peftkit.training import features
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
 from peftkit.training.session import open_session
@@ -83,16 +84,18 @@ def train(
         if not_packable(recipe, loaded):
             recipe = replace(recipe, task={"packing": False})
             encoded = encode(prepared, tokenizer, recipe)
+    module = TaskModule(loaded, recipe.task, prepared.info)
+    frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
+    loaded.notes += [frozen.note] if frozen.note else []
     say = run_report.speaker(session, quiet=quiet)
     about = say.start(recipe, session, prepared, encoded, loaded)
 
     path = folders.find_run(recipe, resume) if resume else folders.new_folder(recipe, session)
-    module = TaskModule(loaded, recipe.task, prepared.info)
     marks = folders.fingerprints(
         recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
         world_size=session.world_size,
     )  # fmt: skip
-    loop = Loop(recipe, session, module, tokenizer, encoded, path, marks)
+    loop = Loop(recipe, session, module, tokenizer, frozen.carry_out(), path, marks)
     with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
         checkpoint, rejected = folders.resumable(path, marks, allow) if resume else (None, [])
         for line in rejected:

@@ -96,6 +96,7 @@ TESTS = {
     "training.early_stopping.patience": FIELDS + "test_early_stopping_waits_for_patience_and_ignores_small_gains",
     "training.early_stopping.min_delta": FIELDS + "test_early_stopping_waits_for_patience_and_ignores_small_gains",
     "training.best_metric": FIELDS + "test_best_metric_decides_which_checkpoint_is_restored",
+    "training.feature_cache_gb": "training/test_features.py::test_the_size_is_told_and_the_limit_kept",
     "training.nonfinite": "test_run.py::test_numbers_that_are_not_finite_stop_the_run_and_name_the_rows",
     "training.threads": FIELDS + "test_threads_are_set",
     **{

@@ -51,7 +51,7 @@ def predict(
     for rows in batches[rank::world_size]:
         if should_stop and should_stop():
             raise Stopped
-        batch = {name: tensor.to(device) for name, tensor in collate(split.examples[rows.tolist()], tokenizer).items()}
+        batch = {name: tensor.to(device) for name, tensor in split.batch(rows, tokenizer).items()}
         if autocast is None:
             outputs = forward(batch, outputs=True)
         else:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import MicroBatch, collate, pass_tokens, share
+from peftkit.data.batching import MicroBatch, pass_tokens, share
 from peftkit.data.pipeline import EncodedSplit
+from peftkit.models.stem import FEATURES, Stem
 from peftkit.parts import LoadedModel, Task, TaskInfo
 from peftkit.recipe import Recipe
 from peftkit.training.randomness import seed_micro_batch
@@ -28,11 +29,28 @@ class TaskModule(torch.nn.Module):
         super().__init__()
         self.model = loaded.model
         self.task, self.info, self.pooling = task, info, loaded.pooling
+        self.stem: Stem | None = None
+        """The part of the model that nothing changes; it stays in evaluation mode."""
 
     def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
-        """Summed loss (a scalar), or a dict of tensors with one row an example."""
+        """Summed loss (a scalar), or a dict of tensors with one row an example.
+
+        A batch with ``features`` (see ``training.features``) enters the model above its stem.
+        """
         use = self.task.outputs if outputs else self.task.loss
-        return use(self.model, batch, self.info, self.pooling)
+        features = batch.get(FEATURES)
+        if features is None or self.stem is None:
+            return use(self.model, batch, self.info, self.pooling)
+        with self.stem.replay(features):
+            rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
+            return use(self.model, rest, self.info, self.pooling)
+
+    def train(self, mode: bool = True) -> TaskModule:
+        """Training mode for all but the stem, in which dropout would change what is known to be fixed."""
+        super().train(mode)
+        for module in self.stem.still if self.stem else ():
+            module.eval()
+        return self
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,7 @@ class Stepper:
 
     def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows as padded tensors on this process's device."""
-        batch = collate(self.split.examples[rows.tolist()], self.tokenizer)
+        batch = self.split.batch(rows, self.tokenizer)
         return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _grad_norm(self, limit: float | None) -> float:

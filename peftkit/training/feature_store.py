@@ -1,0 +1,140 @@
+"""Features on disk: what a split's batches read of them, what an entry is named by, and how much may lie there.
+
+features/KEY/features.npy    [rows, width], or [tokens, width] with the rows' tokens end to end; manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftkit.data.batching import MODEL_INPUTS, collate
+from peftkit.data.cache import cache_folder
+from peftkit.data.pipeline import EncodedSplit
+from peftkit.models import stem as stems
+
+FILE = "features.npy"
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
+STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
+"""numpy has no bf16: its bits are kept as whole numbers."""
+CODE = ("stem.py", "classifier.py", "attention.py", "packing.py", "loading.py", "../training/feature_store.py")
+"""Files between tokens and features, from ``models/``: no other version's features are taken for this one's."""
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class FeatureSplit(EncodedSplit):
+    """A split whose batches carry ``features`` and, where one vector a row is enough, a single token of each row."""
+
+    stored: np.ndarray
+    """[rows, width], or [tokens, width] with the rows' tokens end to end; memory-mapped."""
+    dtype: torch.dtype
+    per_row: bool
+    starts: np.ndarray = field(repr=False)
+    """First token of each row."""
+    columns: Mapping[str, Tensor] = field(repr=False)
+    """``labels`` and ``weight`` of all rows, where one vector a row is enough."""
+
+    def batch(self, rows: np.ndarray, tokenizer: Any) -> dict[str, Tensor]:
+        """The rows as padded tensors, with what crosses the stem's seam."""
+        if self.per_row:
+            ids = torch.zeros(len(rows), 1, dtype=torch.long)
+            held = {name: values[torch.from_numpy(rows)] for name, values in self.columns.items()}
+            features = self._tensor(self.stored[rows])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **held, stems.FEATURES: features}
+        batch = collate(self.examples[rows.tolist()], tokenizer)
+        return {**batch, stems.FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
+
+    def _padded(self, rows: np.ndarray, left: bool) -> Tensor:
+        width = int(self.lengths[rows].max())
+        out = np.zeros((len(rows), width, self.stored.shape[1]), dtype=self.stored.dtype)
+        for index, row in enumerate(rows):
+            length, start = int(self.lengths[row]), int(self.starts[row])
+            place = slice(width - length, width) if left else slice(0, length)
+            out[index, place] = self.stored[start : start + length]
+        return self._tensor(out)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+
+def open_split(split: EncodedSplit, path: Path, dtype: torch.dtype, *, per_row: bool) -> FeatureSplit:
+    """A split with the features of the entry at ``path``, memory-mapped."""
+    stored = np.load(path / FILE, mmap_mode="r", allow_pickle=False)
+    return FeatureSplit(
+        split.examples, split.lengths, split.weights, stored, dtype, per_row, starts(split.lengths),
+        _columns(split) if per_row else {},
+    )  # fmt: skip
+
+
+def inputs_digest(split: EncodedSplit) -> str:
+    """SHA-256 over all that a model reads of a split; labels and weights do not matter to features."""
+    digest = hashlib.sha256(split.lengths.tobytes())
+    for name in MODEL_INPUTS:
+        if name in split.examples.column_names:
+            digest.update(name.encode())
+            for table in split.examples.select_columns([name]).with_format("arrow").iter(batch_size=1000):
+                values = table[name].combine_chunks().flatten()
+                digest.update(values.to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that compute features."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def code_digest() -> str:
+    """Digest of the code between tokens and features."""
+    digest, models = hashlib.sha256(), Path(stems.__file__).parent
+    for name in CODE:
+        digest.update((models / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _columns(split: EncodedSplit) -> dict[str, Tensor]:
+    """The labels as ``collate`` would give them, and the weights."""
+    return {
+        "labels": torch.tensor(list(split.examples["labels"])),
+        "weight": torch.tensor(list(split.examples["weight"]), dtype=torch.float32),
+    }
+
+
+def starts(lengths: np.ndarray) -> np.ndarray:
+    """First token of each row where the rows' tokens lie end to end."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
+
+
+def as_array(hidden: Tensor) -> np.ndarray:
+    """The tensor as numpy keeps it; see ``STORED``."""
+    hidden = hidden.contiguous()
+    return (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).numpy()
+
+
+def make_room(needed: int, limit_gb: float, keep: set[Path]) -> None:
+    """Removes entries that were not used for the longest time until ``needed`` bytes more stay within the limit."""
+    entries = [path for path in cache_folder("features").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
+    total = sum(sizes.values()) + needed
+    for path in sorted(entries, key=lambda path: path.stat().st_mtime):
+        if total <= limit_gb * GB:
+            return
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= sizes[path]
