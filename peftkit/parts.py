@@ -149,10 +149,10 @@ class Method(Part):
                 f"method.kind={self.kind} cannot stand on weights held by quantization.kind={held}; it works with "
                 f"quantization={known}"
             )
-        if recipe.training.gradient_checkpointing and not self.checkpoints_activations:
+        if recipe.training.gradient_checkpointing != "off" and not self.checkpoints_activations:
             raise MethodError(
                 f"method.kind={self.kind} puts keys and values before every layer's own, which checkpointed layers "
-                "drop; set training.gradient_checkpointing=false"
+                "drop; set training.gradient_checkpointing=off"
             )
         if recipe.export.merge and (reason := self.why_not_merged()):
             raise MethodError(f"export.merge: {reason}; set export.merge=false")
