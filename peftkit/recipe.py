@@ -174,8 +174,9 @@ class TrainingConfig(Part):
     """length: batches of rows of like length (little padding), shuffled; random: plain shuffling."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; None takes the method's default."""
-    optimizer: Literal["adamw", "sgd", "adafactor"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), SGD with momentum 0.9, or Adafactor (Shazeer & Stern 2018)."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd", "adafactor"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), SGD with momentum 0.9, or Adafactor (Shazeer & Stern 2018). adamw_8bit keeps
+    AdamW's moments in 8 bits (arXiv:2110.02861); the paged ones move them out of a full GPU's memory."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's moment decays."""
     eps: Annotated[float, Field(gt=0)] = 1e-8

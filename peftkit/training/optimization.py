@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peftkit.models import low_bit_optimizers
 from peftkit.recipe import Recipe, TrainingConfig
 
 
@@ -26,6 +27,8 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate, betas=training.betas, eps=training.eps, fused=True)
     if training.optimizer == "sgd":
+    if training.optimizer in low_bit_optimizers.CLASSES:
+        return low_bit_optimizers.build(training.optimizer, groups, lr=rate, betas=training.betas, eps=training.eps)
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     return torch.optim.Adafactor(groups, lr=rate)
 
@@ -55,6 +58,7 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def load_optimizer_tensors(
+        if key not in low_bit_optimizers.CONSTANT
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Puts back what ``optimizer_tensors`` gave, beside the parameters it belongs to."""
@@ -64,5 +68,17 @@ def load_optimizer_tensors(
         parameter, _, key = name.rpartition("/")
         owner = parameters[parameter]
         # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
+    if low_bit_optimizers.is_low_bit(optimizer):
+        for parameter, state in _by_parameter(tensors).items():
+            low_bit_optimizers.restore(optimizer, parameters[parameter], state)
+        return
         device = owner.device if tensor.ndim else ("cpu" if owner.device.type == "cpu" else owner.device)
         optimizer.state[owner][key] = tensor.to(device)
+
+
+def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        found.setdefault(parameter, {})[key] = tensor
+    return found

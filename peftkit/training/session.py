@@ -137,6 +137,7 @@ def _note_surprises(session: Session) -> None:
             f"{asked} processes were asked for and {session.world_size} runs: on a CPU use "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} FILE`"
         )
+    from peftkit.models import low_bit_optimizers
 
 
 def _trackers(recipe: Recipe) -> list[str] | None:
@@ -151,3 +152,5 @@ def _trackers(recipe: Recipe) -> list[str] | None:
         if name not in installed:
             raise RecipeError(f"tracking: '{name}' is not installed; `pip install {name}` or tracking=[]")
     return list(recipe.tracking) or None
+    sharded = bool(getattr(accelerator, "is_fsdp2", False))
+    low_bit_optimizers.check(recipe.training.optimizer, device, sharded=sharded)
