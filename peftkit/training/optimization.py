@@ -54,24 +54,24 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
         f"{names[parameter]}/{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
+        if key not in low_bit_optimizers.CONSTANT
     }
 
 
 def load_optimizer_tensors(
-        if key not in low_bit_optimizers.CONSTANT
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Puts back what ``optimizer_tensors`` gave, beside the parameters it belongs to."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        owner = parameters[parameter]
-        # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
     if low_bit_optimizers.is_low_bit(optimizer):
         for parameter, state in _by_parameter(tensors).items():
             low_bit_optimizers.restore(optimizer, parameters[parameter], state)
         return
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        owner = parameters[parameter]
+        # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
         device = owner.device if tensor.ndim else ("cpu" if owner.device.type == "cpu" else owner.device)
         optimizer.state[owner][key] = tensor.to(device)
 
