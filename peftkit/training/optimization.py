@@ -26,9 +26,9 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
     groups, rate = parameter_groups(model, training.weight_decay), recipe.learning_rate
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate, betas=training.betas, eps=training.eps, fused=True)
-    if training.optimizer == "sgd":
     if training.optimizer in low_bit_optimizers.CLASSES:
         return low_bit_optimizers.build(training.optimizer, groups, lr=rate, betas=training.betas, eps=training.eps)
+    if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     return torch.optim.Adafactor(groups, lr=rate)
 

@@ -88,6 +88,7 @@ def open_session(recipe: Recipe) -> Session:
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
+    from peftkit.models import low_bit_optimizers
     from peftkit.models.policy import dtype_for
 
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -102,6 +103,8 @@ def open_session(recipe: Recipe) -> Session:
     torch.set_num_threads(threads)
     set_seed(recipe.training.seed)
     session = Session(accelerator, dtype, threads)
+    sharded = bool(getattr(accelerator, "is_fsdp2", False))
+    low_bit_optimizers.check(recipe.training.optimizer, device, sharded=sharded)
     _note_surprises(session)
     return session
 
@@ -137,7 +140,6 @@ def _note_surprises(session: Session) -> None:
             f"{asked} processes were asked for and {session.world_size} runs: on a CPU use "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} FILE`"
         )
-    from peftkit.models import low_bit_optimizers
 
 
 def _trackers(recipe: Recipe) -> list[str] | None:
@@ -152,5 +154,3 @@ def _trackers(recipe: Recipe) -> list[str] | None:
         if name not in installed:
             raise RecipeError(f"tracking: '{name}' is not installed; `pip install {name}` or tracking=[]")
     return list(recipe.tracking) or None
-    sharded = bool(getattr(accelerator, "is_fsdp2", False))
-    low_bit_optimizers.check(recipe.training.optimizer, device, sharded=sharded)
