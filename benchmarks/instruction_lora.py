@@ -21,8 +21,8 @@ from environments import python_of
 from harness import report, run_in_turn
 
 WORKERS = Path(__file__).parent / "workers"
-VALIDATION = 8
-"""Rows of test.jsonl that peftkit validates on at the end; the judge scores those after them."""
+OWN_ROWS = 8
+"""Rows of test.jsonl that peftkit validates and tests on at the end; the judge scores those after them."""
 
 
 def base_model() -> str:
@@ -40,9 +40,10 @@ def lay_out(data: Path, folder: Path, rows: int) -> tuple[Path, Path]:
     rows_folder, judged = folder / "rows", folder / "judged.jsonl"
     rows_folder.mkdir()
     (rows_folder / "train.jsonl").write_text("\n".join(train) + "\n", encoding="utf-8")
-    for name in ("validation", "test"):
-        (rows_folder / f"{name}.jsonl").write_text("\n".join(test[:VALIDATION]) + "\n", encoding="utf-8")
-    judged.write_text("\n".join(test[VALIDATION:]) + "\n", encoding="utf-8")
+    for number, name in enumerate(("validation", "test")):
+        own = test[number * OWN_ROWS : (number + 1) * OWN_ROWS]
+        (rows_folder / f"{name}.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
+    judged.write_text("\n".join(test[2 * OWN_ROWS :]) + "\n", encoding="utf-8")
     return rows_folder, judged
 
 
@@ -71,7 +72,7 @@ def main() -> None:
         folder = Path(name)
         rows_folder, judged = lay_out(args.data, folder, args.rows)
         contestants = {"peftkit": _ours(rows_folder, folder, args)}
-        peers = {"trl": [], "trl, by length": ["--tuned"], "trl, by length, no checkpointing": ["--tuned", "--keep"]}
+        peers = {"trl": [], "trl, by length, no checkpointing": ["--tuned"]}
         for peer, options in list(peers.items())[: 1 if args.only_defaults else None]:
             contestants[peer] = [
                 trl, str(WORKERS / "trl_sft.py"), "--data", str(rows_folder / "train.jsonl"), "--model", model,

@@ -26,8 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tuned", action="store_true", help="batches by length")
-    parser.add_argument("--keep", action="store_true", help="keep activations: no checkpointing")
+    parser.add_argument("--tuned", action="store_true", help="no checkpointing, batches by length")
     return parser.parse_args()
 
 
@@ -58,9 +57,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="bfloat16")
     train = Dataset.from_list(rows_of(args.data, args.rows))
-    tuned = {"train_sampling_strategy": "group_by_length"} if args.tuned else {}
-    if args.keep:
-        tuned["gradient_checkpointing"] = False
+    tuned = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"} if args.tuned else {}
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
