@@ -16,7 +16,7 @@ from typing import Any
 
 from peftkit import results
 from peftkit.data.pipeline import encode, prepare
-from peftkit.errors import UserError
+from peftkit.errors import Interrupted, UserError
 from peftkit.export.adapter import export_run
 from peftkit.models import policy
 from peftkit.models.loading import build
@@ -26,8 +26,10 @@ from peftkit.recipe import Recipe, replace
 from peftkit.reporting import run_report
 from peftkit.training import features
 from peftkit.training import folder as folders
-from peftkit.training.loop import Loop
-from peftkit.training.session import open_session
+from peftkit.training.checkpoints import Checkpoint
+from peftkit.training.guard import guarded
+from peftkit.training.loop import Loop, Watch
+from peftkit.training.session import Session, open_session
 from peftkit.training.step import TaskModule
 
 
@@ -59,7 +61,13 @@ class Run:
 
 
 def train(
-    recipe: Recipe, *, resume: str | Path | bool | None = None, allow: tuple[str, ...] = (), quiet: bool = False
+    recipe: Recipe,
+    *,
+    resume: str | Path | bool | None = None,
+    allow: tuple[str, ...] = (),
+    quiet: bool = False,
+    watch: Watch | None = None,
+    final: bool = True,
 ) -> Run:
     """Carries out a recipe, from data to exported adapter.
 
@@ -68,52 +76,79 @@ def train(
         resume: a run's folder to go on with, or True for the newest of this recipe's name.
         allow: what may differ from the resumed run's checkpoint, by name ("data", "training.epochs").
         quiet: print no tables.
+        watch: told the step and the figures of every validation; what it raises ends the run.
+        final: False stops after training and validation: the test split stays unread, and nothing is exported.
+            Resumed with True, such a run is finished without being trained again.
 
     Raises:
         UserError: something in the recipe, the data or the base is wrong; nothing is left behind.
         Interrupted: stopped by a signal or the time limit; resumable.
-        TrainingError: loss or gradients were not finite.
+        TrainingError: loss or gradients were not finite, storage or memory gave out, or a process was lost.
     """
     policy.quiet()
     session = open_session(recipe)
-    with session.accelerator.main_process_first():  # the others then read its caches
-        tokenizer = load_tokenizer(recipe.model)
-        prepared = prepare(recipe)
-        encoded = encode(prepared, tokenizer, recipe)
-        loaded = build(recipe, prepared.info, tokenizer, session.device)
-        if not_packable(recipe, loaded):
-            recipe = replace(recipe, task={"packing": False})
+    with guarded(session):
+        with session.accelerator.main_process_first():  # the others then read its caches
+            tokenizer = load_tokenizer(recipe.model)
+            prepared = prepare(recipe)
             encoded = encode(prepared, tokenizer, recipe)
-    module = TaskModule(loaded, recipe.task, prepared.info)
-    frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
-    loaded.notes += [frozen.note] if frozen.note else []
-    say = run_report.speaker(session, quiet=quiet)
-    about = say.start(recipe, session, prepared, encoded, loaded)
+            loaded = build(recipe, prepared.info, tokenizer, session.device)
+            if not_packable(recipe, loaded):
+                recipe = replace(recipe, task={"packing": False})
+                encoded = encode(prepared, tokenizer, recipe)
+        module = TaskModule(loaded, recipe.task, prepared.info)
+        frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
+        loaded.notes += [frozen.note] if frozen.note else []
+        say = run_report.speaker(session, quiet=quiet)
+        about = say.start(recipe, session, prepared, encoded, loaded)
 
-    path = folders.find_run(recipe, resume) if resume else folders.new_folder(recipe, session)
-    marks = folders.fingerprints(
-        recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
-        world_size=session.world_size,
-    )  # fmt: skip
-    loop = Loop(recipe, session, module, tokenizer, frozen.carry_out(), path, marks)
-    with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
-        checkpoint, rejected = folders.resumable(path, marks, allow) if resume else (None, [])
-        for line in rejected:
-            say.warn(line)
-        folders.describe_run(path, recipe, prepared.info, session)
-        session.start_trackers(recipe, path)
-        before = results.before_training(loop, loaded, prepared)
-        loop.run(checkpoint)
-        found = results.after_training(loop, loaded, prepared, before)
-        if session.is_main:
-            results.write(path, found)
-            folders.write_json(path / run_report.ABOUT, about)
-            export_run(path, loaded, recipe, prepared, encoded, found.metrics)
-            run_report.write(path)
-        session.accelerator.wait_for_everyone()
-        session.accelerator.end_training()
+        path = (
+            session.main_only(lambda: folders.find_run(recipe, resume))
+            if resume
+            else folders.new_folder(recipe, session)
+        )
+        session.folder = path
+        marks = folders.fingerprints(
+            recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
+            world_size=session.world_size,
+        )  # fmt: skip
+        loop = Loop(
+            recipe,
+            session,
+            module,
+            tokenizer,
+            frozen.carry_out(final=final),
+            path,
+            marks,
+            watch,
+            prepared.splits["train"],
+        )
+        with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
+            checkpoint = _go_on_from(path, marks, allow, session, say) if resume else None
+            folders.describe_run(path, recipe, prepared.info, session)
+            session.start_trackers(recipe, path)
+            before = results.before_training(loop, loaded, prepared) if final else results.Before()
+            loop.run(checkpoint)
+            splits = results.HELD_OUT if final else ("validation",)
+            found = results.after_training(loop, loaded, prepared, before, splits)
+            if session.is_main:
+                results.write(path, found)
+            if session.is_main and final:
+                folders.write_json(path / run_report.ABOUT, about)
+                export_run(path, loaded, recipe, prepared, encoded, found.metrics)
+                run_report.write(path)
+            session.accelerator.wait_for_everyone()
+            session.accelerator.end_training()
     say.end(path, recipe, found)
     return Run(path, recipe)
+
+
+def _go_on_from(path: Path, marks: Any, allow: tuple[str, ...], session: Session, say: Any) -> Checkpoint | None:
+    """The checkpoint to go on from; says what is not as it was. Only the main process reads."""
+    checkpoint, said = session.main_only(lambda: folders.resumable(path, marks, allow))
+    for line in [*said, *folders.other_surroundings(path, session)]:
+        say.warn(line)
+    return checkpoint  # type: ignore[no-any-return]
 
 
 def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
@@ -130,10 +165,10 @@ def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
 
 @contextlib.contextmanager
 def _removed_if_unused(path: Path, *, fresh: bool) -> Iterator[None]:
-    """Removes a fresh folder when what was given turns out wrong before the first step."""
+    """Removes a fresh folder when what was given turns out wrong, or a signal comes, before the first step."""
     try:
         yield
-    except UserError:
+    except (UserError, Interrupted):
         if fresh and not (path / "checkpoints").exists():
             shutil.rmtree(path, ignore_errors=True)
         raise

@@ -132,7 +132,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_rows(small_recipe
         return real(self, *args) * (float("nan") if calls["n"] == 5 else 1.0)
 
     monkeypatch.setattr(Classification, "loss", broken)
-    with pytest.raises(TrainingError, match=r"step 5, training rows \d+, \d+"):
+    with pytest.raises(TrainingError, match=r"step 5, training rows \d+ \(\S+topics.csv:\d+\), \d+ \("):
         peftkit.train(small_recipe)
     calls["n"] = 0
     run = peftkit.train(replace(small_recipe, training={"nonfinite": "skip"}))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import by_length, collate
+from peftkit.data.batching import by_length
 from peftkit.data.pipeline import EncodedSplit
 
 BATCH_SIZE = 32
@@ -41,23 +41,28 @@ def predict(
         autocast: gives a context for every pass.
         rank, world_size: this process's share; the results of all are gathered on every process.
         progress: called with the number of rows done.
-        should_stop: asked between passes of a single process; Stopped is raised when it says so.
+        should_stop: asked before every pass, as often on every process; Stopped is raised when it says so. All must
+            get the same answer.
 
     Returns:
         Arrays whose first dimension is the examples, in the split's order.
     """
     batches = by_length(split.lengths, batch_size or BATCH_SIZE, tokens)
     pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
-    for rows in batches[rank::world_size]:
+    for number in range(0, len(batches), world_size):
         if should_stop and should_stop():
             raise Stopped
+        # a process that is left without a batch runs one all the same: sharded models pass together, or hang
+        spare = number + rank >= len(batches)
+        rows = batches[0 if spare else number + rank]
         batch = {name: tensor.to(device) for name, tensor in split.batch(rows, tokenizer).items()}
         if autocast is None:
             outputs = forward(batch, outputs=True)
         else:
             with autocast():
                 outputs = forward(batch, outputs=True)
-        pieces.append((rows, {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}))
+        if not spare:
+            pieces.append((rows, {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}))
         if progress:
             progress(len(rows) * world_size)
     if world_size > 1:

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import CheckpointError
+from peftkit.training import disk
 
 if TYPE_CHECKING:
     import torch
 
 NAME = re.compile(r"step-(\d{8,})")
-STAGING, TRASH = ".staging-", ".trash-"
+STAGING, TRASH, DAMAGED = ".staging-", ".trash-", "damaged-"
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
 
@@ -42,14 +43,25 @@ class Checkpoint:
     step: int
 
     def state(self) -> dict[str, Any]:
-        """The JSON state."""
-        return dict(json.loads((self.path / STATE).read_text()))
+        """The JSON state; raises CheckpointError when it cannot be read."""
+        try:
+            return dict(json.loads((self.path / STATE).read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path / STATE} cannot be read ({error})") from None
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of ``model.safetensors`` or ``optimizer.safetensors``, on the CPU."""
+        """The tensors of ``model.safetensors`` or ``optimizer.safetensors``, on the CPU.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self.path / name)
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / name} cannot be read ({error})") from None
 
 
 def save(
@@ -61,50 +73,52 @@ def save(
         CheckpointError: it could not be written (disk full, read-only); what was staged is removed, and the
             checkpoints that stood before are untouched.
     """
-    from safetensors.torch import save_file
-
     final = root / f"step-{step:08d}"
     staging = root / f"{STAGING}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        save_file(_plain(model), staging / MODEL)
-        save_file(_plain(optimizer), staging / OPTIMIZER)
-        (staging / STATE).write_text(json.dumps(state, indent=1))
-        files = {name: _digest(staging / name) for name in (MODEL, OPTIMIZER, STATE)}
-        (staging / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-        for name in (*files, MANIFEST):
-            _fsync(staging / name)
-        _fsync(staging)
-        _discard(final)  # only a checkpoint of the same step can stand there: one that a resumed run repeats
-        os.replace(staging, final)
-        _fsync(root)
-    except (OSError, RuntimeError) as error:  # safetensors reports I/O errors as RuntimeError
+        files = {
+            MODEL: disk.write(staging / MODEL, disk.safetensors(model)),
+            OPTIMIZER: disk.write(staging / OPTIMIZER, disk.safetensors(optimizer)),
+            STATE: disk.write_json(staging / STATE, state),
+        }
+        disk.write_json(staging / MANIFEST, {"step": step, "files": files})
+        disk.flush_folder(staging)
+        _replace(staging, final)
+        disk.flush_folder(root)
+    except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"checkpoint of step {step} could not be written to {root}: {error}") from None
+        recover(root)
+        raise CheckpointError(
+            f"checkpoint of step {step} could not be written to {root}: {error.strerror or error}"
+        ) from None
     return Checkpoint(final, step)
 
 
-def verify(path: Path) -> str | None:
-    """Why a folder is not a valid checkpoint; None when it is one."""
+def verify(path: Path, name: str | None = None) -> str | None:
+    """Why a folder is not a valid checkpoint; None when it is one (of the name given, if not its own)."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
     except FileNotFoundError:
         return "it has no manifest"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         return f"its manifest cannot be read ({error})"
-    match = NAME.fullmatch(path.name)
+    match = NAME.fullmatch(name or path.name)
     if match is None or int(match[1]) != step:
         return f"its manifest is that of step {step}"
     if set(files) != {MODEL, OPTIMIZER, STATE}:
         return "its manifest does not list the right files"
     for name, (size, digest) in files.items():
-        found = _digest(path / name) if (path / name).is_file() else None
-        if found is None:
+        try:
+            found = _digest(path / name)
+        except FileNotFoundError:
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         if found["bytes"] != size:
             return f"{name} has {found['bytes']} bytes, not {size}"
         if found["sha256"] != digest:
@@ -140,44 +154,73 @@ def at_step(root: Path, step: int) -> Checkpoint:
 
 
 def prune(root: Path, *, keep: int, protect: set[int]) -> None:
-    """Removes all but the ``keep`` newest checkpoints and the protected steps, and what a killed run left staged."""
-    for index, (step, path) in enumerate(candidates(root)):
-        if index >= keep and step not in protect:
-            _discard(path)
-    sweep(root)
+    """Removes all but the ``keep`` newest checkpoints and the protected steps, and what a killed run left staged.
+
+    What cannot be removed is left for the next time: the checkpoint just written counts more than tidiness.
+    """
+    with contextlib.suppress(OSError):
+        for index, (step, path) in enumerate(candidates(root)):
+            if index >= keep and step not in protect:
+                _discard(path)
+        sweep(root)
 
 
 def sweep(root: Path) -> None:
-    """Removes staged and half-removed folders; call it only while holding the run's lock."""
+    """Removes staged and half-removed folders, and puts back a checkpoint that was just being replaced.
+
+    Call it only while holding the run's lock.
+    """
+    recover(root)
     if root.is_dir():
         for path in root.iterdir():
             if path.name.startswith((STAGING, TRASH)):
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(root: Path) -> None:
+    """Renames what is no valid checkpoint and newer than the newest valid one: kept for a look, counted by nobody."""
+    for _, path in candidates(root):
+        if verify(path) is None:
+            return
+        with contextlib.suppress(OSError):
+            place = path.with_name(DAMAGED + path.name)
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(path, place)
+
+
+def recover(root: Path) -> None:
+    """Puts back what ``_replace`` had moved away when it was cut off, unless its place is taken."""
+    if not root.is_dir():
+        return
+    for path in list(root.glob(f"{TRASH}*")):
+        place = path.with_name(path.name.removeprefix(TRASH))
+        if not place.exists() and verify(path, place.name) is None:
+            with contextlib.suppress(OSError):
+                os.replace(path, place)
+
+
+def _replace(staging: Path, final: Path) -> None:
+    """Puts the new folder where perhaps an old one of the same step stands: one that a resumed run repeats.
+
+    The old one is moved aside and not removed before the new one is in place, so that one of them always is there.
+    """
+    old = final.with_name(TRASH + final.name)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(staging, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _discard(path: Path) -> None:
-    """Removes a checkpoint so that it is never seen half removed."""
-    if path.exists():
-        trash = path.with_name(TRASH + path.name)
-        shutil.rmtree(trash, ignore_errors=True)
-        os.replace(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
-
-
-def _plain(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Contiguous CPU copies: safetensors refuses views that share storage."""
-    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    """Removes a checkpoint so that it is never seen half removed: its manifest goes first."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    trash = path.with_name(TRASH + path.name)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)  # some file systems refuse it for folders
-    finally:
-        os.close(descriptor)

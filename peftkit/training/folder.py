@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,14 @@ from filelock import FileLock, Timeout
 from peftkit.errors import RunError
 from peftkit.parts import TaskInfo
 from peftkit.recipe import Recipe
-from peftkit.training import checkpoints
+from peftkit.training import checkpoints, disk
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.session import Session, cores, flat
 
 PACKAGES = (
     "peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
 )  # fmt: skip
+SURROUNDINGS = ("python", "machine", "device", "threads", "dtype")
 RECIPE, INFO, ENVIRONMENT, METRICS, LOG = (
     "recipe.yaml",
     "info.json",
@@ -41,17 +43,18 @@ RECIPE, INFO, ENVIRONMENT, METRICS, LOG = (
 
 
 def new_folder(recipe: Recipe, session: Session) -> Path:
-    """A fresh folder under ``output_dir``, the same on every process."""
-    path = None
-    if session.is_main:
+    """A fresh folder under ``output_dir``, the same on every process; raises RunError where none can be made."""
+
+    def make() -> Path:
         root = Path(recipe.output_dir)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         try:
             root.mkdir(parents=True, exist_ok=True)
-            path = _first_free(root / f"{recipe.name}-{stamp}")
+            return _first_free(root / f"{recipe.name}-{stamp}")
         except OSError as error:
             raise RunError(f"output_dir '{recipe.output_dir}' cannot be written: {error.strerror}") from None
-    return Path(session.agree(path))
+
+    return Path(session.main_only(make))
 
 
 def _first_free(path: Path) -> Path:
@@ -80,14 +83,17 @@ def find_run(recipe: Recipe | None, resume: str | Path | bool) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path, session: Session) -> Iterator[None]:
     """Holds the folder for this run; raises RunError when another process trains in it."""
-    if not session.is_main:
-        yield
-        return
     lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(f"{folder}: another process is training in this folder; wait for it or stop it") from None
+
+    def acquire() -> None:
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"{folder}: another process is training in this folder; wait for it or stop it") from None
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written ({error.strerror}), so no run can go on in it") from None
+
+    session.main_only(acquire)
     try:
         yield
     finally:
@@ -97,7 +103,7 @@ def locked(folder: Path, session: Session) -> Iterator[None]:
 def describe_run(folder: Path, recipe: Recipe, info: TaskInfo, session: Session) -> None:
     """Writes recipe, task info and environment."""
     if session.is_main:
-        (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+        write_text(folder / RECIPE, recipe.to_yaml())
         write_json(folder / INFO, asdict(info))
         write_json(folder / ENVIRONMENT, environment(session))
 
@@ -139,9 +145,30 @@ def peak_memory() -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text whole or not at all: staged, flushed to the disk, renamed."""
     staged = path.with_name(f".{path.name}.tmp")
-    staged.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    try:
+        staged.unlink(missing_ok=True)
+        disk.write(staged, [text.encode()])
+        os.replace(staged, path)
+        disk.flush_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+
+
+def clear_litter(folder: Path) -> None:
+    """Removes what a killed run had staged; call it only while holding the run's lock."""
+    checkpoints.sweep(folder / "checkpoints")
+    for path in folder.glob(".*"):
+        if path.suffix == ".tmp" and path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.is_dir() and path.name.startswith((".adapter.", ".model.", ".merged.")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------
@@ -164,15 +191,23 @@ def fingerprints(recipe: Recipe, *, data: str, tokenizer: str, base: str, world_
 
 
 def resumable(folder: Path, current: Mapping[str, Any], allow: tuple[str, ...]) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from (None: from the start), and lines about corrupt ones that were passed over.
+    """The checkpoint to go on from (None: from the start), and lines about what is not as it was.
+
+    Corrupt checkpoints are named and set aside; changed versions and devices, with which the last bits may differ, are
+    named. Call it only while holding the run's lock.
 
     Raises:
         RunError: something that the weights depend on has changed and is not allowed by name.
     """
-    checkpoint, rejected = checkpoints.newest(folder / "checkpoints")
+    clear_litter(folder)
+    checkpoint, said = checkpoints.newest(folder / "checkpoints")
+    checkpoints.set_aside(folder / "checkpoints")
     if checkpoint is None:
-        return None, rejected
-    changed = changes(checkpoint.state()["fingerprints"], current)
+        return None, [*said, f"{folder} has no checkpoint to go on from: training starts from the beginning"]
+    try:
+        changed = changes(checkpoint.state()["fingerprints"], current)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{checkpoint.path} was not written by this version of peftkit ({error!r})") from None
     refused = {name: how for name, how in changed.items() if not any(_covers(given, name) for given in allow)}
     if refused:
         listed = "; ".join(f"{name}{how}" for name, how in refused.items())
@@ -181,7 +216,22 @@ def resumable(folder: Path, current: Mapping[str, Any], allow: tuple[str, ...]) 
             f"{folder} cannot be resumed: since its checkpoint these changed: {listed}. Undo the change, start a new "
             f"run, or allow it by name: --allow {first}"
         )
-    return checkpoint, rejected
+    return checkpoint, said
+
+
+def other_surroundings(folder: Path, session: Session) -> list[str]:
+    """A line about versions, device and threads that are not those of the run so far: bits may differ, no more."""
+    try:
+        before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        now = environment(session)
+        old = {**before["versions"], **{name: before[name] for name in SURROUNDINGS}}
+        new = {**now["versions"], **{name: now[name] for name in SURROUNDINGS}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    changed = [
+        f"{name} {old.get(name)} → {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+    ]
+    return [f"not as before the interruption: {', '.join(changed)}; the last bits may differ"] if changed else []
 
 
 def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -35,28 +36,40 @@ def columns() -> list[ProgressColumn]:
 class RunLog:
     """The metrics log of a run, on the main process; silent on the others.
 
-    ``metrics.jsonl`` is cut back to a checkpoint's offset on resume, so that no step is logged twice.
+    ``metrics.jsonl`` is cut back to a checkpoint's offset on resume, so that no step is logged twice. A line that
+    cannot be written (disk full) is kept and tried again with the next one.
     """
 
     def __init__(self, path: Path, session: Session, total_steps: int, *, offset: int = 0, step: int = 0) -> None:
         self._session, self._total, self._started = session, total_steps, time.monotonic()
         self._first_step = step
-        self._file = None
+        self._file: int | None = None
         self._bar: Progress | None = None
+        self._pending = b""
+        self._trouble = ""
+        self._size = 0
         if session.is_main:
-            self._file = path.open("a+b")
-            self._file.truncate(offset)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._size = min(offset, os.fstat(self._file).st_size)
+            os.ftruncate(self._file, self._size)
+            if self._size < offset:
+                self._say(f"{path} is {offset - self._size} bytes shorter than its checkpoint knows: lines were lost")
             if console.is_terminal:
                 self._bar = Progress(*columns(), console=console)
                 self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
                 self._bar.start()
 
     def offset(self) -> int:
-        """Bytes of the log that are on disk."""
+        """Bytes of the log, which are on the disk when this returns.
+
+        Raises:
+            OSError: some are not, and cannot be brought there.
+        """
         if self._file is None:
             return 0
-        self._file.flush()
-        return self._file.seek(0, 2)
+        self._flush()
+        os.fsync(self._file)
+        return self._size
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -89,13 +102,26 @@ class RunLog:
         """Stops the bar and closes the file."""
         if self._bar:
             self._bar.stop()
-        if self._file:
-            self._file.close()
+        if self._file is not None:
+            os.close(self._file)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file:
-            self._file.write((json.dumps(line) + "\n").encode())
-            self._file.flush()
+        if self._file is None:
+            return
+        self._pending += (json.dumps(line) + "\n").encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if self._trouble != str(error):
+                self._trouble = str(error)
+                self._say(f"the log cannot be written ({error.strerror}); its lines are kept and tried again")
+
+    def _flush(self) -> None:
+        """Writes what is pending; of a line that was written in part, the rest follows at the next call."""
+        assert self._file is not None
+        while self._pending:
+            done = os.pwrite(self._file, self._pending, self._size)
+            self._pending, self._size = self._pending[done:], self._size + done
 
     def _say(self, text: str) -> None:
         if self._session.is_main:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingEr
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.evaluation.runner import Stopped, predict
 from peftkit.recipe import Recipe
-from peftkit.training import checkpoints
+from peftkit.training import checkpoints, sharding
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.log import RunLog
 from peftkit.training.optimization import (
@@ -32,11 +32,15 @@ from peftkit.training.optimization import (
     optimizer_tensors,
 )
 from peftkit.training.session import Session
+from peftkit.training.sharding import whole
 from peftkit.training.state import TrainingState
 from peftkit.training.step import Stepper, StepResult, TaskModule
 from peftkit.training.stopping import StopRequest
 
+Watch = Callable[[int, Mapping[str, float]], None]
 PROBE_ROWS = 8
+TIME_IS_UP = 1 << 10
+"""Stands beside the signals' numbers for the time limit."""
 SPIKE = 5.0
 """A step's loss over this many times the running mean is flagged."""
 
@@ -53,6 +57,10 @@ class Loop:
     folder: Path
     fingerprints: Mapping[str, Any]
     """What a resumed run must share with the one that stopped; stored in every checkpoint."""
+    watch: Watch | None = None
+    """Told the step and the figures of every validation, on every process."""
+    rows: Any = None
+    """The training rows that the examples were made of, to name them by file and line."""
 
     def __post_init__(self) -> None:
         training = self.recipe.training
@@ -97,6 +105,8 @@ class Loop:
                 self._epochs()
         finally:
             self.log.close()
+            self.session.watch.rest()
+            del self._stop  # what follows is not stopped between passes
         self._restore_best()
         return self.state
 
@@ -186,25 +196,35 @@ class Loop:
                 self.log.event(self.state.step, "loss_spike", said)
 
     def _not_finite(self, batch: np.ndarray, result: StepResult) -> None:
-        rows = ", ".join(str(row) for row in sorted(batch.tolist())[:16])
-        what = f"loss {result.loss}, gradient norm {result.grad_norm} at step {self.state.step}, training rows {rows}"
+        what = (
+            f"loss {result.loss}, gradient norm {result.grad_norm} at step {self.state.step}, "
+            f"training rows {self._names(batch)}"
+        )
         if self.recipe.training.nonfinite == "skip":
             self.state.skipped += 1
             self.log.event(self.state.step, "skipped", f"step skipped: {what}")
             return
-        kept, _ = checkpoints.newest(self.checkpoints)
-        last = f"the last finite checkpoint is {kept.path}" if kept else "there is no checkpoint yet"
         raise TrainingError(
-            f"not a finite number: {what}; {last}. Lower training.learning_rate, look at these rows, use "
+            f"not a finite number: {what}; {self._last_kept()}. Lower training.learning_rate, look at these rows, use "
             "model.dtype=float32, or skip such steps with training.nonfinite=skip"
         )
+
+    def _names(self, batch: np.ndarray, most: int = 16) -> str:
+        """Examples of a batch by number, and by file and line where these are known."""
+        named = []
+        for example in sorted(batch.tolist())[:most]:
+            held = self.train_split.examples[example]
+            rows = [held["row"] + offset for offset in held.get("row_offsets") or [0]] if "row" in held else []
+            sources = [self.rows[int(row)] for row in rows] if self.rows is not None else []
+            places = [f"{row['_file']}:{row['_line']}" for row in sources if row.get("_line")]
+            named.append(f"{example} ({', '.join(places)})" if places else str(example))
+        return ", ".join(named) + (f" and {len(batch) - most} more" if len(batch) > most else "")
 
     # -- validation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
         """Outputs for every example of a split, gathered on every process."""
         self.module.eval()
-        single = self.session.world_size == 1
         return predict(
             self.module,
             split,
@@ -215,7 +235,8 @@ class Loop:
             autocast=self.session.accelerator.autocast,
             rank=self.session.rank,
             world_size=self.session.world_size,
-            should_stop=(lambda: bool(self._stop.code)) if single and hasattr(self, "_stop") else None,
+            progress=lambda _: self.session.watch.mark(),
+            should_stop=(lambda: bool(self._asked_to_stop())) if hasattr(self, "_stop") else None,
         )
 
     def _validate(self) -> bool:
@@ -229,6 +250,8 @@ class Loop:
         figures = self.module.task.metrics(outputs, self.module.info, self.recipe.evaluation)
         state.evaluated = state.step
         self.log.evaluation(state.step, self._epoch(), "validation", figures)
+        if self.watch:
+            self.watch(state.step, figures)
         value, sign = figures[self.metric], 1 if greater_is_better(self.metric) else -1
         improvement = math.inf if state.best_value is None else sign * (value - state.best_value)
         stopping = training.early_stopping
@@ -257,76 +280,102 @@ class Loop:
 
     def _save(self, *, must: bool = False) -> None:
         """Writes a checkpoint; one that fails in mid-run is said and the run goes on with those before it."""
-        state, error = self.state, None
-        state.log_offset = self.log.offset()
-        if self.session.is_main:
-            try:
-                checkpoints.save(
-                    self.checkpoints,
-                    state.step,
-                    model=self._trained(),
-                    optimizer=optimizer_tensors(self.module, self.optimizer),
-                    state={
-                        "training": state.to_json(),
-                        "scheduler": _plain_state(self.scheduler),
-                        "fingerprints": dict(self.fingerprints),
-                    },
-                )
-                protect = {state.best_step} if state.best_step is not None else set()
-                checkpoints.prune(self.checkpoints, keep=self.recipe.training.keep_checkpoints, protect=protect)
-            except CheckpointError as failure:
-                error = str(failure)
-        error = self.session.agree(error)
+        self.session.watch.rest()
+        model, optimizer = self.weights(), optimizer_tensors(self.module, self.optimizer)
+        broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_kept()}")
+        error = self.session.main_only(lambda: self._write(model, optimizer))
         if error and must:
-            raise CheckpointError(error)
+            raise CheckpointError(f"{error}; {self._last_kept()}")
         if error:
-            self.log.event(state.step, "checkpoint_failed", error)
+            self.log.event(self.state.step, "checkpoint_failed", error)
+
+    def _write(self, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> str | None:
+        """What kept the checkpoint from being written; on the main process."""
+        state = self.state
+        try:
+            state.log_offset = self.log.offset()
+            checkpoints.save(
+                self.checkpoints,
+                state.step,
+                model=model,
+                optimizer=optimizer,
+                state={
+                    "training": state.to_json(),
+                    "scheduler": _plain_state(self.scheduler),
+                    "fingerprints": dict(self.fingerprints),
+                },
+            )
+        except CheckpointError as failure:
+            return str(failure)
+        except OSError as failure:
+            return f"checkpoint of step {state.step} could not be written: the log cannot be flushed: {failure}"
+        protect = {state.best_step} if state.best_step is not None else set()
+        checkpoints.prune(self.checkpoints, keep=self.recipe.training.keep_checkpoints, protect=protect)
+        return None
+
+    def _last_kept(self) -> str:
+        kept = self.session.main_only(lambda: checkpoints.newest(self.checkpoints)[0])
+        return f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet"
 
     def _is_saved(self) -> bool:
-        newest, _ = checkpoints.newest(self.checkpoints)
+        newest = self.session.main_only(lambda: checkpoints.newest(self.checkpoints)[0])
         return newest is not None and newest.step == self.state.step
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name, whole; a collective where they are sharded."""
+        return {name: whole(value.detach()) for name, value in self._trained().items()}
 
     def _trained(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in self.module.model.named_parameters() if value.requires_grad}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._load_model(checkpoint)
-        load_optimizer_tensors(self.module, self.optimizer, checkpoint.tensors(checkpoints.OPTIMIZER))
-        saved = checkpoint.state()
+        load_optimizer_tensors(self.module, self.optimizer, self._read(checkpoint, checkpoints.OPTIMIZER))
+        saved = self.session.main_only(checkpoint.state)
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **saved["scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, saved["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
         self.state = TrainingState.from_json(saved["training"])
 
     def _load_model(self, checkpoint: Checkpoint) -> None:
-        tensors, trained = checkpoint.tensors(checkpoints.MODEL), self._trained()
-        if set(tensors) != set(trained):
-            odd = sorted(set(tensors) ^ set(trained))[:3]
+        tensors, trained = self._read(checkpoint, checkpoints.MODEL), self._trained()
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+        if shapes != expected:
+            odd = sorted({name for name, _ in set(shapes.items()) ^ set(expected.items())})[:3]
             raise CheckpointError(f"{checkpoint.path} holds other parameters than this recipe trains: {', '.join(odd)}")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[name])
+        sharding.load(trained, tensors)
+
+    def _read(self, checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+        """A checkpoint's tensors on every process; only the main one reads, so that no file system need be shared."""
+        return self.session.share(lambda: checkpoint.tensors(name))
 
     def _restore_best(self) -> None:
         best = self.state.best_step
         if best is not None and best != self.state.step:
-            self._load_model(checkpoints.at_step(self.checkpoints, best))
+            self._load_model(self.session.main_only(lambda: checkpoints.at_step(self.checkpoints, best)))
 
     # -- stopping --------------------------------------------------------------------------------------------------
 
     def _stop_if_asked(self) -> None:
-        code = self._stop.code
-        worst = self.session.largest(code if code > 0 else (1 << 10 if code else 0))
+        worst = self._asked_to_stop()
         if not worst:
             return
         self._save(must=True)
-        why = "the time limit" if worst == 1 << 10 else signal.Signals(worst).name
-        number = signal.SIGTERM if worst == 1 << 10 else worst
+        why = "the time limit" if worst == TIME_IS_UP else signal.Signals(worst).name
+        number = signal.SIGTERM if worst == TIME_IS_UP else worst
         raise Interrupted(
             f"stopped by {why} after step {self.state.step} of {self.total}; nothing is lost. Go on with:\n"
             f"  peftkit train --resume {self.folder}",
             number,
         )
+
+    def _asked_to_stop(self) -> int:
+        """0, or what asks for an end on any process: a signal's number, or TIME_IS_UP; all get the same answer."""
+        code = self._stop.code
+        return self.session.largest(code if code > 0 else (TIME_IS_UP if code else 0))
 
 
 def _plain_state(scheduler: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from peftkit.models import low_bit_optimizers
 from peftkit.recipe import Recipe, TrainingConfig
+from peftkit.training.sharding import like, whole
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -48,10 +49,13 @@ def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, 
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state as ``PARAMETER/KEY`` → tensor; every value that torch's optimizers keep is one."""
+    """Optimizer state as ``PARAMETER/KEY`` → tensor; every value that torch's optimizers keep is one.
+
+    A collective where parameters are sharded.
+    """
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        f"{names[parameter]}/{key}": whole(torch.as_tensor(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if key not in low_bit_optimizers.CONSTANT
@@ -73,7 +77,7 @@ def load_optimizer_tensors(
         owner = parameters[parameter]
         # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
         device = owner.device if tensor.ndim else ("cpu" if owner.device.type == "cpu" else owner.device)
-        optimizer.state[owner][key] = tensor.to(device)
+        optimizer.state[owner][key] = like(tensor.to(device), owner)
 
 
 def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.errors import RecipeError, did_you_mean
+from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.recipe import Recipe
+from peftkit.training import sharding
+from peftkit.training.watch import Watch, address
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,14 @@ class Session:
     dtype: torch.dtype
     threads: int
     notes: list[str] = field(default_factory=list)
+    folder: Path | None = None
+    """The run's folder, once it is known."""
+    watch: Watch = field(init=False)
+    """Notices other processes that die or hang, while it is entered."""
+
+    def __post_init__(self) -> None:
+        where = address(self.world_size, local_processes())
+        self.watch = Watch(self.rank, self.world_size, self.agree, address=where)
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +57,11 @@ class Session:
         """Whether this is the one process that writes and speaks."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over the processes."""
+        return bool(getattr(self.accelerator, "is_fsdp2", False))
+
     def agree(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.world_size == 1:
@@ -54,6 +69,40 @@ class Session:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
+
+    def main_only(self, work: Callable[[], Any]) -> Any:
+        """What the main process's work gives, on every process; an error raised on purpose there is raised on all."""
+        if self.world_size == 1:
+            return work()
+        result = error = None
+        if self.is_main:
+            try:
+                result = work()
+            except PeftkitError as raised:
+                error = raised
+        result, error = self.agree((result, error))
+        if error:
+            raise error
+        return result
+
+    def share(self, read: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Tensors that the main process reads, on every process's CPU; one after the other is sent."""
+        if self.world_size == 1:
+            return dict(read())
+        import torch
+
+        tensors: dict[str, torch.Tensor] = {}
+
+        def shapes() -> dict[str, Any]:
+            tensors.update(read())
+            return {name: (held.shape, held.dtype) for name, held in tensors.items()}
+
+        found = {}
+        for name, (shape, dtype) in self.main_only(shapes).items():
+            held = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(self.device)
+            torch.distributed.broadcast(held, src=0)
+            found[name] = held.cpu()
+        return found
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values."""
@@ -99,6 +148,7 @@ def open_session(recipe: Recipe) -> Session:
     accelerator = Accelerator(
         cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=trackers, project_dir=recipe.output_dir
     )
+    sharding.check(accelerator)
     threads = recipe.training.threads or max(1, cores() // local_processes())
     torch.set_num_threads(threads)
     set_seed(recipe.training.seed)

@@ -17,6 +17,7 @@ from peftkit.parts import LoadedModel, Task, TaskInfo
 from peftkit.recipe import Recipe
 from peftkit.training.randomness import seed_micro_batch
 from peftkit.training.session import Session
+from peftkit.training.sharding import whole
 
 
 class TaskModule(torch.nn.Module):
@@ -29,8 +30,12 @@ class TaskModule(torch.nn.Module):
         super().__init__()
         self.model = loaded.model
         self.task, self.info, self.pooling = task, info, loaded.pooling
+        # the blocks that FSDP shards one by one
+        self._no_split_modules = list(getattr(loaded.model, "_no_split_modules", None) or [])
         self.stem: Stem | None = None
         """The part of the model that nothing changes; it stays in evaluation mode."""
+        self._mode: bool | None = None
+        """What ``train`` set last."""
 
     def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
         """Summed loss (a scalar), or a dict of tensors with one row an example.
@@ -45,9 +50,16 @@ class TaskModule(torch.nn.Module):
             rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
             return use(self.model, rest, self.info, self.pooling)
 
+    def hold(self, stem: Stem) -> None:
+        """Keeps a stem in evaluation mode from now on."""
+        self.stem, self._mode = stem, None
+
     def train(self, mode: bool = True) -> TaskModule:
         """Training mode for all but the stem, in which dropout would change what is known to be fixed."""
+        if self._mode == mode == self.training == self.model.training:
+            return self  # walking through every module at every step costs more than a step on features
         super().train(mode)
+        self._mode = mode
         for module in self.stem.still if self.stem else ():
             module.eval()
         return self
@@ -127,7 +139,8 @@ class Stepper:
                     loss = self.module(batch)
                 session.accelerator.backward(loss * scale)
             if piece.counts:
-                total += loss.detach()
+                total += whole(loss.detach())
+            session.watch.mark()
         return total
 
     def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -137,7 +150,7 @@ class Stepper:
 
     def _grad_norm(self, limit: float | None) -> float:
         norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit or float("inf"))
-        return float(norm) if norm is not None else 0.0
+        return float(whole(norm)) if norm is not None else 0.0
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         return self.session.accelerator.reduce(value, "sum") if self.session.world_size > 1 else value

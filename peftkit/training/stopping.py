@@ -1,12 +1,16 @@
-"""Stopping on request: signals and time limits, noticed between steps."""
+"""Stopping on request: signals and time limits, noticed between steps; at once where there is nothing to finish."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+from peftkit.errors import Interrupted
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
@@ -48,3 +52,21 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self.signal_number = number
+
+
+@contextlib.contextmanager
+def at_once(message: Callable[[], str]) -> Iterator[None]:
+    """Before and after the loop, where no step is under way, a signal raises Interrupted with that message."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name} {message()}", number)
+
+    old: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        old = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
