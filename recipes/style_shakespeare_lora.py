@@ -28,7 +28,7 @@ def style_shakespeare_lora() -> Recipe:
             "test_size": 0.05,
             "limit": {"validation": 6, "test": 10},
         },
-        training={"epochs": 1, "max_steps": 70, "batch_size": 4, "learning_rate": 1e-3, "scheduler": "cosine"},
+        training={"epochs": 1, "max_steps": 180, "batch_size": 4, "learning_rate": 1e-3, "scheduler": "cosine"},
         evaluation={"generation": {"samples": 4, "max_new_tokens": 80, "temperature": 0.8, "top_p": 0.95}},
     )
 
