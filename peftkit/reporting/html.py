@@ -48,12 +48,12 @@ class Report:
 
 def render(report: Report) -> str:
     """The whole page."""
-    return _environment().get_template("report.html").render(**_context(report), whole=True)
+    return environment().get_template("report.html").render(**_context(report), whole=True)
 
 
 def fragment(report: Report) -> str:
     """The page's inside, for a notebook."""
-    return _environment().get_template("report.html").render(**_context(report), whole=False)
+    return environment().get_template("report.html").render(**_context(report), whole=False)
 
 
 def write(report: Report, path: str | Path) -> Path:
@@ -94,7 +94,8 @@ def _context(report: Report) -> dict[str, Any]:
     return {"report": report, "main": main_assessment(report), "images": images}
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Jinja's environment over the templates of this package: every text is escaped, a missing value is an error."""
     made = Environment(
         loader=PackageLoader("peftkit.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

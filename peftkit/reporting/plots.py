@@ -56,13 +56,13 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None
     if metric in (None, "loss"):
         metric = next((name for row in validations for name in row if name not in _NOT_FIGURES), None)
     scored = [row for row in validations if metric in row]
-    figure, axes = _figure(2 if scored else 1)
+    figure, axes = panels(2 if scored else 1)
     _losses(axes[0], training, validations)
     if scored:
         axis = axes[1]
         axis.plot(_column(scored, "step"), _column(scored, str(metric)), "-o", color=GREEN, markersize=5)
         _label_last(axis, scored, str(metric))
-        _dress(axis, f"validation {shown.name(str(metric))}", "step")
+        dress(axis, f"validation {shown.name(str(metric))}", "step")
     return figure
 
 
@@ -83,7 +83,7 @@ def _losses(axis: Axes, training: Sequence[Mapping[str, Any]], validations: Sequ
         )
     if training or checked:
         axis.legend(frameon=False, fontsize=9)
-    _dress(axis, "loss", "step")
+    dress(axis, "loss", "step")
 
 
 def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
@@ -162,10 +162,10 @@ def reliability_diagram(bins: Sequence[Mapping[str, Any]], error: float | None =
     top.hlines(confidence, left, right, color=RED, linewidth=2.2, label="mean confidence", zorder=4)
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.legend(frameon=False, fontsize=9, loc="upper left")
-    _dress(top, "reliability" if error is None else f"reliability: calibration error {error:.3f}", "")
+    dress(top, "reliability" if error is None else f"reliability: calibration error {error:.3f}", "")
     top.set_ylabel("accuracy", color=INK)
     bottom.bar(left, [one["count"] for one in bins], width, align="edge", color=FAINT, edgecolor="white")
-    _dress(bottom, "", "confidence")
+    dress(bottom, "", "confidence")
     bottom.set_ylabel("rows", color=INK)
     return figure
 
@@ -181,15 +181,16 @@ def scatter(pairs: Sequence[Sequence[float]], name: str = "value") -> Figure:
         axis.plot([low, high], [low, high], linestyle="--", color=FAINT, linewidth=1.2, label="perfect")
         axis.legend(frameon=False, fontsize=9)
     axis.scatter(points[:, 0], points[:, 1], s=14, color=BLUE, alpha=0.45, linewidths=0)
-    _dress(axis, f"predicted against gold {shown.plain(name, 30)}", "gold")
+    dress(axis, f"predicted against gold {shown.plain(name, 30)}", "gold")
     axis.set_ylabel("predicted", color=INK)
     return figure
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.6 * panels, 3.8), layout="constrained")
+def panels(number: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure of panels side by side."""
+    figure = Figure(figsize=(5.6 * number, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(np.atleast_1d(figure.subplots(1, panels)))
+    return figure, list(np.atleast_1d(figure.subplots(1, number)))
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -204,7 +205,8 @@ def _label_last(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> Non
     axis.margins(y=0.15)
 
 
-def _dress(axis: Axes, title: str, across: str) -> None:
+def dress(axis: Axes, title: str, across: str) -> None:
+    """Gives a panel its title, the name of its horizontal axis, and the look that all plots share."""
     axis.set_title(title, color=INK, fontsize=11, loc="left", parse_math=False)
     axis.set_xlabel(across, color=INK)
     axis.grid(color=GRID, linewidth=0.8)

@@ -1,0 +1,108 @@
+"""A search (tune.json) as table, Markdown, page and plots."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+
+from peftkit.reporting import experiment, plots, shown
+from peftkit.reporting.experiment import Page
+
+Search = Mapping[str, Any]
+
+
+def page(table: Search) -> Page:
+    """What is shown of a search."""
+    paths = list(dict.fromkeys(path for trial in table["trials"] for path in trial["values"]))
+    header = ["trial", f"{shown.name(table['metric'])} (validation)", *paths, "", "time"]
+    best = table["best"]["number"] if table["best"] else None
+    rows = [
+        [str(trial["number"]), shown.figure(trial["value"]) if trial["value"] is not None else "",
+         *(_value(trial["values"].get(path)) for path in paths), "" if trial["state"] == "complete" else trial["state"],
+         f"{trial['seconds']:.1f} s" if trial["seconds"] else ""]
+        for trial in table["trials"]
+    ]  # fmt: skip
+    images = {}
+    if any(trial["value"] is not None for trial in table["trials"]):
+        images["history.png"] = (history(table), "The validation figure of every trial; the line is the best so far")
+    if table["importances"]:
+        images["importances.png"] = (importances(table), "How much each value decides on the figure (optuna)")
+    return Page(f"Search {table['name']}: {len(rows)} trials", header, rows, _said(table), images,
+                mark=None if best is None else str(best))  # fmt: skip
+
+
+def show(table: Search) -> None:
+    """Prints the trials and the conclusion on stdout."""
+    made = page(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console.print(experiment.terminal(made))
+    for sentence in made.said:
+        console.print(sentence, markup=False, soft_wrap=True)
+
+
+def fragment(table: Search) -> str:
+    """The page's inside, for a notebook."""
+    return experiment.render(page(table), whole=False)
+
+
+def write(table: Search, folder: Path) -> None:
+    """Writes tune.json, tune.md, tune.html and the plots."""
+    from peftkit.training.folder import write_json
+
+    write_json(folder / "tune.json", table)
+    experiment.write(page(table), folder, "tune")
+
+
+def history(table: Search) -> Figure:
+    """Every finished trial's figure in the order of the trials, and the best so far."""
+    figure, (axis,) = plots.panels(1)
+    done = [trial for trial in table["trials"] if trial["value"] is not None]
+    numbers, values = [trial["number"] for trial in done], np.array([trial["value"] for trial in done])
+    best = np.maximum.accumulate(values) if table["greater_is_better"] else np.minimum.accumulate(values)
+    axis.step(numbers, best, where="post", color=plots.GREEN, linewidth=1.8, label="best so far")
+    axis.scatter(numbers, values, s=26, color=plots.BLUE, zorder=3, label="trial")
+    cut = [trial for trial in table["trials"] if trial["state"] == "pruned" and trial["validations"]]
+    if cut:
+        axis.scatter([trial["number"] for trial in cut], [trial["validations"][-1] for trial in cut], s=26,
+                     color=plots.FAINT, marker="x", zorder=3, label="pruned there")  # fmt: skip
+    axis.legend(frameon=False, fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plots.dress(axis, f"validation {shown.name(table['metric'])}", "trial")
+    return figure
+
+
+def importances(table: Search) -> Figure:
+    """optuna's importances as bars."""
+    figure, (axis,) = plots.panels(1)
+    names = sorted(table["importances"], key=table["importances"].get)
+    axis.barh([shown.plain(name, 40) for name in names], [table["importances"][name] for name in names],
+              color=plots.BLUE)  # fmt: skip
+    plots.dress(axis, f"importance for validation {shown.name(table['metric'])}", "share")
+    return figure
+
+
+def _said(table: Search) -> list[str]:
+    best = table["best"]
+    if best is None:
+        return ["No trial has finished."]
+    values = ", ".join(f"{path}={_value(value)}" for path, value in best["values"].items())
+    made = [f"Best: trial {best['number']}, {shown.name(table['metric'])} {shown.figure(best['value'])} "
+            f"on validation: {values}"]  # fmt: skip
+    if table["rows"]:
+        made[0] += f" (searched on {table['rows']:,} training rows)"
+    if table["test"]:
+        value = table["test"].get(table["metric"])
+        made.append(f"Its test {shown.name(table['metric'])}, computed once: {shown.figure(value)}.")
+    made += [f"Trial {one['number']} failed: {one['said']}" for one in table["trials"] if one["state"] == "fail"]
+    return made
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
