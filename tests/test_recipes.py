@@ -44,8 +44,10 @@ def test_a_variant_differs_from_its_base_in_method_and_training_only(variant, ba
     assert one["method"]["kind"] != other["method"]["kind"]
 
 
-@pytest.mark.parametrize(("variant", "base"), [("agnews_qlora", "agnews_lora"), ("instruct_qlora", "instruct_alpaca_lora"),
-                                               ("style_qlora", "style_kjv_lora")])  # fmt: skip
+QUANTIZED = {"agnews_qlora": "agnews_lora", "instruct_qlora": "instruct_alpaca_lora", "style_qlora": "style_kjv_lora"}
+
+
+@pytest.mark.parametrize(("variant", "base"), QUANTIZED.items())
 def test_a_quantized_variant_differs_in_quantization_only(variant, base):
     one, other = get_recipe(variant).model_dump(), get_recipe(base).model_dump()
     assert {key for key in one if one[key] != other[key]} == {"name", "quantization"}
