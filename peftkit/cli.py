@@ -1,4 +1,4 @@
-"""The command line: list, show, schema, inspect, train, evaluate, predict, generate, chat, export, doctor.
+"""The command line: list, show, schema, inspect, train, evaluate, predict, embed, generate, chat, export, doctor.
 
 Whatever needs torch is imported inside the command that needs it, so that ``peftkit list`` answers at once. Results
 go to stdout, everything said about them to stderr, so that every command can stand in a pipe.
@@ -190,6 +190,26 @@ def predict(
     count = predictions.carry_out(run, file=file, column=column, out=out)
     if out:
         _say(f"wrote {count} rows to {out}")
+
+
+@command("embed")
+def embed(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, or a base: hub id, ./folder, package:NAME.")
+    ],
+    file: Annotated[
+        Path | None, typer.Option(help="csv, tsv, jsonl or txt; without it, a text a line from stdin.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the texts; text by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="npy, parquet or jsonl; without it, JSON lines on stdout.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
+) -> None:
+    """Give texts their vectors, pooled as the model pools."""
+    from peftkit import embeddings
+
+    count = embeddings.carry_out(source, file=file, column=column, out=out, normalize=normalize)
+    if out:
+        _say(f"wrote {count} vectors to {out}")
 
 
 @command("generate")

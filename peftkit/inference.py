@@ -133,6 +133,17 @@ class LoadedRun:
         )  # fmt: skip
         return outputs["logits"]
 
+    def embed(self, texts: str | Sequence[str], *, normalize: bool = False, batch_size: int = 64) -> np.ndarray:
+        """Vectors [texts, width] fp32: what the model makes of texts, pooled as it pools; see ``peftkit.embeddings``.
+
+        Raises:
+            RunError: the method puts learned tokens before a text.
+            DataError: something that is not a text.
+        """
+        from peftkit import embeddings
+
+        return embeddings.of_run(self).embed(texts, normalize=normalize, batch_size=batch_size)
+
     def generate(
         self, prompts: str | Conversation | Sequence[str | Conversation], *, batch_size: int = 8, **options: Any
     ) -> list[str]:

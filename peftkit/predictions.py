@@ -41,20 +41,20 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
     from peftkit.export.loading import find_export
     from peftkit.inference import load
 
-    _check_paths(file, out)
+    check_paths(file, out)
     folder = find_export(run)
     if description.read(folder).info.problem_type == "causal_lm":
         raise RunError(f"{run}: a language model has no labels to predict; use `peftkit generate` or `peftkit chat`")
     data = Recipe.from_yaml(folder / "recipe.yaml").data
     columns = _columns(data, column)
     if file:
-        names = _check_rows(file, columns)
+        names = check_rows(file, columns)
     elif len(columns) == 1:
         names = columns
     else:
         raise DataError(f"this model reads pairs ({' and '.join(columns)}); give them as a file: --file pairs.csv")
     model = load(run)
-    rows = _rows(file, columns, Problems()) if file else _lines(sys.stdin, columns[0])
+    rows = read_rows(file, columns, Problems()) if file else lines(sys.stdin, columns[0])
     answers = _answers(model, rows, columns, set(names))
     if out is None:
         return _write_lines(answers, sys.stdout)
@@ -62,14 +62,15 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
         return _write_lines(answers, stream) if out.suffix == ".jsonl" else _write_table(answers, names, stream, out)
 
 
-def _check_paths(file: Path | None, out: Path | None) -> None:
+def check_paths(file: Path | None, out: Path | None, writers: tuple[str, ...] = WRITERS) -> None:
+    """Raises DataError where the input cannot be read, or the output cannot be written."""
     if file and not file.is_file():
         raise DataError("no such file", file=file)
     if file and file.suffix.lower() not in (*READERS, ".txt"):
         known = (*READERS, ".txt")
         raise DataError(f"cannot be read: {did_you_mean(file.suffix, known)}", file=file)
-    if out and out.suffix not in WRITERS:
-        raise DataError(f"cannot be written: its name must end in {', '.join(WRITERS)}", file=out)
+    if out and out.suffix not in writers:
+        raise DataError(f"cannot be written: its name must end in {', '.join(writers)}", file=out)
     if out:
         output.check(out, file)
 
@@ -78,21 +79,21 @@ def _columns(data: DataConfig, column: str | None) -> list[str]:
     return [column or data.text, *([data.text_pair] if data.text_pair else [])]
 
 
-def _check_rows(file: Path, columns: list[str]) -> list[str]:
+def check_rows(file: Path, columns: list[str]) -> list[str]:
     """Reads the whole file; returns all its columns, and raises everything that is wrong with it at once."""
     problems = Problems()
     names: dict[str, None] = {}
-    for row in _rows(file, columns, problems):
+    for row in read_rows(file, columns, problems):
         names |= dict.fromkeys(row)
     problems.check()
     return list(names)
 
 
-def _rows(file: Path, columns: list[str], problems: Problems) -> Iterator[Row]:
+def read_rows(file: Path, columns: list[str], problems: Problems) -> Iterator[Row]:
     """Rows of a file; those without a text under every one of the columns are noted as problems."""
     if file.suffix.lower() == ".txt":
         with file.open(encoding="utf-8", errors="replace") as stream:
-            yield from _lines(stream, columns[0])
+            yield from lines(stream, columns[0])
         return
     for row in READERS[file.suffix.lower()](file, problems):
         place = {"file": row.pop("_file"), "line": row.pop("_line")}
@@ -105,7 +106,8 @@ def _rows(file: Path, columns: list[str], problems: Problems) -> Iterator[Row]:
         yield row
 
 
-def _lines(stream: Iterable[str], column: str) -> Iterator[Row]:
+def lines(stream: Iterable[str], column: str) -> Iterator[Row]:
+    """A row for each line of a text."""
     for line in stream:
         yield {column: line.rstrip("\r\n")}
 

@@ -26,6 +26,7 @@ from peftkit.evaluation.generations import write as write_generations
 from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
 from peftkit.parts import LoadedModel
+from peftkit.training import flops
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
 
@@ -210,6 +211,7 @@ def training_figures(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
         "skipped_steps": state.skipped,
         "trained_parameters": trained,
         "peak_memory_bytes": folders.peak_memory(),
+        **flops.figures(loop),
     }
     for split, seconds in evaluation_seconds.items():
         made[f"{split}_rows_per_second"] = len(loop.data.splits[split].lengths) / seconds if seconds else 0.0

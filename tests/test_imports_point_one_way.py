@@ -16,7 +16,7 @@ LAYERS = [
     {"data", "models", "methods", "tasks"},
     {"training", "evaluation", "planning", "export"},
     {"reporting"},
-    {"results", "run", "inference", "predictions", "prompts", "output", "scoring", "chat"},
+    {"results", "run", "inference", "predictions", "embeddings", "prompts", "output", "scoring", "chat"},
     {"launch", "doctor", "cli", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

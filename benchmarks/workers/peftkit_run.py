@@ -1,12 +1,16 @@
 """peftkit on any recipe with overrides; prints one JSON line in the words of the other workers.
 
-python benchmarks/workers/peftkit_run.py agnews_lora data.source=FOLDER training.epochs=1 …
+python benchmarks/workers/peftkit_run.py agnews_lora data.source=FOLDER training.epochs=1 … [--fresh-cache FOLDER]
+
+``--cache`` names the folder of tokens and features, ``--fresh-cache`` empties it first.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,12 +25,22 @@ def mean_training_loss(run: Path) -> float:
     return sum(losses) / len(losses)
 
 
+def chosen_cache(given: list[str]) -> list[str]:
+    """Takes ``--cache`` and ``--fresh-cache`` out of the arguments, and sets the environment by them."""
+    if len(given) > 1 and given[-2] in ("--cache", "--fresh-cache"):
+        if given[-2] == "--fresh-cache":
+            shutil.rmtree(given[-1], ignore_errors=True)
+        os.environ["PEFTKIT_CACHE"] = given[-1]
+        return given[:-2]
+    return given
+
+
 def main() -> None:
     """Trains, evaluates on the test rows, and prints what was measured."""
     import peftkit
     from peftkit.overrides import apply
 
-    run = peftkit.train(apply(peftkit.get_recipe(sys.argv[1]), sys.argv[2:]))
+    run = peftkit.train(apply(peftkit.get_recipe(sys.argv[1]), chosen_cache(sys.argv[2:])))
     done = time.perf_counter()
     training, test = run.metrics["training"], run.metrics["test"]
     print(

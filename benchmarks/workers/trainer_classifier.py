@@ -1,4 +1,4 @@
-"""The peer: transformers' Trainer with peft on a classification task; prints one JSON line.
+"""The peer: transformers' Trainer on a classification task, with peft or a frozen backbone; prints one JSON line.
 
 python benchmarks/workers/trainer_classifier.py --data FOLDER --model FOLDER [--tuned] …
 """
@@ -21,6 +21,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--targets", default="query,value", help="comma-separated module names, or all-linear")
+    parser.add_argument("--frozen", action="store_true", help="train the head alone, in place of LoRA")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -58,13 +59,18 @@ def main() -> None:
     data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_length), batched=True)
     labels = len(set(data["train"]["label"]))
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
-    targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    lora = LoraConfig(
-        task_type="SEQ_CLS", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules=targets
-    )
+    if args.frozen:
+        model.base_model.requires_grad_(False)
+    else:
+        targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
+        lora = LoraConfig(
+            task_type="SEQ_CLS", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout,
+            target_modules=targets,
+        )  # fmt: skip
+        model = get_peft_model(model, lora)
     tuned = {"bf16": True, "train_sampling_strategy": "group_by_length", "use_cpu": not torch.cuda.is_available()}
     trainer = Trainer(
-        model=get_peft_model(model, lora),
+        model=model,
         args=TrainingArguments(
             output_dir="unused",
             per_device_train_batch_size=args.batch_size,

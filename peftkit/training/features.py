@@ -158,7 +158,8 @@ def plan(module: TaskModule, recipe: Recipe, encoded: EncodedData, tokenizer: An
         if found is None:
             made.note = _unused(module, reason)
             return made
-        module.stem = made.stem = found
+        module.hold(found)
+        made.stem = found
         with torch.no_grad():
             hidden = found.capture(lambda: forward(batch), batch)
     made.dtype, made.width = hidden.dtype, hidden.shape[-1]

@@ -17,4 +17,12 @@ def seed_for(*place: int) -> int:
 
 def seed_micro_batch(seed: int, step: int, micro: int, rank: int) -> None:
     """Seeds torch on every device for one forward and backward pass."""
-    torch.manual_seed(seed_for(seed, step, micro, rank))
+    value = seed_for(seed, step, micro, rank)
+    torch.default_generator.manual_seed(value)
+    # torch.manual_seed would note a call, with its traceback, for every kind of device that is not there
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
+    if torch.xpu.is_available():
+        torch.xpu.manual_seed_all(value)

@@ -33,8 +33,10 @@ def batch_of(tokenizer, causal=False):
 
 def found(module, batch):
     module.eval()
-    module.stem, reason = stems.find(module.model, lambda b: module(dict(b), outputs=True), batch, module.pooling)
-    return module.stem, reason
+    stem, reason = stems.find(module.model, lambda b: module(dict(b), outputs=True), batch, module.pooling)
+    if stem:
+        module.hold(stem)
+    return stem, reason
 
 
 def gradients(module, batch):

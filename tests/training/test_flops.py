@@ -1,0 +1,64 @@
+"""The FLOP meter counts what the products of a model are known to cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftkit
+from peftkit import replace
+from peftkit.training import flops
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch, tmp_path):
+    """A calibration that takes no time, in a cache of its own."""
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(flops.SIZES, "cpu", 128)
+
+
+def test_the_rate_is_measured_once_and_kept(monkeypatch):
+    first = flops.matmul_rate("cpu", torch.float32)
+    assert first > 1e6
+    monkeypatch.setattr(flops, "_measure", lambda *_: pytest.fail("measured twice"))
+    assert flops.matmul_rate("cpu", torch.float32) == first
+    with pytest.raises(pytest.fail.Exception, match="measured twice"):
+        flops.matmul_rate("cpu", torch.bfloat16)
+
+
+def linear_flops(hidden, wide, tokens, *, backward):
+    """Products of a BERT block at ``tokens`` a row, for a token: 2 FLOPs a weight, and the attention."""
+    attention = 2 * 2 * tokens * hidden
+    forward = 2 * (4 * hidden * hidden + 2 * hidden * wide) + attention
+    return forward + (2 * (2 * (4 * hidden * hidden + 2 * hidden * wide)) + 2.5 * attention if backward else 0)
+
+
+def test_full_finetuning_costs_what_the_formulas_say(small_recipe, topics_csv, tmp_path):
+    """All rows equally long; input gradients of the first block's products are not needed, the pooler is once a row."""
+    words = "game team player match score win stock bank money price".split()
+    pairs = [(one, other) for one in words for other in words if one != other]
+    rows = "".join(f"the {one} and the {other} of day,{'ab'[n % 2]}\n" for n, (one, other) in enumerate(pairs))
+    file = tmp_path / "even.csv"
+    file.write_text("text,label\n" + rows)
+    recipe = replace(
+        small_recipe, method={"kind": "full"}, training={"epochs": 1, "learning_rate": 1e-4},
+        data={"source": str(file)},
+        evaluation={"baselines": []},
+    )  # fmt: skip
+    run = peftkit.train(recipe, quiet=True)
+    found = run.metrics["training"]
+    tokens = found["tokens"] / found["rows"]
+    expected = 2 * linear_flops(32, 64, tokens, backward=True)
+    assert found["flops_per_token"] == pytest.approx(expected, rel=0.05)
+    assert found["flops_utilization"] == pytest.approx(found["flops_per_second"] / found["matmul_flops_per_second"])
+    assert found["flops_per_second"] == pytest.approx(found["flops_per_token"] * found["tokens_per_second"], rel=1e-6)
+
+
+def test_frozen_weights_cost_less(small_recipe):
+    def cost(**parts):
+        recipe = replace(small_recipe, training={"epochs": 1}, evaluation={"baselines": []}, **parts)
+        return peftkit.train(recipe, quiet=True).metrics["training"]["flops_per_token"]
+
+    full, last = cost(method={"kind": "full"}), cost(method={"kind": "lora", "rank": 2, "layers": -1})
+    head = cost(method={"kind": "frozen"})
+    assert head < last < full / 2
