@@ -17,6 +17,8 @@ from peftkit.errors import PeftkitError, UserError
 
 if TYPE_CHECKING:
     from peftkit.data.inspection import inspect
+    from peftkit.experiments.compare import compare
+    from peftkit.experiments.tune import tune
     from peftkit.inference import load
     from peftkit.launch import main
     from peftkit.run import Run, train
@@ -29,15 +31,17 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 _LAZY = {
     "Run": "peftkit.run",
+    "compare": "peftkit.experiments.compare",
     "evaluate": "peftkit.scoring",
     "inspect": "peftkit.data.inspection",
     "load": "peftkit.inference",
     "main": "peftkit.launch",
     "train": "peftkit.run",
+    "tune": "peftkit.experiments.tune",
 }
 __all__ = [
-    "PeftkitError", "Recipe", "Run", "UserError", "evaluate", "get_recipe", "inspect", "load", "main", "recipe",
-    "replace", "train",
+    "PeftkitError", "Recipe", "Run", "UserError", "compare", "evaluate", "get_recipe", "inspect", "load", "main",
+    "recipe", "replace", "train", "tune",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: list, show, schema, inspect, train, evaluate, predict, embed, generate, chat, export, doctor.
+"""The command line; ``peftkit --help`` names its commands. Those of many runs are in ``cli_experiments``.
 
 Whatever needs torch is imported inside the command that needs it, so that ``peftkit list`` answers at once. Results
 go to stdout, everything said about them to stderr, so that every command can stand in a pipe.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftkit import __version__, catalog, launch, overrides
+from peftkit import __version__, catalog, cli_experiments, launch, overrides
 from peftkit.errors import RecipeError, RunError
 from peftkit.recipe import Recipe
 
@@ -269,6 +269,10 @@ def export(
     from peftkit.export import run_export
 
     _say(run_export(run, to, merge=merge))
+
+
+command("compare")(cli_experiments.compare)
+command("tune")(cli_experiments.tune)
 
 
 @command("doctor")

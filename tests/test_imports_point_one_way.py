@@ -17,7 +17,8 @@ LAYERS = [
     {"training", "evaluation", "planning", "export"},
     {"reporting"},
     {"results", "run", "inference", "predictions", "embeddings", "prompts", "output", "scoring", "chat"},
-    {"launch", "doctor", "cli", "__init__"},
+    {"experiments"},
+    {"launch", "doctor", "cli", "cli_experiments", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 UPWARDS = {("tasks", "evaluation.figures")}

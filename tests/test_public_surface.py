@@ -15,8 +15,8 @@ HEAVY = {"torch", "peft", "transformers", "datasets", "accelerate", "numpy", "pa
 
 def test_the_public_names_are_exactly_these():
     assert peftkit.__all__ == [
-        "PeftkitError", "Recipe", "Run", "UserError", "evaluate", "get_recipe", "inspect", "load", "main", "recipe",
-        "replace", "train",
+        "PeftkitError", "Recipe", "Run", "UserError", "compare", "evaluate", "get_recipe", "inspect", "load", "main",
+        "recipe", "replace", "train", "tune",
     ]  # fmt: skip
 
 

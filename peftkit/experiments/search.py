@@ -1,0 +1,185 @@
+"""A study: optuna chooses the values, validation alone judges them, and a journal on disk remembers.
+
+Samplers: the whole grid; random (Bergstra & Bengio 2012, "Random search for hyper-parameter optimization"); Bayesian,
+the tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for hyper-parameter optimization"). Pruners:
+the median of earlier trials at the same validation, or asynchronous successive halving (Li et al. 2018,
+arXiv:1810.05934).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.experiments.space import Choices, Dimension, Range, Space, has_field, is_swap
+from peftkit.experiments.variants import RATE, with_values
+from peftkit.recipe import Recipe
+
+JOURNAL = "study.journal"
+SAMPLERS = ("grid", "random", "bayesian")
+PRUNERS = ("median", "halving")
+FOLDER, SUPERSEDES = "folder", "supersedes"
+"""What is noted of a trial that goes on with one that was stopped: whose folder, in whose place."""
+
+
+class Grid(GridSampler):
+    """optuna's grid for trials that are asked for one by one; ``exhausted`` ends it, where optuna's would raise."""
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        """Nothing: the caller asks whether the grid is exhausted."""
+
+
+def open_study(
+    folder: Path, space: Space, *, sampler: str, pruner: str | None, maximize: bool, seed: int
+) -> optuna.Study:
+    """The study in the folder, a new one or the one that was there; trials that were stopped are queued again.
+
+    Raises:
+        RecipeError: an unknown sampler or pruner, or a grid over a range that has no end.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_names(sampler, pruner, space)
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    study = optuna.create_study(
+        storage=storage, study_name="tune", direction="maximize" if maximize else "minimize", load_if_exists=True
+    )
+    # a seed used again would draw the values again that earlier calls drew
+    study.sampler = _sampler(sampler, space, seed + len(study.trials))
+    study.pruner = _pruner(pruner)
+    _queue_stopped(study)
+    return study
+
+
+def check_names(sampler: str, pruner: str | None, space: Space) -> None:
+    """Raises RecipeError for an unknown sampler or pruner, or a range that a grid cannot cover."""
+    if sampler not in SAMPLERS:
+        raise RecipeError(f"--sampler: unknown sampler '{sampler}': {did_you_mean(sampler, SAMPLERS)}")
+    if pruner is not None and pruner not in PRUNERS:
+        raise RecipeError(f"--pruner: unknown pruner '{pruner}': {did_you_mean(pruner, PRUNERS)}")
+    for path, dimension in space.items() if sampler == "grid" else ():
+        try:
+            dimension.grid()
+        except RecipeError as error:
+            raise RecipeError(f"--space {path}: {error}") from None
+
+
+def _sampler(name: str, space: Space, seed: int) -> BaseSampler:
+    if name == "grid":
+        return Grid({path: [_held(value) for value in one.grid()] for path, one in space.items()}, seed=0)
+    return RandomSampler(seed=seed) if name == "random" else TPESampler(seed=seed)
+
+
+def _pruner(name: str | None) -> optuna.pruners.BasePruner:
+    if name is None:
+        return optuna.pruners.NopPruner()
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=3)
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+
+
+def exhausted(study: optuna.Study) -> bool:
+    """Whether a grid has been searched whole."""
+    return isinstance(study.sampler, GridSampler) and not _waiting(study) and study.sampler.is_exhausted(study)
+
+
+def values_of(trial: Trial, space: Space, recipe: Recipe) -> dict[str, Any]:
+    """The values that the sampler chose for a trial; a field that a swapped-in part lacks is left out."""
+    chosen: dict[str, Any] = {}
+    for path, dimension in space.items():
+        if is_swap(path) or has_field(with_swaps(recipe, chosen, space), path):
+            chosen[path] = _suggest(trial, path, dimension)
+    return chosen
+
+
+def with_swaps(recipe: Recipe, values: Mapping[str, Any], space: Space) -> Recipe:
+    """The recipe with the values; a method that is swapped in learns at its own default rate, if none is searched."""
+    made = with_values(recipe, values)
+    if made.method.kind != recipe.method.kind and RATE not in space:
+        made = with_values(made, {RATE: None})
+    return made
+
+
+def _suggest(trial: Trial, path: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, Choices):
+        names = [_held(value) for value in dimension.values]
+        return dimension.values[names.index(trial.suggest_categorical(path, names))]
+    assert isinstance(dimension, Range)
+    if dimension.whole:
+        return trial.suggest_int(
+            path, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log
+        )
+    return trial.suggest_float(path, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
+
+
+def _held(value: Any) -> Any:
+    """A choice as optuna holds it: lists and mappings as their JSON."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, sort_keys=True)
+
+
+def decided(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    """The values of a trial of the study, as fields take them."""
+    made = {}
+    for path, value in trial.params.items():
+        dimension = space[path]
+        if isinstance(dimension, Choices):
+            value = next(one for one in dimension.values if _held(one) == value)
+        made[path] = value
+    return made
+
+
+def counted(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that ended, without those that another went on with."""
+    replaced = {trial.user_attrs.get(SUPERSEDES) for trial in study.trials}
+    return [trial for trial in study.trials if trial.state.is_finished() and trial.number not in replaced]
+
+
+def same_values(study: optuna.Study, trial: Trial) -> FrozenTrial | None:
+    """An earlier finished trial of the very same values: training it again would give the same figure."""
+    for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if other.number != trial.number and other.params == trial.params:
+            return other
+    return None
+
+
+def folder_number(trial: Trial | FrozenTrial) -> int:
+    """The number of the folder in which the trial's run lies."""
+    return int(trial.user_attrs.get(FOLDER, trial.number))
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """optuna's importance of each value for the figure, where enough trials tell it."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(done) < 4 or len({trial.value for trial in done}) < 2:
+        return {}
+    shared = set.intersection(*(set(trial.params) for trial in done))
+    varied = [path for path in sorted(shared) if len({str(trial.params[path]) for trial in done}) > 1]
+    return dict(optuna.importance.get_param_importances(study, params=varied)) if varied else {}
+
+
+def _waiting(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def _queue_stopped(study: optuna.Study) -> None:
+    """Trials that were running when their study was stopped are closed, and queued to go on in their folders."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.WAITING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={FOLDER: folder_number(trial), SUPERSEDES: trial.number},
+                system_attrs=trial.system_attrs,
+                intermediate_values=trial.intermediate_values,
+            )
+        )

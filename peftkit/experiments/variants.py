@@ -1,0 +1,139 @@
+"""What is compared: recipes × methods × varied fields × seeds, each with a label that says what sets it apart.
+
+variants([recipe], methods=["lora", "frozen"], vary={"method.rank": [4, 8]}, seeds=[0, 1])
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from peftkit import overrides
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.parts import Part
+from peftkit.recipe import METHODS, Recipe, replace
+from peftkit.recipe_yaml import value_of
+
+RATE = "training.learning_rate"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recipe of the comparison, to be trained with each of the seeds."""
+
+    label: str
+    """Such as ``lora``, ``lora rank=4`` or ``frozen``."""
+    recipe: Recipe
+
+    @property
+    def slug(self) -> str:
+        """The label as a folder's name."""
+        return re.sub(r"[^A-Za-z0-9.=,+-]+", "_", self.label).strip("_.") or "variant"
+
+    def seeded(self, seed: int) -> Recipe:
+        """The recipe with a training seed; the data's splits have a seed of their own and stay."""
+        return replace(self.recipe, training={"seed": seed})
+
+
+def variants(
+    recipes: Sequence[Recipe],
+    *,
+    methods: Sequence[str] = (),
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    changes: Sequence[str] = (),
+) -> list[Variant]:
+    """Every combination once; a field that a method lacks is not varied for it.
+
+    A method that is swapped in learns at its own default rate, unless ``changes`` or ``vary`` name one: what suits a
+    LoRA would wreck a full finetuning.
+
+    Raises:
+        RecipeError: an unknown method or field (the nearest is named), a value that a field does not take, or two
+            variants with one label.
+    """
+    vary = dict(vary or {})
+    kept_rate = any(change.partition("=")[0].strip() == RATE for change in changes)
+    made: list[Variant] = []
+    used: set[str] = set()
+    for recipe in recipes:
+        base = overrides.apply(recipe, changes)
+        for method in methods or (None,):
+            swapped = base if method is None else _with_method(base, method, keep_rate=kept_rate)
+            fields = [path for path in vary if _has(swapped, path)]
+            used.update(fields)
+            for values in itertools.product(*(vary[path] for path in fields)):
+                chosen = dict(zip(fields, values))
+                words = [recipe.name] if len(recipes) > 1 else []
+                words += [method] if method else []
+                words += [f"{path.rpartition('.')[2]}={_shown(value)}" for path, value in chosen.items()]
+                made.append(Variant(" ".join(words) or recipe.name, with_values(swapped, chosen)))
+    for path in vary:
+        if path not in used:
+            with_values(overrides.apply(recipes[0], changes), {path: vary[path][0]})  # says what is wrong with it
+    _refuse_equal_labels(made)
+    return made
+
+
+def parse_vary(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """``["method.rank=4,8"]`` → ``{"method.rank": [4, 8]}``; raises RecipeError."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        path, equals, values = (piece.strip() for piece in text.partition("="))
+        try:
+            listed = value_of(f"[{values}]") if equals and values else []
+        except (yaml.YAMLError, RecursionError):
+            listed = []
+        if not path or not listed:
+            raise RecipeError(f"--vary {text}: expected part.field=value,value, such as method.rank=4,8,16")
+        if path in found:
+            raise RecipeError(f"--vary {text}: '{path}' is varied already; give all its values at once")
+        found[path] = listed
+    return found
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with fields set by their dotted names; raises RecipeError as overrides do."""
+    return overrides.apply(recipe, [f"{path}={json.dumps(value)}" for path, value in values.items()])
+
+
+def _with_method(recipe: Recipe, method: str, *, keep_rate: bool) -> Recipe:
+    if method not in METHODS:
+        raise RecipeError(f"--methods: unknown method '{method}': {did_you_mean(method, METHODS.names())}")
+    if method == recipe.method.kind:
+        return recipe
+    rate = {} if keep_rate else {"training": {"learning_rate": None}}
+    return replace(recipe, method={"kind": method}, **rate)
+
+
+def _has(recipe: Recipe, path: str) -> bool:
+    """Whether the recipe has such a field, whatever it takes."""
+    held: Any = recipe
+    for name in path.split("."):
+        if isinstance(held, Part):
+            if name not in type(held).model_fields:
+                return False
+            held = getattr(held, name)
+        else:  # a part that is not there yet, or a mapping
+            return path.count(".") > 0
+    return True
+
+
+def _shown(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _refuse_equal_labels(made: Sequence[Variant]) -> None:
+    slugs: dict[str, str] = {}
+    for variant in made:
+        if variant.slug.lower() in slugs:
+            raise RecipeError(
+                f"two variants would be called '{variant.label}'; name each recipe, method and value once, and give "
+                "recipes that differ names of their own (name=…)"
+            )
+        slugs[variant.slug.lower()] = variant.label
