@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # two workers share the cores: waiting threads sleep, for spinning they would take the cores from each other
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all check lint bench clean
+.PHONY: demo test test-all check lint bench clean faults
 
 demo: $(STAMP)  ## LoRA on BBC News: offline, a few minutes on two cores
 	HF_HUB_OFFLINE=1 $(LAUNCH) recipes/bbc_news_lora.py $(ARGS)
@@ -31,6 +31,9 @@ lint: $(STAMP)
 DATA ?= ag_news
 bench: $(STAMP)  ## side by side with transformers' Trainer + peft on DATA (a folder of train.csv and test.csv: text,label)
 	$(BIN)/python benchmarks/encoder_lora.py --data $(DATA)
+
+faults: $(STAMP)  ## every fault injected and counted, about an hour on two cores; ARGS="--share 0.1" or "--only damaged"
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist

@@ -10,7 +10,6 @@ model.use_adapter("shakespeare")
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from peftkit.export.description import Description
 from peftkit.export.loading import find_export, load_exported
 from peftkit.export.switching import AddedAdapter
 from peftkit.models import policy
+from peftkit.models.sources import read_json
 from peftkit.parts import LoadedModel, Row, TaskInfo
 from peftkit.recipe import GenerationConfig, Recipe, describe
 
@@ -247,7 +247,7 @@ def load(path: str | Path, *, device: str | None = None, adapters: Mapping[str, 
     for added in others.values():
         switching.attach(exported.loaded.model, added)
     file = exported.folder / "metrics.json"
-    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    metrics = read_json(file) if file.is_file() else {}
     return LoadedRun(
         exported.folder, exported.loaded, exported.recipe, exported.about.info, exported.about, metrics, others=others
     )

@@ -70,13 +70,15 @@ def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> 
             values = recipe.task.metrics(outputs, prepared.info, recipe.evaluation)
             held, note = (outputs["loss"], outputs["weight"]), "the base model before training"
             found.baselines.append(Baseline("zero_shot", values, note=note, losses=held))
+        if loop.session.sharded:
+            return found
         found.samples = samples.choose(rows, recipe.task, recipe.evaluation.generation)
         found.texts = _texts(loop, loaded, found.samples)
         return found
     if "majority" in wanted:
         known = prepared.splits["train"]["label"]
         found.baselines.append(majority(known, rows["label"], recipe.task, prepared.info, recipe.evaluation))
-    if "zero_shot" in wanted:
+    if "zero_shot" in wanted and not loop.session.sharded:
         found.baselines.append(_zero_shot(loop, loaded, rows, prepared))
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.parts import LoadedModel
 from peftkit.recipe import Recipe, replace
 from peftkit.reporting import run_report
-from peftkit.training import features
+from peftkit.training import features, sharding
 from peftkit.training import folder as folders
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.guard import guarded
@@ -131,16 +131,29 @@ def train(
             loop.run(checkpoint)
             splits = results.HELD_OUT if final else ("validation",)
             found = results.after_training(loop, loaded, prepared, before, splits)
+            whole = _whole(loaded, loop, lambda: build(recipe, prepared.info, tokenizer, "cpu")) if final else loaded
             if session.is_main:
                 results.write(path, found)
             if session.is_main and final:
                 folders.write_json(path / run_report.ABOUT, about)
-                export_run(path, loaded, recipe, prepared, encoded, found.metrics)
+                export_run(path, whole, recipe, prepared, encoded, found.metrics)
                 run_report.write(path)
             session.accelerator.wait_for_everyone()
             session.accelerator.end_training()
     say.end(path, recipe, found)
     return Run(path, recipe)
+
+
+def _whole(loaded: LoadedModel, loop: Loop, make: Callable[[], LoadedModel]) -> LoadedModel:
+    """The trained model; of one in pieces a second one on the main process's CPU, made whole to be exported."""
+    if not loop.session.sharded:
+        return loaded
+    weights = loop.weights()
+    if not loop.session.is_main:
+        return loaded
+    made = make()
+    sharding.load({name: held for name, held in made.model.named_parameters() if held.requires_grad}, weights)
+    return made
 
 
 def _go_on_from(path: Path, marks: Any, allow: tuple[str, ...], session: Session, say: Any) -> Checkpoint | None:

@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.errors import RunError
-from peftkit.models.sources import resolve
+from peftkit.errors import ModelError, RunError
+from peftkit.models.sources import read_json, resolve
 from peftkit.parts import LoadedModel, TaskInfo
 from peftkit.recipe import Recipe
 
 FILE = "peftkit.json"
 FORMAT = 1
+SAVES, POOLINGS = ("adapter", "model"), ("own", "mean", "cls")
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression", "causal_lm")
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,38 @@ def read(folder: Path) -> Description:
     if not file.is_file():
         raise RunError(f"{folder}: expected an export of peftkit, found no {FILE} in it")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values["format"] > FORMAT:
             raise RunError(f"{file}: written by a newer peftkit (format {values['format']}); upgrade to read it")
         info = values["info"] | {"labels": tuple(values["info"]["labels"])}
         if info.get("class_weights") is not None:
             info["class_weights"] = tuple(info["class_weights"])
-        return Description(**{**values, "info": TaskInfo(**info), "heads": tuple(values["heads"])})
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{file}: not as peftkit writes it ({type(error).__name__}: {error})") from None
+        about = Description(**{**values, "info": TaskInfo(**info), "heads": tuple(values["heads"])})
+        _check(about)
+        return about
+    except ModelError as error:
+        raise RunError(str(error)) from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{file}: not as peftkit writes it ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def _check(about: Description) -> None:
+    """Raises TypeError or ValueError where a value is of another kind than we write."""
+    texts = [getattr(about, name) for name in ("recipe", "method", "task", "auto_class", "source", "base", "dtype")]
+    texts += [about.fingerprint, *about.heads, *about.info.labels, about.revision or ""]
+    odd = [repr(text)[:60] for text in texts if not isinstance(text, str)]
+    if odd:
+        raise TypeError(f"expected a text, found {odd[0]}")
+    chosen = {"saves": SAVES, "pooling": POOLINGS}
+    for name, known in chosen.items():
+        if getattr(about, name) not in known:
+            raise ValueError(f"{name} is {getattr(about, name)!r:.60}; known are {', '.join(known)}")
+    if about.info.problem_type not in PROBLEMS:
+        raise ValueError(f"problem_type is {about.info.problem_type!r:.60}; known are {', '.join(PROBLEMS)}")
+    if not isinstance(about.max_length, int) or not 0 < about.max_length < 10**8:
+        raise ValueError(f"max_length is {about.max_length!r:.60}")
 
 
 def _auto_class(info: TaskInfo, pooling: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from peftkit.export import description
 from peftkit.export.description import Description
 from peftkit.models import policy
 from peftkit.models.loading import load_base, settle_dtypes
-from peftkit.models.sources import PICKLED, check_config
+from peftkit.models.sources import PICKLED, check_config, read_json
 from peftkit.models.tokenizer import tokenizer_in
 from peftkit.parts import LoadedModel
 from peftkit.recipe import Recipe, replace
 
+MAX_RANK = 1 << 14
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -157,15 +157,36 @@ def _with_adapter(base: Any, folder: Path, names: list[str]) -> Any:
     """peft's own loading, as a fresh process would do it; what it only warns of is an error here."""
     from peft import PeftModel
 
-    check_adapter_config(folder)
+    check_rank(folder, check_adapter_config(folder))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing keys are looked for below
             model = PeftModel.from_pretrained(base, folder)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit its base: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # odd values in a stranger's config break peft in as many ways as there are values
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder}: the adapter does not fit its base: {first[:300]}") from error
     check_same_names(model, folder, names, "default")
     return model
+
+
+def check_rank(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ModelError where a config asks for larger matrices than the weights hold: memory taken for nothing."""
+    if config.get("peft_type") != "LORA":
+        return
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        ranks = [file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+    if not ranks:
+        return
+    pattern = config.get("rank_pattern") or {}
+    wanted = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ["no mapping"])]
+    largest = max(ranks) if len(wanted) == 1 else MAX_RANK  # where every layer has its own, r itself may be of none
+    for rank in wanted:
+        if not isinstance(rank, int) or not 0 < rank <= largest:
+            raise ModelError(
+                f"{folder / ADAPTER_CONFIG}: rank {rank!r:.40}, and the weights' largest is {max(ranks)}: "
+                "they do not belong together"
+            )
 
 
 def mark_adapter(model: Any, adapter: str) -> None:
@@ -192,10 +213,7 @@ def check_adapter_config(folder: Path) -> dict[str, Any]:
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise ModelError(f"{folder}: expected {ADAPTER_CONFIG}, found none; export the run again")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: expected JSON: {error}") from None
+    values = read_json(file)
     if not isinstance(values, dict) or "peft_type" not in values:
         raise ModelError(f"{file}: expected peft's adapter configuration, found no peft_type in it")
     if values.get("auto_mapping"):

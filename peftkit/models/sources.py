@@ -22,6 +22,8 @@ from peftkit.recipe import ModelConfig
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 PACKAGE = "package:"
+MAX_JSON_BYTES = 10_000_000
+"""Configs have kilobytes; tokenizers, which may have more, are read by their own library."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,24 @@ def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
     return folder
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file of a model or an adapter holds; raises ModelError when it is none, or far too large."""
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{file}: {file.stat().st_size:,} bytes; such a file has at most {MAX_JSON_BYTES:,}")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ModelError(f"{file}: expected JSON, found brackets nested past all reason") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: expected JSON: {error}") from None
+
+
 def check_config(folder: Path) -> dict[str, Any]:
     """The model's config as a dict; raises ModelError when it is missing, unreadable, or asks for its own code."""
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder}: expected config.json of a model, found {_listing(folder)}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: expected JSON: {error}") from None
+    config = read_json(file)
     if not isinstance(config, dict):
         raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
     _refuse_remote_code(folder, config)
@@ -194,7 +205,7 @@ def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in CONFIG_MAPPING_NAMES:
         raise ModelError(
             f"{folder}: model type '{config.get('model_type')}' needs code of its own (auto_map in config.json), which "
             "is never run; choose a model whose type is part of transformers"

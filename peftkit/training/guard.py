@@ -54,5 +54,5 @@ def _said(error: BaseException, session: Session) -> str | None:
 def _how_to_go_on(session: Session) -> str:
     folder = session.folder
     if folder is None or not any((folder / "checkpoints").glob("step-*")):
-        return "before there was a checkpoint; start again"
-    return f"what is done is in the checkpoints. Go on with:\n  peftkit train --resume {folder}"
+        return "there is no checkpoint yet, so start it again"
+    return f"what is done is in its checkpoints. Go on with:\n  peftkit train --resume {folder}"

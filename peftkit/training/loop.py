@@ -225,7 +225,7 @@ class Loop:
     def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
         """Outputs for every example of a split, gathered on every process."""
         self.module.eval()
-        return predict(
+        outputs = predict(
             self.module,
             split,
             self.tokenizer,
@@ -238,6 +238,8 @@ class Loop:
             progress=lambda _: self.session.watch.mark(),
             should_stop=(lambda: bool(self._asked_to_stop())) if hasattr(self, "_stop") else None,
         )
+        self.session.watch.rest()
+        return outputs
 
     def _validate(self) -> bool:
         """Validates, and says whether this is the best model so far."""
@@ -328,6 +330,8 @@ class Loop:
         return {name: whole(value.detach()) for name, value in self._trained().items()}
 
     def _trained(self) -> dict[str, torch.Tensor]:
+        if self.session.sharded:
+            sharding.settle(self.module)
         return {name: value for name, value in self.module.model.named_parameters() if value.requires_grad}
 
     def _restore(self, checkpoint: Checkpoint) -> None:

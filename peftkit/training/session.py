@@ -156,6 +156,9 @@ def open_session(recipe: Recipe) -> Session:
     sharded = bool(getattr(accelerator, "is_fsdp2", False))
     low_bit_optimizers.check(recipe.training.optimizer, device, sharded=sharded)
     _note_surprises(session)
+    if session.sharded:
+        said = "parameters are spread over the processes: no texts are generated and no zero-shot classifier is scored"
+        session.notes.append(said)
     return session
 
 

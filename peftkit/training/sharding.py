@@ -34,6 +34,17 @@ def is_sharded(module: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
+def settle(module: torch.nn.Module) -> None:
+    """Gives every parameter back its piece: after an evaluation the outermost ones are still gathered.
+
+    What is written into a gathered parameter would be lost, and the optimizer knows the pieces only.
+    """
+    for part in module.modules():
+        reshard = getattr(part, "reshard", None)
+        if reshard is not None:
+            reshard()
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or of one in pieces all of it; a collective in that case."""
     gather = getattr(tensor, "full_tensor", None)

@@ -59,7 +59,7 @@ def at_once(message: Callable[[], str]) -> Iterator[None]:
     """Before and after the loop, where no step is under way, a signal raises Interrupted with that message."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name} {message()}", number)
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; {message()}", number)
 
     old: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,287 @@
+"""The kinds of faults, each with a count; what went wrong is told trial by trial.
+
+    outcome = kills(folder, "encoder", trials=100)
+    outcome.passed, outcome.trials, outcome.failures
+
+Every function takes a folder to work in, the number of trials, and a seed from which every trial's fault follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftkit.errors import CheckpointError
+from peftkit.recipe import Recipe, replace
+from peftkit.training import checkpoints
+from tests.faults import runs
+from tests.faults.injection import FAULTS, Faults, damage
+
+
+@dataclass
+class Outcome:
+    """What came of the trials of one kind of fault."""
+
+    kind: str
+    target: str
+    trials: int = 0
+    failures: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> int:
+        """Trials that met the target."""
+        return self.trials - len(self.failures)
+
+    def count(self, problems: list[str], trial: str) -> None:
+        """Adds a trial."""
+        self.trials += 1
+        if problems:
+            self.failures.append(f"{trial}: {'; '.join(problems)}")
+
+
+@dataclass
+class Reference:
+    """The uninterrupted run, and how long it takes from fork to end."""
+
+    recipe: Recipe
+    path: Path
+    seconds: float
+
+    def again(self, folder: Path, name: str) -> Recipe:
+        """The same recipe in a folder of its own."""
+        return replace(self.recipe, output_dir=str(folder / name))
+
+
+def reference(folder: Path, kind: str, **parts: Any) -> Reference:
+    """Runs a kind of recipe to its end; twice, as the first fills the caches."""
+    recipe = replace(runs.KINDS[kind](folder, **parts), output_dir=str(folder / f"{kind}-whole"))
+    said = folder / f"{kind}-whole.txt"
+    for _ in range(2):
+        started = time.monotonic()
+        code = runs.run(recipe, said=said)
+        seconds = time.monotonic() - started
+        assert code == 0, said.read_text()[-2000:]
+    path = runs.folder_of(recipe)
+    assert path is not None
+    return Reference(recipe, path, seconds)
+
+
+def finished(recipe: Recipe, whole: Reference, said: Path, world_size: int = 1) -> list[str]:
+    """Goes on with a run that was cut off, and tells what is not as in the whole one."""
+    code = runs.finish(recipe, said, world_size)
+    if code:
+        return [f"going on ended with {code}: {said.read_text()[-300:]}"]
+    return runs.differences(runs.folder_of(recipe), whole.path)
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
+    """SIGKILL at random moments of a whole run, one to three times, then resumed to the end."""
+    outcome = Outcome(f"kill -9 at random moments: {whole.recipe.name}", "adapter, log and figures byte-equal")
+    generator, landed = random.Random(seed), 0
+    for trial in range(trials):
+        recipe, said = whole.again(folder, f"kill-{trial}"), folder / f"kill-{trial}.txt"
+        moments = [generator.uniform(0, whole.seconds) for _ in range(generator.randint(1, 3))]
+        for moment in moments:
+            child = runs.fork(runs.train(recipe, resume=runs.folder_of(recipe) is not None), said)
+            time.sleep(moment)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            landed += runs.wait(child) == -signal.SIGKILL
+        outcome.count(finished(recipe, whole, said), f"killed after {', '.join(f'{each:.2f}' for each in moments)} s")
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    outcome.figures["kills that met a living process"] = landed
+    return outcome
+
+
+def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
+    """SIGKILL before a random call of the file system inside a random save of the run, then resumed to the end."""
+    outcome = Outcome(f"kill -9 inside a save: {whole.recipe.name}", "adapter, log and figures byte-equal")
+    generator = random.Random(seed)
+    fell = 0
+    for trial in range(trials):
+        recipe, said = whole.again(folder, f"save-{trial}"), folder / f"save-{trial}.txt"
+        save, call = generator.randrange(5), generator.randrange(45)
+        code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, "kill"), said))
+        fell += code == -signal.SIGKILL
+        outcome.count(finished(recipe, whole, said), f"killed at call {call} of save {save}")
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    outcome.figures["kills that fell into a save"] = fell
+    return outcome
+
+
+def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
+    """A save of a living run fails by ENOSPC or EIO: it goes on, or stops with one line and is resumed."""
+    outcome = Outcome(
+        f"full or broken disk in a save: {whole.recipe.name}", "goes on, or stops by one line and resumes"
+    )
+    generator, went_on = random.Random(seed), 0
+    for trial in range(trials):
+        recipe, said = whole.again(folder, f"full-{trial}"), folder / f"full-{trial}.txt"
+        save, call, fault = generator.randrange(5), generator.randrange(45), generator.choice(FAULTS[1:])
+        code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, fault), said))
+        text = said.read_text()
+        problems = ["a traceback was shown"] if "Traceback" in text else []
+        if code == 0:
+            went_on += 1
+            problems += runs.differences(runs.folder_of(recipe), whole.path)
+        else:
+            problems += [f"ended with {code}"] if code != 1 else []
+            problems += finished(recipe, whole, said)
+        outcome.count(problems, f"{fault} at call {call} of save {save}")
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    outcome.figures["runs that went on"] = went_on
+    return outcome
+
+
+def _faulty_saves(recipe: Recipe, save: int, call: int, fault: str) -> Any:
+    """The work of a child in whose ``save``-th checkpoint the ``call``-th call fails."""
+    train = runs.train(recipe)
+
+    def work() -> None:
+        seen, real = [0], checkpoints.save
+
+        def faulty(*args: Any, **kwargs: Any) -> Any:
+            seen[0] += 1
+            with Faults(call if seen[0] == save + 1 else None, fault):
+                return real(*args, **kwargs)
+
+        checkpoints.save = faulty
+        train()
+
+    return work
+
+
+# -- the file system, call by call -------------------------------------------------------------------------------------
+
+
+def _save(root: Path, step: int) -> None:
+    tensors = {f"layer.{n}.weight": torch.full((4, 8), float(step * 10 + n)) for n in range(3)}
+    moments = {f"{name}/exp_avg": tensor / 2 for name, tensor in tensors.items()}
+    checkpoints.save(root, step, model=tensors, optimizer=moments, state={"step": step})
+    checkpoints.prune(root, keep=2, protect={1})
+
+
+def every_call(folder: Path) -> Outcome:
+    """Every call of a save and the pruning after it × kill, ENOSPC, EIO, once and lasting: a checkpoint is left."""
+    outcome = Outcome("every file-system call of one save × kill, ENOSPC, EIO", "a whole checkpoint, newest or before")
+    start = folder / "start"
+    for step in (1, 2, 3):
+        _save(start, step)
+    for step in (4, 3):  # a new step, and the newest one once more, as a resumed run does
+        root = folder / "trial"
+        shutil.copytree(start, root)
+        with Faults() as counted:
+            _save(root, step)
+        shutil.rmtree(root)
+        for fault in FAULTS:
+            for lasting in (False, True) if fault != "kill" else (False,):
+                for at in range(len(counted.calls)):
+                    shutil.copytree(start, root)
+                    said = f"step {step}, {fault}{' for good' * lasting} at call {at} ({counted.calls[at]})"
+                    outcome.count(_one_call(root, step, at, fault, lasting), said)
+                    shutil.rmtree(root)
+        outcome.figures["calls of a save" if step == 4 else "calls of a save over one of its step"] = len(counted.calls)
+    return outcome
+
+
+def _one_call(root: Path, step: int, at: int, fault: str, lasting: bool) -> list[str]:
+    def work() -> None:
+        with Faults(at, fault, lasting=lasting), contextlib.suppress(CheckpointError):
+            _save(root, step)
+
+    if fault == "kill":
+        code = runs.wait(runs.fork(work))
+        if code not in (0, -signal.SIGKILL):
+            return [f"the child ended with {code}"]
+    else:
+        work()
+    checkpoints.sweep(root)  # what a resumed run does first
+    newest, rejected = checkpoints.newest(root)
+    problems = [f"rejected: {line}" for line in rejected]
+    if newest is None or newest.step not in (3, 4):
+        return [*problems, f"the newest whole checkpoint is {newest and newest.step}"]
+    if newest.state() != {"step": newest.step}:
+        problems.append("its state is another step's")
+    value = newest.tensors(checkpoints.MODEL)["layer.1.weight"][0, 0].item()
+    if value != newest.step * 10 + 1:
+        problems.append("its tensors are another step's")
+    odd = [path.name for path in root.iterdir() if not checkpoints.NAME.fullmatch(path.name)]
+    return problems + ([f"left behind: {odd}"] if odd else [])
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------------
+
+
+def damaged(folder: Path, kind: str, trials: int, seed: int = 0) -> Outcome:
+    """One file of the newest checkpoint truncated, or one bit of it flipped: it is named, the one before used."""
+    outcome = Outcome(f"{kind} checkpoint files", "detected and named, the one before used")
+    generator, harmless = random.Random(seed), 0
+    start = folder / "start"
+    for step in (1, 2):
+        _save(start, step)
+    files = [checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.STATE, checkpoints.MANIFEST]
+    for trial in range(trials):
+        root = folder / "trial"
+        shutil.copytree(start, root)
+        newest = root / "step-00000002"
+        done = damage(newest / files[trial % len(files)], kind, generator)
+        checkpoint, rejected = checkpoints.newest(root)
+        problems = []
+        if checkpoint and checkpoint.step == 2 and trial % len(files) == 3:
+            harmless += 1  # a bit in the manifest's white space: what it says is the same, and all files fit it
+            problems += [] if _same(checkpoint, start / "step-00000002") else ["a changed checkpoint was used"]
+        elif checkpoint is None or checkpoint.step != 1:
+            problems.append(f"used: {checkpoint and checkpoint.path.name}")
+        elif len(rejected) != 1 or str(newest) not in rejected[0]:
+            problems.append(f"said: {rejected}")
+        outcome.count(problems, done)
+        shutil.rmtree(root)
+    if harmless:
+        outcome.figures["flips in the manifest's white space, where all files still fit it"] = harmless
+    return outcome
+
+
+def _same(checkpoint: checkpoints.Checkpoint, original: Path) -> bool:
+    """Whether everything that is used of a checkpoint is as in the original."""
+    names = (checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.STATE)
+    return all((checkpoint.path / name).read_bytes() == (original / name).read_bytes() for name in names)
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def signals(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
+    """SIGTERM, SIGINT or SIGUSR1 at random moments: the exit code says which, nothing is lost, resumed to the end."""
+    outcome = Outcome(f"SIGTERM, SIGINT, SIGUSR1: {whole.recipe.name}", "exit 143/130/138 in time, resumed byte-equal")
+    generator, slowest, stopped = random.Random(seed), 0.0, 0
+    for trial in range(trials):
+        recipe, said = whole.again(folder, f"signal-{trial}"), folder / f"signal-{trial}.txt"
+        number = generator.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        moment = generator.uniform(0.15 * whole.seconds, whole.seconds)
+        child = runs.fork(runs.train(recipe), said)
+        time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+        started = time.monotonic()
+        code = runs.wait(child)
+        slowest = max(slowest, time.monotonic() - started)
+        problems = [f"ended with {code}"] if code not in (0, 128 + number, -number) else []
+        problems += ["a traceback was shown"] if "Traceback" in said.read_text() else []
+        stopped += code != 0
+        outcome.count(problems + finished(recipe, whole, said), f"{number.name} after {moment:.2f} s")
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    outcome.figures |= {"runs that were stopped": stopped, "slowest exit, s": round(slowest, 2)}
+    return outcome
