@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import __version__, catalog, cli_experiments, launch, overrides
-from peftkit.errors import RecipeError, RunError
+from peftkit.errors import RecipeError, RunError, did_you_mean
 from peftkit.recipe import Recipe
 
 app = typer.Typer(
@@ -264,11 +264,16 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
+    to_format: Annotated[
+        str, typer.Option("--format", help="peft, or onnx: a classifier with its adapter in one ONNX file.")
+    ] = "peft",
 ) -> None:
     """Write what a run learned to a folder that other libraries load, with a proof that it gives the same outputs."""
     from peftkit.export import run_export
 
-    _say(run_export(run, to, merge=merge))
+    if to_format not in (known := ("peft", "onnx")):
+        raise RecipeError(f"--format {to_format}: {did_you_mean(to_format, known)}")
+    _say(run_export(run, to, merge=merge, to_format=to_format))
 
 
 command("compare")(cli_experiments.compare)

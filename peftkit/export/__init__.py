@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def run_export(run: str | Path, to: str | Path, *, merge: bool = False) -> str:
+def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_format: str = "peft") -> str:
     """Writes what a run learned to a new folder; returns a sentence about it.
+
+    Args:
+        merge: one plain model in place of the adapter.
+        to_format: "peft" for what the run holds, "onnx" for a classifier as an ONNX file.
 
     Raises:
         RunError: ``run`` is not a finished run, or ``to`` holds something already.
@@ -14,4 +18,4 @@ def run_export(run: str | Path, to: str | Path, *, merge: bool = False) -> str:
     """
     from peftkit.export.delivery import deliver
 
-    return deliver(Path(run), Path(to), merge=merge)
+    return deliver(Path(run), Path(to), merge=merge, to_format=to_format)

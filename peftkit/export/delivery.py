@@ -13,13 +13,19 @@ from peftkit.export.merge import merge as merge_adapter
 from peftkit.recipe import Recipe
 
 
-def deliver(run: Path, to: Path, *, merge: bool) -> str:
+def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str:
     """See ``peftkit.export.run_export``."""
     folder = find_export(run)
     about = description.read(folder)
     refuse_pickles(folder)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
+    if to_format == "onnx":
+        from peftkit.export.onnx import export_onnx
+
+        tolerance = Recipe.from_yaml(folder / "recipe.yaml").export.tolerance
+        export_onnx(folder, to, tolerance=tolerance)
+        return f"wrote the ONNX model to {to}{_proven(to)}"
     if not merge:
         with staged(to) as stage:
             shutil.copytree(folder, stage, dirs_exist_ok=True)

@@ -18,7 +18,7 @@ from peftkit.recipe import Recipe
 
 FILE = "peftkit.json"
 FORMAT = 1
-SAVES, POOLINGS = ("adapter", "model"), ("own", "mean", "cls")
+SAVES, POOLINGS = ("adapter", "model", "onnx"), ("own", "mean", "cls")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression", "causal_lm")
 
 

@@ -67,6 +67,10 @@ def load_exported(
     folder = find_export(Path(path))
     about = description.read(folder)
     refuse_pickles(folder)
+    if about.saves == "onnx":
+        from peftkit.export.onnx import load_onnx
+
+        return load_onnx(folder, about, Recipe.from_yaml(folder / "recipe.yaml"), tokenizer_in(folder))
     recipe = _recipe(folder, about, dtype, quantized)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenizer_in(folder)

@@ -1,0 +1,174 @@
+"""A classifier as an ONNX file: base, adapter and pooling in one graph, for runtimes without torch.
+
+    FOLDER/  model.onnx  config.json  tokenizer…  peftkit.json  recipe.yaml  metrics.json  proof.json
+
+Inputs are ``input_ids`` and ``attention_mask`` (``token_type_ids`` where texts come in pairs), [rows, tokens] of any
+size; the output is ``logits`` [rows, labels] in fp32. ONNX Runtime must give torch's logits, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.errors import ExportError, MethodError, ModelError
+from peftkit.export import description
+from peftkit.export.adapter import staged
+from peftkit.export.description import Description
+from peftkit.models import classifier
+
+FILE = "model.onnx"
+WRITE, READ = ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)
+KIND = "onnx"
+SAMPLE = "The quick brown fox jumps over the lazy dog."
+
+
+def export_onnx(folder: Path, target: Path, *, tolerance: float) -> Path:
+    """Writes an exported run's ONNX file to ``target``.
+
+    Raises:
+        MethodError: a language model, or a method that puts learned tokens before the text.
+        ModelError: the packages for it are not installed, or the model cannot be traced.
+        ExportError: ONNX Runtime's logits are not torch's.
+    """
+    about = description.read(folder)
+    if about.info.problem_type == "causal_lm":
+        raise MethodError("ONNX is written for classifiers; a language model is exported as a plain model: --merge")
+    need(WRITE)
+    from peftkit.export.loading import load_exported
+
+    loaded = load_exported(folder, device="cpu", dtype="float32", quantized=False).loaded
+    graph = _Graph(loaded.model, about.pooling, _takes_pairs(folder)).eval()
+    with staged(target) as stage:
+        _write(graph, _inputs(loaded.tokenizer, [SAMPLE, "?"], graph.pairs), stage / FILE)
+        classifier.unwrap(loaded.model).config.save_pretrained(stage)
+        loaded.tokenizer.save_pretrained(stage)
+        description.write(stage, replace(about, saves=KIND, quantization=None, dtype="float32"))
+        for name in ("recipe.yaml", "metrics.json"):
+            shutil.copy2(folder / name, stage / name)
+        _prove(graph, stage, loaded.tokenizer, tolerance)
+    return target
+
+
+class OnnxClassifier(nn.Module):
+    """An ONNX file in the place of a transformers classifier: called with a batch, it gives ``logits``."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        need(READ)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._names = [given.name for given in self._session.get_inputs()]
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)
+        """Tells the device."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """``SimpleNamespace(logits=[rows, labels])``."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        inputs = {name: given[name].cpu().numpy() for name in self._names}
+        return SimpleNamespace(logits=torch.from_numpy(self._session.run(["logits"], inputs)[0]))
+
+
+class _Graph(nn.Module):
+    """What is traced: the model, its adapter, and the pooling of its tokens."""
+
+    def __init__(self, model: Any, pooling: str, pairs: bool) -> None:
+        super().__init__()
+        self.model, self.pooling, self.pairs = model, pooling, pairs
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            batch["token_type_ids"] = token_type_ids
+        if self.pooling != "cls":
+            return classifier.plain_logits(self.model, batch, self.pooling)
+        # an index of rows would be traced as a constant
+        scores = classifier.plain_logits(self.model, batch, "own")
+        first = attention_mask.argmax(1)[:, None, None].expand(-1, 1, scores.shape[-1])
+        return scores.gather(1, first)[:, 0]
+
+
+def need(packages: tuple[str, ...]) -> None:
+    """Raises ModelError with the line that installs what is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(f"ONNX needs {', '.join(missing)}; run `pip install {' '.join(missing)}`")
+
+
+def _takes_pairs(folder: Path) -> bool:
+    from peftkit.recipe import Recipe
+
+    return Recipe.from_yaml(folder / "recipe.yaml").data.text_pair is not None
+
+
+def _inputs(tokenizer: Any, texts: list[str], pairs: bool) -> dict[str, Tensor]:
+    second = [texts[::-1]] if pairs else []
+    encoded = tokenizer(texts, *second, padding=True, return_tensors="pt")
+    wanted = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
+    return {name: encoded[name] for name in wanted if name in encoded}
+
+
+def _write(graph: _Graph, inputs: dict[str, Tensor], file: Path) -> None:
+    """Traces the graph for any number of rows and tokens; the exporter's chatter is kept back."""
+    rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph, tuple(inputs.values()), str(file), input_names=list(inputs), output_names=["logits"],
+                dynamo=True, external_data=False, dynamic_shapes={name: {0: rows, 1: tokens} for name in inputs},
+            )  # fmt: skip
+    except Exception as error:  # whatever a tracer finds in an architecture that it does not know
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"this model cannot be written as ONNX: {first[:300]}") from error
+
+
+@torch.no_grad()
+def _prove(graph: _Graph, stage: Path, tokenizer: Any, tolerance: float) -> None:
+    """Other rows and lengths than those traced, padded and not."""
+    import json
+
+    runtime = OnnxClassifier(stage / FILE)
+    texts = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?", "a market of stock and oil"]
+    before, after = [], []
+    for batch in (texts, texts[:1]):
+        inputs = _inputs(tokenizer, batch, graph.pairs)
+        before.append(graph(**inputs))
+        after.append(runtime(**inputs).logits)
+    known, found = torch.cat(before).double(), torch.cat(after).double()
+    difference, spread = float((known - found).abs().max()), max(float(known.std(correction=0)), 1e-12)
+    figures = {
+        "passed": difference / spread <= tolerance, "relative": difference / spread, "tolerance": tolerance,
+        "largest_difference": difference, "spread": spread, "rows": len(known), "logits": known.numel(),
+        "same_choice": float((known.argmax(-1) == found.argmax(-1)).double().mean()),
+        "dtype": "float32", "device": "cpu",
+    }  # fmt: skip
+    (stage / "proof.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if not figures["passed"]:
+        raise ExportError(
+            f"ONNX Runtime's logits differ from torch's by {difference / spread:.2g} of their spread; "
+            f"export.tolerance allows {tolerance:g}"
+        )
+
+
+def load_onnx(folder: Path, about: Description, recipe: Any, tokenizer: Any) -> Any:
+    """An exported ONNX folder as ``load_exported`` gives other exports."""
+    from peftkit.export.loading import Exported
+    from peftkit.parts import LoadedModel
+
+    model = OnnxClassifier(folder / FILE).eval()
+    return Exported(LoadedModel(model, tokenizer, "own", about.heads, about.fingerprint), recipe, about, folder)

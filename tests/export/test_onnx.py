@@ -1,0 +1,71 @@
+"""A run as an ONNX file: ONNX Runtime gives torch's predictions on rows and lengths that were never traced."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import peftkit
+from peftkit.errors import ExportError, MethodError, ModelError
+from peftkit.export import onnx, run_export
+from peftkit.parts import TaskInfo
+from tests import tiny
+from tests.exporting import TEXTS, exported
+
+LORA = {"kind": "lora", "rank": 4}
+PLAIN = {"prove": False}
+
+
+def installed():
+    for name in onnx.WRITE:
+        pytest.importorskip(name)
+
+
+@pytest.mark.parametrize(
+    ("maker", "pooling", "method"),
+    [(tiny.tiny_bert, "own", LORA), (tiny.tiny_bert, "mean", {"kind": "frozen"}), (tiny.tiny_distilbert, "cls", LORA),
+     (tiny.tiny_roberta, "own", {"kind": "top_k", "k": 1})],
+)  # fmt: skip
+def test_the_runtime_predicts_what_torch_predicts(maker, pooling, method, tmp_path):
+    installed()
+    folder, _ = exported(
+        tmp_path / "run", maker(tmp_path / "base"), method=method, model={"pooling": pooling}, export=PLAIN
+    )
+    said = run_export(folder, tmp_path / "onnx", to_format="onnx")
+    assert "wrote the ONNX model" in said
+    ours, torchs = peftkit.load(tmp_path / "onnx"), peftkit.load(folder)
+    assert type(ours.model) is onnx.OnnxClassifier
+    expected = torchs.logits(TEXTS)
+    np.testing.assert_allclose(ours.logits(TEXTS), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert [p.label for p in ours.predict(TEXTS)] == [p.label for p in torchs.predict(TEXTS)]
+    assert json.loads((tmp_path / "onnx" / "proof.json").read_text())["passed"]
+
+
+def test_other_logits_are_an_error_and_nothing_is_written(bert, tmp_path, monkeypatch):
+    installed()
+    folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)
+    real = onnx.OnnxClassifier.forward
+
+    def wrong(self, *args, **kwargs):
+        made = real(self, *args, **kwargs)
+        made.logits += 1
+        return made
+
+    monkeypatch.setattr(onnx.OnnxClassifier, "forward", wrong)
+    with pytest.raises(ExportError, match="differ from torch's"):
+        run_export(folder, tmp_path / "onnx", to_format="onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_language_models_and_missing_packages_are_told(llama, bert, tmp_path, monkeypatch):
+    causal, _ = exported(
+        tmp_path / "a", llama, TaskInfo("causal_lm"), method=LORA, task={"kind": "style"}, export=PLAIN
+    )
+    with pytest.raises(MethodError, match="ONNX is written for classifiers"):
+        run_export(causal, tmp_path / "onnx", to_format="onnx")
+    monkeypatch.setattr(onnx, "WRITE", ("onnx_that_is_not_there",))
+    folder, _ = exported(tmp_path / "b", bert, method=LORA, export=PLAIN)
+    with pytest.raises(ModelError, match="pip install onnx_that_is_not_there"):
+        run_export(folder, tmp_path / "onnx", to_format="onnx")
