@@ -131,6 +131,30 @@ def inspect(
         _say(f"wrote {html}")
 
 
+@command("plan")
+def plan(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help=f"{ANY_RECIPE} Not needed with --table MODEL.")
+    ] = None,
+    changes: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="A size (8GB) or a card (rtx4090); without it, what is here.")] = None,
+    as_json: AsJson = False,
+    apply: Annotated[
+        Path | None, typer.Option(metavar="OUT.yaml", help="Write the recipe with the changes that make it fit.")
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Methods × precisions × memory of a base model.")
+    ] = None,
+) -> None:
+    """Say what a recipe trains, takes in memory and time, and whether it fits; no weight is loaded."""
+    if (recipe is None) == (table is None):
+        raise RecipeError("expected a recipe (`peftkit list` names them), or --table MODEL")
+    chosen = _recipe(recipe, changes) if recipe else None
+    from peftkit.reporting import planning
+
+    print(planning.carry_out(chosen, table=table, gpu=gpu, as_json=as_json, apply=apply), end="")
+
+
 @command("train")
 def train(
     recipe: Annotated[

@@ -165,8 +165,9 @@ class TrainingConfig(Part):
     """Rows in an optimizer step, over all processes and micro-batches."""
     batch_tokens: Rows | None = None
     """Padded tokens in an optimizer step, in place of batch_size: short rows make larger batches."""
-    micro_batch: Rows | None = None
-    """Rows in one forward pass of a process; None takes its whole share of the batch. Gradients do not depend on it."""
+    micro_batch: Rows | Literal["auto"] | None = None
+    """Rows in one forward pass of a process; None takes its whole share of the batch; auto begins so, and halves when
+    memory runs out. Gradients do not depend on it."""
     micro_batch_tokens: Rows | None = None
     """Padded tokens in one forward pass, in training and evaluation; None takes 1,024 on a CPU, where more is no
     faster, and 32,768 elsewhere. Gradients do not depend on it."""

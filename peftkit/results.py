@@ -211,6 +211,7 @@ def training_figures(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
         "best_step": state.best_step,
         "stopped_early": state.stopped_early,
         "skipped_steps": state.skipped,
+        "micro_batch": loop.stepper.micro_batch,
         "trained_parameters": trained,
         "peak_memory_bytes": folders.peak_memory(),
         **flops.figures(loop),

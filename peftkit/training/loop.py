@@ -22,7 +22,7 @@ from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingEr
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.evaluation.runner import Stopped, predict
 from peftkit.recipe import Recipe
-from peftkit.training import checkpoints, sharding
+from peftkit.training import automatic, checkpoints, sharding
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.log import RunLog
 from peftkit.training.optimization import (
@@ -112,6 +112,9 @@ class Loop:
 
     def _epochs(self) -> None:
         state = self.state
+        if self.recipe.training.micro_batch == automatic.AUTO:
+            self.stepper.tell = lambda said: self.log.event(self.state.step, "micro_batch", said)
+            automatic.begin(self.stepper)
         if state.step:
             self._finish_step()  # a run stopped before its validation makes up for it
         while state.step < self.total and not state.stopped_early:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from peftkit.data.pipeline import EncodedSplit
 from peftkit.models.stem import FEATURES, Stem
 from peftkit.parts import LoadedModel, Task, TaskInfo
 from peftkit.recipe import Recipe
+from peftkit.training.automatic import AUTO, fitting
 from peftkit.training.randomness import seed_micro_batch
 from peftkit.training.session import Session
 from peftkit.training.sharding import whole
@@ -97,6 +98,11 @@ class Stepper:
 
     def __post_init__(self) -> None:
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        given = self.recipe.training.micro_batch
+        self.micro_batch: int | None = given if isinstance(given, int) else None
+        """Rows a pass at most; automatic ones shrink when memory runs out."""
+        self.tell: Callable[[str], None] = lambda _: None
+        """Told when they do."""
 
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """One optimizer step on a global batch of row numbers.
@@ -106,16 +112,11 @@ class Stepper:
         """
         session, training = self.session, self.recipe.training
         weight = float(self.split.weights[batch].sum())
-        micro = share(
-            batch,
-            self.split.lengths,
-            rank=session.rank,
-            world_size=session.world_size,
-            micro_batch=training.micro_batch,
-            micro_tokens=pass_tokens(training, session.device.type),
-        )
         self.module.train()
-        total = self._accumulate(micro, weight, step)
+        if training.micro_batch == AUTO and session.world_size == 1:
+            total = fitting(self, batch, lambda: self._accumulate(self.share(batch), weight, step))
+        else:
+            total = self._accumulate(self.share(batch), weight, step)
         norm = self._grad_norm(training.max_grad_norm)
         loss = float(self._sum(total)) / weight if weight else 0.0
         result = StepResult(loss, weight, norm, len(batch), int(self.split.lengths[batch].sum()))
@@ -124,6 +125,17 @@ class Stepper:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
+
+    def share(self, batch: np.ndarray) -> list[MicroBatch]:
+        """This process's passes of a global batch."""
+        return share(
+            batch,
+            self.split.lengths,
+            rank=self.session.rank,
+            world_size=self.session.world_size,
+            micro_batch=self.micro_batch,
+            micro_tokens=pass_tokens(self.recipe.training, self.session.device.type),
+        )
 
     def _accumulate(self, micro: Sequence[MicroBatch], weight: float, step: int) -> torch.Tensor:
         session = self.session

@@ -1,0 +1,1 @@
+"""Memory, FLOPs and time of a run before anything is loaded."""

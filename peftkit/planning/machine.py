@@ -1,0 +1,65 @@
+"""What was measured of this machine, once: framework overhead, allocator, rates. Cached by versions and threads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from peftkit.data import cache
+from peftkit.errors import PeftkitError
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+CUDA_BYTES = 500_000_000
+"""Taken for a CUDA context where there is no GPU to measure one on."""
+GPU_RATES = (100e12, 600e9, 5e-6)
+"""Products and bytes a second, and seconds an operator, of a GPU that is not here: figures of the order of a recent
+consumer card in bf16, good for comparing plans with one another."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured figures."""
+
+    framework_bytes: int
+    """Resident set of a process that has imported everything and trained a tiny model."""
+    allocator_ratio: float
+    """Growth of the resident set over passes, by the bytes that are alive at their peak: freed memory that the
+    allocator keeps between tensors that live."""
+    flops_a_second: float
+    bytes_a_second: float
+    seconds_an_operator: float
+    cuda_bytes: int = CUDA_BYTES
+    """Bytes of a GPU's memory that its context takes."""
+
+    def seconds(self, flops: float, moved: float, operators: float) -> float:
+        """Time of work: products, traffic and the calls themselves, one after the other."""
+        return flops / self.flops_a_second + moved / self.bytes_a_second + operators * self.seconds_an_operator
+
+
+def measured(threads: int) -> Machine:
+    """The figures of this machine; measures them in a process of its own where the cache has none (half a minute).
+
+    Raises:
+        PeftkitError: the measuring process failed.
+    """
+    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version])
+    path = cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    with cache.entry_lock(path):
+        if not path.is_file():
+            command = [sys.executable, "-m", "peftkit.planning._probe", str(threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise PeftkitError(f"this machine could not be measured: {last}")
+            path.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
+    return Machine(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def of_gpu(machine: Machine) -> Machine:
+    """The same with a GPU's rates."""
+    flops, moved, operator = GPU_RATES
+    return Machine(machine.framework_bytes, 1.0, flops, moved, operator, machine.cuda_bytes)

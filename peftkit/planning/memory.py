@@ -1,0 +1,112 @@
+"""Bytes by part and phase; the peak of a run is the largest of its phases.
+
+weights      numbers × bytes of their dtype; NF4: ½ byte and its scales; INT8: 1 byte and its scales
+gradients    4 bytes a trained number
+states       AdamW 8 bytes a trained number, 8-bit AdamW 2 and its scales, SGD 4, Adafactor a row and a column
+activations  from a trace of the pass (``peftkit.planning.trace``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftkit.models.quantization.skeleton import SCALES
+from peftkit.planning.trace import Traced
+
+BLOCK, SMALL = 256, 4096
+"""8-bit states: numbers to a scale, and the size below which a tensor's states stay in fp32."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is held at the worst moment of a stretch of the run."""
+
+    name: str
+    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stays in memory between steps."""
+
+    frozen: int
+    constants: int
+    trained: int
+    states: int
+    gradients: int
+
+    def parts(self) -> dict[str, int]:
+        """By name, gradients left out: they are there only within a step."""
+        return {"frozen weights": self.frozen, "quantization constants": self.constants,
+                "trained weights": self.trained, "optimizer states": self.states}  # fmt: skip
+
+    @property
+    def persistent(self) -> int:
+        """Weights, constants, adapters and optimizer states."""
+        return sum(self.parts().values())
+
+
+def held_by(model: Any, optimizer: str) -> Held:
+    """What a model (with or without data) and its optimizer hold; tied weights count once."""
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    trained = [p for p in parameters if p.requires_grad]
+    scales = [b for name, b in model.named_buffers() if name.endswith(SCALES)]
+    other = [b for name, b in model.named_buffers() if not name.endswith(SCALES)]
+    frozen = [p for p in parameters if not p.requires_grad]
+    states = sum(state_bytes(optimizer, tuple(p.shape)) for p in trained)
+    return Held(_bytes([*frozen, *other]), _bytes(scales), _bytes(trained), states, _bytes(trained))
+
+
+def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an optimizer's states for one trained tensor."""
+    count = 1
+    for size in shape:
+        count *= size
+    if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        return 2 * (count + 4 * -(-count // BLOCK)) if count >= SMALL else 8 * count
+    if optimizer == "sgd":
+        return 4 * count
+    if optimizer == "adafactor":
+        return 4 * (count // shape[-1] + count // shape[-2]) if len(shape) >= 2 else 4 * count
+    return 8 * count
+
+
+def phases(
+    held: Held, train: Traced, evaluation: Traced, *, framework: int, loader: int, file: int, ratio: float, gpu: bool
+) -> tuple[Phase, ...]:
+    """The phases of a run.
+
+    Args:
+        train: a step's passes; gradients that they leave are among its bytes.
+        framework, loader: bytes of the libraries, and of tokenizer and data.
+        file: bytes of the weight files, which are mapped while the model is built from them on a CPU.
+        ratio: what the allocator takes for each byte that is alive within a pass.
+    """
+    base = {"framework": framework, "loader": loader}
+    weights = {name: size for name, size in held.parts().items() if name != "optimizer states"}
+    loading = {**base, **weights} | ({} if gpu else {"weight files": file})
+    full = {**base, **held.parts()}
+    saved = max(held.trained, held.states)
+    parts = {name: int(size * ratio) for name, size in train.parts.items()}
+    gradients = min(held.gradients, train.end, parts.get("activations", 0))
+    if gradients:
+        parts = {"gradients": gradients, **parts, "activations": parts["activations"] - gradients}
+    return (
+        Phase("load", loading),
+        Phase("forward and backward", {**full, **parts}),
+        Phase("optimizer step", {**full, "gradients": held.gradients}),
+        Phase("evaluation", {**full, **{name: int(size * ratio) for name, size in evaluation.parts.items()}}),
+        Phase("checkpoint", {**full, **({} if gpu else {"copies": saved})}),
+        Phase("export", {**full, **({} if gpu else {"copies": held.trained})}),
+    )
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

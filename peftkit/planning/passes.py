@@ -1,0 +1,210 @@
+"""One forward and backward pass of a recipe's model, run without data: its peak in memory, its products, its traffic.
+
+A model of many equal blocks is run with two and with four of them, and the figures continued along that line; a model
+whose blocks differ is run whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from peftkit.errors import ModelError
+from peftkit.models import lm_head, packing
+from peftkit.models.blocks import find_blocks
+from peftkit.parts import LoadedModel, Task, TaskInfo
+from peftkit.planning.trace import Traced, Tracer
+
+FEW, MORE = 2, 4
+"""Blocks with which a long stack is run."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What of a training loop decides on its memory; the defaults are peftkit's own."""
+
+    autocast: bool = True
+    """Trained weights in fp32 and products under autocast; False holds and computes all in one dtype."""
+    full_logits: bool = False
+    """Form the logits of every position at once, in place of those scored, in chunks."""
+    plain_adapters: bool = False
+    """peft's own forward pass of an adapted layer, in place of peftkit's."""
+    keeps_input: bool = False
+    """A quantized product keeps its input for the backward pass, as bitsandbytes' once did."""
+    joint_projection: bool = False
+    """One matrix gives queries, keys and values, so that values kept for attention keep all three."""
+    wide_logits: bool = False
+    """The model's output is cast to fp32 as a whole."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A pass's rectangle of tokens."""
+
+    rows: int
+    tokens: int
+    scored: int
+    """Tokens of it that carry the loss."""
+    packed: bool = False
+    """Whether a row holds several documents."""
+
+
+@dataclass
+class Subject:
+    """The model that is run, with what its task needs."""
+
+    loaded: LoadedModel
+    task: Task
+    info: TaskInfo
+    dtype: torch.dtype
+    gpu: bool = False
+    loop: Loop = Loop()
+
+    def __post_init__(self) -> None:
+        base = packing.underlying(self.loaded.model)
+        if self.loop.joint_projection:
+            _join_projections(base)
+        if self.loop.keeps_input:
+            for module in base.modules():
+                if hasattr(module, "held"):
+                    module.held = replace(module.held, keeps_input=True)
+        self._vocabulary = int(base.config.get_text_config().vocab_size)
+        if self.info.problem_type == "causal_lm":  # what trials on real weights would find
+            packing._ABILITIES[base] = packing.Abilities("positions", "", True)
+            lm_head._SHAPING[base] = lm_head._declared(base.config.get_text_config())[-1]
+
+    def train(self, shape: Shape, passes: int = 1) -> Traced:
+        """Forward and backward; with several passes, on the gradients that the first has left."""
+        return self._measured(lambda: self._run(shape, passes))
+
+    def evaluate(self, shape: Shape) -> Traced:
+        """A forward pass that keeps nothing."""
+        return self._measured(lambda: self._run(shape, 0))
+
+    def _measured(self, run: Any) -> Traced:
+        try:
+            _, blocks = find_blocks(self.loaded.model)
+        except ModelError:
+            return run()  # type: ignore[no-any-return]
+        count = len(blocks)
+        if count <= MORE + 1 or len({_signature(block) for block in blocks}) > 1:
+            return run()  # type: ignore[no-any-return]
+        with _only(blocks, FEW):
+            few = run()
+        with _only(blocks, MORE):
+            more = run()
+        return _continued(few, more, count)
+
+    def _run(self, shape: Shape, passes: int) -> Traced:
+        model = self.loaded.model
+        model.train(passes > 0)
+        batch = self._batch(shape)
+        tracer = Tracer(vocabulary=self._vocabulary, scored=(shape.rows * (shape.tokens - 1), shape.scored))
+        tracer.ignore([*model.parameters(), *model.buffers()])
+        kernels = _gpu_kernels() if self.gpu else contextlib.nullcontext()
+        with tracer, kernels, self._adapters():
+            if passes == 0:
+                with torch.no_grad(), self._precision():
+                    self.task.outputs(model, batch, self.info, self.loaded.pooling)
+            for _ in range(passes):
+                with self._precision():
+                    loss = self._loss(batch)
+                loss.backward()
+                del loss
+        found = tracer.finish()
+        model.zero_grad(set_to_none=True)
+        if passes > 1:
+            found = replace(found, flops=found.flops // passes, moved=found.moved // passes,
+                            operators=found.operators // passes)  # fmt: skip
+        return found
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self.loop.full_logits:
+            return self.task.loss(self.loaded.model, batch, self.info, self.loaded.pooling)
+        logits = self.loaded.model(input_ids=batch["input_ids"], use_cache=False).logits
+        if self.loop.wide_logits:
+            logits = logits.float()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def _adapters(self) -> Any:
+        from peftkit.methods._lora_kernel import plainly
+
+        return plainly(self.loaded.model) if self.loop.plain_adapters else contextlib.nullcontext()
+
+    def _precision(self) -> Any:
+        enabled = self.loop.autocast and self.dtype != torch.float32
+        return torch.autocast("cpu", dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
+
+    def _batch(self, shape: Shape) -> dict[str, torch.Tensor]:
+        size = (shape.rows, shape.tokens)
+        batch = {"input_ids": torch.zeros(size, dtype=torch.int64), "weight": torch.ones(shape.rows)}
+        if self.info.problem_type == "causal_lm":
+            batch["labels"] = torch.zeros(size, dtype=torch.int64)
+            if shape.packed:
+                batch["position_ids"] = torch.zeros(size, dtype=torch.int64)
+            return batch  # padding on the right needs no mask
+        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
+        kind = self.info.problem_type
+        several = kind == "multi_label_classification"
+        batch["labels"] = torch.zeros(
+            (shape.rows, len(self.info.labels)) if several else (shape.rows,),
+            dtype=torch.int64 if kind == "single_label_classification" else torch.float32,
+        )
+        return batch
+
+
+def _join_projections(model: torch.nn.Module) -> None:
+    """Values become the last columns of a tensor as wide as queries, keys and values."""
+
+    def widen(module: Any, _: Any, out: torch.Tensor) -> torch.Tensor:
+        return F.pad(out, (module.joined, 0))[..., module.joined :]
+
+    for module in model.modules():
+        parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(part is not None for part in parts):
+            parts[2].joined = parts[0].out_features + parts[1].out_features
+            parts[2].register_forward_hook(widen)
+
+
+def _signature(block: torch.nn.Module) -> tuple[Any, ...]:
+    return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
+
+
+@contextlib.contextmanager
+def _only(blocks: torch.nn.ModuleList, count: int) -> Iterator[None]:
+    """Leaves the first blocks of a stack in place for a while."""
+    whole = blocks._modules
+    blocks._modules = dict(list(whole.items())[:count])
+    try:
+        yield
+    finally:
+        blocks._modules = whole
+
+
+def _continued(few: Traced, more: Traced, count: int) -> Traced:
+    """The line through two stacks, at the length of the real one."""
+
+    def at(low: int, high: int) -> int:
+        return int(high + (high - low) / (MORE - FEW) * (count - MORE))
+
+    parts = {name: at(few.parts.get(name, 0), size) for name, size in more.parts.items()}
+    return Traced(at(few.peak, more.peak), parts, at(few.end, more.end), at(few.flops, more.flops),
+                  at(few.moved, more.moved), at(few.operators, more.operators))  # fmt: skip
+
+
+class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is used
+    """What CUDA does otherwise: normalization in fp32 under autocast, a fused attention that has dropout as well."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+        elif func is F.layer_norm and torch.is_autocast_enabled("cpu"):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **kwargs)

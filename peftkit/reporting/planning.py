@@ -1,0 +1,143 @@
+"""``peftkit plan``: a plan as tables for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from peftkit.errors import RecipeError
+from peftkit.planning import devices
+from peftkit.planning.devices import shown
+from peftkit.planning.fitting import Suggestion, suggest
+from peftkit.planning.plan import Plan, look, make_plan
+from peftkit.planning.table import PRECISIONS, Cell
+from peftkit.planning.table import table as methods_table
+from peftkit.recipe import Recipe
+
+
+def carry_out(recipe: Recipe | None, *, table: str | None, gpu: str | None, as_json: bool, apply: Path | None) -> str:
+    """What ``peftkit plan`` prints: the plan of a recipe, or the table of a base model.
+
+    Args:
+        recipe: what to plan; None where ``table`` names a base model.
+        gpu: a size or a card; None takes the device that is here.
+        apply: where the recipe is written with the changes that make it fit.
+
+    Raises:
+        UserError: something given is wrong, or no change makes the recipe fit where one is to be written.
+    """
+    device = devices.named(gpu) if gpu else devices.here()
+    if table is not None:
+        cells = methods_table(table, device)
+        return json.dumps([asdict(cell) for cell in cells], indent=2) + "\n" if as_json else _table_text(cells, table)
+    assert recipe is not None
+    known = look(recipe)
+    plan = make_plan(recipe, device, known)
+    suggestion = suggest(plan, known)
+    if apply is not None:
+        _apply(plan, suggestion, apply)
+    return json.dumps(to_json(plan, suggestion), indent=2) + "\n" if as_json else text(plan, suggestion)
+
+
+def _apply(plan: Plan, suggestion: Suggestion | None, path: Path) -> None:
+    if not plan.fits and suggestion is None:
+        raise RecipeError(f"{plan.recipe.name} cannot be made to fit {plan.device.name}; nothing was written to {path}")
+    chosen = suggestion.plan.recipe if suggestion else plan.recipe
+    try:
+        path.write_text(chosen.to_yaml(defaults=False), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--apply {path}: cannot be written: {error.strerror}") from None
+
+
+def text(plan: Plan, suggestion: Suggestion | None) -> str:
+    """What is trained, the bytes of every phase, time, and whether it fits."""
+    out = _console()
+    largest = plan.workload.largest
+    trained = sum(part.parameters for part in plan.parameters if part.trainable)
+    total = sum(part.parameters for part in plan.parameters)
+    out.print(f"{plan.recipe.name}: {plan.recipe.method.kind}, frozen weights in {plan.dtype}", markup=False)
+    out.print(f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    out.print(_phases(plan))
+    out.print(
+        f"largest pass: {largest.rows} rows × {largest.tokens} tokens; {plan.workload.steps:,} steps, "
+        f"{plan.flops_a_token / 1e9:.2f} GFLOP a token, about {duration(plan.seconds)}"
+    )
+    verdict = "fits" if plan.fits else "does not fit"
+    out.print(f"peak {shown(plan.peak.total)} in {plan.peak.name}: {verdict} {plan.device.name} "
+              f"({shown(plan.device.memory)})", markup=False)  # fmt: skip
+    for line in [*said(plan, suggestion), *(f"note: {note}" for note in plan.notes)]:
+        out.print(line, markup=False, soft_wrap=True)
+    return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def said(plan: Plan, suggestion: Suggestion | None) -> list[str]:
+    """The changes that make it fit, in words."""
+    if plan.fits:
+        return []
+    if suggestion is None:
+        return ["no change of micro-batch, checkpointing, quantization and length makes it fit: take a smaller model"]
+    changes = " ".join(f"'{change}'" if " " in change else change for change in suggestion.changes)
+    return [f"fits with {changes}: {shown(suggestion.plan.peak.total)}, {suggestion.slower:.2f} × the time"]
+
+
+def _table_text(cells: Sequence[Cell], model: str) -> str:
+    table = Table(title=f"peak memory on {model}, one row of 512 tokens")
+    table.add_column("method")
+    table.add_column("trained", justify="right")
+    for precision in PRECISIONS:
+        table.add_column(precision, justify="right")
+    for method in dict.fromkeys(cell.method for cell in cells):
+        row = {cell.precision: cell for cell in cells if cell.method == method}
+        trained = max(cell.trained for cell in row.values())
+        sizes = [shown(row[name].peak) if not row[name].reason else "–" for name in PRECISIONS]
+        table.add_row(method, f"{trained:,}", *sizes)
+    out = _console()
+    out.print(table)
+    return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def _console() -> Console:
+    """Writes into memory, as wide as the terminal, or as the tables need."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 140
+    return Console(file=io.StringIO(), highlight=False, width=width, force_terminal=sys.stdout.isatty())
+
+
+def duration(seconds: float) -> str:
+    """``3 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _phases(plan: Plan) -> Table:
+    names = dict.fromkeys(name for phase in plan.phases for name in phase.parts)
+    table = Table(title="memory by phase")
+    table.add_column("part")
+    for phase in plan.phases:
+        table.add_column(phase.name, justify="right", style="bold" if phase is plan.peak else "")
+    for name in names:
+        sizes = [phase.parts.get(name, 0) for phase in plan.phases]
+        if any(sizes):
+            table.add_row(name, *(shown(size) if size else "" for size in sizes))
+    table.add_row("sum", *(shown(phase.total) for phase in plan.phases), style="bold")
+    return table
+
+
+def to_json(plan: Plan, suggestion: Suggestion | None) -> dict[str, Any]:
+    """The plan and what makes it fit, for other programs."""
+    made = plan.to_json()
+    made["suggestion"] = suggestion and {
+        "changes": list(suggestion.changes),
+        "peak_bytes": suggestion.plan.peak.total,
+        "slower": suggestion.slower,
+    }
+    return made

@@ -1,0 +1,136 @@
+"""Plans beside what torch, peft and the run itself say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from peftkit import Recipe, overrides, replace
+from peftkit.data.pipeline import encode, prepare
+from peftkit.errors import RecipeError
+from peftkit.models.loading import build
+from peftkit.models.tokenizer import load_tokenizer
+from peftkit.planning import plan as planning
+from peftkit.planning.devices import Device, named
+from peftkit.planning.fitting import suggest
+from peftkit.planning.machine import Machine
+from peftkit.planning.memory import held_by, state_bytes
+from peftkit.planning.plan import Known, make_plan
+from peftkit.planning.trace import Tracer, without_data
+from peftkit.reporting.planning import carry_out
+from peftkit.training.optimization import build_optimizer
+
+MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch):
+    """No test measures the machine."""
+    monkeypatch.setattr(planning.machines, "measured", lambda threads: MACHINE)
+
+
+def known_of(recipe):
+    tokenizer, prepared = load_tokenizer(recipe.model), prepare(recipe)
+    return Known(tokenizer, prepared.info, encode(prepared, tokenizer, recipe), MACHINE, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "frozen", {"kind": "top_k", "k": 1}])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_weights_gradients_and_states_are_those_of_the_real_model(small_recipe, method, optimizer):
+    recipe = replace(small_recipe, method=method, training={"optimizer": optimizer})
+    known = known_of(recipe)
+    model = build(recipe, known.info, known.tokenizer).model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    real = build_optimizer(model, recipe)
+    real.step()
+    states = [t for state in real.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
+    plan = make_plan(recipe, named("1GB"), known)
+    assert plan.held.trained == plan.held.gradients == sum(p.numel() * 4 for p in trained)
+    assert plan.held.states == pytest.approx(sum(t.numel() * t.element_size() for t in states), abs=16)
+    whole = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert plan.held.frozen + plan.held.trained == sum(whole.values()) + buffers
+
+
+def test_a_traced_product_holds_what_torch_would_hold():
+    with without_data(), Tracer() as tracer:
+        x = torch.empty(1000, 1000, requires_grad=True)
+        y = (x @ x).exp()
+        alive = tracer.finish().end
+        y.sum().backward()
+        found = tracer.finish()
+    assert alive == 2 * 4_000_000, "x and exp's output, which is kept; the product itself is not"
+    assert found.flops == 3 * 2 * 1000**3
+    assert found.peak >= alive + 4_000_000
+    assert x.grad.shape == (1000, 1000)
+
+
+def test_checkpointing_longer_rows_and_smaller_passes_change_the_peak(small_recipe):
+    recipe = replace(small_recipe, training={"batch_size": 32, "micro_batch_tokens": 100_000})
+    known, device = known_of(recipe), named("1GB")
+
+    def peak(**training):
+        plan = make_plan(replace(recipe, training=training), device, known)
+        return next(phase for phase in plan.phases if phase.name == "forward and backward").total
+
+    assert peak(gradient_checkpointing="full") < peak()
+    assert peak(micro_batch=4) < peak(micro_batch=16) < peak()
+    assert make_plan(replace(recipe, data={"max_length": 8}), device, known).peak.total < peak()
+
+
+def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_path, monkeypatch):
+    recipe = replace(small_recipe, training={"batch_size": 32, "micro_batch_tokens": 100_000})
+    known = known_of(recipe)
+    whole = make_plan(recipe, named("1GB"), known)
+    assert suggest(whole, known) is None, "it fits as it is"
+    tight = Device("tight", whole.peak.total - 1000, True)
+    found = suggest(make_plan(recipe, tight, known), known)
+    assert len(found.changes) == 1
+    assert found.plan.fits
+    assert found.slower > 0
+    monkeypatch.setattr("peftkit.reporting.planning.devices.named", lambda _: tight)
+    monkeypatch.setattr("peftkit.reporting.planning.look", lambda _: known)
+    file = tmp_path / "fits.yaml"
+    said = json.loads(carry_out(recipe, table=None, gpu="tight", as_json=True, apply=file))
+    assert said["fits"] is False
+    written = Recipe.from_yaml(file)
+    assert written == overrides.apply(recipe, said["suggestion"]["changes"])
+    assert make_plan(written, tight, known).fits
+    nothing = Device("nothing", 1000, True)
+    monkeypatch.setattr("peftkit.reporting.planning.devices.named", lambda _: nothing)
+    with pytest.raises(RecipeError, match="cannot be made to fit"):
+        carry_out(recipe, table=None, gpu="nothing", as_json=True, apply=file)
+
+
+def test_devices_by_name_and_size():
+    assert named("rtx4090").memory == 24 * 2**30
+    assert named("8GB").memory == 8 * 2**30
+    assert named("512 MiB").memory == 512 * 2**20
+    with pytest.raises(RecipeError, match="did you mean 'rtx4090'"):
+        named("rtx4900")
+
+
+def test_states_of_8_bit_adamw():
+    assert state_bytes("adamw_8bit", (64, 64)) == 2 * (4096 + 4 * 16)
+    assert state_bytes("adamw_8bit", (63, 64)) == 8 * 63 * 64
+    assert state_bytes("adamw", (3, 5)) == 120
+
+
+def test_a_decoder_is_planned_and_told_in_words(llama, tmp_path):
+    rows = [{"instruction": f"say {n}", "output": "hello " * (n % 7 + 1)} for n in range(24)]
+    for name in ("train", "validation", "test"):
+        part = rows[:12] if name == "train" else rows[12:18] if name == "validation" else rows[18:]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    values = {"name": "words", "model": {"source": str(llama), "dtype": "bfloat16"}, "task": "instruction"}
+    recipe = Recipe.parse({**values, "data": {"source": str(tmp_path)}, "training": {"threads": 1}})
+    said = carry_out(recipe, table=None, gpu=None, as_json=False, apply=None)
+    assert "memory by phase" in said
+    assert "fits CPU" in said
+    plan = make_plan(recipe, named("1GB"), known_of(recipe))
+    assert plan.flops_a_token > 0
+    assert plan.seconds > 0
+    assert held_by(build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model, "adamw") == plan.held
