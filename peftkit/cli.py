@@ -73,8 +73,16 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @command("list")
-def list_recipes(as_json: AsJson = False) -> None:
-    """Name the recipes that can be run."""
+def list_recipes(
+    methods: Annotated[bool, typer.Option("--methods", help="Name the methods in place of the recipes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Name the recipes that can be run, or the methods that they can use."""
+    if methods:
+        from peftkit.methods import _table
+
+        print(json.dumps(_table.as_json(), indent=2) if as_json else _table.text())
+        return
     summaries, files = catalog.summaries(), catalog.built_in()
     if as_json:
         rows = [{"name": name, "summary": text, "file": _path(files.get(name))} for name, text in summaries.items()]

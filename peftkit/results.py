@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,16 @@ def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> 
     rows, found = prepared.splits[split], Before()
     if recipe.task.head == "causal_lm":
         if "zero_shot" in wanted:
-            outputs = loop.evaluate(loop.data.splits[split])
+            with _as_base(loop, loaded):
+                outputs = loop.evaluate(loop.data.splits[split])
             values = recipe.task.metrics(outputs, prepared.info, recipe.evaluation)
             held, note = (outputs["loss"], outputs["weight"]), "the base model before training"
             found.baselines.append(Baseline("zero_shot", values, note=note, losses=held))
         if loop.session.sharded:
             return found
         found.samples = samples.choose(rows, recipe.task, recipe.evaluation.generation)
-        found.texts = _texts(loop, loaded, found.samples)
+        with _as_base(loop, loaded):
+            found.texts = _texts(loop, loaded, found.samples)
         return found
     if "majority" in wanted:
         known = prepared.splits["train"]["label"]
@@ -81,6 +84,11 @@ def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> 
     if "zero_shot" in wanted and not loop.session.sharded:
         found.baselines.append(_zero_shot(loop, loaded, rows, prepared))
     return found
+
+
+def _as_base(loop: Loop, loaded: LoadedModel) -> AbstractContextManager[Any]:
+    """The model as it is before its method: most untrained methods change nothing, a random prompt does."""
+    return nullcontext() if loop.recipe.method.starts_as_base else loaded.model.disable_adapter()
 
 
 def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:

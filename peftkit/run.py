@@ -27,6 +27,7 @@ from peftkit.reporting import run_report
 from peftkit.training import features, sharding
 from peftkit.training import folder as folders
 from peftkit.training.checkpoints import Checkpoint
+from peftkit.training.first_batches import FirstBatches
 from peftkit.training.guard import guarded
 from peftkit.training.loop import Loop, Watch
 from peftkit.training.session import Session, open_session
@@ -96,6 +97,8 @@ def train(
             if not_packable(recipe, loaded):
                 recipe = replace(recipe, task={"packing": False})
                 encoded = encode(prepared, tokenizer, recipe)
+        with session.accelerator.autocast():
+            recipe.method.initialize(loaded, FirstBatches(encoded.splits["train"], tokenizer, session))
         module = TaskModule(loaded, recipe.task, prepared.info)
         frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
         loaded.notes += [frozen.note] if frozen.note else []

@@ -17,6 +17,7 @@ LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classificati
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
 GENERATION, LANGUAGE = "evaluation/test_generation.py::", "test_run_language.py::"
 
+METHOD_FIELDS = "methods/test_methods_in_training.py::"
 TESTS = {
     "name": FIELDS + "test_tracking_and_output_dir_and_name",
     "model.source": "models/test_model_sources.py::test_what_is_neither_folder_nor_hub_id",
@@ -53,6 +54,49 @@ TESTS = {
     "task[instruction].too_long": INSTRUCTION + "test_a_prompt_that_fills_the_window_is_an_error_on_demand",
     "task[style].packing": STYLE + "test_without_packing_a_window_holds_one_document",
     "task[style].prompt_words": STYLE + "test_the_prompt_is_the_documents_first_words_as_they_stand",
+    **{
+        f"method[{kind}].{name}": METHOD_FIELDS + "test_each_field_changes_what_is_trained"
+        for kind, names in {
+            "adalora": ("alpha",),
+            "boft": ("block_size",),
+            "ia3": ("target_modules", "feedforward_modules"),
+            "miss": ("rank", "variant", "mini_rank"),
+            "oft": ("block_size", "block_share", "constrained", "eps", "neumann_terms"),
+            "p_tuning": ("encoder", "encoder_size", "encoder_layers", "virtual_tokens"),
+            "prefix_tuning": ("init", "projection", "projection_size"),
+            "prompt_tuning": ("init", "init_text"),
+            "vera": ("rank", "d_initial", "projection_seed"),
+        }.items()
+        for name in names
+    },
+    **{
+        f"method[{kind}].{name}": METHOD_FIELDS + "test_each_field_changes_what_is_trained"
+        for kind in ("adalora", "boft", "miss", "oft", "vera")
+        for name in ("target_modules", "exclude_modules", "layers")
+    },
+    **{
+        f"method[{kind}].dropout": METHOD_FIELDS + "test_dropout_is_on_in_training"
+        for kind in ("adalora", "boft", "miss", "vera")
+    },
+    **{
+        f"method[adalora].{name}": METHOD_FIELDS + "test_adalora_ends_at_its_budget"
+        for name in ("target_r", "init_r", "prune_every")
+    },
+    **{
+        f"method[adalora].{name}": METHOD_FIELDS + "test_adalora_phases_are_shares_of_the_run"
+        for name in ("warmup", "final", "beta1", "beta2")
+    },
+    "method[adalora].orthogonality": METHOD_FIELDS + "test_adalora_penalty_is_what_peft_adds_to_its_own_loss",
+    "method[boft].butterfly_factor": METHOD_FIELDS + "test_butterfly_factors_are_not_dropped_in_silence",
+    "method[lora].eva_rho": METHOD_FIELDS + "test_eva_looks_along_the_principal_components_of_the_inputs",
+    "method[lora].loraplus_lr_ratio": METHOD_FIELDS + "test_loraplus_gives_b_the_rate_that_peft_gives_it",
+    "method[p_tuning].encoder_dropout": METHOD_FIELDS + "test_p_tuning_s_dropout_is_its_lstm_s",
+    "method[peft].peft_type": METHOD_FIELDS + "test_any_method_of_peft_by_name_and_override",
+    "method[peft].arguments": METHOD_FIELDS + "test_any_method_of_peft_by_name_and_override",
+    "method[prefix_tuning].virtual_tokens": METHOD_FIELDS + "test_each_field_changes_what_is_trained",
+    "method[prompt_tuning].virtual_tokens": METHOD_FIELDS + "test_each_field_changes_what_is_trained",
+    "method[trainable_tokens].tokens": METHOD_FIELDS + "test_trained_tokens_are_named_or_the_special_ones",
+    "method[vera].save_projection": METHOD_FIELDS + "test_vera_s_matrices_are_left_out_of_the_file_when_asked",
     "data.source": "data/test_source_kinds.py::test_csv_and_tsv_equal_pandas",
     "data.revision": "hub/test_hub.py::test_what_the_hub_lacks_or_withholds_is_one_message_each",
     "data.subset": "data/test_hub_streaming.py::test_subset_and_revision_reach_the_hub",

@@ -10,6 +10,7 @@ remains is the rounding of differently shaped products, which in half precision 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,12 +63,21 @@ def generate(
     for number, ids in enumerate(encoded):
         _check_fits(model, ids, config, f"prompt {number + 1}")
     texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda number: -len(encoded[number]))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
+    for numbers in _batches([len(ids) for ids in encoded], batch_size, alike=packing.learned_tokens(model) > 0):
         for number, text in zip(numbers, _batch(model, tokenizer, [encoded[n] for n in numbers], numbers, config)):
             texts[number] = text
     return texts
+
+
+def _batches(lengths: list[int], size: int, *, alike: bool) -> Iterator[list[int]]:
+    """Numbers of the rows of each batch, the longest first.
+
+    Under a learned prompt a batch holds rows of one length (``alike``): padding would stand between prompt and text.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    for _, group in itertools.groupby(order, key=lambda number: lengths[number] if alike else 0):
+        numbers = list(group)
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, config: GenerationConfig) -> Iterator[str]:
@@ -113,11 +123,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model can read at most, prompt and answer together; None where its config does not say."""
+    """Tokens that the model can read at most, prompt and answer together; None where its config does not say.
+
+    What a learned prompt takes of its positions is left out.
+    """
     config = packing.underlying(model).config.get_text_config()
-    return next(
-        (int(n) for name in ("max_position_embeddings", "n_positions") if (n := getattr(config, name, 0))), None
-    )
+    known = (int(n) for name in ("max_position_embeddings", "n_positions") if (n := getattr(config, name, 0)))
+    positions = next(known, None)
+    return None if positions is None else positions - packing.learned_tokens(model)
 
 
 def _check_fits(model: Any, ids: list[int], config: GenerationConfig, what: str) -> None:

@@ -47,7 +47,8 @@ def logits(model, inputs, pooling):
         return (scores * weights).sum(1) / weights.sum(1)
     if pooling == "cls":
         return scores[torch.arange(len(scores)), mask.int().argmax(1)]
-    return scores if scores.dim() == 2 else scores[mask.bool()]
+    # logits of a learned prompt stand before those of the row's own tokens
+    return scores if scores.dim() == 2 else scores[:, -mask.shape[1] :][mask.bool()]
 
 
 def main():

@@ -34,8 +34,10 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
         raise MethodError(
             f"method '{about.method}' trained the base itself, so there is nothing to merge; leave --merge out"
         )
-    tolerance = Recipe.from_yaml(folder / "recipe.yaml").export.tolerance
-    merge_adapter(folder, to, tolerance=tolerance)
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    if reason := recipe.method.why_not_merged():
+        raise MethodError(f"{reason}; leave --merge out")
+    merge_adapter(folder, to, tolerance=recipe.export.tolerance)
     return f"wrote the merged model to {to}{_proven(to)}"
 
 

@@ -38,9 +38,10 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
     about = description.read(adapter)
     model, tokenizer = _load_fp32(adapter)
     batch, before = _outputs(model, tokenizer, about)
-    if not hasattr(model, "merge_and_unload"):
-        raise MethodError(f"{adapter}: method '{about.method}' cannot be merged into the base")
-    merged = model.merge_and_unload()
+    try:
+        merged = _with_heads(model.merge_and_unload())
+    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        raise MethodError(f"{adapter}: method '{about.method}' cannot be merged into the base ({error})") from error
     with staged(target) as stage:
         merged.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
@@ -53,6 +54,17 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
         recipe = Recipe.from_yaml(stage / "recipe.yaml")
         card.write(stage, whole, recipe, json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
     return target
+
+
+def _with_heads(merged: Any) -> Any:
+    """Puts trained heads in the place of peft's wrappers around them, which some methods leave standing."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(merged.get_submodule(parent), child, module.modules_to_save["default"])
+    return merged
 
 
 def _load_fp32(adapter: Path) -> tuple[Any, Any]:
@@ -74,7 +86,8 @@ def _outputs(
     if about.heads:
         return batch, classifier.plain_logits(model, batch, about.pooling)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return batch, model(**batch, use_cache=False).logits.float()[batch["attention_mask"].bool()]
+    mask = batch["attention_mask"].bool()
+    return batch, model(**batch, use_cache=False).logits.float()[:, -mask.shape[1] :][mask]
 
 
 def _prove(

@@ -148,7 +148,8 @@ def _trained_logits(loaded: LoadedModel, about: Description, batch: dict[str, Te
             scores = classifier.plain_logits(model, moved, about.pooling)
         else:
             inputs = {name: moved[name] for name in ("input_ids", "attention_mask")}
-            scores = model(**inputs, use_cache=False).logits.float()[moved["attention_mask"].bool()]
+            mask = moved["attention_mask"].bool()
+            scores = model(**inputs, use_cache=False).logits[:, -mask.shape[1] :].float()[mask]  # a prompt's come first
     model.train(was_training)
     return scores.cpu()
 
@@ -192,7 +193,7 @@ def _quantization(about: Description) -> dict[str, Any] | None:
     """The recipe's quantization in transformers' own words."""
     if about.quantization is None or about.saves == "model":
         return None
-    heads = list(about.heads) or ["lm_head"]
+    heads = [*about.heads, ".*pooler"] if about.heads else ["lm_head"]  # as in models.loading.never_quantized
     if about.quantization["kind"] == "nf4":
         return {
             "load_in_4bit": True,

@@ -40,7 +40,7 @@ class Frozen(Method):
         """Leaves gradients to the head, in peft's format so that the export is a small adapter."""
         from peft import LoraConfig, get_peft_model
 
-        from peftkit.methods.lora import task_type
+        from peftkit.methods._targets import task_type
 
         config = LoraConfig(
             task_type=task_type(loaded), target_modules=NO_TARGET, modules_to_save=list(loaded.head_names)

@@ -54,6 +54,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     folder = folder_of(source)
     pooling = choose_pooling(recipe, folder)
     config = _configure(recipe, info, tokenizer, folder)
+    recipe.method.check_base(config, recipe)
     dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:

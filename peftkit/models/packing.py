@@ -72,6 +72,8 @@ def inputs(batch: dict[str, Tensor], model: Any) -> dict[str, Any]:
     """
     given = {name: batch[name] for name in _KEYS if batch.get(name) is not None and name in _parameters(model)}
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if learned_tokens(model):
+        given.pop("position_ids", None)  # the prompt's come first, and peft counts on
     if positions is not None and _is_packed(positions, mask):
         abilities = _abilities(model)
         if abilities.packing is None:
@@ -125,7 +127,7 @@ def _abilities(model: Any) -> Abilities:
 
 def _try(model: Any) -> Abilities:
     name = underlying(model).config.model_type
-    if _has_learned_prompt(model):
+    if learned_tokens(model):  # peft needs the row's attention mask, to widen it
         return Abilities(None, f"{name} with a learned prompt reads it before the first document of a row only", False)
     with still(model):
         unseen = _right_padding_is_unseen(model)
@@ -133,9 +135,10 @@ def _try(model: Any) -> Abilities:
     return Abilities(strategy, reason, unseen)
 
 
-def _has_learned_prompt(model: Any) -> bool:
-    """peft's prompt methods put tokens, or keys and values, before the row, and need its attention mask for that."""
-    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+def learned_tokens(model: Any) -> int:
+    """Vectors that a prompt method puts before every row, as tokens or as keys and values; 0 for all other methods."""
+    config = getattr(model, "active_peft_config", None)
+    return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
 def _packing(model: Any, name: str) -> tuple[Strategy | None, str]:

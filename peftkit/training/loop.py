@@ -41,6 +41,8 @@ Watch = Callable[[int, Mapping[str, float]], None]
 PROBE_ROWS = 8
 TIME_IS_UP = 1 << 10
 """Stands beside the signals' numbers for the time limit."""
+METHOD = "method/"
+"""Before the names of what a method keeps in a checkpoint besides its parameters."""
 SPIKE = 5.0
 """A step's loss over this many times the running mean is flagged."""
 
@@ -70,6 +72,7 @@ class Loop:
         self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
         self.metric = training.best_metric or self.module.task.best_metric(self.module.info)
         accelerator = self.session.accelerator
+        self.recipe.method.begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
         # the schedule is not given to Accelerate, which would step it once a process
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
@@ -108,6 +111,7 @@ class Loop:
             self.session.watch.rest()
             del self._stop  # what follows is not stopped between passes
         self._restore_best()
+        self.recipe.method.finish(self.module.model)
         return self.state
 
     def _epochs(self) -> None:
@@ -329,8 +333,10 @@ class Loop:
         return newest is not None and newest.step == self.state.step
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name, whole; a collective where they are sharded."""
-        return {name: whole(value.detach()) for name, value in self._trained().items()}
+        """The trained tensors by name, whole, and the method's own state; a collective where they are sharded."""
+        own = self.recipe.method.state(self.module.model)
+        trained = {name: whole(value.detach()) for name, value in self._trained().items()}
+        return trained | {f"{METHOD}{name}": value for name, value in own.items()}
 
     def _trained(self) -> dict[str, torch.Tensor]:
         if self.session.sharded:
@@ -347,13 +353,16 @@ class Loop:
         self.state = TrainingState.from_json(saved["training"])
 
     def _load_model(self, checkpoint: Checkpoint) -> None:
-        tensors, trained = self._read(checkpoint, checkpoints.MODEL), self._trained()
+        read, trained = self._read(checkpoint, checkpoints.MODEL), self._trained()
+        tensors = {name: tensor for name, tensor in read.items() if not name.startswith(METHOD)}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
         if shapes != expected:
             odd = sorted({name for name, _ in set(shapes.items()) ^ set(expected.items())})[:3]
             raise CheckpointError(f"{checkpoint.path} holds other parameters than this recipe trains: {', '.join(odd)}")
         sharding.load(trained, tensors)
+        own = {name.removeprefix(METHOD): tensor for name, tensor in read.items() if name.startswith(METHOD)}
+        self.recipe.method.load_state(self.module.model, own)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
         """A checkpoint's tensors on every process; only the main one reads, so that no file system need be shared."""

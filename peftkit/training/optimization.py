@@ -8,23 +8,38 @@ from typing import Any
 import torch
 
 from peftkit.models import low_bit_optimizers
+from peftkit.parts import Method
 from peftkit.recipe import Recipe, TrainingConfig
 from peftkit.training.sharding import like, whole
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and vectors (biases, normalization), which do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, method: Method | None = None, learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of one weight decay and one learning rate.
+
+    Two groups for most methods: matrices, which decay, and vectors (biases, normalization), which do not. A method that
+    lets some parameters learn faster (LoRA+) has more; those of the plain learning rate come first.
+    """
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = method.learning_rate_factor(name) if method else 1.0
+            decays = method.decays(name, parameter) if method else parameter.ndim >= 2
+            groups.setdefault((factor, decays), []).append(parameter)
+    order = sorted(groups, key=lambda key: (key[0] != 1.0, key[0], not key[1]))
+    return [
+        {"params": groups[factor, decays], "weight_decay": weight_decay if decays else 0.0}
+        | ({} if factor == 1.0 or learning_rate is None else {"lr": factor * learning_rate})
+        for factor, decays in order
+    ]
 
 
 def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters."""
     training = recipe.training
-    groups, rate = parameter_groups(model, training.weight_decay), recipe.learning_rate
+    rate = recipe.learning_rate
+    groups = parameter_groups(model, training.weight_decay, recipe.method, rate)
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate, betas=training.betas, eps=training.eps, fused=True)
     if training.optimizer in low_bit_optimizers.CLASSES:

@@ -104,6 +104,11 @@ class Stepper:
         self.tell: Callable[[str], None] = lambda _: None
         """Told when they do."""
 
+    @property
+    def model(self) -> Any:
+        """The model itself, as the method made it."""
+        return self.session.accelerator.unwrap_model(self.module).model
+
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """One optimizer step on a global batch of row numbers.
 
@@ -122,6 +127,7 @@ class Stepper:
         result = StepResult(loss, weight, norm, len(batch), int(self.split.lengths[batch].sum()))
         if result.finite:
             self.optimizer.step()
+            self.recipe.method.after_step(self.model, step + 1)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
@@ -149,7 +155,10 @@ class Stepper:
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
                 with session.accelerator.autocast():
                     loss = self.module(batch)
-                session.accelerator.backward(loss * scale)
+                objective = loss * scale
+                if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
+                    objective = objective + penalty  # the same on every process, hence also their average
+                session.accelerator.backward(objective)
             if piece.counts:
                 total += whole(loss.detach())
             session.watch.mark()

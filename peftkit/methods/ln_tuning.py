@@ -1,0 +1,40 @@
+"""LayerNorm tuning: the scales and shifts of the normalization layers are trained. Zhao et al. 2023, arXiv:2312.11420.
+
+method: {kind: ln_tuning}
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from peftkit.errors import MethodError
+from peftkit.methods._targets import ByPeft, task_type
+from peftkit.parts import LoadedModel
+from peftkit.recipe import METHODS
+
+
+@METHODS.register("ln_tuning")
+class LnTuning(ByPeft):
+    """Normalization layers only (Zhao et al. 2023, arXiv:2312.11420)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2312.11420"
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    kind: Literal["ln_tuning"] = "ln_tuning"
+
+    def config(self, loaded: LoadedModel) -> Any:
+        """peft's LNTuningConfig over every module that is called a norm and has a weight."""
+        from peft import LNTuningConfig
+
+        norms = [
+            name
+            for name, module in loaded.model.named_modules()
+            if "norm" in type(module).__name__.lower()
+            and getattr(module, "weight", None) is not None
+            and not set(name.split(".")) & set(loaded.head_names)
+        ]
+        if not norms:
+            raise MethodError(f"method.kind=ln_tuning: {type(loaded.model).__name__} has no normalization weights")
+        return LNTuningConfig(
+            task_type=task_type(loaded), target_modules=norms, modules_to_save=list(loaded.head_names) or None
+        )

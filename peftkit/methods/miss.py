@@ -1,0 +1,55 @@
+"""MiSS: one trained matrix shared by the shards of a layer's input. Kang & Yin 2024, arXiv:2409.15371.
+
+method: {kind: miss, rank: 64}
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftkit.errors import MethodError
+from peftkit.methods._targets import OnLinears, Rate
+from peftkit.parts import LoadedModel
+from peftkit.recipe import METHODS, Recipe
+
+
+@METHODS.register("miss")
+class Miss(OnLinears):
+    """Matrix shard sharing (Kang & Yin 2024, arXiv:2409.15371)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"
+    default_learning_rate: ClassVar[float] = 5e-4
+    quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
+
+    kind: Literal["miss"] = "miss"
+    rank: Annotated[int, Field(ge=1)] = 64
+    """Rows of the shared matrix."""
+    dropout: Rate = 0.0
+    """Dropout on what enters the update."""
+    variant: Literal["balance", "bat", "mini"] = "balance"
+    """balance: the plain sum over shards; bat: the update also depends on the weight; mini: fewer parameters still."""
+    mini_rank: Annotated[int, Field(ge=1)] = 1
+    """Columns of the shared matrix in the mini variant; they must divide a layer's outputs."""
+
+    def check(self, recipe: Recipe) -> None:
+        """The bat variant multiplies the weight itself at every step."""
+        super().check(recipe)
+        if self.variant == "bat" and recipe.quantization is not None:
+            raise MethodError(
+                "method.variant=bat multiplies the base's weights, which "
+                f"quantization.kind={recipe.quantization.kind} has rounded; use variant=balance"
+            )
+
+    def config(self, loaded: LoadedModel) -> Any:
+        """peft's MissConfig."""
+        from peft import MissConfig
+
+        return MissConfig(
+            **self.shared(loaded),
+            r=self.rank,
+            miss_dropout=self.dropout,
+            mini_r=self.mini_rank,
+            init_weights=True if self.variant == "balance" else self.variant,
+        )
