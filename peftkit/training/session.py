@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.recipe import Recipe
 from peftkit.training import sharding
+from peftkit.training.memory import bound_kernel_cache
 from peftkit.training.watch import Watch, address
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def open_session(recipe: Recipe) -> Session:
     sharding.check(accelerator)
     threads = recipe.training.threads or max(1, cores() // local_processes())
     torch.set_num_threads(threads)
+    bound_kernel_cache()
     set_seed(recipe.training.seed)
     session = Session(accelerator, dtype, threads)
     sharded = bool(getattr(accelerator, "is_fsdp2", False))

@@ -1,0 +1,38 @@
+"""Host memory that steps of ragged shapes pile up: kernels kept for every shape, and holes in the heap.
+
+On a CPU every new (rows, tokens) has oneDNN make and keep kernels of its own, a thousand by default, and glibc keeps
+freed blocks between those in use. Over a few hundred steps both double a run's resident memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+
+KERNELS = 128
+"""Kernels that oneDNN keeps: several passes' worth; those of one shape are used again in every layer."""
+STEPS = 8
+"""Optimizer steps between two returns of free memory: often enough to keep the peak, too rarely to cost time."""
+
+
+def bound_kernel_cache() -> None:
+    """Bounds oneDNN's cache, which reads this setting when it makes its first kernel; a user's own stays."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+
+
+def give_back(step: int) -> None:
+    """Returns the heap's free pages to the system after every ``STEPS`` steps; does nothing without glibc."""
+    if step % STEPS == 0:
+        trim = _malloc_trim()
+        if trim is not None:
+            trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return None
