@@ -46,7 +46,7 @@ def flops_per_token(loop: Loop) -> float:
 
     split = loop.train_split
     order = np.argsort(np.abs(split.lengths - split.lengths.mean()), kind="stable")
-    rows = order[: min(len(order), loop.stepper.micro_batch or 4, 4)]
+    rows = loop.stepper.share(order[: min(len(order), 4)])[0].rows  # no larger than a pass of training
     batch = loop.stepper.batch(rows)
     loop.module.train()
     with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
