@@ -8,7 +8,7 @@ text would push them apart).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -84,7 +84,7 @@ def check_keys_and_values(kind: str, config: PreTrainedConfig) -> None:
 
     if type(config) not in AutoModel._model_mapping:
         return
-    backbone = AutoModel._model_mapping[type(config)]
+    backbone: Any = AutoModel._model_mapping[type(config)]
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise MethodError(
             f"method.kind={kind} puts keys and values before every layer's own, which {config.model_type} does not "
