@@ -80,12 +80,12 @@ class LoadedRun:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that can be switched between; "default" is the run's own."""
-        return tuple(getattr(self.model, "peft_config", ()))
+        return switching.names(self.model)
 
     @property
     def adapter(self) -> str | None:
         """The adapter in use; None where the method trained the base itself."""
-        return self.model.active_adapter if self.adapters else None
+        return switching.active(self.model)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -196,9 +196,7 @@ class LoadedRun:
 
     def use_adapter(self, name: str) -> None:
         """Predicts and writes with that adapter from now on; raises RunError when none has that name."""
-        switching.check_known(name, self.adapters)
-        self.model.set_adapter(name)
-        self.model.requires_grad_(False)
+        switching.use(self.model, name)
 
     @contextmanager
     def base(self) -> Iterator[LoadedRun]:
@@ -209,11 +207,8 @@ class LoadedRun:
         """
         if not self.adapters:
             raise RunError(f"{self.path}: method '{self.about.method}' trained the base itself; there is no adapter")
-        try:
-            with self.model.disable_adapter():
-                yield self
-        finally:
-            self.model.requires_grad_(False)
+        with switching.disabled(self.model):
+            yield self
 
     @property
     def _recipe(self) -> Recipe:

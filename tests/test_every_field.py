@@ -15,6 +15,7 @@ WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
 CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_properties.py::"
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
+BOTTLENECK = "methods/test_bottleneck.py::"
 GENERATION, LANGUAGE = "evaluation/test_generation.py::", "test_run_language.py::"
 
 METHOD_FIELDS = "methods/test_methods_in_training.py::"
@@ -43,6 +44,14 @@ TESTS = {
     "method[lora].init_lora_weights": LORA + "test_starts",
     "method[lora].rank_pattern": LORA + "test_rank_alpha_and_scaling",
     "method[lora].alpha_pattern": LORA + "test_rank_alpha_and_scaling",
+    "method[bottleneck].variant": BOTTLENECK + "test_llama_written_out",
+    "method[bottleneck].reduction_factor": BOTTLENECK + "test_size_and_reduction_factor_give_the_width",
+    "method[bottleneck].size": BOTTLENECK + "test_size_and_reduction_factor_give_the_width",
+    "method[bottleneck].nonlinearity": BOTTLENECK + "test_nonlinearity_scaling_and_dropout_shape_the_output",
+    "method[bottleneck].dropout": BOTTLENECK + "test_nonlinearity_scaling_and_dropout_shape_the_output",
+    "method[bottleneck].scaling": BOTTLENECK + "test_nonlinearity_scaling_and_dropout_shape_the_output",
+    "method[bottleneck].init": BOTTLENECK + "test_init_normal_is_near_the_base_but_not_it",
+    "method[bottleneck].layers": BOTTLENECK + "test_layers_choose_blocks",
     "method[top_k].k": "methods/test_frozen_top_k_full.py::test_top_k_trains_the_last_blocks_and_what_is_above",
     "task": INSTRUCTION + "test_every_format_is_read_as_the_same_messages",
     "task[classification].problem_type": CLASSIFICATION + "test_whole_numbers_are_a_regression_when_the_recipe_says_so",

@@ -2,7 +2,8 @@
 
     python -I _verify.py FOLDER    # holding job.json and inputs.safetensors
 
-Nothing of peftkit is imported: what this file can do, any reader of the model card can do.
+Nothing of peftkit is imported: what this file can do, any reader of the model card can do. Bottleneck adapters alone,
+of which peft knows nothing, are put on the base by peftkit.
 """
 
 import json
@@ -21,8 +22,6 @@ def load(job):
     auto = getattr(transformers, job["auto_class"])
     if job["saves"] == "model":
         return auto.from_pretrained(job["folder"], dtype=dtype)
-    from peft import PeftModel
-
     arguments = {"config": transformers.AutoConfig.from_pretrained(job["folder"])}
     if job["revision"]:
         arguments["revision"] = job["revision"]
@@ -35,6 +34,16 @@ def load(job):
             module.float()  # heads were trained in fp32; in half precision they would be rounded on loading
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # the same kernels as in training
+    kind = json.loads((Path(job["folder"]) / "adapter_config.json").read_text(encoding="utf-8")).get("type")
+    if kind == "bitfit":
+        base.load_state_dict(load_file(Path(job["folder"]) / "adapter_model.safetensors"), strict=False, assign=True)
+        return base
+    if kind == "bottleneck":
+        from peftkit.export.delta import put_on
+
+        return put_on(base, Path(job["folder"]))
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(base, job["folder"])
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ExportError
-from peftkit.export import card, description
+from peftkit.export import card, delta, description
 from peftkit.export.description import Description
 from peftkit.models import policy
 from peftkit.parts import LoadedModel
@@ -100,6 +100,9 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def _save_adapter(folder: Path, loaded: LoadedModel, about: Description) -> None:
+    if not hasattr(loaded.model, "peft_config"):
+        delta.save(folder, loaded.model, about.method, about.base, about.revision)
+        return
     for config in loaded.model.peft_config.values():
         config.base_model_name_or_path = about.base
         config.revision = about.revision

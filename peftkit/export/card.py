@@ -28,11 +28,8 @@ TEMPLATE = """\
 {{ opening }}
 
 ## Use
-{% if about.saves == "adapter" %}
-With peft and transformers alone{{ local_base }}:
-{%- else %}
-With transformers alone:
-{%- endif %}
+
+With {{ reader }}{{ local_base }}:
 
 ```python
 {{ code }}
@@ -62,7 +59,7 @@ No figures were recorded.
 {% endif %}
 ## Proof
 {% if proof -%}
-In a fresh process, plain {{ "peft and transformers" if about.saves == "adapter" else "transformers" }} loaded this \
+In a fresh process, {{ loaded_by }} loaded this \
 folder and gave the logits of the trained model on {{ proof.rows }} rows ({{ proof.logits }} logits, \
 {{ proof.dtype }}, {{ proof.device }}). The largest difference was {{ "%.2g" | format(proof.relative) }} of the \
 logits' standard deviation, where {{ "%g" | format(proof.tolerance) }} was allowed, and the likeliest answer was the \
@@ -93,10 +90,12 @@ def render(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[st
         code=code(about),
         columns=columns,
         limits=_limits(about, recipe),
-        local_base=" (the base lies where it was trained)" if Path(about.base).is_absolute() else "",
+        loaded_by=_reader(about).replace(" alone", ""),
+        local_base=" (the base lies where it was trained)" if _is_local(about) else "",
         metadata=_metadata(about),
         opening=_opening(about, recipe),
         proof=proof.read(folder),
+        reader=_reader(about),
         results=results,
         training=_training(about, recipe),
     )
@@ -104,17 +103,20 @@ def render(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[st
 
 def code(about: Description) -> str:
     """Python that loads the export without peftkit and gives logits, pooling included."""
+    if _reader(about) == "peftkit":
+        return _peftkit_code(about)
     auto = about.auto_class
     names = ["AutoTokenizer", auto] + (["AutoConfig"] if about.saves == "adapter" else [])
     lines = ["import torch", f"from transformers import {', '.join(sorted(names))}", ""]
     if about.saves == "adapter":
-        lines.insert(1, "from peft import PeftModel")
+        biases = about.method == "bitfit"
+        lines.insert(1, "from safetensors.torch import load_file" if biases else "from peft import PeftModel")
         revision = f", revision={about.revision!r}" if about.revision else ""
         lines += [
             'folder = "path/to/this/folder"',
             "config = AutoConfig.from_pretrained(folder)",
             f"base = {auto}.from_pretrained({about.base!r}{revision}, config=config, dtype=torch.float32)",
-            "model = PeftModel.from_pretrained(base, folder).eval()",
+            *(_bias_code() if biases else ["model = PeftModel.from_pretrained(base, folder).eval()"]),
         ]
     else:
         lines += [
@@ -123,6 +125,36 @@ def code(about: Description) -> str:
         ]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
     return "\n".join(lines + (_generation_code() if not about.heads else _classifier_code(about)))
+
+
+def _reader(about: Description) -> str:
+    """What the lines under "Use" need: peft has no format for bottleneck adapters, and biases need none."""
+    if about.saves == "adapter" and about.method == "bottleneck":
+        return "peftkit"
+    if about.saves == "adapter" and about.method != "bitfit":
+        return "peft and transformers alone"
+    return "transformers alone"
+
+
+def _is_local(about: Description) -> bool:
+    return about.saves == "adapter" and Path(about.base).is_absolute()
+
+
+def _peftkit_code(about: Description) -> str:
+    use = (
+        ['for one in model.predict(["a text", "another text"]):', "    print(one.label, one.probability)"]
+        if about.heads
+        else ['print(model.generate("Once upon a time", max_new_tokens=64)[0])']
+    )
+    load = ["import peftkit", "", 'model = peftkit.load("path/to/this/folder")  # model.model is the torch module']
+    return "\n".join(load + use)
+
+
+def _bias_code() -> list[str]:
+    return [
+        'base.load_state_dict(load_file(f"{folder}/adapter_model.safetensors"), strict=False)  # biases and head',
+        "model = base.eval()",
+    ]
 
 
 def _generation_code() -> list[str]:
@@ -163,7 +195,7 @@ def _answer(problem_type: str) -> str:
 def _metadata(about: Description) -> str:
     """The hub's front matter; JSON is YAML, and leaves nothing to quote by hand."""
     values: dict[str, Any] = {
-        "library_name": "peft" if about.saves == "adapter" else "transformers",
+        "library_name": _reader(about).split()[0],
         "pipeline_tag": PIPELINE["causal_lm" if about.info.problem_type == "causal_lm" else "classification"],
         "tags": ["peftkit", about.method],
     }
@@ -236,5 +268,9 @@ def _limits(about: Description, recipe: Recipe) -> list[str]:
             "a little."
         )
     if about.saves == "adapter":
-        limits.append("It fits the one base named above: on any other, peft may load it without a word and be wrong.")
+        reader = _reader(about).split()[0]
+        otherwise = f"on any other, {reader} may load it without a word and be wrong"
+        limits.append(
+            f"It fits the one base named above: {'any other is refused' if reader == 'peftkit' else otherwise}."
+        )
     return limits

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from peftkit.errors import ModelError, RunError
-from peftkit.export import description
+from peftkit.export import delta, description
 from peftkit.export.description import Description
 from peftkit.models import policy
 from peftkit.models.loading import load_base, settle_dtypes
@@ -79,8 +79,14 @@ def load_exported(
     if about.saves == "adapter":
         _check_base(loaded, about)
         names = check_head(folder / ADAPTER_WEIGHTS, about)
-        loaded.model = _with_adapter(loaded.model, folder, names)
-        mark_adapter(loaded.model, "default")
+        if delta.is_delta(folder):
+            check_adapter_config(folder)
+            delta.put_on(loaded.model.requires_grad_(False), folder)
+            for name in names:
+                loaded.model.get_parameter(name).requires_grad_(True)
+        else:
+            loaded.model = _with_adapter(loaded.model, folder, names)
+            mark_adapter(loaded.model, "default")
     else:
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
     settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))

@@ -16,6 +16,7 @@ import torch
 from peftkit.errors import ExportError, MethodError
 from peftkit.export import card, description
 from peftkit.export.adapter import staged
+from peftkit.models.delta import deltas_of
 from peftkit.recipe import Recipe
 
 SAMPLE = "The quick brown fox jumps over the lazy dog."
@@ -39,7 +40,7 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
     model, tokenizer = _load_fp32(adapter)
     batch, before = _outputs(model, tokenizer, about)
     try:
-        merged = _with_heads(model.merge_and_unload())
+        merged = model if deltas_of(model) else _with_heads(model.merge_and_unload())
     except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
         raise MethodError(f"{adapter}: method '{about.method}' cannot be merged into the base ({error})") from error
     with staged(target) as stage:

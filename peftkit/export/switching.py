@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ModelError, RunError, did_you_mean
-from peftkit.export import description
+from peftkit.export import delta, description
 from peftkit.export.description import Description
 from peftkit.export.loading import (
     ADAPTER_WEIGHTS,
@@ -26,6 +27,7 @@ from peftkit.export.loading import (
     find_export,
     refuse_pickles,
 )
+from peftkit.models.delta import deltas_of
 from peftkit.models.tokenizer import tokenizer_in
 from peftkit.recipe import Recipe
 
@@ -92,6 +94,10 @@ def attach(model: Any, added: AddedAdapter) -> None:
     """
     from peft.utils import ModulesToSaveWrapper
 
+    if deltas_of(model) is not None:
+        check_head(added.folder / ADAPTER_WEIGHTS, added.about)
+        delta.put_on(model, added.folder, added.name)
+        return
     _check_free(model, added.name)
     names = check_head(added.folder / ADAPTER_WEIGHTS, added.about)
     device = str(next(model.parameters()).device)
@@ -110,6 +116,50 @@ def attach(model: Any, added: AddedAdapter) -> None:
             raise
         raise ModelError(f"{added.folder}: the adapter does not fit: {str(error).splitlines()[0]}") from error
     model.requires_grad_(False).eval()
+
+
+def names(model: Any) -> tuple[str, ...]:
+    """Names of the adapters on a model; none where the method trained the base itself."""
+    deltas = deltas_of(model)
+    return deltas.names if deltas is not None else tuple(getattr(model, "peft_config", ()))
+
+
+def active(model: Any) -> str | None:
+    """Name of the adapter in use."""
+    deltas = deltas_of(model)
+    if deltas is not None:
+        return deltas.active
+    return model.active_adapter if names(model) else None
+
+
+def use(model: Any, name: str) -> None:
+    """Switches to an adapter; raises RunError when none has that name."""
+    check_known(name, names(model))
+    deltas = deltas_of(model)
+    if deltas is not None:
+        deltas.use(name)
+    else:
+        model.set_adapter(name)
+    model.requires_grad_(False)
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Within it the base answers, without any adapter."""
+    deltas = deltas_of(model)
+    try:
+        if deltas is None:
+            with model.disable_adapter():
+                yield
+        else:
+            before = deltas.active
+            deltas.use(None)
+            try:
+                yield
+            finally:
+                deltas.use(before)
+    finally:
+        model.requires_grad_(False)
 
 
 def _check_fits(folder: Path, about: Description, first: Description) -> None:

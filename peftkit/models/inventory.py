@@ -46,6 +46,8 @@ def _part(name: str) -> str:
     steps = name.split(".")
     mark = next((" (lora)" for step in steps if step.startswith(ADAPTER_MARKS)), "")
     dropped = {"base_model", "model", "modules_to_save", "default", "base_layer"}
+    if "bottleneck_adapters" in steps:
+        mark = " (bottleneck)"
     if "original_module" in steps:
         mark = " (replaced, kept frozen)"
     path: list[str] = []

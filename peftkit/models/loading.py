@@ -131,12 +131,18 @@ def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo) 
 
 
 def settle_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Frozen floating-point weights in ``dtype``, trainable ones in fp32; quantized weights stay as they are."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-        elif parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.to(dtype)
+    """Frozen floating-point weights in ``dtype``, trainable ones in fp32; quantized weights stay as they are.
+
+    A norm of which a part is trained is fp32 as a whole: it computes in one precision.
+    """
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        widened = any(one.requires_grad for one in own) and all(one.ndim <= 1 for one in own)
+        for parameter in own:
+            if parameter.requires_grad or (widened and parameter.is_floating_point()):
+                parameter.data = parameter.data.float()
+            elif parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _configure(recipe: Recipe, info: TaskInfo, tokenizer: Any, folder: Path) -> PreTrainedConfig:

@@ -39,6 +39,7 @@ LEARNS_DIFFERENTLY = {
     "learning_rate": {"learning_rate": 2e-3},
     "optimizer": {"optimizer": "sgd"},
     "optimizer: adafactor": {"optimizer": "adafactor"},
+    "optimizer: adamw_8bit": {"optimizer": "adamw_8bit"},
     "betas": {"betas": (0.8, 0.9)},
     "eps": {"eps": 1e-2},
     "weight_decay": {"weight_decay": 0.5},
@@ -61,7 +62,7 @@ def test_every_field_of_learning_changes_the_trained_weights(quick):
     assert same == []
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd", "adafactor"])
 def test_every_optimizer_resumes_to_the_same_bytes(quick, monkeypatch, name):
     from peftkit.training.stopping import StopRequest
 
