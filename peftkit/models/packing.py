@@ -137,7 +137,7 @@ def _try(model: Any) -> Abilities:
 
 def learned_tokens(model: Any) -> int:
     """Vectors that a prompt method puts before every row, as tokens or as keys and values; 0 for all other methods."""
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 

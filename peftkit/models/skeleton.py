@@ -78,7 +78,8 @@ def move_to_fake(model: torch.nn.Module) -> None:
         return moved[id(tensor)]
 
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tables:
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = move(tensor)

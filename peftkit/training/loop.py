@@ -25,6 +25,7 @@ from peftkit.recipe import Recipe
 from peftkit.training import automatic, checkpoints, sharding
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.log import RunLog
+from peftkit.training.memory import give_back
 from peftkit.training.optimization import (
     build_optimizer,
     build_scheduler,
@@ -148,6 +149,7 @@ class Loop:
         state.rows, state.tokens = state.rows + result.rows, state.tokens + result.tokens
         seconds = time.perf_counter() - started
         state.seconds += seconds
+        give_back(state.step)
         if not result.finite:
             self._not_finite(batch, result)
         self._flag_spike(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,9 +105,9 @@ class Stepper:
         self.tell: Callable[[str], None] = lambda _: None
         """Told when they do."""
 
-    @property
+    @functools.cached_property
     def model(self) -> Any:
-        """The model itself, as the method made it."""
+        """The model itself, as the method made it; unwrapped once, for Accelerate looks through all of it each time."""
         return self.session.accelerator.unwrap_model(self.module).model
 
     def run(self, batch: np.ndarray, step: int) -> StepResult:
