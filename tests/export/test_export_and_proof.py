@@ -146,6 +146,9 @@ def test_description_round_trips(tmp_path):
     (folder / description.FILE).write_text("{")
     with pytest.raises(RunError, match="expected JSON"):
         description.read(folder)
+    (folder / description.FILE).write_text("{}")
+    with pytest.raises(RunError, match="not as peftkit writes it"):
+        description.read(folder)
 
 
 @pytest.mark.parametrize("maker", [tiny.tiny_bert, tiny.tiny_gpt2])
