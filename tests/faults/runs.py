@@ -163,11 +163,15 @@ def fork_ranks(work: Callable[[int], Any], said: Path, world_size: int = 2) -> l
 
     def ranked(rank: int) -> Callable[[], Any]:
         def place() -> None:
+            from accelerate.state import AcceleratorState
+
             os.environ |= {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
             }  # fmt: skip
+            # an earlier test of this process may have told Accelerate that it is alone
+            AcceleratorState._reset_state(reset_partial_state=True)
             work(rank)
 
         return place
