@@ -172,7 +172,8 @@ class TrainingConfig(Part):
     """Padded tokens in one forward pass, in training and evaluation; None takes 1,024 on a CPU, where more is no
     faster, and 32,768 elsewhere. Gradients do not depend on it."""
     batching: Literal["length", "random"] = "length"
-    """length: batches of rows of like length (little padding), shuffled; random: plain shuffling."""
+    """length: batches of rows of like length (little padding), shuffled; random: plain shuffling, for answers to
+    instructions, whose tokens would weigh more in a batch of short ones. Passes within a batch go by length anyway."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; None takes the method's default."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd", "adafactor"] = "adamw"

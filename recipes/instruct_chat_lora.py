@@ -27,7 +27,7 @@ def instruct_chat_lora() -> Recipe:
             "test_size": 0.1,
             "cleaning": {"empty": "drop"},
         },
-        training={"epochs": 1, "batch_size": 16, "learning_rate": 5e-4, "scheduler": "cosine"},
+        training={"epochs": 1, "batching": "random", "batch_size": 16, "learning_rate": 5e-4, "scheduler": "cosine"},
         evaluation={"generation": {"samples": 8, "max_new_tokens": 128}},
     )
 

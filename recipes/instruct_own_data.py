@@ -25,7 +25,7 @@ def instruct_own_data() -> Recipe:
         method={"kind": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear"},
         task={"kind": "instruction"},
         data={"source": "my.jsonl", "format": "auto", "max_length": 512, "validation_size": 0.1, "test_size": 0.1},
-        training={"epochs": 2, "batch_size": 16, "learning_rate": 5e-4, "scheduler": "cosine"},
+        training={"epochs": 2, "batching": "random", "batch_size": 16, "learning_rate": 5e-4, "scheduler": "cosine"},
         evaluation={"generation": {"samples": 8, "max_new_tokens": 128}},
     )
 
