@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peftkit.data.batching import padding_share, plan
+from peftkit.data.batching import padding_share, pass_tokens, plan, share
 from peftkit.models.inventory import trainable_table
 from peftkit.recipe import Recipe
 from peftkit.reporting import html, tables
@@ -34,7 +34,7 @@ class Speaker:
             "summary": summary(recipe),
             "where": session.describe(),
             "data": prepared.fingerprint,
-            "splits": split_rows(encoded, recipe),
+            "splits": split_rows(encoded, recipe, session.device.type),
             "cleaning": [asdict(step) for step in prepared.steps if step.rows],
             "trainable": [asdict(part) for part in trainable_table(loaded.model)],
             "notes": [*session.notes, *loaded.notes],
@@ -78,8 +78,8 @@ def summary(recipe: Recipe) -> str:
     return f"{recipe.method.kind} on {recipe.model.source}{held}, {recipe.task.kind} of {source}"
 
 
-def split_rows(encoded: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """One line a split: examples, tokens, the longest, what is cut off, and the padding of its batches."""
+def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]]:
+    """One line a split: examples, tokens, the longest, what is cut off, and the padding of one process's passes."""
     rows = []
     for name, split in encoded.splits.items():
         cut = split.examples["truncated"] if "truncated" in split.examples.column_names else []
@@ -93,7 +93,13 @@ def split_rows(encoded: Any, recipe: Recipe) -> list[dict[str, Any]]:
         }
         if name == "train":
             batches = plan(split.lengths, recipe.training, 0)
-            row["padding"] = f"{padding_share(split.lengths, batches):.1%} in {len(batches)} batches"
+            bounds = {
+                "micro_batch": recipe.training.micro_batch if isinstance(recipe.training.micro_batch, int) else None,
+                "micro_tokens": pass_tokens(recipe.training, device),
+            }
+            pieces = [share(batch, split.lengths, rank=0, world_size=1, **bounds) for batch in batches]
+            passes = [piece.rows for batch in pieces for piece in batch]
+            row["padding"] = f"{padding_share(split.lengths, passes):.1%} in {len(batches)} batches"
         rows.append(row)
     return rows
 
