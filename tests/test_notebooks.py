@@ -74,4 +74,4 @@ def test_a_notebook_is_committed_with_what_it_printed_and_no_path_of_a_machine(p
     assert len(images(notebook)) >= 1
     printed = json.dumps([cell.outputs for cell in code])
     assert "Traceback" not in printed
-    assert not [prefix for prefix in ("/root/", "/home/", "/tmp/", "/Users/") if prefix in printed]
+    assert not [prefix for prefix in ("/root/", "/home/", "/tmp/", "/Users/", "/work/") if prefix in printed]
