@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import results
-from peftkit.data.pipeline import encode, prepare
+from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
 from peftkit.errors import Interrupted, UserError
 from peftkit.export.adapter import export_run
 from peftkit.models import policy
@@ -32,6 +32,9 @@ from peftkit.training.guard import guarded
 from peftkit.training.loop import Loop, Watch
 from peftkit.training.session import Session, open_session
 from peftkit.training.step import TaskModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -89,43 +92,21 @@ def train(
     policy.quiet()
     session = open_session(recipe)
     with guarded(session):
-        with session.accelerator.main_process_first():  # the others then read its caches
-            tokenizer = load_tokenizer(recipe.model)
-            prepared = prepare(recipe)
-            encoded = encode(prepared, tokenizer, recipe)
-            loaded = build(recipe, prepared.info, tokenizer, session.device)
-            if not_packable(recipe, loaded):
-                recipe = replace(recipe, task={"packing": False})
-                encoded = encode(prepared, tokenizer, recipe)
-        with session.accelerator.autocast():
-            recipe.method.initialize(loaded, FirstBatches(encoded.splits["train"], tokenizer, session))
+        recipe, tokenizer, prepared, encoded, loaded = _data_and_model(recipe, session)
         module = TaskModule(loaded, recipe.task, prepared.info)
         frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
         loaded.notes += [frozen.note] if frozen.note else []
         say = run_report.speaker(session, quiet=quiet)
         about = say.start(recipe, session, prepared, encoded, loaded)
 
-        path = (
-            session.main_only(lambda: folders.find_run(recipe, resume))
-            if resume
-            else folders.new_folder(recipe, session)
-        )
+        path = _folder(recipe, session, resume)
         session.folder = path
         marks = folders.fingerprints(
             recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
             world_size=session.world_size,
         )  # fmt: skip
-        loop = Loop(
-            recipe,
-            session,
-            module,
-            tokenizer,
-            frozen.carry_out(final=final),
-            path,
-            marks,
-            watch,
-            prepared.splits["train"],
-        )
+        rows = frozen.carry_out(final=final)
+        loop = Loop(recipe, session, module, tokenizer, rows, path, marks, watch, prepared.splits["train"])
         with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
             checkpoint = _go_on_from(path, marks, allow, session, say) if resume else None
             folders.describe_run(path, recipe, prepared.info, session)
@@ -145,6 +126,30 @@ def train(
             session.accelerator.end_training()
     say.end(path, recipe, found)
     return Run(path, recipe)
+
+
+def _data_and_model(
+    recipe: Recipe, session: Session
+) -> tuple[Recipe, PreTrainedTokenizerBase, PreparedData, EncodedData, LoadedModel]:
+    """What is learned from and what learns; without packing, where the model could not keep packed rows apart."""
+    with session.accelerator.main_process_first():  # the others then read its caches
+        tokenizer = load_tokenizer(recipe.model)
+        prepared = prepare(recipe)
+        encoded = encode(prepared, tokenizer, recipe)
+        loaded = build(recipe, prepared.info, tokenizer, session.device)
+        if not_packable(recipe, loaded):
+            recipe = replace(recipe, task={"packing": False})
+            encoded = encode(prepared, tokenizer, recipe)
+    with session.accelerator.autocast():
+        recipe.method.initialize(loaded, FirstBatches(encoded.splits["train"], tokenizer, session))
+    return recipe, tokenizer, prepared, encoded, loaded
+
+
+def _folder(recipe: Recipe, session: Session, resume: str | Path | bool | None) -> Path:
+    """The folder of the run to go on with, or a new one."""
+    if resume:
+        return session.main_only(lambda: folders.find_run(recipe, resume))
+    return folders.new_folder(recipe, session)
 
 
 def _whole(loaded: LoadedModel, loop: Loop, make: Callable[[], LoadedModel]) -> LoadedModel:
