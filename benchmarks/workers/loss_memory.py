@@ -1,0 +1,47 @@
+"""Memory that a language model's loss takes, forward and backward, beyond the model; prints one JSON line.
+
+python benchmarks/workers/loss_memory.py --tokens 512 --vocabulary 49152 [--plain]
+
+A model of one narrow block with random weights, so that the logits are what is wide; frozen but for one layer.
+``--plain`` takes transformers' own loss over whole logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+
+import torch
+
+
+def main() -> None:
+    """Forms the loss and its gradient twice and tells by how much the resident set's peak grew."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--vocabulary", type=int, required=True)
+    parser.add_argument("--plain", action="store_true")
+    args = parser.parse_args()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peftkit.models import lm_head
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocabulary, tie_word_embeddings=True, **shape))
+    model.requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.requires_grad_(True)
+    ids = torch.randint(0, args.vocabulary, (1, args.tokens))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    lm_head.loss(model, {name: value[:, :8] for name, value in batch.items()}).backward()  # loads what is loaded late
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    loss = model(**batch).loss if args.plain else lm_head.loss(model, batch)
+    loss.backward()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"loss_memory_mb": grown / 1024, "seconds": time.perf_counter() - started}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""peftkit's predictions for a file of text,label with a finished run; prints one JSON line.
+
+python benchmarks/workers/peftkit_predict.py --run FOLDER --data FILE.csv --reference FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+
+START = time.perf_counter()
+
+
+def main() -> None:
+    """Loads, predicts, and prints what was measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--reference", required=True, help="labels that another contestant gave, to agree with")
+    args = parser.parse_args()
+    from pipeline_predict import figures, rows_of
+
+    import peftkit
+
+    if threads := os.environ.get("BENCH_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads))
+    texts, gold = rows_of(args.data)
+    model = peftkit.load(args.run)
+    loaded = time.perf_counter()
+    found = [str(prediction.label) for prediction in model.predict(texts)]
+    done = time.perf_counter()
+    with open(args.reference, encoding="utf-8") as file:
+        reference = json.load(file)
+    print(json.dumps(figures(found, gold, reference, loaded - START, done - loaded)))
+
+
+if __name__ == "__main__":
+    main()
