@@ -29,8 +29,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 DATA ?= ag_news
-bench: $(STAMP)  ## side by side with transformers' Trainer + peft on DATA (a folder of train.csv and test.csv: text,label)
-	$(BIN)/python benchmarks/encoder_lora.py --data $(DATA)
+INSTRUCTIONS ?= alpaca
+SHARE ?= 1
+bench: $(STAMP)  ## beside every peer, hours: DATA=(train.csv, test.csv: text,label) INSTRUCTIONS=(train.jsonl, test.jsonl) SHARE=0.1 ARGS="--repeats 2 --only startup"
+	$(BIN)/python benchmarks/run_all.py --data $(DATA) --instructions $(INSTRUCTIONS) --share $(SHARE) $(ARGS)
 
 faults: $(STAMP)  ## every fault injected and counted, about an hour on two cores; ARGS="--share 0.1" or "--only damaged"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(ARGS)

@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = shared(args.rows, args.share)
     with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as work:
-        data = lay_out(args.data, Path(work) / "rows", rows)
+        data = lay_out(args.data, Path(work) / "rows", rows, share=args.share)
         peer = [
             python_of("adapters"), str(WORKERS / "adapters_bottleneck.py"), "--data", str(data), "--model", minilm(),
             "--epochs", str(args.epochs),

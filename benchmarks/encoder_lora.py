@@ -28,7 +28,7 @@ def main() -> None:
     rows = shared(args.rows, args.share)
     targets = args.targets if args.targets == "all-linear" else f"[{args.targets}]"
     with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as work:
-        data = lay_out(args.data, Path(work) / "rows", rows)
+        data = lay_out(args.data, Path(work) / "rows", rows, share=args.share)
         peer = [
             sys.executable, str(WORKERS / "trainer_classifier.py"), "--data", str(data), "--model", minilm(),
             "--epochs", str(args.epochs), "--targets", args.targets,

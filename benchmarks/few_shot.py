@@ -9,7 +9,6 @@ peftkit's recipe is ``few_shot`` of this file; ``peftkit, head only`` trains a h
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import processes
 from environments import python_of
-from harness import ENVIRONMENT, WORKERS, keep, machine, minilm, options, show, table_rows
+from harness import ENVIRONMENT, WORKERS, keep, machine, minilm, options, show, table_rows, write_rows
 
 FEW_SHOT: list[str] = []
 """Overrides of the recipe that learns most from a few rows."""
@@ -32,11 +31,8 @@ def draw(data: Path, folder: Path, per_class: int, seed: int, test: int | None =
     by_class = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
     train = [row for held in by_class.values() for row in chosen.sample(held, per_class)]
     folder.mkdir(parents=True)
-    for name, part in (("train", train), ("test", table_rows(data / "test.csv")[:test])):
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["text", "label"])
-            writer.writeheader()
-            writer.writerows(part)
+    write_rows(folder / "train.csv", train)
+    write_rows(folder / "test.csv", table_rows(data / "test.csv")[:test])
     return folder
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = shared(args.rows, args.share)
     with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as work:
-        data = lay_out(args.data, Path(work) / "rows", rows)
+        data = lay_out(args.data, Path(work) / "rows", rows, share=args.share)
         peer = [
             sys.executable, str(WORKERS / "trainer_classifier.py"), "--data", str(data), "--model", minilm(),
             "--frozen", "--epochs", str(args.epochs), "--learning-rate", args.learning_rate,

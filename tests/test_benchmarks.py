@@ -1,0 +1,129 @@
+"""What the comparisons stand on: processes timed, rows shared out, figures summed up and shown; no peer is run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch, tmp_path):
+    """benchmarks/ on the path, and its results elsewhere."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+    import table
+
+    for module in (harness, table):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+
+
+def test_a_process_is_timed_and_its_children_s_memory_counted():
+    import processes
+
+    child = "import time; held = bytearray(200 * 2**20); held[::4096] = held[::4096]; time.sleep(0.6)"
+    done = processes.run(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
+    )
+    assert done.code == 0
+    assert 0.6 < done.seconds < 60
+    assert 0.19 < done.peak_rss_gb < 0.4
+
+
+def test_a_process_is_ended_once_it_has_said_what_was_waited_for():
+    import processes
+
+    started = time.perf_counter()
+    command = [sys.executable, "-uc", "import time; print('step 1/2'); time.sleep(120)"]
+    done = processes.run(command, until=lambda said: "step 1/" in said)
+    assert (done.code, done.output) == (0, "step 1/2\n")
+    assert done.seconds < time.perf_counter() - started < 60
+
+
+def test_a_process_that_never_says_it_is_told_apart_by_its_output():
+    import processes
+
+    done = processes.run([sys.executable, "-c", "raise SystemExit(3)"], until=lambda said: "step 1/" in said)
+    assert done.code == 3
+
+
+def test_contestants_take_turns_and_what_was_measured_stays():
+    import harness
+
+    seen: list[dict[str, int]] = []
+    worker = "import json; print('noise'); print(json.dumps({'rows_per_second': %d, 'adapter': 'x'}))"
+    contestants = {name: [sys.executable, "-c", worker % rate] for name, rate in (("peftkit", 8), ("other", 2))}
+    figures = harness.run_in_turn(
+        contestants, 2, keep=lambda found: seen.append({name: len(runs) for name, runs in found.items()})
+    )
+    assert seen == [
+        {"peftkit": 1, "other": 0},
+        {"peftkit": 1, "other": 1},
+        {"peftkit": 2, "other": 1},
+        {"peftkit": 2, "other": 2},
+    ]
+    assert figures["other"][0]["rows_per_second"] == 2
+    assert figures["other"][0]["wall_seconds"] > 0
+    assert "adapter" not in figures["other"][0]
+
+
+def test_a_contestant_that_fails_is_named_with_its_errors():
+    import harness
+
+    with pytest.raises(SystemExit, match=r"(?s)broken failed \(1\).*no such thing"):
+        harness.run_in_turn({"broken": [sys.executable, "-c", "raise ValueError('no such thing')"]}, 1)
+
+
+def test_no_row_is_in_two_splits_and_all_see_the_same(tmp_path):
+    import harness
+
+    for name, count in (("train", 50), ("test", 40)):
+        harness.write_rows(
+            tmp_path / f"{name}.csv", [{"text": f"{name} {n}", "label": str(n % 2)} for n in range(count)]
+        )
+    laid = [harness.lay_out(tmp_path, tmp_path / folder, 20, validation=4) for folder in ("one", "two")]
+    splits = {name: harness.table_rows(laid[0] / f"{name}.csv") for name in ("train", "validation", "test")}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 20, "validation": 4, "test": 36}
+    texts = [row["text"] for rows in splits.values() for row in rows]
+    assert len(set(texts)) == len(texts)
+    assert all((laid[0] / f"{name}.csv").read_bytes() == (laid[1] / f"{name}.csv").read_bytes() for name in splits)
+
+
+def test_the_page_tells_how_many_times_as_fast():
+    import harness
+    import table
+
+    figures = {
+        "peftkit": [{"wall_seconds": 10.0}, {"wall_seconds": 14.0}, {"wall_seconds": 12.0}],
+        "peftkit, second run": [{"wall_seconds": 3.0}],
+        "peer": [{"wall_seconds": 48.0, "unknown": 1.0}],
+    }
+    harness.keep("made", "some work", figures, "wall_seconds")
+    table.main()
+    page = (harness.RESULTS / "README.md").read_text(encoding="utf-8")
+    assert "| peftkit | 12 [10, 14] | – |" in page
+    assert "| peer | 48 | 4.00 x as fast (second run 16.00 x) |" in page
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1, 1.0), (0, 0.0), (2, 2.0)])
+def test_the_slope_of_a_power_is_its_exponent(power, expected):
+    import growth
+
+    points = [(x, 3.0 * x**power) for x in (1, 2, 4, 8)]
+    assert growth.slope(points) == pytest.approx(expected)
+
+
+def test_llama_factory_s_recipe_is_plain_yaml(tmp_path):
+    import llamafactory
+    import yaml
+
+    path = llamafactory.write_recipe(tmp_path / "train.jsonl", "model", tmp_path / "lf", max_steps=1)
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert (recipe["learning_rate"], recipe["max_steps"], recipe["cutoff_len"]) == (2e-4, 1, 512)
+    info = json.loads((tmp_path / "lf" / "dataset_info.json").read_text(encoding="utf-8"))
+    assert info["rows"]["columns"]["response"] == "output"
