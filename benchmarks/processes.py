@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -52,13 +54,27 @@ def run(
         )  # fmt: skip
         memory = _Memory(process.pid)
         memory.start()
-        met = _wait(process, lambda: until(_read(out) + _read(err)) if until else False, started + limit)
-        seconds = time.perf_counter() - started
-        if met or process.poll() is None:
-            _end(process)
-        memory.stop()
+        met = False
+        try:
+            with _terminable():
+                met = _wait(process, lambda: until(_read(out) + _read(err)) if until else False, started + limit)
+        finally:  # an interrupted measurement leaves nothing running
+            seconds = time.perf_counter() - started
+            if process.poll() is None:
+                _end(process)
+            memory.stop()
         code = 0 if met else process.returncode
         return Finished(code, _read(out), _read(err), seconds, memory.peak / 2**30)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM ends this process as SIGINT does, by an exception."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait(process: subprocess.Popen[str], met: Callable[[], bool], deadline: float) -> bool:

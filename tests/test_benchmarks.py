@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,19 @@ def test_a_process_that_never_says_it_is_told_apart_by_its_output():
 
     done = processes.run([sys.executable, "-c", "raise SystemExit(3)"], until=lambda said: "step 1/" in said)
     assert done.code == 3
+
+
+def test_nothing_runs_on_when_a_measurement_is_ended(tmp_path):
+    mark = tmp_path / "pid"
+    child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(120)"
+    script = f"import processes, sys; processes.run([sys.executable, '-c', {child!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=BENCHMARKS)
+    deadline = time.monotonic() + 60
+    while not (mark.is_file() and mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{mark.read_text()}").exists()
 
 
 def test_contestants_take_turns_and_what_was_measured_stays():
