@@ -24,7 +24,7 @@ CLASSIFICATION: dict[str, list[str]] = {
     "encoder_lora_last_2": ["encoder_lora.py", "--last-layers", "2", "--epochs", "3"],
     "classify": ["classify.py"],
     "few_shot": ["few_shot.py"],
-    "bottleneck": ["bottleneck.py"],
+    "bottleneck": ["bottleneck_adapters.py"],
     "growth": ["growth.py"],
 }
 INSTRUCTIONS: dict[str, list[str]] = {

