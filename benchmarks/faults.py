@@ -3,6 +3,7 @@
     python benchmarks/faults.py                       # all kinds at their full counts (make faults)
     python benchmarks/faults.py --share 0.1           # a tenth of them
     python benchmarks/faults.py --only damaged ranks  # some kinds; the results of the others stay
+    python benchmarks/faults.py --go-on               # what an interrupted campaign left undone
 
 The faults and what counts as passed stand in tests/faults; the tests run a few of each.
 """
@@ -50,6 +51,7 @@ def kinds() -> dict[str, Kind]:
         ],
         "kills": each(one.kills, (50, 30, 20)),
         "saves": each(one.kills_in_saves, (50, 30, 20)),
+        "fresh": each(one.fresh_kills, (6, 4, 0)),
         "disk": each(one.failing_saves, (20, 10, 0)),
         "signals": each(one.signals, (20, 10, 0)),
         "signals2": with_two(many.signals, 20),
@@ -78,20 +80,35 @@ def main() -> None:
             continue
         folder = root / name
         folder.mkdir()
-        started = time.monotonic()
-        outcomes = kind(folder, lambda count: max(1, round(count * arguments.share)))
-        _publish(name, outcomes, time.monotonic() - started)
-        failed += sum(len(outcome.failures) for outcome in outcomes)
+        failed += _campaign(name, kind, folder, arguments)
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(root, ignore_errors=True)
     print(TABLE.read_text())
     sys.exit(1 if failed else 0)
 
 
+def _campaign(name: str, kind: Kind, folder: Path, arguments: argparse.Namespace) -> int:
+    """Makes the trials of a kind; every one is published as soon as it is over. Gives the number that failed."""
+    from tests.faults import kinds as one
+
+    book = Book(name, go_on=arguments.go_on)
+    one.HELD.clear()
+    one.HELD.update({held["kind"]: one.Outcome(**held) for held in book.outcomes()})
+    one.LISTENERS[:] = [book.write]
+    outcomes = kind(folder, lambda count: max(1, round(count * arguments.share)))
+    for outcome in outcomes:
+        book.write(outcome)
+        print(f"{outcome.kind}: {outcome.passed} of {outcome.trials} {outcome.figures}", flush=True)
+        for failure in outcome.failures[:5]:
+            print(f"    {failure}", flush=True)
+    return sum(len(outcome.failures) for outcome in outcomes)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="share of the full counts")
     parser.add_argument("--only", nargs="+", metavar="KIND", help="some kinds")
+    parser.add_argument("--go-on", action="store_true", help="make only the trials that are not among the results")
     given = parser.parse_args()
     strange = set(given.only or ()) - set(kinds())
     if strange:
@@ -99,25 +116,51 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def _publish(name: str, outcomes: list[Any], seconds: float) -> None:
-    """Puts a kind's outcomes among the results, and says them."""
-    content = json.loads(JSON.read_text()) if JSON.is_file() else {"kinds": {}}
-    content["machine"] = machine()
-    content["kinds"][name] = {"seconds": round(seconds, 1), "outcomes": [_plain(outcome) for outcome in outcomes]}
-    JSON.write_text(json.dumps(content, indent=1) + "\n")
-    lines = ["| fault | trials | as it should be | target |", "|---|---|---|---|"]
-    for held in content["kinds"].values():
-        lines += ["| {kind} | {trials:,} | {passed:,} | {target} |".format(**each) for each in held["outcomes"]]
-    TABLE.write_text("\n".join(lines) + "\n")
-    for outcome in outcomes:
-        print(f"{outcome.kind}: {outcome.passed} of {outcome.trials} ({seconds:.0f} s) {outcome.figures}", flush=True)
-        for failure in outcome.failures[:5]:
-            print(f"    {failure}", flush=True)
+class Book:
+    """The results of one kind among all results, on disk after every trial.
+
+    Args:
+        go_on: keep what the results hold of this kind; otherwise it is forgotten.
+    """
+
+    def __init__(self, name: str, *, go_on: bool) -> None:
+        self.name, self.machine = name, machine()
+        held = self._content()["kinds"].get(name, {}) if go_on else {}
+        self.held = {outcome["kind"]: outcome for outcome in held.get("outcomes", [])}
+        self.before, self.started = held.get("seconds", 0.0), time.monotonic()
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """What there was, as the fields of outcomes."""
+        return [{name: value for name, value in held.items() if name != "passed"} for held in self.held.values()]
+
+    def write(self, outcome: Any) -> None:
+        """Puts an outcome in the place of what there was of it."""
+        self.held[outcome.kind] = _plain(outcome)
+        seconds = self.before + time.monotonic() - self.started
+        content = self._content()
+        content["machine"] = self.machine
+        content["kinds"][self.name] = {"seconds": round(seconds, 1), "outcomes": list(self.held.values())}
+        _replace(JSON, json.dumps(content, indent=1) + "\n")
+        lines = ["| fault | trials | as it should be | target |", "|---|---|---|---|"]
+        for kind in content["kinds"].values():
+            lines += ["| {kind} | {trials:,} | {passed:,} | {target} |".format(**each) for each in kind["outcomes"]]
+        _replace(TABLE, "\n".join(lines) + "\n")
+
+    @staticmethod
+    def _content() -> dict[str, Any]:
+        return dict(json.loads(JSON.read_text())) if JSON.is_file() else {"kinds": {}}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.write_text(text)
+    os.replace(staged, path)
 
 
 def _plain(outcome: Any) -> dict[str, Any]:
     held = {"kind": outcome.kind, "target": outcome.target, "trials": outcome.trials, "passed": outcome.passed}
-    return {**held, "figures": outcome.figures, "failures": outcome.failures[:20]}
+    return {**held, "figures": outcome.figures, "failures": outcome.failures}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from peftkit.errors import CheckpointError
 from peftkit.recipe import Recipe, replace
 from peftkit.training import checkpoints
-from tests.faults import runs
+from tests.faults import aimed, runs
 from tests.faults.injection import FAULTS, Faults, damage
 
 
@@ -47,15 +49,42 @@ class Outcome:
         self.trials += 1
         if problems:
             self.failures.append(f"{trial}: {'; '.join(problems)}")
+        for tell in LISTENERS:
+            tell(self)
+
+    def left(self, trials: int, seed: int) -> Iterator[tuple[int, random.Random]]:
+        """Number of every trial that is still to be made, and what its fault is drawn from."""
+        for trial in range(self.trials, trials):
+            yield trial, random.Random(f"{self.kind} {seed} {trial}")
+
+    def add(self, name: str, value: float) -> None:
+        """Adds to a figure."""
+        self.figures[name] = self.figures.get(name, 0) + value
+
+    def most(self, name: str, value: float) -> None:
+        """Keeps the largest value of a figure."""
+        self.figures[name] = round(max(self.figures.get(name, 0.0), value), 2)
+
+
+LISTENERS: list[Callable[[Outcome], None]] = []
+"""Told of every trial as soon as it is over."""
+HELD: dict[str, Outcome] = {}
+"""What an earlier, interrupted campaign had found; its trials are not made again."""
+
+
+def begin(kind: str, target: str) -> Outcome:
+    """The outcome of a kind, with the trials that were made before."""
+    return HELD.pop(kind, None) or Outcome(kind, target)
 
 
 @dataclass
 class Reference:
-    """The uninterrupted run, and how long it takes from fork to end."""
+    """The uninterrupted run, how long it takes from fork to end, and how long its steps, validations and saves."""
 
     recipe: Recipe
     path: Path
     seconds: float
+    phases: dict[str, list[float]] = field(default_factory=dict)
 
     def again(self, folder: Path, name: str) -> Recipe:
         """The same recipe in a folder of its own."""
@@ -66,14 +95,13 @@ def reference(folder: Path, kind: str, **parts: Any) -> Reference:
     """Runs a kind of recipe to its end; twice, as the first fills the caches."""
     recipe = replace(runs.KINDS[kind](folder, **parts), output_dir=str(folder / f"{kind}-whole"))
     said = folder / f"{kind}-whole.txt"
-    for _ in range(2):
-        started = time.monotonic()
-        code = runs.run(recipe, said=said)
-        seconds = time.monotonic() - started
-        assert code == 0, said.read_text()[-2000:]
+    assert runs.run(recipe, said=said) == 0, said.read_text()[-2000:]
+    started = time.monotonic()
+    phases = aimed.phases(recipe, said)
+    seconds = time.monotonic() - started
     path = runs.folder_of(recipe)
     assert path is not None
-    return Reference(recipe, path, seconds)
+    return Reference(recipe, path, seconds, phases)
 
 
 def finished(recipe: Recipe, whole: Reference, said: Path, world_size: int = 1) -> list[str]:
@@ -89,60 +117,101 @@ def finished(recipe: Recipe, whole: Reference, said: Path, world_size: int = 1) 
 
 def kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """SIGKILL at random moments of a whole run, one to three times, then resumed to the end."""
-    outcome = Outcome(f"kill -9 at random moments: {whole.recipe.name}", "adapter, log and figures byte-equal")
-    generator, landed = random.Random(seed), 0
-    for trial in range(trials):
+    outcome = begin(f"kill -9 at random moments: {whole.recipe.name}", "adapter, log and figures byte-equal")
+    for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.again(folder, f"kill-{trial}"), folder / f"kill-{trial}.txt"
         moments = [generator.uniform(0, whole.seconds) for _ in range(generator.randint(1, 3))]
         for moment in moments:
             child = runs.fork(runs.train(recipe, resume=runs.folder_of(recipe) is not None), said)
-            time.sleep(moment)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            landed += runs.wait(child) == -signal.SIGKILL
+            outcome.add("kills that met a living process", _killed(child, moment))
         outcome.count(finished(recipe, whole, said), f"killed after {', '.join(f'{each:.2f}' for each in moments)} s")
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
-    outcome.figures["kills that met a living process"] = landed
     return outcome
 
 
+def fresh_kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
+    """The command line in interpreters of their own, killed at random moments and in saves seen from outside."""
+    outcome = begin(
+        f"kill -9 of the command line, nothing forked: {whole.recipe.name}", "adapter, log and figures byte-equal"
+    )
+    seconds = _fresh_seconds(folder, whole) if outcome.trials < trials else 0.0
+    for trial, generator in outcome.left(trials, seed):
+        recipe, said = whole.again(folder, f"fresh-{trial}"), folder / f"fresh-{trial}.txt"
+        root = Path(recipe.output_dir)
+        if trial % 2:
+            save, after = generator.randrange(3), aimed.after(whole.phases, aimed.SAVE, generator.random())
+            start = lambda recipe=recipe, said=said: runs.fresh(recipe, said)  # noqa: E731
+            killed, inside = aimed.strike_staged(start, root, save, after)
+            outcome.add("kills that fell into a save", inside)
+            what = f"killed {1000 * after:.0f} ms into save {save}"
+        else:
+            moment = generator.uniform(0, seconds)
+            killed = -signal.SIGKILL * _killed(runs.fresh(recipe, said), moment)
+            what = f"killed after {moment:.2f} s"
+        outcome.add("kills that met a living process", killed == -signal.SIGKILL)
+        code = runs.wait(runs.fresh(recipe, said, resume=runs.folder_of(recipe)))
+        problems = [f"going on ended with {code}: {said.read_text()[-300:]}"] if code else []
+        outcome.count(problems or runs.differences(runs.folder_of(recipe), whole.path), what)
+        shutil.rmtree(root, ignore_errors=True)
+    return outcome
+
+
+def _fresh_seconds(folder: Path, whole: Reference) -> float:
+    """From the start of an interpreter to its end, uninterrupted; what it made must be what a forked child makes."""
+    recipe, said = whole.again(folder, "fresh-whole"), folder / "fresh-whole.txt"
+    started = time.monotonic()
+    assert runs.wait(runs.fresh(recipe, said)) == 0, said.read_text()[-2000:]
+    seconds = time.monotonic() - started
+    assert runs.differences(runs.folder_of(recipe), whole.path) == []
+    return seconds
+
+
+def _killed(child: int, moment: float) -> bool:
+    """Whether the kill, after so many seconds, met a living process."""
+    time.sleep(moment)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    return runs.wait(child) == -signal.SIGKILL
+
+
 def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
-    """SIGKILL before a random call of the file system inside a random save of the run, then resumed to the end."""
-    outcome = Outcome(f"kill -9 inside a save: {whole.recipe.name}", "adapter, log and figures byte-equal")
-    generator = random.Random(seed)
-    fell = 0
-    for trial in range(trials):
+    """SIGKILL inside a random save: in turn before a random call of the file system, and from outside at any time."""
+    outcome = begin(f"kill -9 inside a save: {whole.recipe.name}", "adapter, log and figures byte-equal")
+    for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.again(folder, f"save-{trial}"), folder / f"save-{trial}.txt"
-        save, call = generator.randrange(5), generator.randrange(45)
-        code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, "kill"), said))
-        fell += code == -signal.SIGKILL
-        outcome.count(finished(recipe, whole, said), f"killed at call {call} of save {save}")
+        save = generator.randrange(len(whole.phases[aimed.SAVE]))
+        if trial % 2:
+            after = aimed.after(whole.phases, aimed.SAVE, generator.random())
+            code, inside, _ = aimed.strike(recipe, said, aimed.SAVE, save, after, signal.SIGKILL)
+            what = f"killed {1000 * after:.0f} ms into save {save}"
+        else:
+            call = generator.randrange(45)
+            code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, "kill"), said))
+            inside, what = True, f"killed at call {call} of save {save}"
+        outcome.add("kills that fell into a save", inside and code == -signal.SIGKILL)
+        outcome.count(finished(recipe, whole, said), what)
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
-    outcome.figures["kills that fell into a save"] = fell
     return outcome
 
 
 def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """A save of a living run fails by ENOSPC or EIO: it goes on, or stops with one line and is resumed."""
-    outcome = Outcome(
-        f"full or broken disk in a save: {whole.recipe.name}", "goes on, or stops by one line and resumes"
-    )
-    generator, went_on = random.Random(seed), 0
-    for trial in range(trials):
+    outcome = begin(f"full or broken disk in a save: {whole.recipe.name}", "goes on, or stops by one line and resumes")
+    for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.again(folder, f"full-{trial}"), folder / f"full-{trial}.txt"
-        save, call, fault = generator.randrange(5), generator.randrange(45), generator.choice(FAULTS[1:])
+        save, fault = generator.randrange(len(whole.phases[aimed.SAVE])), generator.choice(FAULTS[1:])
+        call = generator.randrange(45)
         code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, fault), said))
         text = said.read_text()
         problems = ["a traceback was shown"] if "Traceback" in text else []
         if code == 0:
-            went_on += 1
+            outcome.add("runs that went on", 1)
             problems += runs.differences(runs.folder_of(recipe), whole.path)
         else:
             problems += [f"ended with {code}"] if code != 1 else []
             problems += finished(recipe, whole, said)
         outcome.count(problems, f"{fault} at call {call} of save {save}")
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
-    outcome.figures["runs that went on"] = went_on
     return outcome
 
 
@@ -264,24 +333,49 @@ def _same(checkpoint: checkpoints.Checkpoint, original: Path) -> bool:
 
 
 def signals(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
-    """SIGTERM, SIGINT or SIGUSR1 at random moments: the exit code says which, nothing is lost, resumed to the end."""
-    outcome = Outcome(f"SIGTERM, SIGINT, SIGUSR1: {whole.recipe.name}", "exit 143/130/138 in time, resumed byte-equal")
-    generator, slowest, stopped = random.Random(seed), 0.0, 0
-    for trial in range(trials):
+    """SIGTERM, SIGINT or SIGUSR1 in steps, validations, saves and at random moments: the exit code says which.
+
+    The run ends in time, its newest checkpoint is of the step that it says it stopped after, and it is resumed.
+    """
+    outcome = begin(f"SIGTERM, SIGINT, SIGUSR1: {whole.recipe.name}", "exit 143/130/138 in time, resumed byte-equal")
+    for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.again(folder, f"signal-{trial}"), folder / f"signal-{trial}.txt"
         number = generator.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-        moment = generator.uniform(0.15 * whole.seconds, whole.seconds)
-        child = runs.fork(runs.train(recipe), said)
-        time.sleep(moment)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
-        started = time.monotonic()
-        code = runs.wait(child)
-        slowest = max(slowest, time.monotonic() - started)
-        problems = [f"ended with {code}"] if code not in (0, 128 + number, -number) else []
-        problems += ["a traceback was shown"] if "Traceback" in said.read_text() else []
-        stopped += code != 0
-        outcome.count(problems + finished(recipe, whole, said), f"{number.name} after {moment:.2f} s")
+        phase = (*aimed.PHASES, "")[trial % 4]
+        if phase:
+            after = aimed.after(whole.phases, phase, generator.random())
+            nth = generator.randrange(len(whole.phases[phase]))
+            code, inside, seconds = aimed.strike(recipe, said, phase, nth, after, number)
+            what = f"{number.name} {1000 * after:.0f} ms into {phase} {nth}"
+            outcome.add(f"signals that fell into a {phase}", inside)
+        else:
+            moment = generator.uniform(0.15 * whole.seconds, whole.seconds)
+            code, seconds = _signalled(recipe, said, moment, number)
+            what = f"{number.name} after {moment:.2f} s"
+        outcome.most("slowest exit, s", seconds)
+        outcome.add("runs that were stopped", code != 0)
+        outcome.count(_stopped_well(recipe, said, code, number) + finished(recipe, whole, said), what)
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
-    outcome.figures |= {"runs that were stopped": stopped, "slowest exit, s": round(slowest, 2)}
     return outcome
+
+
+def _signalled(recipe: Recipe, said: Path, moment: float, number: signal.Signals) -> tuple[int, float]:
+    child = runs.fork(runs.train(recipe), said)
+    time.sleep(moment)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+    started = time.monotonic()
+    return runs.wait(child), time.monotonic() - started
+
+
+def _stopped_well(recipe: Recipe, said: Path, code: int, number: signal.Signals) -> list[str]:
+    """What is not as it should be with a run that got a signal: exit code, message, the step that was kept."""
+    text, run = said.read_text(), runs.folder_of(recipe)
+    problems = [f"ended with {code}"] if code not in (0, 128 + number, -number) else []
+    problems += ["a traceback was shown"] if "Traceback" in text else []
+    stopped = re.search(r"stopped by \w+ after step (\d+) of", text)
+    if stopped and run is not None:
+        kept, _ = checkpoints.newest(run / "checkpoints")
+        if kept is None or kept.step != int(stopped[1]):
+            problems.append(f"stopped after step {stopped[1]}, kept is {kept and kept.step}")
+    return problems

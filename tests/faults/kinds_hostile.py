@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import PeftkitError
-from tests.faults.kinds import Outcome, Reference
+from tests.faults.kinds import Outcome, Reference, begin
 
 CODE = "import pathlib; pathlib.Path({canary!r}).touch()"
 TEMPLATE = (
@@ -134,10 +134,9 @@ HARMS: dict[str, Callable[[Path, Path], None]] = {
 
 def hostile(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """Every harm above in turn, and then values at random in the files that say how to load: nothing runs."""
-    outcome = Outcome("hostile adapters and templates", "a model or one message, 0 canaries run, 0 writes elsewhere")
-    generator, canary = random.Random(seed), folder / "canary"
-    refused = 0
-    for trial in range(trials):
+    outcome = begin("hostile adapters and templates", "a model or one message, 0 canaries run, 0 writes elsewhere")
+    canary = folder / "canary"
+    for trial, generator in outcome.left(trials, seed):
         run = folder / f"hostile-{trial}"
         shutil.copytree(whole.path / "adapter", run)
         names = list(HARMS)
@@ -149,11 +148,10 @@ def hostile(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outco
         problems = [said] if said and not said.startswith("refused") else []
         problems += ["code was run"] if canary.exists() else []
         problems += ["files were written"] if _listing(folder) != before else []
-        refused += said.startswith("refused")
+        outcome.add("refused; the others load, as what was changed does not matter", said.startswith("refused"))
         outcome.count(problems, name)
         shutil.rmtree(run)
         canary.unlink(missing_ok=True)
-    outcome.figures["refused; the others load, as what was changed does not matter"] = refused
     return outcome
 
 

@@ -19,7 +19,7 @@ from peftkit.data.pipeline import prepare
 from peftkit.errors import DataError, PeftkitError, RecipeError
 from peftkit.recipe import Recipe, replace
 from tests.faults import runs
-from tests.faults.kinds import Outcome, Reference
+from tests.faults.kinds import Outcome, Reference, begin
 
 Change = Callable[[Recipe, Path], Recipe]
 
@@ -92,8 +92,9 @@ CHANGES: dict[str, tuple[str, Change]] = {
 
 def changed_inputs(folder: Path, whole: Reference, only: tuple[str, ...] = tuple(CHANGES)) -> Outcome:
     """Something that the weights depend on changes after a kill: going on is refused, and what changed is named."""
-    outcome = Outcome("changed inputs at resume", "refused by one message that names the change")
-    for trial, name in enumerate(only):
+    outcome = begin("changed inputs at resume", "refused by one message that names the change")
+    for trial, _ in outcome.left(len(only), 0):
+        name = only[trial]
         expected, change = CHANGES[name]
         own = folder / f"changed-{trial}"
         shutil.copytree(folder / "bert", own / "bert")

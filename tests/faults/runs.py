@@ -30,12 +30,24 @@ def warm_up() -> None:
     """Imports what every run needs, so that forked children find it."""
     os.environ.setdefault("PEFTKIT_CACHE", str(Path.cwd() / ".cache"))
     import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
+    import peft.tuners.lora.bnb
+    import peft.utils.transformers_weight_conversion  # noqa: F401
     import sklearn.metrics  # noqa: F401
     import torch
     import transformers.models.bert.modeling_bert
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.optimization
+    import transformers.trainer_pt_utils
+    import transformers.trainer_utils  # noqa: F401
 
+    import peftkit.export.in_memory
+    import peftkit.export.loading
+    import peftkit.export.merge
+    import peftkit.export.switching
+    import peftkit.launch
+    import peftkit.models.attention
+    import peftkit.models.checkpointing
+    import peftkit.models.low_rank
     import peftkit.run  # noqa: F401
 
     torch.set_num_threads(1)
@@ -144,15 +156,39 @@ def train(recipe: Recipe, *, resume: bool = False, allow: tuple[str, ...] = ()) 
     def work() -> None:
         import peftkit
         from peftkit import launch
-        from peftkit.reporting import run_report
 
-        # neither page nor plots depend on what is tried here, and they take longer than the training
-        run_report.write = lambda path: None
-        run_report.Speaker.end = lambda *_: None  # type: ignore[method-assign]
+        _spare()
         with launch.one_message():
             peftkit.train(recipe, resume=resume or None, allow=allow, quiet=True)
 
     return work
+
+
+def _spare() -> None:
+    """Leaves out what takes long and does not bear on what is trained; a fresh interpreter leaves out nothing."""
+    import functools
+
+    from peftkit.evaluation import intervals
+    from peftkit.reporting import run_report
+    from peftkit.training import flops
+
+    run_report.write = lambda path: None
+    run_report.Speaker.end = lambda *_: None  # type: ignore[method-assign]
+    intervals.bootstrap = functools.partial(intervals.bootstrap, resamples=8, bca=False)
+    flops.figures = lambda loop: {}
+
+
+def fresh(recipe: Recipe, said: Path, *, resume: Path | None = None) -> int:
+    """Starts the command line in an interpreter of its own; gives its process id."""
+    file = said.with_suffix(".yaml")
+    file.write_text(recipe.to_yaml())
+    place = ["--resume", str(resume)] if resume else [str(file)]
+    command = [sys.executable, "-c", "from peftkit.cli import main; main()", "train", *place]
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *given])
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    actions = [(os.POSIX_SPAWN_OPEN, 1, str(said), flags, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
+    return os.posix_spawn(sys.executable, command, os.environ | {"PYTHONPATH": path}, file_actions=actions)
 
 
 def fork_ranks(work: Callable[[int], Any], said: Path, world_size: int = 2) -> list[int]:
