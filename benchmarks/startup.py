@@ -28,16 +28,20 @@ from instruction_lora import base_model
 from llamafactory import write_recipe
 
 ROWS = 16
+PEERS = ["trl", "llamafactory"]
+HEADLINE = "first_step_seconds"
 FIRST_STEP = re.compile(r"\bstep 1(/| loss)|'loss':|\"loss\":")
 """What peftkit and the script, and transformers' Trainer, write after a step."""
 
 
 def main() -> None:
     """Measures and writes ``results/NAME.json``."""
-    args = options(__doc__, name="startup", rows=ROWS, repeats=5).parse_args()
+    parser = options(__doc__, name="startup", rows=ROWS, repeats=5)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as name:
         work = Path(name)
-        commands = _commands(args.data, work)
+        commands = _commands(args.data, work, args.peers)
         if not args.tuned:
             commands = {name: command for name, command in commands.items() if "threads" not in name}
         about = machine({name: command for name, (command, *_) in commands.items()})
@@ -49,9 +53,6 @@ def main() -> None:
                 print(f"[{turn + 1}/{args.repeats}] {name}: {figures[name][-1]}", flush=True)
                 keep(args.name, "SmolLM2-135M, LoRA r16, from the shell to the first step", figures, HEADLINE, about)
     show(json.loads((Path(__file__).parent / "results" / f"{args.name}.json").read_text())["summary"])
-
-
-HEADLINE = "first_step_seconds"
 
 
 def _timed(name: str, command: Sequence[str], work: Path) -> dict[str, float]:
@@ -71,7 +72,7 @@ def _timed(name: str, command: Sequence[str], work: Path) -> dict[str, float]:
     return {HEADLINE: done.seconds, "peak_rss_gb": done.peak_rss_gb}
 
 
-def _commands(data: Path, work: Path) -> dict[str, list[str]]:
+def _commands(data: Path, work: Path, peers: Sequence[str]) -> dict[str, list[str]]:
     """Every contestant's command."""
     lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = work / "rows"
@@ -80,14 +81,16 @@ def _commands(data: Path, work: Path) -> dict[str, list[str]]:
         part = lines[number * ROWS : (number + 1) * ROWS]
         (rows / f"{split}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
     model, train = base_model(), rows / "train.jsonl"
-    trl = _trl(train, model, work)
-    factory = [command_of("llamafactory", "llamafactory-cli"), "train", str(write_recipe(train, model, work / "lf"))]
-    ours = _peftkit(rows, model, work)
-    script = [sys.executable, str(WORKERS / "plain_sft.py"), "--data", str(train), "--model", model]
-    return {
-        "peftkit": ours, "peftkit, second run": ours, "plain script": script, "trl": trl, "trl, threads": trl,
-        "LLaMA-Factory": factory, "LLaMA-Factory, threads": factory,
-    }  # fmt: skip
+    made = {"peftkit": _peftkit(rows, model, work)}
+    made["peftkit, second run"] = made["peftkit"]
+    made["plain script"] = [sys.executable, str(WORKERS / "plain_sft.py"), "--data", str(train), "--model", model]
+    if "trl" in peers:
+        made["trl"] = made["trl, threads"] = _trl(train, model, work)
+    if "llamafactory" in peers:
+        recipe = str(write_recipe(train, model, work / "llamafactory"))
+        command = [command_of("llamafactory", "llamafactory-cli"), "train", recipe]
+        made["LLaMA-Factory"] = made["LLaMA-Factory, threads"] = command
+    return made
 
 
 def _peftkit(rows: Path, model: str, work: Path) -> list[str]:
