@@ -26,24 +26,6 @@ FEW, MORE = 2, 4
 
 
 @dataclass(frozen=True)
-class Loop:
-    """What of a training loop decides on its memory; the defaults are peftkit's own."""
-
-    autocast: bool = True
-    """Trained weights in fp32 and products under autocast; False holds and computes all in one dtype."""
-    full_logits: bool = False
-    """Form the logits of every position at once, in place of those scored, in chunks."""
-    plain_adapters: bool = False
-    """peft's own forward pass of an adapted layer, in place of peftkit's."""
-    keeps_input: bool = False
-    """A quantized product keeps its input for the backward pass, as bitsandbytes' once did."""
-    joint_projection: bool = False
-    """One matrix gives queries, keys and values, so that values kept for attention keep all three."""
-    wide_logits: bool = False
-    """The model's output is cast to fp32 as a whole."""
-
-
-@dataclass(frozen=True)
 class Shape:
     """A pass's rectangle of tokens."""
 
@@ -64,16 +46,9 @@ class Subject:
     info: TaskInfo
     dtype: torch.dtype
     gpu: bool = False
-    loop: Loop = Loop()
 
     def __post_init__(self) -> None:
         base = packing.underlying(self.loaded.model)
-        if self.loop.joint_projection:
-            _join_projections(base)
-        if self.loop.keeps_input:
-            for module in base.modules():
-                if hasattr(module, "held"):
-                    module.held = replace(module.held, keeps_input=True)
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         if self.info.problem_type == "causal_lm":  # what trials on real weights would find
             packing._ABILITIES[base] = packing.Abilities("positions", "", True)
@@ -99,7 +74,7 @@ class Subject:
             few = run()
         with _only(blocks, MORE):
             more = run()
-        return _continued(few, more, count)
+        return continued(few, more, count)
 
     def _run(self, shape: Shape, passes: int) -> Traced:
         model = self.loaded.model
@@ -108,13 +83,13 @@ class Subject:
         tracer = Tracer(vocabulary=self._vocabulary, scored=(shape.rows * (shape.tokens - 1), shape.scored))
         tracer.ignore([*model.parameters(), *model.buffers()])
         kernels = _gpu_kernels() if self.gpu else contextlib.nullcontext()
-        with tracer, kernels, self._adapters():
+        with tracer, kernels:
             if passes == 0:
                 with torch.no_grad(), self._precision():
                     self.task.outputs(model, batch, self.info, self.loaded.pooling)
             for _ in range(passes):
                 with self._precision():
-                    loss = self._loss(batch)
+                    loss = self.task.loss(model, batch, self.info, self.loaded.pooling)
                 loss.backward()
                 del loss
         found = tracer.finish()
@@ -124,21 +99,8 @@ class Subject:
                             operators=found.operators // passes)  # fmt: skip
         return found
 
-    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if not self.loop.full_logits:
-            return self.task.loss(self.loaded.model, batch, self.info, self.loaded.pooling)
-        logits = self.loaded.model(input_ids=batch["input_ids"], use_cache=False).logits
-        if self.loop.wide_logits:
-            logits = logits.float()
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-    def _adapters(self) -> Any:
-        from peftkit.methods._lora_kernel import plainly
-
-        return plainly(self.loaded.model) if self.loop.plain_adapters else contextlib.nullcontext()
-
     def _precision(self) -> Any:
-        enabled = self.loop.autocast and self.dtype != torch.float32
+        enabled = self.dtype != torch.float32
         return torch.autocast("cpu", dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
 
     def _batch(self, shape: Shape) -> dict[str, torch.Tensor]:
@@ -159,19 +121,6 @@ class Subject:
         return batch
 
 
-def _join_projections(model: torch.nn.Module) -> None:
-    """Values become the last columns of a tensor as wide as queries, keys and values."""
-
-    def widen(module: Any, _: Any, out: torch.Tensor) -> torch.Tensor:
-        return F.pad(out, (module.joined, 0))[..., module.joined :]
-
-    for module in model.modules():
-        parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(part is not None for part in parts):
-            parts[2].joined = parts[0].out_features + parts[1].out_features
-            parts[2].register_forward_hook(widen)
-
-
 def _signature(block: torch.nn.Module) -> tuple[Any, ...]:
     return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
 
@@ -187,7 +136,7 @@ def _only(blocks: torch.nn.ModuleList, count: int) -> Iterator[None]:
         blocks._modules = whole
 
 
-def _continued(few: Traced, more: Traced, count: int) -> Traced:
+def continued(few: Traced, more: Traced, count: int) -> Traced:
     """The line through two stacks, at the length of the real one."""
 
     def at(low: int, high: int) -> int:
@@ -205,6 +154,13 @@ class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is use
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             kwargs["dropout_p"] = 0.0
+        elif func is F.dropout and not kwargs.get("inplace"):
+            return _gpu_dropout(*args, **kwargs)
         elif func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args = (args[0].float(), *args[1:])
         return func(*args, **kwargs)
+
+
+def _gpu_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Dropout whose mask takes a byte an element."""
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x

@@ -22,7 +22,7 @@ from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device, here
 from peftkit.planning.machine import Machine
 from peftkit.planning.memory import Held, Phase, held_by, phases
-from peftkit.planning.passes import Loop, Shape, Subject
+from peftkit.planning.passes import Shape, Subject
 from peftkit.planning.trace import Traced, without_data
 from peftkit.planning.workload import Workload, of_data
 from peftkit.recipe import Recipe
@@ -125,7 +125,7 @@ def make_plan(recipe: Recipe, device: Device | None = None, known: Known | None 
     return plan_workload(recipe, device, known, workload)
 
 
-def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Workload, loop: Loop | None = None) -> Plan:
+def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Workload) -> Plan:
     """The plan of given passes."""
     import torch
 
@@ -133,7 +133,7 @@ def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Worklo
     machine = machines.of_gpu(known.machine) if device.gpu else known.machine
     with without_data():
         loaded = build_skeleton(recipe, known.info, known.tokenizer, dtype, gpu=device.gpu)
-        subject = Subject(loaded, recipe.task, known.info, dtype, device.gpu, loop or Loop())
+        subject = Subject(loaded, recipe.task, known.info, dtype, device.gpu)
         held = held_by(loaded.model, recipe.training.optimizer)
         parameters = tuple(trainable_table(loaded.model))
         train = subject.train(workload.largest, 2 if workload.accumulates else 1)

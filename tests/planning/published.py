@@ -10,7 +10,7 @@ import torch
 from peftkit.models.quantization.skeleton import Held as HeldMatrix
 from peftkit.models.skeleton import build_skeleton
 from peftkit.parts import TaskInfo
-from peftkit.planning.passes import Loop, Subject
+from peftkit.planning.passes import Subject
 from peftkit.planning.trace import without_data
 from peftkit.recipe import Recipe
 
@@ -20,16 +20,8 @@ CONFIGS = {
     "mistral-7b": {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
                    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
                    "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": False},
-    "llama-2-7b": {**LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                   "num_attention_heads": 32, "num_key_value_heads": 32},
-    "llama-2-13b": {**LLAMA, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-                    "num_attention_heads": 40, "num_key_value_heads": 40},
     "llama-2-70b": {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
                     "num_attention_heads": 64, "num_key_value_heads": 8},
-    "phi-1.5": {"model_type": "phi", "vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192,
-                "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32,
-                "max_position_embeddings": 2048, "partial_rotary_factor": 0.5, "hidden_act": "gelu_pytorch_tanh",
-                "tie_word_embeddings": False},
 }  # fmt: skip
 TOKENIZER = SimpleNamespace(pad_token_id=0, get_vocab=lambda: {"a": 0})
 HELD = {"none": None, "nf4": HeldMatrix("nf4"), "nf4-dq": HeldMatrix("nf4", double=True)}
@@ -42,16 +34,11 @@ def recipe_of(name, folder, method):
     return Recipe.parse({**values, "task": "instruction", "method": {"kind": "lora", **method}})
 
 
-def subject_of(recipe, held, loop=None):
+def subject_of(recipe, held):
     """The model of a recipe, planned for a GPU; call it inside ``without_data()``."""
-    loop = loop or Loop()
     info = TaskInfo("causal_lm")
     loaded = build_skeleton(recipe, info, TOKENIZER, torch.bfloat16, held=held, gpu=True)
-    if not loop.autocast:
-        for parameter in loaded.model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.bfloat16)
-    return Subject(loaded, recipe.task, info, torch.bfloat16, True, loop)
+    return Subject(loaded, recipe.task, info, torch.bfloat16, True)
 
 
 __all__ = ["CONFIGS", "HELD", "recipe_of", "subject_of", "without_data"]

@@ -4,14 +4,14 @@
     INT8  1 byte a weight, a 4-byte scale for each row
 
 A product opens the weight to the compute dtype and lets go of it again, forward and backward. What is kept for the
-backward pass differs: INT8 on a CPU keeps its input, and so did bitsandbytes' 4-bit product before 0.43
-(``keeps_input``); today's 4-bit product keeps nothing.
+backward pass differs: INT8 keeps its input, the 4-bit product keeps nothing (since bitsandbytes 0.43.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ class Held:
 
     kind: str
     double: bool = False
-    keeps_input: bool = False
 
     def weight_bytes(self, weights: int) -> int:
         """Bytes of the packed weights."""
@@ -104,7 +103,13 @@ def _layer_class(kind: str) -> Any:
         import bitsandbytes as bnb
 
         base = bnb.nn.Linear4bit if kind == "nf4" else bnb.nn.Linear8bitLt
-    return type("Skeleton" + base.__name__, (base,), {"forward": _forward})
+    opened = {"open_weight": property(_open_weight)} if kind == "nf4" else {}
+    return type("Skeleton" + base.__name__, (base,), {"forward": _forward, **opened})
+
+
+def _open_weight(self: Any) -> Any:
+    """As ``peftkit.models.quantization.opening`` opens a real one."""
+    return partial(_opened, self.weight, self.in_features)
 
 
 def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -132,7 +137,7 @@ def _product() -> Any:
         def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, columns: int, held: Held) -> torch.Tensor:
             ctx.save_for_backward(weight)
             ctx.columns, ctx.dtype = columns, x.dtype
-            ctx.kept = x if held.keeps_input or held.kind == "int8" else None
+            ctx.kept = x if held.kind == "int8" else None
             return torch.nn.functional.linear(x, _opened(weight, columns, x.dtype))
 
         @staticmethod
