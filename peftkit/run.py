@@ -156,7 +156,7 @@ def _whole(loaded: LoadedModel, loop: Loop, make: Callable[[], LoadedModel]) -> 
     """The trained model; of one in pieces a second one on the main process's CPU, made whole to be exported."""
     if not loop.session.sharded:
         return loaded
-    weights = loop.weights()
+    weights = loop.weights.tensors()
     if not loop.session.is_main:
         return loaded
     made = make()

@@ -22,7 +22,7 @@ from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingEr
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.evaluation.runner import Stopped, predict
 from peftkit.recipe import Recipe
-from peftkit.training import automatic, checkpoints, sharding
+from peftkit.training import automatic, checkpoints
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.log import RunLog
 from peftkit.training.memory import give_back
@@ -33,17 +33,15 @@ from peftkit.training.optimization import (
     optimizer_tensors,
 )
 from peftkit.training.session import Session
-from peftkit.training.sharding import whole
 from peftkit.training.state import TrainingState
 from peftkit.training.step import Stepper, StepResult, TaskModule
 from peftkit.training.stopping import StopRequest
+from peftkit.training.weights import TrainedWeights
 
 Watch = Callable[[int, Mapping[str, float]], None]
 PROBE_ROWS = 8
 TIME_IS_UP = 1 << 10
 """Stands beside the signals' numbers for the time limit."""
-METHOD = "method/"
-"""Before the names of what a method keeps in a checkpoint besides its parameters."""
 SPIKE = 5.0
 """A step's loss over this many times the running mean is flagged."""
 
@@ -78,6 +76,7 @@ class Loop:
         # the schedule is not given to Accelerate, which would step it once a process
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
         wrapped, prepared = accelerator.prepare(self.module, self.optimizer)
+        self.weights = TrainedWeights(self.module, self.recipe, self.session)
         self.stepper = Stepper(
             self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer
         )
@@ -104,12 +103,11 @@ class Loop:
             self.folder / "metrics.jsonl", self.session, self.total, offset=self.state.log_offset, step=self.state.step
         )
         try:
-            with StopRequest(training.max_time) as stop:
+            with StopRequest(training.max_time) as stop, self.session.watch.training():
                 self._stop = stop
                 self._epochs()
         finally:
             self.log.close()
-            self.session.watch.rest()
             del self._stop  # what follows is not stopped between passes
         self._restore_best()
         self.recipe.method.finish(self.module.model)
@@ -145,6 +143,7 @@ class Loop:
         state, started = self.state, time.perf_counter()
         result = self.stepper.run(batch, state.step)
         state.step += 1
+        self.weights.stepped(state.step)
         state.epoch, state.batch = (state.epoch + 1, 0) if last else (state.epoch, state.batch + 1)
         state.rows, state.tokens = state.rows + result.rows, state.tokens + result.tokens
         seconds = time.perf_counter() - started
@@ -234,6 +233,7 @@ class Loop:
     def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
         """Outputs for every example of a split, gathered on every process."""
         self.module.eval()
+        self.session.watch.begin()
         outputs = predict(
             self.module,
             split,
@@ -254,7 +254,8 @@ class Loop:
         """Validates, and says whether this is the best model so far."""
         state, training = self.state, self.recipe.training
         try:
-            outputs = self.evaluate(self.data.splits["validation"])
+            with self.weights.averaged():
+                outputs = self.evaluate(self.data.splits["validation"])
         except Stopped:
             self._stop_if_asked()
             raise
@@ -292,7 +293,7 @@ class Loop:
     def _save(self, *, must: bool = False) -> None:
         """Writes a checkpoint; one that fails in mid-run is said and the run goes on with those before it."""
         self.session.watch.rest()
-        model, optimizer = self.weights(), optimizer_tensors(self.module, self.optimizer)
+        model, optimizer = self.weights.tensors(), optimizer_tensors(self.module, self.optimizer)
         broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_kept()}")
@@ -334,17 +335,6 @@ class Loop:
         newest = self.session.main_only(lambda: checkpoints.newest(self.checkpoints)[0])
         return newest is not None and newest.step == self.state.step
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name, whole, and the method's own state; a collective where they are sharded."""
-        own = self.recipe.method.state(self.module.model)
-        trained = {name: whole(value.detach()) for name, value in self._trained().items()}
-        return trained | {f"{METHOD}{name}": value for name, value in own.items()}
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        if self.session.sharded:
-            sharding.settle(self.module)
-        return {name: value for name, value in self.module.model.named_parameters() if value.requires_grad}
-
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._load_model(checkpoint)
         load_optimizer_tensors(self.module, self.optimizer, self._read(checkpoint, checkpoints.OPTIMIZER))
@@ -355,16 +345,7 @@ class Loop:
         self.state = TrainingState.from_json(saved["training"])
 
     def _load_model(self, checkpoint: Checkpoint) -> None:
-        read, trained = self._read(checkpoint, checkpoints.MODEL), self._trained()
-        tensors = {name: tensor for name, tensor in read.items() if not name.startswith(METHOD)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
-        if shapes != expected:
-            odd = sorted({name for name, _ in set(shapes.items()) ^ set(expected.items())})[:3]
-            raise CheckpointError(f"{checkpoint.path} holds other parameters than this recipe trains: {', '.join(odd)}")
-        sharding.load(trained, tensors)
-        own = {name.removeprefix(METHOD): tensor for name, tensor in read.items() if name.startswith(METHOD)}
-        self.recipe.method.load_state(self.module.model, own)
+        self.weights.load(self._read(checkpoint, checkpoints.MODEL), checkpoint.path)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
         """A checkpoint's tensors on every process; only the main one reads, so that no file system need be shared."""
@@ -374,6 +355,7 @@ class Loop:
         best = self.state.best_step
         if best is not None and best != self.state.step:
             self._load_model(self.session.main_only(lambda: checkpoints.at_step(self.checkpoints, best)))
+        self.weights.settle_on_average()
 
     # -- stopping --------------------------------------------------------------------------------------------------
 

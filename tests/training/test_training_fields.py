@@ -49,6 +49,7 @@ LEARNS_DIFFERENTLY = {
     "warmup: share": {"warmup": 0.5},
     "warmup: steps": {"warmup": 3},
     "neftune_alpha": {"neftune_alpha": 5.0},
+    "weight_averaging": {"weight_averaging": 0.9},
     "seed": {"seed": 1},
 }
 
