@@ -100,7 +100,7 @@ def _peftkit(rows: Path, model: str, work: Path) -> list[str]:
         "model": {"source": model},
         "method": {"kind": "lora", "rank": 16, "alpha": 32},
         "task": {"kind": "instruction"},
-        "data": {"source": str(rows), "max_length": 512},
+        "data": {"source": str(rows), "max_length": 512, "test_size": 0},
         "training": {"epochs": 1, "batching": "random", "batch_size": 8, "learning_rate": 2e-4, "log_every": 1},
         "evaluation": {"baselines": [], "generation": {"samples": 0}},
         "tracking": [],
