@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+PATIENCE = datetime.timedelta(hours=6)
+"""What collectives wait for each other: the main process may download, tokenize or export for longer than gloo's 30 and
+NCCL's 10 minutes, and that a process died or hangs is for the watch to notice."""
 MIXED_PRECISION = {"torch.float32": "no", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
@@ -136,7 +140,7 @@ def open_session(recipe: Recipe) -> Session:
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     from peftkit.models import low_bit_optimizers
     from peftkit.models.policy import dtype_for
@@ -147,8 +151,9 @@ def open_session(recipe: Recipe) -> Session:
     trackers = _trackers(recipe)
     AcceleratorState._reset_state()  # an earlier run of this process (a notebook) may have had another precision
     accelerator = Accelerator(
-        cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=trackers, project_dir=recipe.output_dir
-    )
+        cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=trackers, project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
     sharding.check(accelerator)
     threads = recipe.training.threads or max(1, cores() // local_processes())
     torch.set_num_threads(threads)

@@ -119,6 +119,7 @@ class Stepper:
         session, training = self.session, self.recipe.training
         weight = float(self.split.weights[batch].sum())
         self.module.train()
+        session.watch.begin()
         if training.micro_batch == AUTO and session.world_size == 1:
             total = fitting(self, batch, lambda: self._accumulate(self.share(batch), weight, step))
         else:
@@ -156,6 +157,7 @@ class Stepper:
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
                 with session.accelerator.autocast():
                     loss = self.module(batch)
+                session.watch.mark()
                 objective = loss * scale
                 if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
                     objective = objective + penalty  # the same on every process, hence also their average

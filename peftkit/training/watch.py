@@ -2,13 +2,19 @@
 
 Every process sends the main one a line a second over a socket of their own, and gets one back:
 
-    {"marks": 17, "idle": 0.4}        steps and passes done, seconds since the last; idle is null outside the loop
+    {"marks": 17, "passing": true, "since": 0.4, "still": 0.0, "quiet": 45.0, "place": "step.py:158 in run", …}
     {"bye": true}  {"failed": "…"}    it is done, or its work failed
     {"lost": 3, "why": "…"}           from the main process: all must end
 
-Collectives (gloo, NCCL) would notice a process that was stopped only after their own time limit, ten minutes or more.
-A connection that breaks is a process that died; one that falls silent, a process that was stopped; and when nobody in
-the whole job gets on, the process that has done least is the one that hangs.
+A thread of each process does this, whatever the main thread waits for: collectives (gloo, NCCL) would notice a process
+that was stopped only after their own time limit, ten minutes or more. A connection that breaks is a process that died;
+one that falls silent, a process that was stopped. A process hangs
+
+* when none of the whole job has done anything for the time allowed: all of them sleep, waiting for each other or for
+  something that does not come (``activity``); or
+* when passes are under way and no process has got on with its own, while they are busy: one of them loops.
+
+Named is the one that has done least.
 """
 
 from __future__ import annotations
@@ -23,21 +29,47 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import TrainingError
+from peftkit.training.activity import Activity, whereabouts
 
 BEAT = 1.0
 SILENCE = 25.0
 """Seconds without a line after which a process counts as stopped."""
 STALL, SLOWER = 45.0, 10.0
-"""Nobody got on for this many seconds, and for this many times the longest pause between two marks so far."""
+"""Passes take this many seconds at least, and this many times the longest so far, before they count as hanging."""
+FIRST = 600.0
+"""The same for the first passes, which compile, allocate and read."""
+QUIET, OUTSIDE = 30.0, 900.0
+"""Seconds that all may do nothing in training, and before and after it, where they may wait for another job's cache."""
 GRACE = 4.0
 """Seconds that the main thread has to end in its own way before the process is ended."""
-HELLO_SECONDS = 60.0
+HELLO_SECONDS = 45.0
 MAX_LINE = 4096
+UNWOKEN = 5
+"""Beats: a watch that was not woken for so long was stopped with its process, or the machine was."""
+
+
+@dataclass
+class Pulse:
+    """How far a process has come, as it says in every line."""
+
+    marks: int = 0
+    """Passes begun, done forward and done backward, so far."""
+    passing: bool = False
+    """Whether passes follow each other now; else anything may take its time: a checkpoint, an export."""
+    since: float = 0.0
+    """Seconds since the last mark."""
+    still: float = 0.0
+    """Seconds since it last did anything at all."""
+    quiet: float = OUTSIDE
+    """How many of these are allowed where it stands."""
+    place: str = "?"
+    waits: bool = False
+    """Whether its main thread waits for other processes."""
 
 
 @dataclass
@@ -49,8 +81,7 @@ class Member:
     host: str = "?"
     pid: int = 0
     heard: float = field(default_factory=time.monotonic)
-    marks: int = 0
-    idle: float | None = None
+    pulse: Pulse = field(default_factory=Pulse)
     done: bool = False
     received: bytes = b""
 
@@ -86,23 +117,27 @@ class Watch:
         rank, world_size: this process, and how many there are.
         agree: gives every process the main process's value.
         address: of the main process; the loopback where all run on one machine.
-        silence, stall: limits in seconds; None takes SILENCE and STALL.
+        silence, stall, first: limits in seconds; None takes SILENCE, STALL and FIRST.
         end: ends this process; replaced in tests.
     """
 
     def __init__(
         self, rank: int, world_size: int, agree: Callable[[Any], Any], *, address: str = "127.0.0.1",
-        silence: float | None = None, stall: float | None = None, end: Callable[[int], Any] = os._exit,
+        silence: float | None = None, stall: float | None = None, first: float | None = None,
+        end: Callable[[int], Any] = os._exit,
     ) -> None:  # fmt: skip
         self.rank, self.world_size = rank, world_size
         self._agree, self._address, self._end = agree, address, end
         self._silence = SILENCE if silence is None else silence
         self._stall = STALL if stall is None else stall
+        self._first = FIRST if first is None else first
         self._members: dict[int, Member] = {}
         self._closing = threading.Event()
         self._lost = threading.Event()
         self._why = ""
-        self._marks, self._marked, self._longest = 0, None, 0.0  # type: int, float | None, float
+        self._marks, self._marked, self._longest = 0, time.monotonic(), 0.0
+        self._passing, self._quiet = False, OUTSIDE
+        self._activity = Activity()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
@@ -130,16 +165,36 @@ class Watch:
             member.send(message)
             member.connection.close()
 
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """While steps, validations and checkpoints follow each other, less patience is needed than before and after."""
+        self._quiet = min(QUIET, self._stall)
+        try:
+            yield
+        finally:
+            self.rest()
+            self._quiet = OUTSIDE
+
+    def begin(self) -> None:
+        """Says that passes follow from here on."""
+        if not self._passing:
+            self._count()
+            self._passing = True
+
     def mark(self) -> None:
-        """Says that this process gets on: a pass or a step is done."""
-        now = time.monotonic()
-        if self._marked is not None and self._marks > 2:  # the first passes are no measure
-            self._longest = max(self._longest, now - self._marked)
-        self._marks, self._marked = self._marks + 1, now
+        """Says that this process gets on: half a pass or a step is done."""
+        if self._passing and self._marks > 6:  # the first passes are no measure
+            self._longest = max(self._longest, time.monotonic() - self._marked)
+        self._count()
+        self._passing = True
 
     def rest(self) -> None:
         """Says that what follows may take any time: a checkpoint, an export."""
-        self._marked = None
+        self._passing = False
+        self._marked = time.monotonic()
+
+    def _count(self) -> None:
+        self._marks, self._marked = self._marks + 1, time.monotonic()
 
     def lost(self, wait: float = 0.0) -> str:
         """Which process was lost and why; empty when none was."""
@@ -183,14 +238,30 @@ class Watch:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        woken = time.monotonic()
         while not self._closing.wait(BEAT):
-            idle = None if self._marked is None else time.monotonic() - self._marked
+            slept, woken = time.monotonic() - woken - BEAT, time.monotonic()
+            if slept > UNWOKEN * BEAT:
+                self._forgive(slept)
+            pulse = self._pulse()
             for member in self._members.values():
-                member.send({"marks": self._marks, "idle": idle})
-            found = self._listen() or (self._hanging(idle) if self.rank == 0 else None)
+                member.send(asdict(pulse))
+            found = self._listen() or (self._hanging(pulse) if self.rank == 0 else None)
             if found:
                 self._conclude(*found)
                 return
+
+    def _forgive(self, seconds: float) -> None:
+        """After a time in which this process was stopped, or the machine slept: the others may have been, too."""
+        self._marked += seconds
+        self._activity.forgive(seconds)
+        for member in self._members.values():
+            member.heard += seconds
+
+    def _pulse(self) -> Pulse:
+        place, waits = whereabouts()
+        since = time.monotonic() - self._marked
+        return Pulse(self._marks, self._passing, since, self._activity.look(), self._quiet, place, waits)
 
     def _listen(self) -> tuple[int, str] | None:
         """The rank that was lost, and how that shows."""
@@ -202,22 +273,28 @@ class Watch:
                     if "failed" in message:
                         return member.rank, f"failed: {message['failed']}"
                     member.done = member.done or "bye" in message
-                    member.marks, member.idle = message.get("marks", member.marks), message.get("idle")
-            except (EOFError, ValueError):
+                    member.pulse = member.pulse if member.done else Pulse(**message)
+            except (EOFError, ValueError, TypeError):
                 if not member.done:
                     return member.rank, "ended without a word: it was killed, or ran out of memory"
             if not member.done and time.monotonic() - member.heard > self._silence:
                 return member.rank, f"has not been heard of for {self._silence:.0f} s: it was stopped, or cut off"
         return None
 
-    def _hanging(self, idle: float | None) -> tuple[int, str] | None:
-        """The process that has done least, when nobody gets on."""
-        limit = max(self._stall, SLOWER * self._longest)
-        idles = [idle, *(member.idle for member in self._members.values() if not member.done)]
-        if not self._longest or any(value is None or value < limit for value in idles):
+    def _hanging(self, mine: Pulse) -> tuple[int, str] | None:
+        """The process that has done least, when nobody gets on; a process by itself is not judged."""
+        pulses = {0: mine} | {rank: member.pulse for rank, member in self._members.items() if not member.done}
+        limit = max(self._stall, SLOWER * self._longest) if self._longest else self._first
+        everyone = pulses.values()
+        asleep = all(pulse.still >= pulse.quiet for pulse in everyone)
+        stuck = any(pulse.passing for pulse in everyone) and all(pulse.since >= limit for pulse in everyone)
+        if len(pulses) < 2 or not (asleep or stuck):
             return None
-        least = min([(self._marks, 0), *((member.marks, member.rank) for member in self._members.values())])
-        return least[1], f"hangs: no process has got on for {limit:.0f} s, and this one has done least"
+        rank, least = min(pulses.items(), key=lambda item: (item[1].marks, item[1].waits, item[0]))
+        how = f"has done anything for {min(pulse.still for pulse in everyone):.0f} s" if asleep else (
+            f"has got on for {limit:.0f} s"
+        )  # fmt: skip
+        return rank, f"hangs at {least.place}: no process {how}, and this one has done least"
 
     def _conclude(self, rank: int, why: str) -> None:
         where = self._members.get(rank)

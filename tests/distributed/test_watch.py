@@ -10,12 +10,20 @@ import sys
 import threading
 import time
 
+import accelerate.state  # noqa: F401  # once here, not in every child
 import pytest
 
 from peftkit.errors import TrainingError
 from peftkit.training import watch
 from peftkit.training.watch import Watch
 from tests.faults import runs
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """A short beat, and little time to end in."""
+    monkeypatch.setattr(watch, "BEAT", 0.25)
+    monkeypatch.setattr(watch, "GRACE", 0.5)
 
 
 def two(tmp_path, behaviour, **limits):
@@ -46,7 +54,7 @@ def two(tmp_path, behaviour, **limits):
 
 
 def test_two_that_end_in_peace_are_let_go(tmp_path):
-    codes, said, _ = two(tmp_path, lambda rank, mine: time.sleep(2.5 * rank))
+    codes, said, _ = two(tmp_path, lambda rank, mine: time.sleep(1.5 * rank))
     assert codes == [0, 0]
     assert said == ""
 
@@ -72,37 +80,92 @@ def test_one_that_is_stopped_is_named_and_killed(tmp_path):
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(25)
 
-    codes, said, _ = two(tmp_path, behaviour, silence=3.0)
+    codes, said, _ = two(tmp_path, behaviour, silence=1.5)
     assert codes == [1, -signal.SIGKILL]
     assert "rank 1" in said
-    assert "has not been heard of for 3 s" in said
+    assert "has not been heard of for 2 s" in said
 
 
-def test_one_that_loops_is_told_from_those_that_wait_for_it(tmp_path):
+def passes(mine, count):
+    """Quick passes, forward and backward."""
+    for _ in range(count):
+        mine.begin()
+        mine.mark()
+        mine.mark()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("when", ["first", "later", "after a checkpoint"])
+@pytest.mark.parametrize("how", ["sleeps", "spins"])
+def test_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path, how, when):
+    """Asleep it is told by its sleep, and spinning by its passes, of which the first give no measure."""
+    limits = {"stall": 1.5, "first": 1.5 if how == "spins" else 600.0}
+
     def behaviour(rank, mine):
-        for _ in range(6 if rank == 0 else 5):
-            mine.mark()
-            time.sleep(0.05)
-        time.sleep(25)
+        with mine.training():
+            passes(mine, 0 if when == "first" else 5)
+            if when == "after a checkpoint":
+                mine.rest()
+            if rank == 0:
+                mine.begin()
+                mine.mark()
+            while rank == 1 and how == "spins":
+                pass
+            time.sleep(25)
 
-    codes, said, _ = two(tmp_path, behaviour, stall=3.0)
+    codes, said, _ = two(tmp_path, behaviour, **limits)
     assert 0 not in codes
     assert -1000 not in codes
     assert "rank 1" in said
-    assert "hangs" in said
+    assert "hangs at test_watch.py" in said, "where it stands is told"
 
 
-def test_a_long_rest_is_no_hang(tmp_path):
+def test_a_long_rest_is_no_hang_while_somebody_works(tmp_path):
+    """A checkpoint or an export that takes longer than any pass: the others sleep, and wait for it."""
+
     def behaviour(rank, mine):
-        for _ in range(5):
-            mine.mark()
-            time.sleep(0.05)
-        mine.rest()
-        time.sleep(5)
+        with mine.training():
+            passes(mine, 5)
+            mine.rest()
+            end = time.monotonic() + 3
+            while rank == 0 and time.monotonic() < end:
+                pass
+            time.sleep(max(0.0, end - time.monotonic()))
 
-    codes, said, _ = two(tmp_path, behaviour, stall=2.0)
+    codes, said, _ = two(tmp_path, behaviour, stall=1.0)
     assert codes == [0, 0]
     assert said == ""
+
+
+def test_nobody_hangs_before_training(tmp_path):
+    codes, said, _ = two(tmp_path, lambda rank, mine: time.sleep(3), stall=1.0)
+    assert codes == [0, 0]
+    assert said == ""
+
+
+def test_a_job_that_is_stopped_as_a_whole_and_continued_goes_on(tmp_path):
+    def behaviour(rank, mine):
+        with mine.training():
+            (tmp_path / f"pid-{rank}").write_text(str(os.getpid()))
+            passes(mine, 100)
+            time.sleep(1.5)
+
+    def pause():
+        files = [tmp_path / f"pid-{rank}" for rank in range(2)]
+        while not all(file.exists() and file.read_text() for file in files):
+            time.sleep(0.05)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for file in files:
+                os.kill(int(file.read_text()), number)
+            time.sleep(5 if number == signal.SIGSTOP else 0)
+
+    watcher = threading.Thread(target=pause)
+    watcher.start()
+    codes, said, seconds = two(tmp_path, behaviour, silence=3.0, stall=3.0)
+    watcher.join()
+    assert codes == [0, 0]
+    assert said == ""
+    assert seconds > 5
 
 
 def test_one_that_fails_is_heard_by_the_others(tmp_path):
