@@ -35,8 +35,9 @@ def recipes_folder() -> Path:
 
 
 def built_in() -> dict[str, Path]:
-    """Name → file of the built-in recipes, without importing them."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.py")) if not path.stem.startswith("_")}
+    """Name → file of the built-in recipes, without importing them; a file may hold several."""
+    files = [path for path in sorted(recipes_folder().glob("*.py")) if not path.stem.startswith("_")]
+    return {function.name: path for path in files for function in _marked(_parsed(path))}
 
 
 def get_recipe(name: str) -> Recipe:
@@ -71,11 +72,27 @@ def build(function: RecipeFunction) -> Recipe:
 
 
 def summaries() -> dict[str, str]:
-    """Name → first line of the docstring, of built-in recipes (not imported for it) and of those that others added."""
-    found = {
-        name: _first_line(ast.get_docstring(ast.parse(path.read_text("utf-8")))) for name, path in built_in().items()
-    }
+    """Name → one line, of built-in recipes (not imported for it) and of those that others added.
+
+    The line is the first of the file's docstring, or of the function's where the file holds several recipes.
+    """
+    found = {}
+    for path in dict.fromkeys(built_in().values()):
+        module = _parsed(path)
+        functions = _marked(module)
+        for function in functions:
+            found[function.name] = _first_line(ast.get_docstring(module if len(functions) == 1 else function))
     return found | {name: _first_line(RECIPES.get(name).__doc__) for name in RECIPES if name not in found}
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def _marked(module: ast.Module) -> list[ast.FunctionDef]:
+    """The functions under ``@recipe``."""
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    return [one for one in functions if any(isinstance(d, ast.Name) and d.id == "recipe" for d in one.decorator_list)]
 
 
 def _first_line(text: str | None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftkit import catalog, overrides
-from peftkit.errors import HubError, PeftkitError, UserError
+from peftkit.errors import HubError, PeftkitError, RecipeError, UserError, did_you_mean
 from peftkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,15 +28,31 @@ NEWEST = "newest"
 """What ``--resume`` without a run stands for: the newest resumable run of the recipe's name."""
 
 
-def main(function: Callable[[], Recipe], arguments: Sequence[str] | None = None) -> Run:
+def main(
+    function: Callable[[], Recipe] | Sequence[Callable[[], Recipe]], arguments: Sequence[str] | None = None
+) -> Run:
     """Trains the recipe that a function under ``@recipe`` returns, with the command line's overrides.
 
-    Exits with the error's own code after one message: 2 for wrong input, 1 for failed work, 130 for Ctrl-C.
+    Of several functions the command line's first word names one. Exits with the error's own code after one message: 2
+    for wrong input, 1 for failed work, 130 for Ctrl-C.
     """
-    given = _parser(function).parse_intermixed_args(name_newest(sys.argv[1:] if arguments is None else arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not callable(function):
+        function, words = _chosen(function, words)
+    given = _parser(function).parse_intermixed_args(name_newest(words))
     with one_message():
         recipe = overrides.apply(catalog.build(function), given.overrides)
         return train(recipe, given.resume, tuple(given.allow))
+
+
+def _chosen(functions: Sequence[Callable[[], Recipe]], words: list[str]) -> tuple[Callable[[], Recipe], list[str]]:
+    """The function that the first word names, and the words after it; a call for help may stand alone."""
+    known = {function.__name__: function for function in functions}
+    first = words[0] if words else ""
+    with one_message():
+        if first not in {*known, "-h", "--help"}:
+            raise RecipeError(f"which recipe of this file? '{first}' is none of them: {did_you_mean(first, known)}")
+    return known.get(first, functions[0]), words[first in known :]
 
 
 def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()) -> Run:

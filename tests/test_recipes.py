@@ -21,7 +21,7 @@ def test_the_recipes_that_are_promised_are_there():
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_recipe_file_opens_with_its_command_its_needs_and_its_score(name):
     text = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8")))
-    assert f"\n    accelerate launch recipes/{name}.py" in text
+    assert f"\n    accelerate launch recipes/{FILES[name].name}" in text
     assert re.search(r"^Needs: .+", text, re.MULTILINE)
     assert re.search(r"^Reached: .+", text, re.MULTILINE)
 

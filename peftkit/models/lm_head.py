@@ -264,7 +264,8 @@ class _AnyHead(torch.autograd.Function):
         for hidden, target in zip(hidden_SH.split(head.rows), targets_S.split(head.rows)):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
-                value = F.cross_entropy(head(leaf), target, reduction="sum")
+                # a view, for what watches modules at work (counting their products) cannot hook a leaf in grad()
+                value = F.cross_entropy(head(leaf.view_as(leaf)), target, reduction="sum")
             first, *rest = torch.autograd.grad(value, [leaf, *trained], allow_unused=True)
             total += value.detach()
             grads[0][start : start + len(target)] = first  # type: ignore[index]
