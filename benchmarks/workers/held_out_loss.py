@@ -1,6 +1,6 @@
 """The judge: mean loss per answer token of a plain peft adapter on instruction rows; prints one JSON line.
 
-python benchmarks/workers/held_out_loss.py --data FILE.jsonl --model FOLDER [--adapter FOLDER] [--rows N]
+python benchmarks/workers/held_out_loss.py --data FILE.jsonl --model FOLDER [--adapter FOLDER] [--rows N] [--nf4]
 
 Uses transformers and peft alone, one row at a time, so that no trainer's batching or weighting enters: the answer's
 tokens up to and including the stop token are what follows the prompt in the rendered chat template.
@@ -26,6 +26,16 @@ def answer_tokens(tokenizer, row: dict, max_length: int) -> tuple[list[int], int
     return tokens[: min(end, max_length)], len(prompt)
 
 
+def nf4():
+    """QLoRA's way to hold a base (arXiv:2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Scores the rows."""
     parser = argparse.ArgumentParser()
@@ -34,11 +44,13 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--nf4", action="store_true", help="hold the base in NF4 with double quantization")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="bfloat16")
+    held = {"quantization_config": nf4()} if args.nf4 else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="bfloat16", **held)
     if args.adapter:
         from peft import PeftModel
 
