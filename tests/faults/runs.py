@@ -40,7 +40,6 @@ def warm_up() -> None:
     import transformers.trainer_pt_utils
     import transformers.trainer_utils  # noqa: F401
 
-    import peftkit.export.in_memory
     import peftkit.export.loading
     import peftkit.export.merge
     import peftkit.export.switching
