@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # two workers share the cores: waiting threads sleep, for spinning they would take the cores from each other
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all check lint bench clean faults
+.PHONY: demo test test-all check lint audit bench clean faults
 
 demo: $(STAMP)  ## LoRA on BBC News: offline, a few minutes on two cores
 	HF_HUB_OFFLINE=1 $(LAUNCH) recipes/bbc_news_lora.py $(ARGS)
@@ -21,12 +21,15 @@ test: $(STAMP)  ## the tests that take seconds each
 test-all: $(STAMP)  ## all tests, those that take minutes included
 	$(PYTEST) $(ARGS)
 
-check: lint test  ## what a reviewer would ask for
+check: lint audit test  ## what a reviewer would ask for
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(STAMP)  ## what PyPI's advisories say of the installed packages
+	$(BIN)/python tests/audit.py
 
 DATA ?= ag_news
 INSTRUCTIONS ?= alpaca

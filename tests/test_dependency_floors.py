@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from tests import audit
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +67,24 @@ def test_those_that_load_a_strangers_files_are_looked_after():
 def test_every_requirement_has_a_floor():
     without = {name for name, version in floors().items() if version == Version("0")}
     assert without <= {"types-pyyaml"}
+
+
+def package(name, *, holes=(), skipped=None):
+    held = {"name": name, "version": "1.0", "vulns": [{"id": one, "fix_versions": fixed} for one, fixed in holes]}
+    return {"name": name, "skip_reason": skipped} if skipped else held
+
+
+def test_the_audit_fails_for_holes_that_a_newer_version_closes(capsys):
+    assert audit.report([package("fine"), package("bad", holes=[("CVE-2026-1", ["1.1"])])]) == 1
+    assert "bad 1.0: CVE-2026-1; closed in 1.1" in capsys.readouterr().out
+    assert audit.report([package("fine"), package("open", holes=[("CVE-2026-2", [])])]) == 0
+    assert "still open" in capsys.readouterr().out
+
+
+def test_an_audit_that_cannot_ask_says_so(capsys):
+    assert audit.report([package("one", skipped="not found on PyPI")]) == 0
+    assert audit.main([sys.executable, "-c", "import sys; sys.exit('no network')"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert all("nothing was audited" in line for line in said)
+    assert "no network" in said[1]
