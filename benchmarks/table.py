@@ -1,5 +1,7 @@
 """Writes results/README.md: a table of every comparison in results/, as it stands in its JSON.
 
+Files named try… are quick looks, and left out (``--name try_it``); git ignores them.
+
 python benchmarks/table.py
 """
 
@@ -30,7 +32,7 @@ def main() -> None:
         "Medians of interleaved runs, with the least and the greatest; made by `benchmarks/table.py`.",
     ]
     for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = {} if path.stem.startswith("try") else json.loads(path.read_text(encoding="utf-8"))
         if "summary" in content:
             parts += comparison(path.stem, content)
         elif "slopes" in content:
