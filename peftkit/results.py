@@ -1,6 +1,7 @@
 """What a run found out: figures before and after training, baselines beside them, and every prediction.
 
 metrics.json      {split or baseline: {figure: value}}, and "training"
+plan.json         what had been planned of memory and time, beside what was measured
 assessment.json   the figures with intervals, per class, confusion, calibration, mistakes
 baselines.json    each baseline's figures, and whether training beat it
 predictions/      one JSONL a split
@@ -27,6 +28,7 @@ from peftkit.evaluation.generations import write as write_generations
 from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
 from peftkit.parts import LoadedModel
+from peftkit.planning import prediction
 from peftkit.training import flops
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
@@ -44,6 +46,8 @@ class Results:
     baselines: list[dict[str, Any]] = field(default_factory=list)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     generations: list[GenerationRow] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+    """``planning.prediction.beside``; empty where the run was not finished, or another process makes it."""
 
 
 @dataclass
@@ -146,7 +150,13 @@ def after_training(
     for baseline in before.baselines:
         found.metrics[baseline.name] = baseline.metrics
         found.baselines.append(_beside(baseline, loop, outputs, prepared))
-    found.metrics["training"] = training_figures(loop, seconds)
+    training = found.metrics["training"] = training_figures(loop, seconds)
+    if loop.session.is_main and tuple(splits) == HELD_OUT:
+        found.plan = prediction.beside(
+            recipe, prepared.info, loop.tokenizer, loop.data, training, device=loop.session.device,
+            world_size=loop.session.world_size, sharded=loop.session.sharded,
+        )  # fmt: skip
+        training |= prediction.figures(found.plan)
     return found
 
 
@@ -234,6 +244,8 @@ def write(path: Path, found: Results) -> None:
     folders.write_json(path / folders.METRICS, found.metrics)
     folders.write_json(path / "assessment.json", found.assessments)
     folders.write_json(path / "baselines.json", found.baselines)
+    if found.plan:
+        folders.write_json(path / prediction.FILE, found.plan)
     for split, rows in found.predictions.items():
         (path / "predictions").mkdir(exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -43,12 +43,12 @@ def named(text: str) -> Device:
     raise RecipeError(f"--gpu {text}: expected a size (8GB) or a card: {did_you_mean(key, GPUS)}")
 
 
-def here() -> Device:
-    """The device that a run would use now: the first GPU, else the CPU with the memory that is free."""
+def here(*, gpu: bool = True) -> Device:
+    """The device that a run would use now: the first GPU, else (or without ``gpu``) the CPU with what is free."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if gpu and torch.cuda.is_available():
         return Device(torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory, True)
     return Device("CPU", int(psutil.virtual_memory().available), False)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from peftkit.data import cache
 from peftkit.errors import PeftkitError
@@ -46,8 +47,7 @@ def measured(threads: int) -> Machine:
     Raises:
         PeftkitError: the measuring process failed.
     """
-    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version])
-    path = cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path = _file(threads)
     with cache.entry_lock(path):
         if not path.is_file():
             command = [sys.executable, "-m", "peftkit.planning._probe", str(threads)]
@@ -57,6 +57,16 @@ def measured(threads: int) -> Machine:
                 raise PeftkitError(f"this machine could not be measured: {last}")
             path.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
     return Machine(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def is_measured(threads: int) -> bool:
+    """Whether ``measured`` has its figures already."""
+    return _file(threads).is_file()
+
+
+def _file(threads: int) -> Path:
+    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version])
+    return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def of_gpu(machine: Machine) -> Machine:

@@ -41,14 +41,21 @@ class Plan:
     workload: Workload
     flops_a_token: float
     """Products of forward and backward, a real token."""
-    seconds: float
-    """Estimate of training and its validations."""
+    training_seconds: float
+    """Estimate of all steps, as a run counts its own."""
+    evaluation_seconds: float
+    """Estimate of the validations."""
     notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> Phase:
         """The phase that takes most."""
         return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of training and its validations."""
+        return self.training_seconds + self.evaluation_seconds
 
     @property
     def fits(self) -> bool:
@@ -70,6 +77,7 @@ class Plan:
             "largest_pass": {"rows": largest.rows, "tokens": largest.tokens, "scored": largest.scored},
             "flops_a_token": self.flops_a_token,
             "seconds": self.seconds,
+            "training_seconds": self.training_seconds,
             "notes": list(self.notes),
         }
 
@@ -138,7 +146,7 @@ def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Worklo
         parameters = tuple(trainable_table(loaded.model))
         train = subject.train(workload.largest, 2 if workload.accumulates else 1)
         evaluation = subject.evaluate(workload.largest_evaluation)
-        seconds, flops = _time(subject, workload, train, evaluation, machine)
+        training, validations, flops = _time(subject, workload, train, evaluation, machine)
     found = phases(
         held, train, evaluation, ratio=1.0 if device.gpu else machine.allocator_ratio, gpu=device.gpu,
         framework=machine.cuda_bytes if device.gpu else machine.framework_bytes,
@@ -146,7 +154,7 @@ def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Worklo
     )  # fmt: skip
     notes = _notes(recipe, device, torch.cuda.is_available())
     shown = str(dtype).removeprefix("torch.")
-    return Plan(recipe, device, shown, parameters, found, held, workload, flops, seconds, notes)
+    return Plan(recipe, device, shown, parameters, found, held, workload, flops, training, validations, notes)
 
 
 def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
@@ -171,8 +179,8 @@ def planned_dtype(recipe: Recipe, device: Device) -> Any:
 
 def _time(
     subject: Subject, workload: Workload, train: Traced, evaluation: Traced, machine: Machine
-) -> tuple[float, float]:
-    """(seconds of the run, products a real token): cost of a row grows as a·tokens + b·tokens²."""
+) -> tuple[float, float, float]:
+    """(seconds of all steps, of all validations, products a real token): a row costs a·tokens + b·tokens²."""
     largest = workload.largest
     half = Shape(largest.rows, max(2, largest.tokens // 2), max(1, largest.scored // 2), largest.packed)
     small = subject.train(half)
@@ -189,8 +197,8 @@ def _time(
     first = workload.largest_evaluation
     share = sum(s.rows * s.tokens for s in workload.evaluation) / (first.rows * first.tokens)
     calls = evaluation.operators * len(workload.evaluation)
-    seconds += machine.seconds(evaluation.flops * share, evaluation.moved * share, calls) * max(1.0, workload.epochs)
-    return seconds, flops / sum(shape.rows * shape.tokens for shape in workload.train)
+    once = machine.seconds(evaluation.flops * share, evaluation.moved * share, calls)
+    return seconds, once * max(1.0, workload.epochs), flops / sum(shape.rows * shape.tokens for shape in workload.train)
 
 
 def _quadratic(at: int, low: tuple[int, float], high: tuple[int, float]) -> float:
@@ -205,6 +213,8 @@ def _notes(recipe: Recipe, device: Device, has_gpu: bool) -> tuple[str, ...]:
     notes = []
     if device.gpu and not has_gpu:
         notes.append("no GPU is here: its context is taken as 0.5 GB, and times serve to compare plans with each other")
+    if not recipe.method.adapts_backbone and recipe.training.feature_cache_gb:
+        notes.append("features of the frozen backbone are kept after the first epoch: the time is an upper bound")
     if recipe.training.optimizer.startswith("paged"):
         notes.append("paged optimizer states are counted in full; where memory is short they move out of it")
     return tuple(notes)

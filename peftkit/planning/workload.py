@@ -39,8 +39,8 @@ class Workload:
         return max(self.evaluation, key=lambda shape: (shape.rows * shape.tokens, shape.tokens))
 
 
-def of_data(recipe: Recipe, encoded: Any, device: str, *, packed: bool) -> Workload:
-    """The workload of a recipe on its encoded data.
+def of_data(recipe: Recipe, encoded: Any, device: str, *, packed: bool, world_size: int = 1) -> Workload:
+    """The workload of a recipe on its encoded data; of several processes, that of the first.
 
     Lengths beyond ``data.max_length`` are cut to it, so that a shorter limit can be planned without tokenizing anew.
     """
@@ -57,7 +57,7 @@ def of_data(recipe: Recipe, encoded: Any, device: str, *, packed: bool) -> Workl
 
     passes, several = [], False
     for batch in plan(lengths, training, 0):
-        pieces = share(batch, lengths, rank=0, world_size=1, micro_batch=rows, micro_tokens=tokens)
+        pieces = share(batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens)
         several = several or len(pieces) > 1
         passes += [shape(piece.rows, lengths, train.weights) for piece in pieces]
     held = encoded.splits["validation"]

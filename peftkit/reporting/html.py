@@ -38,6 +38,8 @@ class Report:
     """The validation figure that is plotted."""
     samples: Sequence[Mapping[str, Any]] = ()
     """Generated texts, heading → text."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """``planning.prediction.beside``: planned and measured."""
     notes: Sequence[str] = ()
     """What was decided and why."""
     commands: Sequence[tuple[str, str]] = ()
@@ -103,5 +105,6 @@ def environment() -> Environment:
     made.filters |= {
         "figure": shown.figure, "interval": shown.with_interval, "words": shown.name, "count": shown.count,
         "size": shown.size, "plain": shown.plain, "answer": tables.answer, "place": tables.place,
+        "quantity": lambda value, name: shown.quantity(name, value),
     }  # fmt: skip
     return made

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from peftkit.data.batching import padding_share, pass_tokens, plan, share
 from peftkit.models.inventory import trainable_table
+from peftkit.planning import prediction
 from peftkit.recipe import Recipe
 from peftkit.reporting import html, tables
 
@@ -60,6 +61,8 @@ class Speaker:
             self._out.print(tables.metrics(report.assessments))
             if report.baselines:
                 self._out.print(tables.baselines(main, report.baselines))
+        if report.plan:
+            self._out.print(tables.plan(report.plan))
         self._out.print(f"\nRun: {path}\nNext:", markup=False)
         for said, command in report.commands:  # on lines of their own, so that they can be copied
             self._out.print(f"  {command}", style="cyan", soft_wrap=True, markup=False)
@@ -140,6 +143,7 @@ def read(path: Path) -> html.Report:
         log=_lines(path / LOG),
         best_metric=metrics.get("training", {}).get("best_metric"),
         samples=_lines(path / "generations.jsonl"),
+        plan=_json(path / prediction.FILE, {}),
         notes=about.get("notes", []),
         commands=next_commands(path, recipe),
         environment={**_json(path / ENVIRONMENT, {}), **metrics.get("training", {})},

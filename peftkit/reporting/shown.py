@@ -50,6 +50,17 @@ def size(value: float) -> str:
     return f"{value:.1f} TB"
 
 
+def quantity(name: str, value: float | None) -> str:
+    """A figure in its unit, which its name tells.
+
+    >>> quantity("peak_memory_bytes", 90_900_000), quantity("seconds", 12.34)
+    ('90.9 MB', '12.3 s')
+    """
+    if value is None:
+        return "–"
+    return size(value) if name.endswith("_bytes") else f"{value:,.1f} s"
+
+
 def plain(text: Any, limit: int | None = None) -> str:
     """A user's text on one line, cut to ``limit``; control and direction marks, which a terminal obeys, are dropped."""
     spaced = " ".join(str(text).split())

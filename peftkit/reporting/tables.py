@@ -117,6 +117,25 @@ def trainable(parts: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def plan(made: Mapping[str, Any]) -> RenderableType:
+    """Planned and measured, or why nothing was planned.
+
+    Args:
+        made: what ``planning.prediction.beside`` returns.
+    """
+    if "beside" not in made:
+        return Text(f"  not planned: {shown.plain(made['reason'])}", style="dim")
+    table = _table(f"Planned and measured (peak planned in {made['plan']['peak']['phase']})")
+    table.add_column("")
+    for heading in ("planned", "measured", "off"):
+        table.add_column(heading, justify="right")
+    for row in made["beside"]:
+        cells = (shown.quantity(row["figure"], row[name]) for name in ("planned", "measured"))
+        off = "–" if row["off"] is None else f"{row['off']:+.1%}"
+        table.add_row(shown.name(row["figure"].removesuffix("_bytes")), *cells, off)
+    return table
+
+
 def cleaning(steps: Sequence[Mapping[str, Any]]) -> Table:
     """What was done to the rows before training.
 
