@@ -12,6 +12,7 @@ Shape suffixes: N tokens, I and O width of input and output, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftkit.models import dropout
+
+Opened = Callable[[torch.dtype], Tensor]
 PRODUCTS_ARE_KEPT: ContextVar[bool] = ContextVar("PRODUCTS_ARE_KEPT", default=False)
 """Set while someone else keeps the results of products (selective checkpointing): nothing is then added in place."""
 
@@ -37,6 +41,17 @@ def linear(
         p: probability with which an element of x is dropped on its way to A.
     """
     return _Linear.apply(x, weight_OI, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
+
+
+def opened_linear(
+    x: Tensor, opened: Opened, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
+) -> Tensor:
+    """``linear`` over a weight that is packed: ``opened`` unpacks it for each product, forward and backward.
+
+    Args:
+        opened: gives the frozen weight as [O, I] in a dtype; called once a pass in each direction.
+    """
+    return _OpenedLinear.apply(x, opened, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
 
 
 def add(y: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, p: float) -> Tensor:
@@ -67,6 +82,28 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
+class _OpenedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, opened: Opened, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.linear(x, opened(x.dtype), None if bias is None else bias.to(x.dtype))
+            y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
+            keep = _add_into(y, x, a, b, scale, p)
+        ctx.save_for_backward(x, a, b, keep)
+        ctx.opened, ctx.scale, ctx.p = opened, scale, p
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, keep = ctx.saved_tensors
+        grad_x = torch.matmul(grad_y, ctx.opened(grad_y.dtype)) if ctx.needs_input_grad[0] else None
+        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, ctx.scale, ctx.p)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
@@ -87,9 +124,13 @@ class _Add(torch.autograd.Function):
 
 
 def _add_into(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor | None:
-    """Adds the low-rank part to y; returns which elements of x were kept, one byte each, or None without dropout."""
+    """Adds the low-rank part to y; returns which elements of x were kept (a byte each, or their mask's seed),
+    or None without dropout."""
     keep = None
-    if p > 0:
+    if 0 < p < 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        keep = torch.tensor(dropout.new_seed())  # nothing as large as x is kept
+        x = x * dropout.mask(x.shape, p, x.dtype, int(keep))
+    elif p > 0:
         x, keep = torch.native_dropout(x, p, True)
     small_NR = F.linear(x, a.to(x.dtype)).flatten(0, -2)
     y_NO = y.view(-1, y.shape[-1])
@@ -103,15 +144,19 @@ def _gradients(
     """Adds the low-rank part to ``grad_x`` (None: x needs none), and forms the gradients by A and B."""
     grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
     x_NI = x.reshape(-1, x.shape[-1])
-    a_RI, keep_NI = a.to(x.dtype), None
-    if keep is not None:
-        keep_NI = keep.reshape(x_NI.shape)
-        x_NI = x_NI * keep_NI * (1 / (1 - p))
+    a_RI, mask_NI = a.to(x.dtype), None
+    if keep is not None and keep.dtype != torch.bool:
+        mask_NI = dropout.mask(x_NI.shape, p, x.dtype, int(keep))
+        x_NI = x_NI * mask_NI
+    elif keep is not None:
+        mask_NI = keep.reshape(x_NI.shape)
+        x_NI = x_NI * mask_NI * (1 / (1 - p))
     small_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
     grad_a = (small_NR.T @ x_NI).to(a.dtype)
     grad_b = (grad_NO.T @ (x_NI @ a_RI.T)).mul_(scale).to(b.dtype)
-    if grad_x is not None and keep_NI is None:
+    if grad_x is not None and mask_NI is None:
         grad_x.view(x_NI.shape).addmm_(small_NR, a_RI)
-    elif grad_x is not None and keep_NI is not None:
-        grad_x.view(x_NI.shape).addcmul_(small_NR @ a_RI, keep_NI, value=1 / (1 - p))
+    elif grad_x is not None and mask_NI is not None:
+        scaled = 1.0 if mask_NI.is_floating_point() else 1 / (1 - p)
+        grad_x.view(x_NI.shape).addcmul_(small_NR @ a_RI, mask_NI, value=scaled)
     return grad_x, grad_a, grad_b

@@ -224,3 +224,60 @@ def test_quantized_bases_equal_peft(bits):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
     for ours, theirs in zip(found, wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def four_bit(features=64, bias=False, dtype=torch.float32):
+    """peft's LoRA over one NF4 layer, and a copy with the faster one."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = bnb.nn.Linear4bit(features, 2 * features, bias=bias, compute_dtype=dtype, quant_type="nf4")
+
+        def forward(self, x):
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["layer"], init_lora_weights=False)
+    plain = get_peft_model(Net().to("cpu"), config).train()
+    fast = copy.deepcopy(plain)
+    assert accelerate_lora(fast) == 1
+    return plain, fast
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_opened_4bit_weight_gives_bitsandbytes_own_product_and_gradients(bias):
+    found = []
+    for model in four_bit(bias=bias):
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        out = model(x)
+        out.square().sum().backward()
+        layer = model.base_model.model.layer
+        found.append([out, x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad])
+    for expected, got in zip(*found):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_an_opened_4bit_weight_is_let_go_of_and_the_layer_s_own_product_is_not_formed(monkeypatch):
+    _, fast = four_bit(dtype=torch.bfloat16)
+    base = fast.base_model.model.layer.base_layer
+    monkeypatch.setattr(type(base), "forward", lambda *_: pytest.fail("formed by bitsandbytes"))
+    x, kept = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = fast(x)
+    assert out.dtype == torch.bfloat16
+    assert sum(t.numel() for t in kept) == x.numel() + 4 * 64 + 4 * 128
+    with torch.no_grad(), pytest.raises(BaseException, match="formed by bitsandbytes"):
+        fast(x)
+
+
+def test_gradcheck_of_an_opened_weight():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(7, 6, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    a = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: low_rank.opened_linear(x, weight.to, bias, a, b, 0.7, 0.0), (x, a, b)
+    )
