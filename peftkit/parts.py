@@ -129,6 +129,8 @@ class Method(Part):
     """Tasks it is defined for, by their heads."""
     quantizations: ClassVar[tuple[str, ...] | None] = None
     """Kinds of quantization that its layers can stand on; None for all."""
+    packed: ClassVar[tuple[str, ...] | None] = None
+    """Kinds of checkpoints with quantized weights that its layers can stand on; None for all."""
     merges: ClassVar[bool] = True
     """Whether the result can be folded into the base's own weights, so that nothing of the method is left."""
     checkpoints_activations: ClassVar[bool] = True
@@ -163,6 +165,15 @@ class Method(Part):
     def why_not_merged(self) -> str | None:
         """Why the trained result cannot be merged into the base; None where it can."""
         return None if self.merges else f"method '{self.kind}' changes no weight that it could be merged into"
+
+    def why_not_over(self, kind: str) -> str | None:
+        """Why it is not trained over a checkpoint whose weights are quantized with a kind already; None where it is."""
+        if self.saves == "model":
+            return f"method.kind={self.kind} trains the base's own weights; use method.kind=lora"
+        if self.packed is None or kind in self.packed:
+            return None
+        known = f"takes checkpoints of {', '.join(self.packed)}" if self.packed else "needs whole weights"
+        return f"method.kind={self.kind} {known}; use method.kind=lora, or the unquantized model"
 
     @abstractmethod
     def apply(self, loaded: LoadedModel) -> None:

@@ -26,7 +26,8 @@ def load(job):
     if job["revision"]:
         arguments["revision"] = job["revision"]
     if job["quantization"]:
-        arguments["quantization_config"] = transformers.BitsAndBytesConfig(**job["quantization"])
+        if "checkpoint" not in job["quantization"]:  # a checkpoint of quantized weights says itself how to read them
+            arguments["quantization_config"] = transformers.BitsAndBytesConfig(**job["quantization"])
         arguments["device_map"] = {"": job["device"]}
     base = auto.from_pretrained(job["base"], dtype=dtype, ignore_mismatched_sizes=True, **arguments)
     for name, module in base.named_modules():

@@ -68,10 +68,8 @@ def save(folder: Path, loaded: LoadedModel, recipe: Recipe, about: Description, 
         state = {name: tensor.float() for name, tensor in _state(loaded.model).items()}
         unwrap(loaded.model).save_pretrained(folder, state_dict=state)
     config = copy.deepcopy(unwrap(loaded.model).config)
-    if hasattr(config, "quantization_config"):
-        del (
-            config.quantization_config
-        )  # the adapter fits the unquantized base as well; the card says how it was trained
+    if recipe.quantization is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # the adapter fits the whole base as well; the card says how it was trained
     if about.saves == "model":
         config.dtype = "float32"
     config.save_pretrained(folder)

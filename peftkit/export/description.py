@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ModelError, RunError
+from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import read_json, resolve
 from peftkit.parts import LoadedModel, TaskInfo
 from peftkit.recipe import Recipe
@@ -47,6 +48,7 @@ class Description:
     dtype: str
     """Of the frozen weights while training."""
     quantization: dict[str, Any] | None
+    """How the recipe held the base's weights, or {kind: gptq} of a checkpoint that holds them so itself."""
     max_length: int
     format: int = FORMAT
 
@@ -71,9 +73,16 @@ def describe(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str) ->
         revision=_commit(source.revision, inner) if source.kind == "hub" else None,
         fingerprint=loaded.fingerprint,
         dtype=dtype,
-        quantization=None if recipe.quantization is None else recipe.quantization.model_dump(mode="json"),
+        quantization=_quantization(recipe, inner),
         max_length=recipe.data.max_length,
     )
+
+
+def _quantization(recipe: Recipe, model: Any) -> dict[str, Any] | None:
+    if recipe.quantization is not None:
+        return dict(recipe.quantization.model_dump(mode="json"))
+    kind = quantized_with(model.config)
+    return {"kind": kind} if kind else None
 
 
 def write(folder: Path, description: Description) -> None:

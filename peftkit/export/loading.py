@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from peftkit.errors import ModelError, RunError
 from peftkit.export import delta, description
 from peftkit.export.description import Description
-from peftkit.models import policy
+from peftkit.models import first_token, policy
 from peftkit.models.loading import load_base, settle_dtypes
+from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.models.sources import PICKLED, check_config, read_json
 from peftkit.models.tokenizer import tokenizer_in
 from peftkit.parts import LoadedModel
@@ -91,6 +92,8 @@ def load_exported(
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
     settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
     loaded.model.requires_grad_(False).eval()
+    if about.heads and about.pooling == "own":
+        first_token.prepare(loaded.model)
     return Exported(loaded, recipe, about, folder)
 
 
@@ -142,6 +145,11 @@ def _recipe(folder: Path, about: Description, dtype: str | None, quantized: bool
         changes["model"]["source"] = _source(recipe.model.source, about)
         changes["model"]["revision"] = about.revision or recipe.model.revision
     if not quantized:
+        if about.saves == "adapter" and about.quantization and about.quantization["kind"] in KERNELS:
+            raise ModelError(
+                f"{folder}: its base is a checkpoint quantized with {about.quantization['kind']}, of which there is no "
+                "whole form to hold, or to merge into"
+            )
         changes["quantization"] = None
     return replace(recipe, **changes)
 

@@ -28,6 +28,7 @@ from peftkit.errors import ExportError
 from peftkit.export.description import Description
 from peftkit.methods._lora_kernel import plainly
 from peftkit.models import classifier, policy
+from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.parts import LoadedModel
 
 FILE = "proof.json"
@@ -194,6 +195,8 @@ def _quantization(about: Description) -> dict[str, Any] | None:
     if about.quantization is None or about.saves == "model":
         return None
     heads = [*about.heads, ".*pooler"] if about.heads else ["lm_head"]  # as in models.loading.never_quantized
+    if about.quantization["kind"] in KERNELS:
+        return {"checkpoint": about.quantization["kind"]}
     if about.quantization["kind"] == "nf4":
         return {
             "load_in_4bit": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -48,6 +48,8 @@ class ByPeft(Method):
 
 class OnLinears(ByPeft):
     """A method over linear layers that are chosen by name, pattern and block."""
+
+    packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
 
     target_modules: Names = "all-linear"
     """all-linear, names of modules (query, or encoder.layer.0.attention.self.query), or one regular expression over

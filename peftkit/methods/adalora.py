@@ -30,6 +30,7 @@ class AdaLora(OnLinears):
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
     default_learning_rate: ClassVar[float] = 2e-3
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
+    packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes", "gptq")
 
     kind: Literal["adalora"] = "adalora"
     target_r: Annotated[int, Field(ge=1)] = 8

@@ -28,6 +28,7 @@ class BitFit(Method):
     default_learning_rate: ClassVar[float] = 2e-3
     quantizations: ClassVar[tuple[str, ...] | None] = ()
     """bitsandbytes rounds the biases of its layers to the compute dtype at every call, trained ones too."""
+    packed: ClassVar[tuple[str, ...] | None] = ()
 
     kind: Literal["bitfit"] = "bitfit"
 

@@ -25,6 +25,7 @@ class Ia3(ByPeft):
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     default_learning_rate: ClassVar[float] = 3e-3
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
+    packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
 
     kind: Literal["ia3"] = "ia3"
     target_modules: Names | None = None

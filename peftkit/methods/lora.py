@@ -97,6 +97,15 @@ class Lora(ByPeft):
                 "quantization.kind=nf4, or use another start"
             )
 
+    def why_not_over(self, kind: str) -> str | None:
+        """Starts that are made from the base's weights need whole ones, and DoRA their norms."""
+        start = self.init_lora_weights
+        if start in {*NEED_WEIGHTS, "loftq"}:
+            return f"method.init_lora_weights={start} is made from whole weights; use default, gaussian or eva"
+        if self.use_dora and kind != "bitsandbytes":
+            return "method.use_dora needs the norms of the base's weights at every step; set method.use_dora=false"
+        return super().why_not_over(kind)
+
     def why_not_merged(self) -> str | None:
         """LoftQ's update makes up for a quantized base, so it is wrong on the whole one."""
         if self.init_lora_weights == "loftq":

@@ -24,6 +24,7 @@ class Oft(OnLinears):
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
     default_learning_rate: ClassVar[float] = 1e-3
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
+    packed: ClassVar[tuple[str, ...] | None] = ("awq", "bitsandbytes", "gptq", "hqq")
 
     kind: Literal["oft"] = "oft"
     block_size: Annotated[int, Field(ge=2)] = 32

@@ -87,6 +87,15 @@ class Peft(ByPeft):
         else:
             check_last_token(self.kind, config, recipe)
 
+    def why_not_over(self, kind: str) -> str | None:
+        """Types without layers of their own over linear ones stand on all; others on what peft has layers for."""
+        name = self._name()
+        if self._learns_prompt() or name in {"LORA", "LN_TUNING", "TRAINABLE_TOKENS"}:
+            return None
+        if kind == "bitsandbytes" and name in ON_QUANTIZED:
+            return None
+        return f"method.peft_type={name} reads the weights of the layers below it; use method.kind=lora"
+
     def why_not_merged(self) -> str | None:
         """Prompts are no weights; other types say so themselves when they are asked to merge."""
         if self._learns_prompt():

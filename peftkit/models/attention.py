@@ -5,8 +5,8 @@
 torch's fused kernel for the CPU spends two thirds of its time in the bf16 backward pass on short rows. Here queries are
 taken a block at a time, causal blocks read only the keys before them, heads that share keys are one product, and
 products are plain matrix products in bf16 with the softmax in fp32: the precision of transformers' eager attention.
-Nothing of tokens × tokens is kept: the backward pass forms each block's weights anew (FlashAttention's recomputation,
-Dao et al. 2022, arXiv:2205.14135). Only a dropout mask, where there is dropout, is kept at a byte an element.
+The backward pass forms each block's weights anew (FlashAttention's recomputation, Dao et al. 2022, arXiv:2205.14135);
+kept are only those of short rows, which are small, and dropout's masks, where there is dropout.
 
 Shape suffixes: B rows times key heads, G query heads a key head, T queries, S keys, D width of a head.
 """
@@ -23,11 +23,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftkit.models import dropout
 from peftkit.models.packing import underlying
 
 NAME = "peftkit_cpu"
 BLOCK = 128
 """Queries taken at a time."""
+SHORT = 64
+"""Rows of up to as many tokens keep their weights for the backward pass."""
 
 
 def cpu_attention(model: Any) -> bool:
@@ -94,41 +97,45 @@ class _Blockwise(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, p: float
     ) -> Tensor:
-        out, kept = torch.empty_like(query), []
+        key, value = key.contiguous(), value.contiguous()
+        out = torch.empty(query.shape, dtype=query.dtype)
+        dropped, weights = [], None
         with torch.autocast("cpu", enabled=False):
             for first, last, keys in _blocks(query.shape[2], mask, causal):
                 weights = _weights(query[:, :, first:last], key[:, :, :keys], mask, causal, scale, first)
+                used = _rows(weights).to(value.dtype)
                 if p > 0:
-                    kept.append(torch.rand(weights.shape) >= p)
-                    weights = weights * kept[-1] / (1 - p)
-                block = torch.matmul(_rows(weights).to(value.dtype), value[:, :, :keys])
+                    dropped.append(dropout.mask(used.shape, p, used.dtype))
+                    used = used.mul_(dropped[-1]) if used.dtype != weights.dtype else used * dropped[-1]
+                block = torch.matmul(used, value[:, :, :keys])
                 out[:, :, first:last] = block.view(out[:, :, first:last].shape)
-        ctx.save_for_backward(query, key, value, mask, out, *kept)
-        ctx.causal, ctx.scale, ctx.p = causal, scale, p
+        known = weights if query.shape[2] <= min(SHORT, BLOCK) else None
+        ctx.save_for_backward(query, key, value, mask, known, *dropped)
+        ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, out, *kept = ctx.saved_tensors
-        grad_query = torch.empty_like(query)
-        wide = torch.promote_types(key.dtype, torch.float32)
-        several = len(list(_blocks(query.shape[2], mask, ctx.causal))) > 1  # sums over blocks are kept in fp32
-        grad_key = torch.zeros_like(key, dtype=wide if several else key.dtype)
+        query, key, value, mask, known, *dropped = ctx.saved_tensors
+        blocks = list(_blocks(query.shape[2], mask, ctx.causal))
+        # sums over blocks are kept in fp32
+        wide = torch.promote_types(key.dtype, torch.float32) if len(blocks) > 1 else key.dtype
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key, dtype=wide)
         grad_value = torch.zeros_like(grad_key)
-        for number, (first, last, keys) in enumerate(_blocks(query.shape[2], mask, ctx.causal)):
-            block, part = query[:, :, first:last], grad_out[:, :, first:last]
-            weights = _weights(block, key[:, :, :keys], mask, ctx.causal, ctx.scale, first)
-            keep = kept[number].to(weights.dtype) / (1 - ctx.p) if kept else None
-            used = weights if keep is None else weights * keep
-            rows = _grouped(part, key)
-            grad_value[:, :, :keys] += torch.matmul(_rows(used).to(value.dtype).mT, rows)
-            slope = torch.matmul(rows, value[:, :, :keys].mT).view(weights.shape).to(wide)
-            slope = slope if keep is None else slope * keep
-            slope -= (part.to(wide) * out[:, :, first:last].to(wide)).sum(-1).view(*weights.shape[:-1], 1)
-            slope = _rows(slope.mul_(weights).mul_(ctx.scale)).to(key.dtype)
-            grad_query[:, :, first:last] = torch.matmul(slope, key[:, :, :keys]).view(block.shape)
-            grad_key[:, :, :keys] += torch.matmul(slope.mT, _grouped(block, key))
+        for number, (first, last, keys) in enumerate(blocks):
+            block, seen = query[:, :, first:last], key[:, :, :keys]
+            weights = _weights(block, seen, mask, ctx.causal, ctx.scale, first) if known is None else known
+            used, rows = _rows(weights).to(value.dtype), _grouped(grad_out[:, :, first:last], key)
+            slope = torch.matmul(rows, value[:, :, :keys].mT)
+            if dropped:
+                used, slope = used * dropped[number], slope.mul_(dropped[number])
+            grad_value[:, :, :keys] += torch.matmul(used.mT, rows)
+            slope = slope.view(weights.shape).to(weights.dtype)
+            slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
+            slope = _rows(slope).to(key.dtype)
+            grad_query[:, :, first:last] = torch.matmul(slope, seen).mul_(ctx.scale).view(block.shape)
+            grad_key[:, :, :keys] += torch.matmul(slope.mT, _grouped(block, key) * ctx.scale)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
 
 
@@ -145,10 +152,12 @@ def _weights(block: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scal
     scores = torch.matmul(_grouped(block, key) * scale, key.mT)
     scores = scores.view(*key.shape[:2], -1, block.shape[2], key.shape[2])
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    lowest = torch.finfo(scores.dtype).min
+    lowest = torch.finfo(scores.dtype).min  # added, and not filled in, which is several times slower
     if mask is not None:
         piece = mask if mask.shape[2] == 1 else mask[:, :, first : first + block.shape[2]]
-        scores.masked_fill_(~piece[:, :, None, :, : key.shape[2]], lowest)
+        piece = piece[:, :, None, :, : key.shape[2]]
+        if not bool(piece.all()):
+            scores += torch.zeros(piece.shape, dtype=scores.dtype).masked_fill_(~piece, lowest)
     elif causal:
         scores += scores.new_full(scores.shape[-2:], lowest).triu_(first + 1)
     return scores.softmax(-1)

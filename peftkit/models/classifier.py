@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.models.first_token import reading_first_token
+
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tensor:
     """Scores [rows, labels] in fp32.
@@ -33,7 +35,8 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tenso
     inner = unwrap(model)
     inputs = _inputs(inner, batch)
     if pooling == "own":
-        return model(**inputs).logits.float()
+        with reading_first_token():
+            return model(**inputs).logits.float()
     mask = batch["attention_mask"]
     with _pooled_before_head(inner, mask, pooling) as pooled:
         scores = model(**inputs).logits

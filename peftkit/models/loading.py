@@ -14,6 +14,8 @@ import torch
 
 from peftkit.errors import ModelError
 from peftkit.models import policy
+from peftkit.models.quantization import checkpoint
+from peftkit.models.quantization.guard import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
 from peftkit.models.tokenizer import pad_note
 from peftkit.models.training_options import prepare_for_training
@@ -51,23 +53,24 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     """The base model with the task's head, on its device, before any method was applied."""
     policy.quiet()
     source = resolve(recipe.model)
-    folder = folder_of(source)
+    folder = folder_of(source, weights=False)
     pooling = choose_pooling(recipe, folder)
     config = _configure(recipe, info, tokenizer, folder)
     recipe.method.check_base(config, recipe)
+    packed = checkpoint.check(config, recipe, device)
+    folder = folder_of(source)  # the weights are fetched when nothing is left to be refused
     dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:
         arguments |= recipe.quantization.load_arguments(recipe.model, never_quantized(config, pooling, info))
+    if recipe.quantization is not None or packed:
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
     model, head_names, notes = _from_pretrained(folder, config, pooling, info, arguments)
     # what adapters and cards name as their base is what the user can load again, not a path inside a cache
     model.config._name_or_path = model.name_or_path = source.location if source.kind == "hub" else str(folder)
-    if recipe.quantization is not None:
-        from peftkit.models.quantization.guard import keep_gradients
-
+    if recipe.quantization is not None or packed:
         keep_gradients(model)
     elif device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
@@ -81,8 +84,9 @@ def load_language_model(recipe: Recipe, device: torch.device | str | None = None
 
     folder = folder_of(resolve(recipe.model))
     dtype = policy.dtype_for(recipe.model, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    return model.to(device).eval()
+    place = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place, trust_remote_code=False)
+    return model.eval()
 
 
 def writes_text(config: PreTrainedConfig) -> bool:
@@ -141,8 +145,15 @@ def settle_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
         for parameter in own:
             if parameter.requires_grad or (widened and parameter.is_floating_point()):
                 parameter.data = parameter.data.float()
-            elif parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            elif parameter.is_floating_point() and not _is_packed(parameter):
                 parameter.data = parameter.data.to(dtype)
+
+
+def _is_packed(parameter: torch.nn.Parameter) -> bool:
+    """Whether other tensors stand behind it: bitsandbytes' state beside it, torchao's within it."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return hasattr(parameter, "quant_state") or is_traceable_wrapper_subclass(parameter.data)
 
 
 def _configure(recipe: Recipe, info: TaskInfo, tokenizer: Any, folder: Path) -> PreTrainedConfig:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from peftkit.errors import ModelError
 from peftkit.models import loading
+from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.quantization.skeleton import Held, replace_linear
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.training_options import prepare_for_training
@@ -45,7 +47,7 @@ def build_skeleton(
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
     skipped = loading.never_quantized(config, pooling, info)
-    held = held or held_by(recipe)
+    held = held or held_by(recipe) or _held_in(config, recipe)
     with unset_fake_temporarily(), torch.device("meta"):
         with no_init_weights():
             model = loading._auto_class(info, pooling).from_config(config, trust_remote_code=False, **arguments)
@@ -89,6 +91,21 @@ def held_by(recipe: Recipe) -> Held | None:
     """How the recipe's quantization holds a matrix; None for none."""
     kind = recipe.quantization
     return Held(kind.kind, double=getattr(kind, "double", False)) if kind is not None else None
+
+
+def _held_in(config: Any, recipe: Recipe) -> Held | None:
+    """How a checkpoint of quantized weights holds them; raises ModelError for kinds whose bytes are not known."""
+    kind = quantized_with(config)
+    if kind is None:
+        return None
+    if kind != "bitsandbytes":
+        raise ModelError(
+            f"model.source={recipe.model.source}: how many bytes weights quantized with {kind} take in training is not "
+            "known, so that it cannot be planned; plan the unquantized model with quantization.kind=nf4 for a bound"
+        )
+    given = config.quantization_config
+    values = given if isinstance(given, dict) else given.to_dict()
+    return Held("nf4" if values.get("load_in_4bit") else "int8", double=bool(values.get("bnb_4bit_use_double_quant")))
 
 
 def weight_file_bytes(folder: Path) -> int:

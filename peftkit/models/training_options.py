@@ -13,11 +13,16 @@ from peftkit.recipe import Recipe
 
 def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
     """Applies the recipe's training options to a model whose method has been applied."""
+    from peftkit.models import first_token
     from peftkit.models.attention import cpu_attention
     from peftkit.models.checkpointing import checkpoint_activations
+    from peftkit.models.dropout import cpu_dropout
 
     if recipe.model.attention == "auto":
         cpu_attention(loaded.model)
+    cpu_dropout(loaded.model)
+    if recipe.task.head == "classification" and loaded.pooling == "own":
+        first_token.prepare(loaded.model)
     checkpoint_activations(loaded.model, recipe.training.gradient_checkpointing)
     if recipe.training.neftune_alpha:
         add_embedding_noise(loaded.model, recipe.training.neftune_alpha)

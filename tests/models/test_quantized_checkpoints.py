@@ -1,0 +1,167 @@
+"""Checkpoints whose weights are quantized already: frozen bases where their kernels are, refused in words elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import peftkit
+from peftkit.errors import MethodError, ModelError
+from peftkit.models import loading
+from peftkit.models.loading import build
+from peftkit.models.quantization import checkpoint
+from peftkit.models.skeleton import build_skeleton
+from peftkit.models.tokenizer import load_tokenizer
+from peftkit.parts import TaskInfo
+from peftkit.planning.trace import without_data
+from tests import tiny
+
+CAUSAL = TaskInfo("causal_lm")
+STYLE = {"task": {"kind": "style"}, "data": {"source": "none.csv", "max_length": 32}}
+INSTALL = {
+    "gptq": "pip install optimum && pip install gptqmodel --no-build-isolation",
+    "awq": "pip install optimum && pip install gptqmodel --no-build-isolation",
+    "hqq": "pip install hqq",
+    "torchao": "pip install torchao",
+    "bitsandbytes": "pip install 'peftkit[quantization]'",
+}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return tiny.tiny_llama(tmp_path / "llama", hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails where a weight would be read."""
+    monkeypatch.setattr(loading, "_from_pretrained", lambda *_: pytest.fail("weights were read"))
+
+
+def declared(folder, **held):
+    """The folder's config with a quantization that its weights claim."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "quantization_config": held}), encoding="utf-8")
+    return folder
+
+
+def refused(folder, **parts):
+    recipe = tiny.tiny_recipe(folder, **{**STYLE, **parts})
+    with pytest.raises((ModelError, MethodError)) as error:
+        build(recipe, CAUSAL, load_tokenizer(recipe.model))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", INSTALL)
+def test_missing_kernels_are_named_with_the_line_that_installs_them(kind, llama, unread, monkeypatch):
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    said = refused(declared(llama, quant_method=kind))
+    assert f"run `{INSTALL[kind]}`" in said
+    assert f"quantized with {kind}" in said
+
+
+@pytest.mark.parametrize(
+    ("held", "parts", "said"),
+    [
+        ({"quant_method": "mxfp4"}, {}, "quantized with mxfp4, which no method here is trained over"),
+        ({"bits": 4}, {}, "quantized with an unnamed method"),
+        (
+            {"quant_method": "gptq"},
+            {"quantization": {"kind": "nf4"}},
+            "gptq already; set quantization=null",
+        ),
+        ({"quant_method": "gptq"}, {"method": {"kind": "full"}}, "trains the base's own weights"),
+        ({"quant_method": "gptq"}, {"method": {"kind": "vera"}}, "takes checkpoints of bitsandbytes"),
+        ({"quant_method": "awq"}, {"method": {"kind": "adalora"}}, "takes checkpoints of bitsandbytes, gptq"),
+        (
+            {"quant_method": "awq"},
+            {"method": {"kind": "lora", "init_lora_weights": "pissa"}},
+            "made from whole weights",
+        ),
+        ({"quant_method": "gptq"}, {"method": {"kind": "lora", "use_dora": True}}, "method.use_dora=false"),
+        ({"quant_method": "gptq"}, {"method": {"kind": "peft", "peft_type": "LOHA"}}, "LOHA reads the weights"),
+        (
+            {"quant_method": "awq"},
+            {"export": {"merge": True}},
+            "nothing can be merged into weights",
+        ),
+        ({"quant_method": "hqq"}, {}, "loaded on a GPU only"),
+    ],
+)
+def test_what_cannot_stand_on_them_is_refused_before_weights_are_read(held, parts, said, llama, unread, monkeypatch):
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: object())
+    assert said in refused(declared(llama, **held), **parts)
+
+
+@pytest.mark.parametrize("method", ["lora", "oft", "prefix_tuning", "ln_tuning", "bottleneck"])
+def test_methods_that_can_stand_on_gptq_are_not_refused(method, llama, monkeypatch):
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: object())
+    recipe = tiny.tiny_recipe(llama, **{**STYLE, "method": {"kind": method}})
+    assert checkpoint.check({"quantization_config": {"quant_method": "gptq"}}, recipe) == "gptq"
+
+
+def test_a_whole_checkpoint_is_none_of_them(llama):
+    recipe = tiny.tiny_recipe(llama, **STYLE)
+    assert checkpoint.check(json.loads((llama / "config.json").read_text()), recipe) is None
+
+
+@pytest.fixture
+def saved_4bit(llama, tmp_path):
+    """The Llama as bitsandbytes saves it in NF4."""
+    pytest.importorskip("bitsandbytes")
+    held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=held).save_pretrained(tmp_path / "nf4")
+    tiny.tiny_tokenizer(tmp_path / "nf4", "chatml")
+    return tmp_path / "nf4"
+
+
+def rows(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text\n" + "".join(f"the king said {number} no to the lord\n" for number in range(24)))
+    return file
+
+
+def trained(folder, tmp_path, **parts):
+    recipe = tiny.tiny_recipe(
+        folder,
+        task={"kind": "style"},
+        data={"source": str(rows(tmp_path)), "max_length": 32},
+        training={"max_steps": 2, "batch_size": 4, "threads": 1},
+        evaluation={"generation": {"samples": 0}},
+        output_dir=str(tmp_path / "runs"),
+        **parts,
+    )
+    return peftkit.train(recipe, quiet=True)
+
+
+def test_a_checkpoint_of_bitsandbytes_is_trained_over_proven_and_planned(saved_4bit, tmp_path):
+    run = trained(saved_4bit, tmp_path, method={"kind": "lora", "rank": 4})
+    assert json.loads((run.adapter / "proof.json").read_text())["passed"]
+    with without_data():
+        model = build_skeleton(run.recipe, CAUSAL, load_tokenizer(run.recipe.model), torch.float32).model
+    packed = [p for p in model.parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 2 * 7
+    assert all(p.quant_state.quant_type == "nf4" for p in packed)
+
+
+def test_others_cannot_be_planned(llama):
+    recipe = tiny.tiny_recipe(declared(llama, quant_method="gptq", bits=4), **STYLE)
+    with pytest.raises(ModelError, match="cannot be planned"), without_data():
+        build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)
+
+
+def test_a_checkpoint_of_torchao_is_trained_over_and_proven(llama, tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    held = TorchAoConfig(Int8WeightOnlyConfig())
+    folder = tmp_path / "int8"
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=held, dtype="float32").save_pretrained(folder)
+    tiny.tiny_tokenizer(folder, "chatml")
+    run = trained(folder, tmp_path, method={"kind": "lora", "rank": 4})
+    assert json.loads((run.adapter / "proof.json").read_text())["passed"]
