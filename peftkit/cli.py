@@ -41,6 +41,14 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens written at most."
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that have this share together.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among this many of the likeliest tokens; 0 for all.")]
+MergeInMemory = Annotated[
+    bool | None,
+    typer.Option(
+        "--merge/--no-merge",
+        help="Merge the adapter into the base, in memory only; without either, wherever that can be done.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
 
 
@@ -193,12 +201,13 @@ def evaluate(
     run: RunFolder,
     file: Annotated[Path | None, typer.Option(help="Rows with labels, in place of a split of the run's data.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    merge: MergeInMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again, on its own data or on a file."""
     from peftkit import scoring
 
-    figures = scoring.evaluate(run, split=split, file=file)
+    figures = scoring.evaluate(run, split=split, file=file, merge=_merge(merge))
     if as_json:
         print(json.dumps(figures, indent=2))
         return
@@ -215,11 +224,12 @@ def predict(
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of the texts; the recipe's own by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="csv, tsv or jsonl; without it, JSON lines on stdout.")] = None,
+    merge: MergeInMemory = None,
 ) -> None:
     """Give texts their labels, with the probability of every label."""
     from peftkit import predictions
 
-    count = predictions.carry_out(run, file=file, column=column, out=out)
+    count = predictions.carry_out(run, file=file, column=column, out=out, merge=_merge(merge))
     if out:
         _say(f"wrote {count} rows to {out}")
 
@@ -256,12 +266,13 @@ def generate(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
+    merge: MergeInMemory = None,
 ) -> None:
     """Continue or answer prompts with a language model; rows may hold prompt, messages, or instruction and input."""
     from peftkit import prompts
 
     options = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    count = prompts.carry_out(run, file=file, out=out, options=options)
+    count = prompts.carry_out(run, file=file, out=out, options=options, merge=_merge(merge))
     if out:
         _say(f"wrote {count} rows to {out}")
 
@@ -279,6 +290,7 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
+    merge: MergeInMemory = None,
 ) -> None:
     """Talk with a language model: a line a turn, on the terminal or over a pipe; /help lists commands."""
     from peftkit import chat as conversation
@@ -287,7 +299,7 @@ def chat(
     options = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     _, recipe = prompts.language_run(run)
     inference.generation_config(recipe, options)  # a wrong option is told before the model is loaded
-    model = inference.load(run, adapters=_adapters(adapter or []))
+    model = inference.load(run, adapters=_adapters(adapter or []), merge=_merge(merge))
     conversation.chat(model.configured(**options), system=system)
 
 
@@ -358,6 +370,10 @@ def _adapters(given: list[str]) -> dict[str, str]:
             raise RunError(f"--adapter {text}: expected NAME=RUN, each name once, such as kjv=runs/style_kjv_lora-…")
         found[name] = path
     return found
+
+
+def _merge(given: bool | None) -> Any:
+    return "auto" if given is None else given
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from peftkit.errors import DataError, RecipeError, RunError, did_you_mean
+from peftkit.errors import DataError, MethodError, RecipeError, RunError, did_you_mean
 from peftkit.export import description, switching
 from peftkit.export.description import Description
+from peftkit.export.in_memory import LOST, Merge, Merging, merge_in_memory
 from peftkit.export.loading import find_export, load_exported
 from peftkit.export.switching import AddedAdapter
 from peftkit.models import policy
@@ -65,10 +66,15 @@ class LoadedRun:
     """What ``generate`` and ``stream`` take in place of the recipe's ``evaluation.generation``."""
     others: dict[str, AddedAdapter] = field(default_factory=dict, repr=False)
     """Further adapters on the same base, by name."""
+    merging: Merging = field(default_factory=Merging)
+    """Whether a lone adapter is merged into the base in memory when it is first used."""
 
     @property
     def model(self) -> Any:
-        """The transformers model, or peft's wrapper around it, in evaluation mode."""
+        """The transformers model, or peft's wrapper around it, in evaluation mode.
+
+        A lone adapter is merged when the run is first used; peft's wrapper is then gone.
+        """
         return self.loaded.model
 
     @property
@@ -80,12 +86,12 @@ class LoadedRun:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that can be switched between; "default" is the run's own."""
-        return switching.names(self.model)
+        return (switching.FIRST,) if self.merging.done else switching.names(self.model)
 
     @property
     def adapter(self) -> str | None:
         """The adapter in use; None where the method trained the base itself."""
-        return switching.active(self.model)
+        return switching.FIRST if self.merging.done else switching.active(self.model)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -120,6 +126,7 @@ class LoadedRun:
 
         if self.info.problem_type == "causal_lm":
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
+        self.merge()
         rows = list(_rows(texts))
         if not rows:
             return np.zeros((0, len(self.info.labels)), dtype=np.float32)
@@ -142,6 +149,7 @@ class LoadedRun:
         """
         from peftkit import embeddings
 
+        self.merge()
         return embeddings.of_run(self).embed(texts, normalize=normalize, batch_size=batch_size)
 
     def generate(
@@ -168,6 +176,7 @@ class LoadedRun:
         self._check_writes()
         config = generation_config(self._recipe, {**self.generation, **options})
         asked = [as_prompt(one, self._recipe, f"prompt {n}: ") for n, one in enumerate(_prompts(prompts), 1)]
+        self.merge()
         return generation.generate(self.model, self.tokenizer, asked, config, batch_size=batch_size)
 
     def stream(self, messages: str | Conversation, **options: Any) -> Iterator[str]:
@@ -176,7 +185,9 @@ class LoadedRun:
 
         self._check_writes()
         config = generation_config(self._recipe, {**self.generation, **options})
-        return generation.stream(self.model, self.tokenizer, as_prompt(messages, self._recipe), config)
+        asked = as_prompt(messages, self._recipe)
+        self.merge()
+        return generation.stream(self.model, self.tokenizer, asked, config)
 
     def configured(self, **options: Any) -> LoadedRun:
         """The same model with other defaults for ``generate`` and ``stream``; raises RecipeError as they do."""
@@ -191,12 +202,15 @@ class LoadedRun:
             ModelError: the adapter is not for this base, has another head or method, or is damaged.
         """
         added = switching.read(Path(path), name, self.about, self.adapters)
+        self.separate()
         switching.attach(self.model, added)
         self.others[name] = added
 
     def use_adapter(self, name: str) -> None:
         """Predicts and writes with that adapter from now on; raises RunError when none has that name."""
-        switching.use(self.model, name)
+        switching.check_known(name, self.adapters)
+        if not self.merging.done:  # the one that was merged is in use
+            switching.use(self.model, name)
 
     @contextmanager
     def base(self) -> Iterator[LoadedRun]:
@@ -207,8 +221,43 @@ class LoadedRun:
         """
         if not self.adapters:
             raise RunError(f"{self.path}: method '{self.about.method}' trained the base itself; there is no adapter")
+        self.separate()
         with switching.disabled(self.model):
             yield self
+
+    def merge(self) -> None:
+        """Merges a lone adapter into the base, in memory only, as ``load``'s ``merge`` says; done at the first use.
+
+        Raises:
+            MethodError: the run was loaded with merge=True and cannot be merged.
+        """
+        merging = self.merging
+        if not merging.due(self.model):
+            return
+        merging.check(self.model, quantized=self.recipe.quantization is not None)
+        if merging.reason:
+            return
+        try:
+            merged, lost = merge_in_memory(self.model)
+        except MethodError as error:
+            self._read_again()
+            merging.refuse(str(error))
+            return
+        if lost > LOST and merging.wanted == "auto":
+            self._read_again()
+            merging.refuse(f"rounding would take {lost:.0%} of what was learned")
+            return
+        self.loaded.model, merging.done = merged, True
+
+    def separate(self) -> None:
+        """Takes base and adapter apart again, by reading them anew; from now on they stay so."""
+        if self.merging.done:
+            self._read_again()
+        self.merging.done, self.merging.wanted = False, False
+
+    def _read_again(self) -> None:
+        device = str(next(self.model.parameters()).device)
+        self.loaded.model = load_exported(self.path, device=device).loaded.model
 
     @property
     def _recipe(self) -> Recipe:
@@ -221,20 +270,32 @@ class LoadedRun:
             raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
 
 
-def load(path: str | Path, *, device: str | None = None, adapters: Mapping[str, str | Path] | None = None) -> LoadedRun:
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    merge: Merge = "auto",
+) -> LoadedRun:
     """Loads a finished run, or an exported folder.
 
     Args:
         path: a run's folder, its ``adapter/`` or ``model/``, or a copy of that on another machine.
         device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one.
         adapters: other runs on the same base by the name under which ``use_adapter`` finds them.
+        merge: whether a lone adapter is merged into the base in memory at the first use, which saves its products.
+            "auto": where the method can be merged, the base is not quantized, and rounding leaves the adapter whole;
+            what needs the adapter apart (``base``, ``use_adapter``, ``add_adapter``) reads the weights anew.
 
     Raises:
         RunError: not a finished run of peftkit, or a name that cannot be used.
+        MethodError: merge=True with several adapters.
         ModelError: the base is missing or another than the one trained on, weights are pickled or damaged, or the
             head does not fit the labels.
     """
     first = description.read(find_export(Path(path)))
+    if merge is True and adapters:
+        raise MethodError("several adapters on one base cannot be merged into it; leave merge at 'auto'")
     others: dict[str, AddedAdapter] = {}
     for name, other in (adapters or {}).items():
         others[name] = switching.read(Path(other), name, first, [switching.FIRST, *others])
@@ -244,8 +305,9 @@ def load(path: str | Path, *, device: str | None = None, adapters: Mapping[str, 
     file = exported.folder / "metrics.json"
     metrics = read_json(file) if file.is_file() else {}
     return LoadedRun(
-        exported.folder, exported.loaded, exported.recipe, exported.about.info, exported.about, metrics, others=others
-    )
+        exported.folder, exported.loaded, exported.recipe, exported.about.info, exported.about, metrics, others=others,
+        merging=Merging(merge),
+    )  # fmt: skip
 
 
 def generation_config(recipe: Recipe, options: Mapping[str, Any]) -> GenerationConfig:

@@ -21,6 +21,7 @@ from peftkit.parts import Row
 from peftkit.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:
+    from peftkit.export.in_memory import Merge
     from peftkit.inference import LoadedRun, Prediction
 
 CHUNK = 512
@@ -28,10 +29,11 @@ CHUNK = 512
 WRITERS = (".csv", ".tsv", ".jsonl")
 
 
-def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | None) -> int:
+def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | None, merge: Merge = "auto") -> int:
     """Predicts the rows of ``file`` (or lines of stdin) into ``out`` (or as JSON lines to stdout); returns how many.
 
-    The whole file is checked before the model is loaded, and ``out`` appears only when it is complete.
+    The whole file is checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
+    for ``peftkit.load``.
 
     Raises:
         RunError: ``run`` is not a finished run, or one of a language model.
@@ -53,7 +55,7 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
         names = columns
     else:
         raise DataError(f"this model reads pairs ({' and '.join(columns)}); give them as a file: --file pairs.csv")
-    model = load(run)
+    model = load(run, merge=merge)
     rows = read_rows(file, columns, Problems()) if file else lines(sys.stdin, columns[0])
     answers = _answers(model, rows, columns, set(names))
     if out is None:

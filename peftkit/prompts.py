@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from peftkit import output
 from peftkit.data.problems import Problems
@@ -22,14 +22,20 @@ from peftkit.errors import DataError, ModelError, RunError, did_you_mean
 from peftkit.parts import Row
 from peftkit.recipe import Recipe
 
+if TYPE_CHECKING:
+    from peftkit.export.in_memory import Merge
+
 STDIN = "stdin"
 WRITTEN = "generated"
 
 
-def carry_out(run: Path, *, file: Path | None, out: Path | None, options: Mapping[str, Any]) -> int:
+def carry_out(
+    run: Path, *, file: Path | None, out: Path | None, options: Mapping[str, Any], merge: Merge = "auto"
+) -> int:
     """Writes a text for each row of ``file`` (or line of stdin) to ``out`` (or stdout) as JSON lines; returns how many.
 
-    All prompts are checked before the model is loaded, and ``out`` appears only when it is complete.
+    All prompts are checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
+    for ``peftkit.load``.
 
     Raises:
         RunError: ``run`` is not a finished run of a language model.
@@ -46,7 +52,7 @@ def carry_out(run: Path, *, file: Path | None, out: Path | None, options: Mappin
     settings = generation_config(recipe, options)
     rows = _read(file, recipe)
     check_readable(folder, recipe, rows, settings.max_new_tokens)
-    texts = load(folder).generate([row["prompt"] for row in rows], **options) if rows else []
+    texts = load(folder, merge=merge).generate([row["prompt"] for row in rows], **options) if rows else []
     lines = [{**_input(row), "prompt": row["prompt"], WRITTEN: text} for row, text in zip(rows, texts, strict=True)]
     if out is None:
         return _write(lines, sys.stdout)

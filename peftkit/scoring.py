@@ -13,17 +13,21 @@ from peftkit.errors import RunError, did_you_mean
 from peftkit.recipe import replace
 
 if TYPE_CHECKING:
+    from peftkit.export.in_memory import Merge
     from peftkit.inference import LoadedRun
     from peftkit.parts import Row
 
 
-def evaluate(run: str | Path, *, split: str = "test", file: str | Path | None = None) -> dict[str, float]:
+def evaluate(
+    run: str | Path, *, split: str = "test", file: str | Path | None = None, merge: Merge = "auto"
+) -> dict[str, float]:
     """Figures by name, as in the run's metrics.json.
 
     Args:
         run: a run's folder, or an exported one.
         split: train, validation or test of the run's own data, read, cleaned and split as for the training.
         file: rows with the recipe's columns, in place of a split; their labels must be the run's.
+        merge: as for ``peftkit.load``; False scores base and adapter apart, as in training.
 
     Raises:
         RunError: not a finished run, no such split, or the data no longer have the run's labels.
@@ -32,7 +36,7 @@ def evaluate(run: str | Path, *, split: str = "test", file: str | Path | None = 
     from peftkit.evaluation.assessment import assess
     from peftkit.inference import load
 
-    model = load(run)
+    model = load(run, merge=merge)
     rows = _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split)
     found = assess(model.recipe.task, _outputs(model, rows), rows, model.info, model.recipe.evaluation, split=split)
     return {name: figure["value"] for name, figure in found["metrics"].items()}
@@ -70,6 +74,7 @@ def _outputs(model: LoadedRun, rows: list[Row]) -> dict[str, Any]:
     from peftkit.models import policy
     from peftkit.training.step import TaskModule
 
+    model.merge()
     device = next(model.model.parameters()).device
     dtype = policy.dtype_for(model.recipe.model, device)
     return runner.predict(

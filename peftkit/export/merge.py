@@ -16,6 +16,7 @@ import torch
 from peftkit.errors import ExportError, MethodError
 from peftkit.export import card, description
 from peftkit.export.adapter import staged
+from peftkit.export.in_memory import with_heads
 from peftkit.models.delta import deltas_of
 from peftkit.recipe import Recipe
 
@@ -40,7 +41,7 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
     model, tokenizer = _load_fp32(adapter)
     batch, before = _outputs(model, tokenizer, about)
     try:
-        merged = model if deltas_of(model) else _with_heads(model.merge_and_unload())
+        merged = model if deltas_of(model) else with_heads(model.merge_and_unload())
     except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
         raise MethodError(f"{adapter}: method '{about.method}' cannot be merged into the base ({error})") from error
     with staged(target) as stage:
@@ -55,17 +56,6 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
         recipe = Recipe.from_yaml(stage / "recipe.yaml")
         card.write(stage, whole, recipe, json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
     return target
-
-
-def _with_heads(merged: Any) -> Any:
-    """Puts trained heads in the place of peft's wrappers around them, which some methods leave standing."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            parent, _, child = name.rpartition(".")
-            setattr(merged.get_submodule(parent), child, module.modules_to_save["default"])
-    return merged
 
 
 def _load_fp32(adapter: Path) -> tuple[Any, Any]:
