@@ -18,8 +18,14 @@ ENVIRONMENTS = Path(__file__).parent / ".envs"
 TORCH = "torch==2.13.0"
 PACKAGES = {
     "trl": ["trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0"],
-    "setfit": ["setfit==1.2.0", "transformers==5.23.0", "datasets==5.2.0"],
-    "adapters": ["adapters==1.3.0", "transformers==4.57.6", "huggingface_hub<1.0", "accelerate", "datasets"],
+    "setfit": ["setfit==1.2.0", "sentence-transformers==6.2.0", "transformers==5.23.0", "datasets==5.2.0"],
+    "adapters": [
+        "adapters==1.3.0",
+        "transformers==4.57.6",
+        "huggingface_hub==0.36.2",
+        "accelerate==1.15.0",
+        "datasets==5.0.1",
+    ],  # fmt: skip,
     "llamafactory": ["llamafactory==0.9.5"],
 }
 """What is asked of pip, in one command, for each peer."""
