@@ -25,18 +25,18 @@ PACKAGES = {
         "huggingface_hub==0.36.2",
         "accelerate==1.15.0",
         "datasets==5.0.1",
-    ],  # fmt: skip,
+    ],
     "llamafactory": ["llamafactory==0.9.5"],
 }
 """What is asked of pip, in one command, for each peer."""
 
 
 def python_of(peer: str) -> str:
-    """The peer's interpreter; builds its environment when it is not there."""
+    """The peer's interpreter; builds its environment when it is not there, or of other versions."""
     folder = ENVIRONMENTS / peer
     python = folder / "bin" / "python"
-    done = folder / "complete"
-    if not done.is_file():
+    done, wanted = folder / "complete", "\n".join([TORCH, *PACKAGES[peer]])
+    if not done.is_file() or done.read_text() != wanted:
         print(f"building the environment of {peer} (minutes)", file=sys.stderr, flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -47,7 +47,7 @@ def python_of(peer: str) -> str:
         subprocess.run([*install, TORCH], check=True)
         subprocess.run([*install, *PACKAGES[peer]], check=True)
         AFTERWARDS.get(peer, lambda _: None)(python)
-        done.touch()
+        done.write_text(wanted)
     return str(python)
 
 
