@@ -30,8 +30,9 @@ Kind = Callable[[Path, Callable[[int], int]], list[Any]]
 
 def kinds() -> dict[str, Kind]:
     """Name → what runs its trials in a folder; ``n`` scales a full count."""
+    from tests.faults import disks, kinds_hostile, kinds_input
     from tests.faults import kinds as one
-    from tests.faults import kinds_hostile, kinds_input
+    from tests.faults import kinds_disk as on_disks
     from tests.faults import kinds_many as many
 
     models = ("encoder", "decoder", "decoder_nf4")
@@ -40,6 +41,10 @@ def kinds() -> dict[str, Kind]:
         return lambda folder, n: [
             trial(folder, one.reference(folder, model), n(count)) for model, count in zip(models, counts) if count
         ]
+
+    def nothing(folder: Path, n: Callable[[int], int]) -> list[Any]:
+        print("not tried: this process may not mount disks")
+        return []
 
     def with_two(trial: Callable[..., Any], count: int) -> Kind:
         return lambda folder, n: [trial(folder, many.reference(folder), n(count))]
@@ -53,6 +58,10 @@ def kinds() -> dict[str, Kind]:
         "saves": each(one.kills_in_saves, (50, 30, 20)),
         "fresh": each(one.fresh_kills, (6, 4, 0)),
         "disk": each(one.failing_saves, (20, 10, 0)),
+        "full": each(on_disks.full_disk, (20, 10, 0)) if disks.mountable() else nothing,
+        "readonly": (lambda folder, n: [on_disks.read_only(folder, one.reference(folder, "encoder"))])
+        if disks.mountable()
+        else nothing,
         "signals": each(one.signals, (20, 10, 0)),
         "signals2": with_two(many.signals, 20),
         "ranks": with_two(many.lost_ranks, 20),

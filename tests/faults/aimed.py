@@ -22,6 +22,8 @@ from tests.faults import runs
 
 STEP, VALIDATION, SAVE = PHASES = ("step", "validation", "save")
 ENTERED, LEFT = b"(", b")"
+Places = Mapping[str, tuple[Any, str]]
+"""Phase → the holder of the function that carries it out, and the function's name."""
 
 
 class Struck(NamedTuple):
@@ -58,10 +60,15 @@ def phases(recipe: Recipe, said: Path) -> dict[str, list[float]]:
     return dict(json.loads(told.read_text()))
 
 
-def strike(recipe: Recipe, said: Path, phase: str, number: int, after: float, sent: int) -> Struck:
-    """Carries a recipe out in a child and sends it a signal some seconds after it entered its n-th phase of a kind."""
+def strike(
+    train: Callable[[], Any], said: Path, phase: str, number: int, after: float, sent: int, places: Places | None = None
+) -> Struck:
+    """Trains in a child and sends it a signal some seconds after it entered its n-th phase of a kind.
+
+    Args:
+        places: where the phases are in the program that is tried; None takes peftkit's.
+    """
     reading, writing = os.pipe()
-    train = runs.train(recipe)
 
     def work() -> None:
         os.close(reading)
@@ -79,7 +86,7 @@ def strike(recipe: Recipe, said: Path, phase: str, number: int, after: float, se
                 if aimed_at:
                     os.write(writing, LEFT)
 
-        _around(telling)
+        _around(telling, places)
         train()
 
     child = runs.fork(work, said)
@@ -123,13 +130,17 @@ def _readable(descriptor: int, seconds: float) -> bool:
     return bool(select.select([descriptor], [], [], seconds)[0])
 
 
-def _around(manager: Callable[[str], Any]) -> None:
-    """Puts a context manager around every step, validation and save of this process."""
+def _around(manager: Callable[[str], Any], places: Places | None = None) -> None:
+    """Puts a context manager around every phase of this process."""
+    for phase, (holder, name) in (places or _ours()).items():
+        setattr(holder, name, _within(getattr(holder, name), manager, phase))
+
+
+def _ours() -> Places:
     from peftkit.training.loop import Loop
     from peftkit.training.step import Stepper
 
-    for holder, name, phase in ((Stepper, "run", STEP), (Loop, "evaluate", VALIDATION), (checkpoints, "save", SAVE)):
-        setattr(holder, name, _within(getattr(holder, name), manager, phase))
+    return {STEP: (Stepper, "run"), VALIDATION: (Loop, "evaluate"), SAVE: (checkpoints, "save")}
 
 
 def _within(real: Callable[..., Any], manager: Callable[[str], Any], phase: str) -> Callable[..., Any]:

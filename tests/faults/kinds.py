@@ -182,7 +182,7 @@ def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -
         save = generator.randrange(len(whole.phases[aimed.SAVE]))
         if trial % 2:
             after = aimed.after(whole.phases, aimed.SAVE, generator.random())
-            code, inside, _ = aimed.strike(recipe, said, aimed.SAVE, save, after, signal.SIGKILL)
+            code, inside, _ = aimed.strike(runs.train(recipe), said, aimed.SAVE, save, after, signal.SIGKILL)
             what = f"killed {1000 * after:.0f} ms into save {save}"
         else:
             call = generator.randrange(45)
@@ -345,7 +345,7 @@ def signals(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outco
         if phase:
             after = aimed.after(whole.phases, phase, generator.random())
             nth = generator.randrange(len(whole.phases[phase]))
-            code, inside, seconds = aimed.strike(recipe, said, phase, nth, after, number)
+            code, inside, seconds = aimed.strike(runs.train(recipe), said, phase, nth, after, number)
             what = f"{number.name} {1000 * after:.0f} ms into {phase} {nth}"
             outcome.add(f"signals that fell into a {phase}", inside)
         else:
