@@ -41,11 +41,13 @@ class Held:
     trained: int
     states: int
     gradients: int
+    averages: int = 0
 
     def parts(self) -> dict[str, int]:
         """By name, gradients left out: they are there only within a step."""
-        return {"frozen weights": self.frozen, "quantization constants": self.constants,
-                "trained weights": self.trained, "optimizer states": self.states}  # fmt: skip
+        parts = {"frozen weights": self.frozen, "quantization constants": self.constants,
+                 "trained weights": self.trained, "optimizer states": self.states}  # fmt: skip
+        return parts | ({"averaged weights": self.averages} if self.averages else {})
 
     @property
     def persistent(self) -> int:
@@ -53,15 +55,18 @@ class Held:
         return sum(self.parts().values())
 
 
-def held_by(model: Any, optimizer: str) -> Held:
-    """What a model (with or without data) and its optimizer hold; tied weights count once."""
+def held_by(model: Any, optimizer: str, *, averaged: bool = False) -> Held:
+    """What a model (with or without data), its optimizer and an average of its trained weights hold; tied weights
+    count once.
+    """
     parameters = list({id(p): p for p in model.parameters()}.values())
     trained = [p for p in parameters if p.requires_grad]
     scales = [b for name, b in model.named_buffers() if name.endswith(SCALES)]
     other = [b for name, b in model.named_buffers() if not name.endswith(SCALES)]
     frozen = [p for p in parameters if not p.requires_grad]
     states = sum(state_bytes(optimizer, tuple(p.shape)) for p in trained)
-    return Held(_bytes([*frozen, *other]), _bytes(scales), _bytes(trained), states, _bytes(trained))
+    held = _bytes(trained)
+    return Held(_bytes([*frozen, *other]), _bytes(scales), held, states, held, held if averaged else 0)
 
 
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
@@ -94,6 +99,7 @@ def phases(
     loading = {**base, **weights} | ({} if gpu else {"weight files": file})
     full = {**base, **held.parts()}
     saved = max(held.trained, held.states)
+    aside = {"copies": held.averages} if held.averages else {}  # the weights, while their average is evaluated
     parts = {name: int(size * ratio) for name, size in train.parts.items()}
     gradients = min(held.gradients, train.end, parts.get("activations", 0))
     if gradients:
@@ -102,7 +108,7 @@ def phases(
         Phase("load", loading),
         Phase("forward and backward", {**full, **parts}),
         Phase("optimizer step", {**full, "gradients": held.gradients}),
-        Phase("evaluation", {**full, **{name: int(size * ratio) for name, size in evaluation.parts.items()}}),
+        Phase("evaluation", {**full, **aside, **{name: int(size * ratio) for name, size in evaluation.parts.items()}}),
         Phase("checkpoint", {**full, **({} if gpu else {"copies": saved})}),
         Phase("export", {**full, **({} if gpu else {"copies": held.trained})}),
     )

@@ -142,7 +142,7 @@ def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Worklo
     with without_data():
         loaded = build_skeleton(recipe, known.info, known.tokenizer, dtype, gpu=device.gpu)
         subject = Subject(loaded, recipe.task, known.info, dtype, device.gpu)
-        held = held_by(loaded.model, recipe.training.optimizer)
+        held = held_by(loaded.model, recipe.training.optimizer, averaged=bool(recipe.training.weight_averaging))
         parameters = tuple(trainable_table(loaded.model))
         train = subject.train(workload.largest, 2 if workload.accumulates else 1)
         evaluation = subject.evaluate(workload.largest_evaluation)

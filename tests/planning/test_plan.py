@@ -20,6 +20,7 @@ from peftkit.planning.memory import held_by, state_bytes
 from peftkit.planning.plan import Known, make_plan
 from peftkit.planning.trace import Tracer, without_data
 from peftkit.reporting.planning import carry_out
+from peftkit.training.averaging import WeightAverage
 from peftkit.training.optimization import build_optimizer
 
 MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
@@ -134,3 +135,14 @@ def test_a_decoder_is_planned_and_told_in_words(llama, tmp_path):
     assert plan.flops_a_token > 0
     assert plan.seconds > 0
     assert held_by(build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model, "adamw") == plan.held
+
+
+def test_averaged_weights_are_planned_as_the_copies_that_they_are(small_recipe):
+    recipe = replace(small_recipe, training={"weight_averaging": 0.9})
+    loaded = build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model
+    mean = WeightAverage({name: held for name, held in loaded.named_parameters() if held.requires_grad}, 0.9)
+    size = sum(tensor.nbytes for tensor in mean.means.values())
+    plan = make_plan(recipe, named("1GB"), known_of(recipe))
+    assert plan.held.averages == size
+    phases = {phase.name: phase.parts for phase in plan.phases}
+    assert phases["optimizer step"]["averaged weights"] == phases["evaluation"]["copies"] == size
