@@ -125,8 +125,12 @@ class Method(Part):
     """Whether a run exports peft's adapter format or a whole transformers model."""
     adapts_backbone: ClassVar[bool] = True
     """Whether anything below the head is trained."""
+    learns_pooling: ClassVar[bool] = True
+    """Whether it trains enough below the head to make up for a pooler that the base never used."""
     heads: ClassVar[tuple[str, ...]] = ("classification", "causal_lm")
     """Tasks it is defined for, by their heads."""
+    classifies_on_decoders: ClassVar[bool] = True
+    """Whether a decoder's classifier, which reads the last of a row's tokens, can stand on it."""
     quantizations: ClassVar[tuple[str, ...] | None] = None
     """Kinds of quantization that its layers can stand on; None for all."""
     packed: ClassVar[tuple[str, ...] | None] = None

@@ -45,7 +45,7 @@ class ModelConfig(Part):
     """Hub commit, tag or branch; pin a commit to make a recipe repeatable."""
     pooling: Literal["auto", "own", "mean", "cls"] = "auto"
     """How a classifier reads the tokens: the architecture's own way, their mean, or the first. auto: a
-    sentence encoder's own (its mean) under a frozen backbone, else the architecture's."""
+    sentence encoder's own (its mean) under a backbone that is frozen or hardly changed, else the architecture's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of frozen weights and of the products; trained weights are always held in fp32. auto: bf16 where it is native."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

@@ -150,7 +150,7 @@ def _forward(model: Any, batch: Batch, loaded: LoadedModel) -> None:
     from peftkit.models import classifier, lm_head
 
     if loaded.head_names:
-        classifier.logits(model, batch, loaded.pooling)
+        classifier.plain_logits(model, batch, loaded.pooling)  # every block sees every token
     else:
         lm_head.row_outputs(model, batch)
 

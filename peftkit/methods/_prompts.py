@@ -25,6 +25,7 @@ class LearnedPrompt(ByPeft):
     """A method that trains a prompt."""
 
     merges: ClassVar[bool] = False
+    classifies_on_decoders: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
 
     virtual_tokens: Annotated[int, Field(ge=1)] = 20

@@ -13,7 +13,7 @@ from typing import Any
 
 from peftkit.recipe import METHODS, QUANTIZATIONS
 
-HEADS = {"classification": "classifier", "causal_lm": "language model"}
+HEADS = ("classifier", "decoder's classifier", "language model")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class TableRow:
     learning_rate: float
     """Where the recipe names none."""
     classifier: bool
+    """On an encoder."""
+    decoder_classifier: bool
+    """On a decoder, whose last token it reads."""
     language_model: bool
     quantizations: tuple[str, ...]
     """Kinds that it stands on, besides whole weights."""
@@ -55,12 +58,13 @@ def text() -> str:
 def markdown() -> str:
     """The table with a column for each kind of weights."""
     kinds = QUANTIZATIONS.names()
-    columns = ["method", "what", "learning rate", *HEADS.values(), "whole", *kinds, "merges", "exports"]
+    columns = ["method", "what", "learning rate", *HEADS, "whole", *kinds, "merges", "exports"]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows():
         summary = f"[{row.summary}]({row.paper})" if row.paper else row.summary
         held = [_mark(kind in row.quantizations) for kind in kinds]
-        marks = [_mark(row.classifier), _mark(row.language_model), _mark(True), *held, _mark(row.merges), row.exports]
+        heads = [_mark(row.classifier), _mark(row.decoder_classifier), _mark(row.language_model)]
+        marks = [*heads, _mark(True), *held, _mark(row.merges), row.exports]
         lines.append(_line([f"`{row.kind}`", summary, f"{row.learning_rate:g}", *marks]))
     return "\n".join(lines)
 
@@ -74,6 +78,7 @@ def _row(kind: str, method: Any) -> TableRow:
         paper=method.paper,
         learning_rate=method.default_learning_rate,
         classifier="classification" in method.heads,
+        decoder_classifier="classification" in method.heads and method.classifies_on_decoders,
         language_model="causal_lm" in method.heads and method.adapts_backbone,
         quantizations=() if trains_base else all_kinds,
         merges=method.merges and not trains_base,

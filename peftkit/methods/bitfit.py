@@ -26,6 +26,7 @@ class BitFit(Method):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
     default_learning_rate: ClassVar[float] = 2e-3
+    learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ()
     """bitsandbytes rounds the biases of its layers to the compute dtype at every call, trained ones too."""
     packed: ClassVar[tuple[str, ...] | None] = ()

@@ -25,6 +25,7 @@ class Frozen(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1610.01644"
     default_learning_rate: ClassVar[float] = 5e-3
     adapts_backbone: ClassVar[bool] = False
+    learns_pooling: ClassVar[bool] = False
 
     kind: Literal["frozen"] = "frozen"
 

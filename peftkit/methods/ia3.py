@@ -24,6 +24,7 @@ class Ia3(ByPeft):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
     default_learning_rate: ClassVar[float] = 3e-3
+    learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
     packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
 

@@ -19,6 +19,7 @@ class LnTuning(ByPeft):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11420"
     default_learning_rate: ClassVar[float] = 1e-3
+    learns_pooling: ClassVar[bool] = False
 
     kind: Literal["ln_tuning"] = "ln_tuning"
 

@@ -25,6 +25,7 @@ class TrainableTokens(ByPeft):
 
     paper: ClassVar[str] = "https://huggingface.co/docs/peft/package_reference/trainable_tokens"
     default_learning_rate: ClassVar[float] = 1e-3
+    learns_pooling: ClassVar[bool] = False
 
     kind: Literal["trainable_tokens"] = "trainable_tokens"
     tokens: Literal["special"] | tuple[str | int, ...] = "special"

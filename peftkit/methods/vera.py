@@ -22,6 +22,7 @@ class Vera(OnLinears):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"
     default_learning_rate: ClassVar[float] = 1e-2
+    learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
 
     kind: Literal["vera"] = "vera"

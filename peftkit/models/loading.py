@@ -101,17 +101,19 @@ def writes_text(config: PreTrainedConfig) -> bool:
 
 
 def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
-    """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration under a frozen backbone.
+    """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration under a backbone that is frozen or
+    hardly changed.
 
-    A head on frozen features gains ten points from it (MiniLM on AG News: 0.88 against 0.78). A backbone that is
-    trained learns to use its own pooler just as well (0.899 against 0.901), and ``AutoModelForSequenceClassification``
-    then needs nothing but the adapter.
+    A head on frozen features gains ten points from it (MiniLM on AG News: 0.88 against 0.78), bottleneck adapters
+    reach in 50 steps what they else need hundreds for (0.81 against 0.39). A backbone that is trained learns to use its
+    own pooler just as well (LoRA: 0.899 against 0.901), and ``AutoModelForSequenceClassification`` then needs nothing
+    but the adapter.
     """
     if recipe.task.head != "classification":
         return "own"
     if recipe.model.pooling != "auto":
         return recipe.model.pooling
-    if recipe.method.adapts_backbone:
+    if recipe.method.learns_pooling:
         return "own"
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():

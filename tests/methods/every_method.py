@@ -25,11 +25,9 @@ from tests import tiny
 
 STEPS = 6
 TEXTS = ["good movie", "the bank and the price of oil", "a game", "science and software in space", "bad plot"]
-INFOS = {
-    "encoder": TaskInfo("single_label_classification", ("bad", "good", "other")),
-    "decoder": TaskInfo("causal_lm"),
-}
-TASKS = {"encoder": "classification", "decoder": "style"}
+CLASSES = TaskInfo("single_label_classification", ("bad", "good", "other"))
+INFOS = {"encoder": CLASSES, "decoder": TaskInfo("causal_lm"), "decoder-classifier": CLASSES}
+TASKS = {"encoder": "classification", "decoder": "style", "decoder-classifier": "classification"}
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,20 @@ class Example:
     trains: str
     """Regular expression that is searched for in parameter names."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    models: tuple[str, ...] = ("encoder", "decoder")
+    models: tuple[str, ...] = ("encoder", "decoder", "decoder-classifier")
     learning_rate: float = 2e-2
 
 
 PROMPT = {"virtual_tokens": 4}
+NO_TOKENS = ("encoder", "decoder")
+"""Models of methods that give vectors in place of tokens, by which a decoder's classifier finds the last one."""
 EXAMPLES: dict[str, Example] = {
     "adalora": Example(r"lora_[ABE]\.default", {"target_r": 2, "init_r": 4, "prune_every": 1}),
+    "bitfit": Example(r"bias$", models=("encoder",)),
+    "bottleneck-houlsby": Example(r"bottleneck_adapters\.", {"variant": "houlsby", "size": 4}),
+    "bottleneck-parallel": Example(r"bottleneck_adapters\.", {"variant": "parallel", "size": 4}),
     "boft": Example(r"boft_[Rs]\.default", {"block_size": 4}),
+    "frozen": Example(r"$^", models=("encoder", "decoder-classifier")),
     "ia3": Example(r"ia3_l\.default"),
     "ln_tuning": Example(r"[Nn]orm.*default"),
     "lora": Example(r"lora_[AB]\.default", {"rank": 4}),
@@ -60,12 +64,14 @@ EXAMPLES: dict[str, Example] = {
         r"lora_[AB]\.default", {"rank": 2, "init_lora_weights": "eva", "exclude_modules": ["pooler.dense"]},
         models=("encoder",),
     ),
-    "lora-eva-decoder": Example(r"lora_[AB]\.default", {"rank": 2, "init_lora_weights": "eva"}, models=("decoder",)),
+    "lora-eva-decoder": Example(
+        r"lora_[AB]\.default", {"rank": 2, "init_lora_weights": "eva"}, models=("decoder", "decoder-classifier"),
+    ),
     "miss": Example(r"miss_block\.default", {"rank": 4}),
     "oft": Example(r"oft_R\.default", {"block_size": 8}),
-    "p_tuning": Example(r"prompt_encoder\.default", {**PROMPT, "encoder_size": 16}),
+    "p_tuning": Example(r"prompt_encoder\.default", {**PROMPT, "encoder_size": 16}, models=NO_TOKENS),
     "prefix_tuning": Example(r"prompt_encoder\.default", PROMPT),
-    "prompt_tuning": Example(r"prompt_encoder\.default", PROMPT),
+    "prompt_tuning": Example(r"prompt_encoder\.default", PROMPT, models=NO_TOKENS),
     "trainable_tokens": Example(r"trainable_tokens_delta\.default", {"tokens": ["a", "b", "o"]}),
     "vera": Example(r"vera_lambda_[bd]\.default", {"rank": 8}),
     "peft-LOHA": Example(r"hada_.*default", {"peft_type": "LOHA", "arguments": {"r": 2}}),
@@ -147,7 +153,7 @@ def made_batch(tokenizer: Any, model: str) -> dict[str, torch.Tensor]:
     """Five ragged rows, padded on the right."""
     batch = dict(tokenizer(TEXTS, padding=True, padding_side="right", return_tensors="pt"))
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if model == "encoder":
+    if model != "decoder":
         return {**batch, "labels": torch.tensor([1, 2, 2, 2, 0])}
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 

@@ -93,7 +93,10 @@ def test_pooling_follows_the_sentence_encoder(bert, tmp_path):
         assert choose_pooling(recipe, folder) == mode
     own = tiny.tiny_recipe(folder, model={"pooling": "own"}, method={"kind": "frozen"})
     assert choose_pooling(own, folder) == "own"
-    assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": "lora"}), folder) == "own"
+    for kind in ("lora", "full", "prompt_tuning", "adalora"):
+        assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": kind}), folder) == "own"
+    for kind in ("bottleneck", "bitfit", "ln_tuning", "ia3", "vera", "trainable_tokens"):
+        assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": kind}), folder) == "cls"
     assert type(made(folder, method={"kind": "frozen"}).model.get_base_model()).__name__ == "BertForTokenClassification"
 
 
