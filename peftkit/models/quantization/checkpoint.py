@@ -47,7 +47,7 @@ def quantized_with(config: Any) -> str | None:
 
 
 def _of(config: Any) -> Mapping[str, Any] | None:
-    held = getattr(config, "quantization_config", None)
+    held: Any = getattr(config, "quantization_config", None)
     return held.to_dict() if hasattr(held, "to_dict") else held
 
 
