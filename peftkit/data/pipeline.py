@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from peftkit.data.cache import atomic_folder, cache_folder, entry_lock, is_intac
 from peftkit.data.mapping import PARTS, Rows, canonical_rows, describe
 from peftkit.data.sources import Source, find, read
 from peftkit.data.steps import CleaningStep
-from peftkit.data.tables import BATCH, open_table, write_rows
+from peftkit.data.tables import BATCH, open_table, release, write_rows
 from peftkit.errors import DataError
 from peftkit.parts import Batch, Row, Task, TaskInfo
 from peftkit.recipe import Recipe
@@ -192,8 +193,7 @@ def encode(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: R
 def _encode_split(
     rows: Dataset, part: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo, folder: Path
 ) -> None:
-    lengths: list[int] = []
-    weights: list[float] = []
+    lengths, weights = array("i"), array("f")
 
     def examples() -> Iterator[Row]:
         for start in range(0, len(rows), BATCH):
@@ -201,6 +201,7 @@ def _encode_split(
                 lengths.append(len(example["input_ids"]))
                 weights.append(example["weight"])
                 yield example
+            release()
 
     if write_rows(examples(), folder, part) is None:
         first: Any = rows[0]

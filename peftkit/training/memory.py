@@ -11,6 +11,8 @@ import functools
 import os
 from collections.abc import Callable
 
+from peftkit.data.tables import release
+
 KERNELS = 128
 """Kernels that oneDNN keeps: several passes' worth; those of one shape are used again in every layer."""
 STEPS = 8
@@ -23,8 +25,9 @@ def bound_kernel_cache() -> None:
 
 
 def give_back(step: int) -> None:
-    """Returns the heap's free pages to the system after every ``STEPS`` steps; does nothing without glibc."""
+    """Returns free pages of the heap (with glibc) and those of mapped tables to the system after ``STEPS`` steps."""
     if step % STEPS == 0:
+        release()
         trim = _malloc_trim()
         if trim is not None:
             trim(0)
