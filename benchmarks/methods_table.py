@@ -182,7 +182,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     from peftkit.reporting import shown
 
     if row["status"] != "done":
-        return [f"{row['status']}: {shown.plain(row['said'], 160)}", *["–"] * (len(COLUMNS) - 2)]
+        return [f"{row['status']}: {shown.plain(row['said'], 160).replace('|', '/')}", *["–"] * (len(COLUMNS) - 2)]
     accuracy = f"{row['accuracy']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
     times = [f"{row['seconds']:.0f} s", f"{row['process_seconds']:.0f} s"]
     memory = shown.size(row["peak_memory_bytes"])
