@@ -4,6 +4,8 @@ Before the first step the heaviest pass of the epoch is tried, forward and backw
 where memory runs out, passes get half the rows and it is tried again. The same happens to a step later on: its
 gradients are dropped and the whole step is done anew. The global batch stays, so the gradient does, too. A CPU does not
 refuse memory until it is too late; there the pass is planned (``peftkit.planning``) and compared with what is free.
+Of several processes each tries its own share, and all take the fewest rows that any of them found to fit: with unlike
+numbers of passes they would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -38,6 +40,16 @@ def begin(stepper: Stepper) -> None:
     devices = [stepper.session.device] if stepper.session.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         fitting(stepper, batch, lambda: _try(stepper, batch))
+    _agree(stepper)
+
+
+def _agree(stepper: Stepper) -> None:
+    """The fewest rows a pass of all processes."""
+    own, unbounded = stepper.micro_batch, 2**31 - 1
+    fewest = -stepper.session.largest(-(own or unbounded))
+    if fewest != (own or unbounded):
+        stepper.micro_batch = fewest
+        stepper.tell(f"another process has memory for {fewest} rows a pass: going on with them, the global batch stays")
 
 
 def fitting(stepper: Stepper, batch: np.ndarray, work: Callable[[], Result]) -> Result:
@@ -74,12 +86,14 @@ def _padded(stepper: Stepper, piece: MicroBatch) -> tuple[int, int]:
 def _try(stepper: Stepper, batch: np.ndarray) -> None:
     """Forward and backward of the heaviest pass, gradients discarded, no process waiting for another."""
     piece = max(stepper.share(batch), key=lambda piece: _padded(stepper, piece))
-    accelerator = stepper.session.accelerator
-    stepper.module.train()
-    with accelerator.no_sync(stepper.module):
-        with accelerator.autocast():
-            loss = stepper.module(stepper.batch(piece.rows))
-        accelerator.backward(loss)
+    session, module = stepper.session, stepper.module
+    module.train()
+    with session.accelerator.no_sync(module):
+        # DDP's forward pass waits for the others' buffers; a process that tries once more would wait alone
+        own = module if session.sharded else session.accelerator.unwrap_model(module)
+        with session.accelerator.autocast():
+            loss = own(stepper.batch(piece.rows))
+        session.accelerator.backward(loss)
     stepper.optimizer.zero_grad(set_to_none=True)
 
 

@@ -17,6 +17,7 @@ from peftkit.run import train
 from peftkit.training import automatic
 from peftkit.training.session import open_session
 from peftkit.training.step import Stepper, TaskModule
+from tests.faults import runs
 
 MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
 
@@ -130,3 +131,25 @@ def test_a_run_records_what_it_chose(auto, monkeypatch):
     assert run.metrics["training"]["micro_batch"] == 2
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines if "event" in line] == ["micro_batch", "micro_batch"]
+
+
+def test_all_processes_take_the_fewest_rows_that_fit_anywhere(auto, tmp_path, monkeypatch):
+    """Rank 1 of two has memory for two rows a pass; unlike numbers of passes would leave rank 0 waiting."""
+    monkeypatch.setattr(automatic, "_plan_for_cpu", lambda *_: None)
+
+    def work(rank):
+        def watched(self, loaded, task, info):
+            build_module(self, loaded, task, info)
+            if rank == 1:
+                loaded.model.register_forward_pre_hook(Small(2), with_kwargs=True)
+
+        build_module, TaskModule.__init__ = TaskModule.__init__, watched
+        runs.train(recipe)()
+
+    recipe = replace(auto, model={"dropout": 0.0}, training={"epochs": 1})
+    said = tmp_path / "said.txt"
+    assert runs.wait_all(runs.fork_ranks(work, said)) == [0, 0], said.read_text()[-2000:]
+    path = runs.folder_of(recipe)
+    assert json.loads((path / "metrics.json").read_text())["training"]["micro_batch"] == 2
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert ["another process has memory for 2 rows" in line["message"] for line in lines if "event" in line] == [True]
