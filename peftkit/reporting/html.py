@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peftkit.reporting import plots, shown, tables
+from peftkit.reporting import shown, tables
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,27 @@ class Report:
     """Versions, machine, seed."""
 
 
-def render(report: Report) -> str:
-    """The whole page."""
-    return environment().get_template("report.html").render(**_context(report), whole=True)
+def render(report: Report, plots: Mapping[str, bytes] | None = None) -> str:
+    """The whole page; ``plots`` are those of ``figures_of``, where they are drawn already."""
+    return environment().get_template("report.html").render(**_context(report, plots), whole=True)
 
 
 def fragment(report: Report) -> str:
     """The page's inside, for a notebook."""
-    return environment().get_template("report.html").render(**_context(report), whole=False)
+    return environment().get_template("report.html").render(**_context(report, None), whole=False)
 
 
-def write(report: Report, path: str | Path) -> Path:
-    """Writes the page."""
+def write(report: Report, path: str | Path, plots: Mapping[str, bytes] | None = None) -> Path:
+    """Writes the page; see ``render``."""
     path = Path(path)
-    path.write_text(render(report), encoding="utf-8")
+    path.write_text(render(report, plots), encoding="utf-8")
     return path
 
 
 def figures_of(report: Report) -> dict[str, bytes]:
     """The plots of a run by file name, as PNG: learning curves, confusion matrix, reliability or scatter."""
+    from peftkit.reporting import plots  # matplotlib is needed when a run has ended
+
     made = {}
     if any("loss" in row for row in report.log):
         made["learning_curves.png"] = plots.png(plots.learning_curves(report.log, report.best_metric))
@@ -88,10 +90,10 @@ def main_assessment(report: Report) -> Mapping[str, Any] | None:
     return report.assessments.get("test") or list(report.assessments.values())[-1]
 
 
-def _context(report: Report) -> dict[str, Any]:
+def _context(report: Report, plots: Mapping[str, bytes] | None) -> dict[str, Any]:
     images = {
         Path(name).stem: f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        for name, data in figures_of(report).items()
+        for name, data in (figures_of(report) if plots is None else plots).items()
     }
     return {"report": report, "main": main_assessment(report), "images": images}
 

@@ -153,9 +153,10 @@ def read(path: Path) -> html.Report:
 def write(path: Path) -> None:
     """Writes ``report.html`` and ``plots/``."""
     report = read(path)
-    html.write(report, path / "report.html")
+    plots = html.figures_of(report)
+    html.write(report, path / "report.html", plots)
     (path / "plots").mkdir(exist_ok=True)
-    for name, image in html.figures_of(report).items():
+    for name, image in plots.items():
         (path / "plots" / name).write_bytes(image)
 
 

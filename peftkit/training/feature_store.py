@@ -26,7 +26,15 @@ FILE = "features.npy"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 """numpy has no bf16: its bits are kept as whole numbers."""
-CODE = ("stem.py", "classifier.py", "attention.py", "packing.py", "loading.py", "../training/feature_store.py")
+CODE = (
+    "stem.py",
+    "classifier.py",
+    "first_token.py",
+    "attention.py",
+    "packing.py",
+    "loading.py",
+    "../training/feature_store.py",
+)
 """Files between tokens and features, from ``models/``: no other version's features are taken for this one's."""
 GB = 10**9
 
