@@ -242,14 +242,19 @@ def embed(
     file: Annotated[
         Path | None, typer.Option(help="csv, tsv, jsonl or txt; without it, a text a line from stdin.")
     ] = None,
-    column: Annotated[str | None, typer.Option(help="Column of the texts; text by default.")] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the texts; the recipe's own by default, text for a base.")
+    ] = None,
+    pair: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of a second text that is read with the first.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="npy, parquet or jsonl; without it, JSON lines on stdout.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
 ) -> None:
     """Give texts their vectors, pooled as the model pools."""
     from peftkit import embeddings
 
-    count = embeddings.carry_out(source, file=file, column=column, out=out, normalize=normalize)
+    count = embeddings.carry_out(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
     if out:
         _say(f"wrote {count} vectors to {out}")
 

@@ -10,13 +10,14 @@ The pooling is the model's own: the run's, or that of a sentence encoder's 1_Poo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from peftkit.errors import DataError, ModelError, RunError
 from peftkit.models import classifier, policy
 from peftkit.models.loading import writes_text
 from peftkit.models.sources import folder_of, resolve
-from peftkit.recipe import ModelConfig, TrainingConfig
+from peftkit.parts import Row
+from peftkit.recipe import ModelConfig, Recipe, TrainingConfig
 
 if TYPE_CHECKING:
     from peftkit.inference import LoadedRun
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 WRITERS = (".npy", ".parquet", ".jsonl")
 VECTOR = "vector"
+ROWS = 2048
+"""Rows held at a time."""
+Pair = tuple[str, str]
+Chunk = tuple[list[Row], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,44 +58,47 @@ class Embedder:
     """Of the products."""
 
     @torch.no_grad()
-    def embed(self, texts: str | Sequence[str], *, normalize: bool = False, batch_size: int = BATCH_SIZE) -> np.ndarray:
+    def embed(
+        self, texts: str | Sequence[str | Pair], *, normalize: bool = False, batch_size: int = BATCH_SIZE
+    ) -> np.ndarray:
         """Vectors [texts, width] fp32, in the order of the texts.
 
         Args:
-            texts: texts; a single one is taken as a list of one.
+            texts: texts, or (text, text pair) tuples, which are read together; a single text is a list of one.
             normalize: to length 1, so that a dot product is the cosine.
             batch_size: texts in a pass; texts of like length go together.
 
         Raises:
             DataError: something that is not a text.
         """
-        given = [texts] if isinstance(texts, str) else list(texts)
-        for place, text in enumerate(given):
-            if not isinstance(text, str):
-                raise DataError(f"text {place}: expected a text, found {type(text).__name__} {text!r:.60}")
+        given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+        _check(given)
         if not given:
             return np.zeros((0, self.model.config.get_text_config().hidden_size), dtype=np.float32)
         encoded = self.tokenizer(given, truncation=True, max_length=self.max_length)
         rows = [ids or [self.tokenizer.pad_token_id or 0] for ids in encoded["input_ids"]]  # an empty text, no specials
+        columns: dict[str, list[list[int]]] = {"input_ids": rows}
+        if isinstance(given[0], tuple) and "token_type_ids" in encoded:  # which tell the two texts apart
+            columns["token_type_ids"] = encoded["token_type_ids"]
         lengths = np.array([len(ids) for ids in rows], dtype=np.int32)
         device = next(self.model.parameters()).device
         out: np.ndarray | None = None
         for batch in by_length(lengths, batch_size, pass_tokens(TrainingConfig(), device.type)):
-            vectors = self._vectors([rows[row] for row in batch], device)
+            vectors = self._vectors({name: [held[row] for row in batch] for name, held in columns.items()}, device)
             if out is None:
                 out = np.empty((len(given), vectors.shape[1]), dtype=np.float32)
             out[batch] = vectors
         assert out is not None
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12) if normalize else out
 
-    def _vectors(self, rows: list[list[int]], device: torch.device) -> np.ndarray:
-        batch = {name: tensor.to(device) for name, tensor in collate({"input_ids": rows}, self.tokenizer).items()}
+    def _vectors(self, columns: dict[str, list[list[int]]], device: torch.device) -> np.ndarray:
+        batch = {name: tensor.to(device) for name, tensor in collate(columns, self.tokenizer).items()}
         with policy.autocast(self.dtype, device):
             hidden = self.model(**batch).last_hidden_state
         mask = batch["attention_mask"]
         if self.pooling == "last":
             places = (torch.arange(mask.shape[1], device=device) * mask).argmax(-1)
-            pooled = hidden[torch.arange(len(rows), device=device), places]
+            pooled = hidden[torch.arange(len(hidden), device=device), places]
         else:
             pooled = classifier.pool(hidden, mask, self.pooling)
         return pooled.float().cpu().numpy()
@@ -154,10 +163,17 @@ def open_embedder(source: str) -> Embedder:
     return of_run(load(source))
 
 
-def carry_out(source: str, *, file: Path | None, column: str | None, out: Path | None, normalize: bool) -> int:
+def carry_out(
+    source: str, *, file: Path | None, column: str | None, out: Path | None, normalize: bool, pair: str | None = None
+) -> int:
     """Embeds the rows of ``file`` (or lines of stdin) into ``out``, or as JSON lines on stdout; returns how many.
 
-    ``.npy`` holds the vectors alone [rows, width]; ``.parquet`` and ``.jsonl`` the rows with a column ``vector``.
+    ``.npy`` holds the vectors alone [rows, width]; ``.parquet`` and ``.jsonl`` the rows with a column ``vector``. Rows
+    are read, embedded and written a few thousand at a time.
+
+    Args:
+        column: of the texts; None takes the run's own, or ``text`` for a base.
+        pair: column of a second text that is read with the first; None takes the run's own, if it has one.
 
     Raises:
         DataError: a file that cannot be read or written, a missing column, a row without a text.
@@ -165,51 +181,114 @@ def carry_out(source: str, *, file: Path | None, column: str | None, out: Path |
     from peftkit import predictions
 
     predictions.check_paths(file, out, WRITERS)
-    name = column or "text"
+    names = _columns(source, column, pair)
     if file:
-        predictions.check_rows(file, [name])
+        predictions.check_rows(file, names)
+    elif len(names) > 1:
+        raise DataError(f"pairs ({' and '.join(names)}) are read from a file: --file pairs.csv")
     model = open_embedder(source)
-    rows = predictions.read_rows(file, [name], Problems()) if file else predictions.lines(sys.stdin, name)
+    rows = predictions.read_rows(file, names, Problems()) if file else predictions.lines(sys.stdin, names[0])
+    chunks = _embedded(model, rows, names, normalize)
     if out is None:
-        count = 0
-        for row, vector in _embedded(model, rows, name, normalize):
-            print(json.dumps({**row, VECTOR: vector.tolist()}, ensure_ascii=False, default=str))
-            count += 1
-        return count
-    return _write(_embedded(model, rows, name, normalize), out)
-
-
-def _embedded(
-    model: Embedder, rows: Iterator[dict[str, Any]], column: str, normalize: bool
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    while chunk := list(itertools.islice(rows, 2048)):
-        yield from zip(chunk, model.embed([row[column] for row in chunk], normalize=normalize))
-
-
-def _write(pairs: Iterator[tuple[dict[str, Any], np.ndarray]], out: Path) -> int:
-    """Writes the file, which appears only when it is complete."""
+        return _write_lines(chunks, sys.stdout)
     if out.suffix == ".jsonl":
         with output.complete(out) as stream:
-            count = 0
-            for row, vector in pairs:
-                stream.write(json.dumps({**row, VECTOR: vector.tolist()}, ensure_ascii=False, default=str) + "\n")
-                count += 1
-            return count
-    held = list(pairs)
+            return _write_lines(chunks, stream)
     stage = out.with_name(f".{out.name}.tmp")
     try:
-        if out.suffix == ".npy":
-            with stage.open("wb") as file:
-                np.save(file, np.stack([vector for _, vector in held]) if held else np.zeros((0, 0), np.float32))
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            pq.write_table(pa.Table.from_pylist([{**row, VECTOR: vector.tolist()} for row, vector in held]), stage)
+        count = (_write_array if out.suffix == ".npy" else _write_parquet)(chunks, stage)
         stage.replace(out)
     finally:
         stage.unlink(missing_ok=True)
-    return len(held)
+    return count
+
+
+def _columns(source: str, column: str | None, pair: str | None) -> list[str]:
+    """Columns of the texts: those asked for, else those that the run was trained on."""
+    from peftkit.export.loading import find_export
+
+    text = "text"
+    with contextlib.suppress(RunError):
+        data = Recipe.from_yaml(find_export(Path(source)) / "recipe.yaml").data
+        text, pair = data.text, pair or data.text_pair
+    return [column or text, *([pair] if pair else [])]
+
+
+def _check(given: list[Any]) -> None:
+    """Raises DataError unless all are texts, or all are pairs of texts."""
+    for place, text in enumerate(given):
+        is_pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        if not isinstance(text, str) and not is_pair:
+            raise DataError(f"text {place}: expected a text, found {type(text).__name__} {text!r:.60}")
+        if isinstance(text, str) != isinstance(given[0], str):
+            raise DataError(f"text {place}: texts and (text, text pair) tuples are mixed; give one kind in a call")
+
+
+def _embedded(model: Embedder, rows: Iterator[Row], columns: list[str], normalize: bool) -> Iterator[Chunk]:
+    while chunk := list(itertools.islice(rows, ROWS)):
+        texts: list[Any] = [
+            row[columns[0]] if len(columns) == 1 else tuple(row[column] for column in columns) for row in chunk
+        ]
+        yield chunk, model.embed(texts, normalize=normalize)
+
+
+def _write_lines(chunks: Iterator[Chunk], stream: IO[str]) -> int:
+    count = 0
+    for rows, vectors in chunks:
+        for row, vector in zip(rows, vectors):
+            stream.write(json.dumps({**row, VECTOR: vector.tolist()}, ensure_ascii=False, default=str) + "\n")
+        count += len(rows)
+    return count
+
+
+def _write_array(chunks: Iterator[Chunk], stage: Path) -> int:
+    """The vectors one after the other, under a header that is written again when their number is known."""
+    count, width = 0, 0
+    with stage.open("wb") as file:
+        start = _write_header(file, (0, 0))
+        for rows, vectors in chunks:
+            count, width = count + len(rows), vectors.shape[1]
+            file.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
+        file.seek(0)
+        assert _write_header(file, (count, width)) == start, "the header keeps room for any number of rows"
+    return count
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, int]) -> int:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _write_parquet(chunks: Iterator[Chunk], stage: Path) -> int:
+    """A row group a chunk; the first one's columns and types are the file's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count, writer = 0, None
+    try:
+        for rows, vectors in chunks:
+            table = pa.Table.from_pylist(rows)
+            values = pa.array(vectors.reshape(-1), pa.float32())
+            table = table.append_column(VECTOR, pa.FixedSizeListArray.from_arrays(values, vectors.shape[1]))
+            if writer is None:
+                texts = [
+                    field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in table.schema
+                ]
+                writer = pq.ParquetWriter(stage, pa.schema(texts))
+            try:
+                writer.write_table(table.cast(writer.schema))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+                said = str(error).splitlines()[0]
+                raise DataError(
+                    f"rows {count} to {count + len(rows)} do not fit the first ones ({said}); use .jsonl"
+                ) from error
+            count += len(rows)
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        pq.write_table(pa.table({VECTOR: pa.array([], pa.list_(pa.float32()))}), stage)
+    return count
 
 
 def _own_pooling(folder: Path, config: Any) -> str:

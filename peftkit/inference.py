@@ -140,7 +140,7 @@ class LoadedRun:
         )  # fmt: skip
         return outputs["logits"]
 
-    def embed(self, texts: str | Sequence[str], *, normalize: bool = False, batch_size: int = 64) -> np.ndarray:
+    def embed(self, texts: Text | Sequence[Text], *, normalize: bool = False, batch_size: int = 64) -> np.ndarray:
         """Vectors [texts, width] fp32: what the model makes of texts, pooled as it pools; see ``peftkit.embeddings``.
 
         Raises:
@@ -150,7 +150,9 @@ class LoadedRun:
         from peftkit import embeddings
 
         self.merge()
-        return embeddings.of_run(self).embed(texts, normalize=normalize, batch_size=batch_size)
+        return embeddings.of_run(self).embed(
+            texts if isinstance(texts, str) else list(texts), normalize=normalize, batch_size=batch_size
+        )
 
     def generate(
         self, prompts: str | Conversation | Sequence[str | Conversation], *, batch_size: int = 8, **options: Any

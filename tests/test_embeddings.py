@@ -104,3 +104,48 @@ def test_what_cannot_be_read_or_written_is_told_before_the_model_is_loaded(tmp_p
         embeddings.carry_out("nowhere", file=table, column=None, out=tmp_path / "x.pt", normalize=False)
     with pytest.raises(DataError, match="column 'text'"):
         embeddings.carry_out("nowhere", file=table, column=None, out=tmp_path / "x.npy", normalize=False)
+
+
+def test_pairs_are_read_together_with_their_token_types(bert, tmp_path, in_fp32):
+    pairs = [("the game", "a team won"), ("stock", "a market of money and oil " * 2)]
+    embedder = embeddings.of_model(str(bert))
+    found = embedder.embed(pairs)
+    tokenizer, model = AutoTokenizer.from_pretrained(bert), AutoModel.from_pretrained(bert, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = [model(**tokenizer(*pair, return_tensors="pt")).last_hidden_state[0].mean(0) for pair in pairs]
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match="text 1: texts and"):
+        embedder.embed([pairs[0], "a"])
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"text": a, "other": b}) + "\n" for a, b in pairs))
+    out = tmp_path / "out.npy"
+    options = {"file": file, "column": None, "out": out, "normalize": False, "pair": "other"}
+    assert embeddings.carry_out(str(bert), **options) == 2
+    np.testing.assert_allclose(np.load(out), found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ending", [".npy", ".parquet", ".jsonl"])
+def test_a_file_is_written_as_it_is_embedded(bert, tmp_path, in_fp32, monkeypatch, ending):
+    monkeypatch.setattr(embeddings, "ROWS", 2)
+    held = {"most": 0}
+    real = embeddings.Embedder.embed
+
+    def counted(self, texts, **options):
+        held["most"] = max(held["most"], len(texts))
+        return real(self, texts, **options)
+
+    monkeypatch.setattr(embeddings.Embedder, "embed", counted)
+    file, out = tmp_path / "texts.jsonl", tmp_path / f"out{ending}"
+    lines = [{"text": text, "note": None if row < 2 else "late"} for row, text in enumerate(TEXTS)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert embeddings.carry_out(str(bert), file=file, column=None, out=out, normalize=False) == len(TEXTS)
+    assert held["most"] == 2
+    if ending == ".npy":
+        found = np.load(out)
+    elif ending == ".parquet":
+        table = pq.read_table(out)
+        assert table["note"].to_pylist() == [line["note"] for line in lines]
+        found = np.array(table["vector"].to_pylist())
+    else:
+        found = np.array([json.loads(line)["vector"] for line in out.read_text().splitlines()])
+    np.testing.assert_allclose(found, by_hand(bert, TEXTS, "mean"), rtol=1e-3, atol=1e-3)
