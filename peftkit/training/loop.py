@@ -70,12 +70,11 @@ class Loop:
         per_epoch = steps_per_epoch(self.train_split.lengths, training)
         self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
         self.metric = training.best_metric or self.module.task.best_metric(self.module.info)
-        accelerator = self.session.accelerator
         self.recipe.method.begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
         # the schedule is not given to Accelerate, which would step it once a process
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
-        wrapped, prepared = accelerator.prepare(self.module, self.optimizer)
+        wrapped, prepared = self.session.prepare(self.recipe, self.module, self.optimizer)
         self.weights = TrainedWeights(self.module, self.recipe, self.session)
         self.stepper = Stepper(
             self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer

@@ -10,6 +10,7 @@ import torch
 from peftkit.models import low_bit_optimizers
 from peftkit.parts import Method
 from peftkit.recipe import Recipe, TrainingConfig
+from peftkit.training import zero
 from peftkit.training.sharding import like, whole
 
 
@@ -68,6 +69,8 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
     A collective where parameters are sharded.
     """
+    if any(zero.holds(parameter) for parameter in model.parameters()):
+        return zero.optimizer_tensors(model, optimizer)
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": whole(torch.as_tensor(value))
@@ -81,6 +84,9 @@ def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Puts back what ``optimizer_tensors`` gave, beside the parameters it belongs to."""
+    if any(zero.holds(parameter) for parameter in model.parameters()):
+        zero.load_optimizer_tensors(model, optimizer, tensors)
+        return
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     if low_bit_optimizers.is_low_bit(optimizer):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.recipe import Recipe
-from peftkit.training import sharding
+from peftkit.training import sharding, zero
 from peftkit.training.memory import bound_kernel_cache
 from peftkit.training.watch import Watch, address
 
@@ -65,7 +66,26 @@ class Session:
     @property
     def sharded(self) -> bool:
         """Whether parameters are spread over the processes."""
-        return bool(getattr(self.accelerator, "is_fsdp2", False))
+        return bool(getattr(self.accelerator, "is_fsdp2", False)) or self.zero
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed's engine makes the steps."""
+        return str(getattr(self.accelerator.distributed_type, "value", "")) == "DEEPSPEED"
+
+    def prepare(self, recipe: Recipe, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Module and optimizer as Accelerate wraps them for this run's processes."""
+        if self.zero:
+            zero.configure(self.accelerator, recipe, module, self.dtype)
+        wrapped, prepared = self.accelerator.prepare(module, optimizer)
+        return wrapped, prepared
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """A backward pass; of a step's last one DeepSpeed must know, for it then makes the step."""
+        if self.zero:
+            self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
+        else:
+            self.accelerator.backward(loss)
 
     def agree(self, value: Any) -> Any:
         """The main process's value, on every process."""
@@ -145,23 +165,29 @@ def open_session(recipe: Recipe) -> Session:
     from peftkit.models import low_bit_optimizers
     from peftkit.models.policy import dtype_for
 
+    zero.check_installed()
     use_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     device = "cpu" if use_cpu else ("cuda" if torch.cuda.is_available() else "mps")
     dtype = dtype_for(recipe.model, torch.device(device))
     trackers = _trackers(recipe)
     AcceleratorState._reset_state()  # an earlier run of this process (a notebook) may have had another precision
+    # told that it is on a CPU, Accelerate would pass DeepSpeed over; told nothing, it would take processes for one
+    process_group = InitProcessGroupKwargs(timeout=PATIENCE)
+    if use_cpu and zero.asked_for():
+        process_group.backend = "gloo"
     accelerator = Accelerator(
-        cpu=use_cpu, mixed_precision=MIXED_PRECISION[str(dtype)], log_with=trackers, project_dir=recipe.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        cpu=use_cpu and not zero.asked_for(), mixed_precision=MIXED_PRECISION[str(dtype)], log_with=trackers,
+        project_dir=recipe.output_dir, kwargs_handlers=[process_group],
     )  # fmt: skip
-    sharding.check(accelerator)
+    sharding.check(accelerator, recipe)
+    if zero.asked_for():
+        zero.load_whole()
     threads = recipe.training.threads or max(1, cores() // local_processes())
     torch.set_num_threads(threads)
     bound_kernel_cache()
     set_seed(recipe.training.seed)
     session = Session(accelerator, dtype, threads)
-    sharded = bool(getattr(accelerator, "is_fsdp2", False))
-    low_bit_optimizers.check(recipe.training.optimizer, device, sharded=sharded)
+    low_bit_optimizers.check(recipe.training.optimizer, device, sharded=session.sharded)
     _note_surprises(session)
     if session.sharded:
         said = "parameters are spread over the processes: no texts are generated and no zero-shot classifier is scored"
@@ -192,9 +218,24 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def asked_processes(command: Sequence[str]) -> int:
+    """How many processes a launcher was asked for on its command line, ``accelerate launch --num_processes 2 …``."""
+    words = [word.partition("=") for word in command]
+    for (name, _, value), (following, _, _) in zip(words, [*words[1:], ("", "", "")], strict=True):
+        given = value or following
+        if name in {"--num_processes", "--num-processes"} and given.isdigit():
+            return int(given)
+    return 1
+
+
 def _note_surprises(session: Session) -> None:
     """Accelerate's CPU launcher starts one process whatever it is asked for; that must not pass in silence."""
-    asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", os.environ.get("WORLD_SIZE", "1")) or 1)
+    import psutil
+
+    launcher: list[str] = []
+    with contextlib.suppress(psutil.Error, AttributeError):
+        launcher = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
+    asked = max(asked_processes(launcher if "launch" in launcher else ()), int(os.environ.get("WORLD_SIZE") or 1))
     if asked > session.world_size:
         session.notes.append(
             f"{asked} processes were asked for and {session.world_size} runs: on a CPU use "

@@ -1,7 +1,8 @@
-"""Parameters that are spread over the processes (FSDP2): made whole to be saved, and cut again when they are loaded.
+"""Parameters that are spread over the processes: made whole to be saved, and cut again when they are loaded.
 
-FSDP2 keeps every parameter as a DTensor, of which a process holds its share. Gathering one is a collective: all
-processes must call ``whole`` on the same tensors in the same order, whichever of them then writes.
+FSDP2 keeps every parameter as a DTensor, of which a process holds its share; DeepSpeed has ways of its own (``zero``).
+Gathering one is a collective: all processes must call ``whole`` on the same tensors in the same order, whichever of
+them then writes.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from typing import Any
 import torch
 
 from peftkit.errors import RecipeError
+from peftkit.recipe import Recipe
+from peftkit.training import zero
 
 
-def check(accelerator: Any) -> None:
+def check(accelerator: Any, recipe: Recipe) -> None:
     """Raises RecipeError for ways of sharding that the loop cannot train with, before any work is done."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     ways = "use configs/accelerate/fsdp2.yaml, which shards the same things, or plain data parallelism"
     if kind == "DEEPSPEED":
-        raise RecipeError(
-            f"accelerate is configured for DeepSpeed, whose engine makes optimizer steps of its own, so that neither "
-            f"exact resume nor skipped steps could be kept; {ways}"
-        )
+        zero.check(accelerator, recipe)
     if kind == "FSDP" and not getattr(accelerator, "is_fsdp2", False):
         raise RecipeError(f"accelerate is configured for FSDP 1; set fsdp_version: 2 (or {ways})")
     if kind in {"MEGATRON_LM", "TP"}:
@@ -47,6 +47,8 @@ def settle(module: torch.nn.Module) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or of one in pieces all of it; a collective in that case."""
+    if zero.holds(tensor):
+        return zero.whole(tensor)
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
 
@@ -69,4 +71,7 @@ def like(tensor: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
 def load(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts whole tensors into parameters of the same names."""
     for name, parameter in parameters.items():
+        if zero.holds(parameter):
+            zero.put(parameter, tensors[name])
+            continue
         parameter.copy_(like(tensors[name].to(parameter.dtype), parameter))

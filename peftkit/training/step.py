@@ -161,7 +161,7 @@ class Stepper:
                 objective = loss * scale
                 if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
                     objective = objective + penalty  # the same on every process, hence also their average
-                session.accelerator.backward(objective)
+                session.backward(objective, last=last)
             if piece.counts:
                 total += whole(loss.detach())
             session.watch.mark()

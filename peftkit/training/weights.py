@@ -10,7 +10,7 @@ import torch
 
 from peftkit.errors import CheckpointError
 from peftkit.recipe import Recipe
-from peftkit.training import sharding
+from peftkit.training import sharding, zero
 from peftkit.training.averaging import WeightAverage
 from peftkit.training.session import Session
 from peftkit.training.step import TaskModule
@@ -35,7 +35,7 @@ class TrainedWeights:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint must hold, whole; a collective where parameters are sharded."""
-        trained = {name: sharding.whole(value.detach()) for name, value in self.named().items()}
+        trained = {name: sharding.whole(value).detach() for name, value in self.named().items()}
         own = self._method.state(self._module.model)
         means = self._average.tensors() if self._average else {}
         return trained | _prefixed(METHOD, own) | _prefixed(AVERAGE, means)
@@ -45,7 +45,7 @@ class TrainedWeights:
         trained = self.named()
         plain = {name: tensor for name, tensor in tensors.items() if not name.startswith((METHOD, AVERAGE))}
         shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+        expected = {name: zero.shape(tensor) for name, tensor in trained.items()}
         if shapes != expected:
             odd = sorted({name for name, _ in set(shapes.items()) ^ set(expected.items())})[:3]
             raise CheckpointError(f"{place} holds other parameters than this recipe trains: {', '.join(odd)}")

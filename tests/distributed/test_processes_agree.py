@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,20 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from peftkit import replace
+from tests.distributed import launching
 from tests.faults import runs
 
-ROOT = Path(__file__).parents[2]
-FILE = """
-import sys
-from peftkit import Recipe, main, recipe
-
-@recipe
-def shared() -> Recipe:
-    return Recipe.from_yaml(sys.argv[0] + ".yaml")
-
-if __name__ == "__main__":
-    main(shared)
-"""
+NAME = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +24,27 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("many")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def texts(path, split="test"):
+    return [json.loads(line)["text"] for line in (path / "predictions" / f"{split}.jsonl").read_text().splitlines()]
+
+
+def agree(first, second):
+    """Whether two runs of one recipe learned the same, up to the order in which processes add up."""
+    one, two = load_file(first / NAME), load_file(second / NAME)
+    assert set(one) == set(two)
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-4)
+    for line, other in zip(runs.log(first), runs.log(second), strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-3)
+        assert other.get("tokens") == line.get("tokens"), "tokens of a validation are counted, not averaged"
+
+
+@pytest.mark.parametrize("kind", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_one_two_and_four_processes_learn_the_same_and_count_every_row_once(folder, kind):
-    """Rows in a validation, 6, 12 or so, divide by neither two nor four batches; the figures are over all of them."""
+    """Neither a step's 7 rows nor those of a validation divide by two or four."""
     recipe = replace(
-        runs.KINDS[kind](folder), model={"dropout": 0.0}, method={"dropout": 0.0},
-        training={"batch_size": 7, "micro_batch": 2, "max_steps": 8, "evaluate_every": 4}, evaluation={"batch_size": 2},
+        runs.KINDS[kind](folder), model={"dropout": 0.0}, method={"dropout": 0.0}, evaluation={"batch_size": 2},
+        training={"batch_size": 7, "micro_batch": 2, "max_steps": 4, "evaluate_every": 2, "early_stopping": None},
     )  # fmt: skip
     found = {}
     for many in (1, 2, 4):
@@ -53,59 +53,68 @@ def test_one_two_and_four_processes_learn_the_same_and_count_every_row_once(fold
         assert runs.finish(mine, said, world_size=many) == 0, said.read_text()[-2000:]
         found[many] = runs.folder_of(mine)
     for many in (2, 4):
-        first, second = load_file(found[1] / NAME), load_file(found[many] / NAME)
-        for key in first:
-            torch.testing.assert_close(second[key], first[key], rtol=1e-2, atol=1e-4)
-        for one, other in zip(runs.log(found[1]), runs.log(found[many]), strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
-            assert other.get("tokens") == one.get("tokens"), "tokens of a validation are counted, not averaged"
+        agree(found[1], found[many])
+        if kind == "encoder":
+            assert texts(found[many]) == texts(found[1]), "every row once, in order"
 
 
-NAME = "adapter/adapter_model.safetensors"
+def test_two_processes_under_torchrun_are_one_run(folder):
+    """As started by hand: one process speaks and writes, and learns what one process alone learns."""
+    recipe = replace(
+        runs.encoder(folder), model={"dropout": 0.0}, method={"dropout": 0.0}, training={"batch_size": 7},
+        output_dir=str(folder / "torchrun"), evaluation={"baselines": ["majority", "zero_shot"]},
+    )  # fmt: skip
+    file = launching.recipe_file(folder / "torchrun-file", recipe)
+    said = launching.finish(*launching.TORCHRUN, "--nproc_per_node", "2", "--standalone", file)
+    assert "2 processes on cpu" in said
+    assert said.count("Run: ") == 1, "only one process speaks"
+    (two,) = Path(recipe.output_dir).iterdir()
+    alone = replace(recipe, output_dir=str(folder / "torchrun-alone"))
+    assert runs.run(alone, said=folder / "torchrun-alone.txt") == 0
+    agree(runs.folder_of(alone), two)
+    assert texts(two) == texts(runs.folder_of(alone))
 
 
-def torchrun(folder, recipe, *options):
-    (folder / "shared.py").write_text(FILE)
-    (folder / "shared.py.yaml").write_text(recipe.to_yaml())
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", *options, str(folder / "shared.py")]
-    return subprocess.Popen(launcher, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+@pytest.fixture(scope="module")
+def both(folder):
+    """A recipe, and its run by two processes of one machine."""
+    recipe = replace(runs.encoder(folder), training={"epochs": 8})
+    whole = replace(recipe, output_dir=str(folder / "both"))
+    assert runs.finish(whole, folder / "both.txt", world_size=2) == 0, (folder / "both.txt").read_text()[-2000:]
+    return recipe, runs.folder_of(whole)
 
 
 @pytest.mark.slow
-def test_two_agents_that_meet_on_the_loopback_are_one_run(folder):
-    """The rehearsal of two machines: an agent and a process each."""
-    recipe = replace(runs.encoder(folder), output_dir=str(folder / "agents"))
-    (folder / "agents-file").mkdir()
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "rehearsal"]
-    options = ["--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
-    agents = [torchrun(folder / "agents-file", recipe, *options) for _ in range(2)]
+def test_two_agents_that_meet_on_the_loopback_are_one_run(folder, both):
+    recipe = replace(both[0], output_dir=str(folder / "agents"))
+    agents = launching.two_agents(launching.recipe_file(folder / "agents-file", recipe))
     said = "".join(agent.communicate(timeout=300)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [0, 0], said[-3000:]
     assert "2 processes on cpu" in said
     (run,) = Path(recipe.output_dir).iterdir()
-    alone = replace(recipe, output_dir=str(folder / "agents-alone"))
-    assert runs.finish(alone, folder / "alone.txt", world_size=2) == 0
-    assert runs.differences(run, runs.folder_of(alone)) == [], "as two processes of one machine"
+    assert runs.differences(run, both[1]) == [], "as two processes of one machine"
 
 
 @pytest.mark.slow
-def test_torchrun_that_is_told_to_end_leaves_a_run_to_go_on_with(folder):
-    recipe = replace(runs.encoder(folder), output_dir=str(folder / "told"), training={"epochs": 40})
-    (folder / "told-file").mkdir()
-    agent = torchrun(folder / "told-file", recipe, "--nproc_per_node", "2", "--standalone")
+@pytest.mark.parametrize("launch", ["one agent", "two agents"])
+def test_torchrun_that_is_told_to_end_leaves_a_run_to_go_on_with(folder, both, launch):
+    name = launch.replace(" ", "-")
+    recipe = replace(both[0], output_dir=str(folder / f"told-{name}"))
+    file = launching.recipe_file(folder / f"told-{name}-file", recipe)
+    if launch == "one agent":
+        agents = [launching.start(*launching.TORCHRUN, "--nproc_per_node", "2", "--standalone", file)]
+    else:
+        agents = launching.two_agents(file)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list(Path(recipe.output_dir).glob("*/checkpoints/step-*")):
-        time.sleep(0.2)
-    agent.send_signal(signal.SIGTERM)
-    said, _ = agent.communicate(timeout=60)
+        time.sleep(0.05)
+    for agent in agents:
+        agent.send_signal(signal.SIGTERM)
+    said = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    assert 0 not in [agent.returncode for agent in agents]
     assert "stopped by SIGTERM after step" in said, said[-3000:]
     run = runs.folder_of(recipe)
     step = json.loads((sorted((run / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())["training"]["step"]
     assert f"stopped by SIGTERM after step {step} of" in said, "nothing was lost"
+    assert runs.finish(recipe, folder / f"told-{name}.txt", world_size=2) == 0
+    assert runs.differences(run, both[1]) == []

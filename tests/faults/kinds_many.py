@@ -18,7 +18,8 @@ from peftkit.recipe import Recipe, replace
 from tests.faults import runs
 from tests.faults.kinds import Outcome, Reference, finished
 
-LOSSES = ("killed", "stopped", "out of memory", "hanging")
+LOSSES = ("killed", "stopped", "out of memory", "hanging", "looping")
+PLACES = ("step", "validation", "save")
 
 
 def reference(folder: Path, kind: str = "encoder", **parts: Any) -> Reference:
@@ -35,24 +36,27 @@ def reference(folder: Path, kind: str = "encoder", **parts: Any) -> Reference:
 
 def signals(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """A signal to both processes or to one alone: all agree on the step, end with its code, and are resumed."""
-    outcome = Outcome("SIGTERM, SIGINT, SIGUSR1 at 2 processes", "all end with 143/130/138, resumed byte-equal")
+    target = "all end with 143/130/138, at most a step late, none lost, resumed byte-equal"
+    outcome = Outcome("SIGTERM, SIGINT, SIGUSR1 at 2 processes, in steps, validations and saves", target)
     generator, slowest, stopped = random.Random(seed), 0.0, 0
     for trial in range(trials):
         recipe, said = whole.again(folder, f"signal2-{trial}"), folder / f"signal2-{trial}.txt"
-        number, alone = generator.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]), generator.random() < 0.5
-        step, inside = generator.randint(1, 10), generator.choice(["step", "validation", "save"])
-        children = runs.fork_ranks(_telling(recipe, folder / f"at-{trial}", step, inside), said)
-        reached = _wait_for(folder / f"at-{trial}", children)
-        for child in children[:1] if alone else children:
+        number = generator.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        told = generator.choice([[0], [1], [0, 1]])
+        step, inside, mark = generator.randint(1, 10), PLACES[trial % len(PLACES)], folder / f"at-{trial}"
+        children = runs.fork_ranks(_telling(recipe, mark, step, inside), said)
+        reached = _wait_for(mark, children)
+        for rank in told:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
+                os.kill(children[rank], number)
         started = time.monotonic()
         codes = runs.wait_all(children)
         slowest = max(slowest, time.monotonic() - started)
         problems = [f"ended with {codes}"] if set(codes) not in ({0}, {128 + number}) else []
         problems += ["a traceback was shown"] if "Traceback" in said.read_text() else []
+        problems += _lost_steps(recipe, mark) if any(codes) else []
         stopped += any(codes)
-        who = "rank 0" if alone else "both"
+        who = " and ".join(f"rank {rank}" for rank in told)
         what = f"{number.name} to {who} in a {inside} at step {step}{'' if reached else ' (not reached)'}"
         outcome.count(problems + finished(recipe, whole, said, world_size=2), what)
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
@@ -60,8 +64,21 @@ def signals(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outco
     return outcome
 
 
+def _lost_steps(recipe: Recipe, mark: Path) -> list[str]:
+    """Whether the run's last checkpoint holds every step that was done, and one at most since the signal."""
+    folder = runs.folder_of(recipe) or Path(recipe.output_dir)
+    kept = max((int(each.name.removeprefix("step-")) for each in folder.glob("checkpoints/step-*")), default=0)
+    done = int(mark.with_suffix(".done").read_text())
+    before = int(mark.read_text())
+    problems = [f"{done - kept} steps lost: {done} were done, the checkpoint is that of {kept}"] if kept != done else []
+    return problems + ([f"{done - before} steps after the signal"] if done > before + 1 else [])
+
+
 def _telling(recipe: Recipe, mark: Path, step: int, inside: str) -> Callable[[int], None]:
-    """The work of a rank: rank 0 makes a file when it comes to a step's forward pass, validation or save."""
+    """The work of a rank: rank 0 makes a file when it comes to a step's forward pass, validation or save.
+
+    The file holds the number of steps done by then; another one beside it, those done in the end.
+    """
     train = runs.train(recipe)
 
     def work(rank: int) -> None:
@@ -71,14 +88,26 @@ def _telling(recipe: Recipe, mark: Path, step: int, inside: str) -> Callable[[in
         where, name = {
             "step": (Stepper, "run"), "validation": (loop, "predict"), "save": (checkpoints, "save"),
         }[inside]  # fmt: skip
-        real, seen = getattr(where, name), [0]
+        run, seen, done = Stepper.run, [0], [0]
+
+        def counted(self: Any, batch: Any, number: int) -> Any:
+            found = run(self, batch, number)
+            done[0] = number + 1
+            if rank == 0:
+                mark.with_suffix(".done").write_text(str(done[0]))
+            return found
+
+        Stepper.run = counted  # type: ignore[method-assign]
+        real = getattr(where, name)
         last = {"step": step, "validation": 1 + step % 3, "save": step % 4}[inside]
 
         def told(*args: Any, **kwargs: Any) -> Any:
             seen[0] += 1
-            if seen[0] > last and rank == 0:
-                mark.touch()
-                time.sleep(0.05)
+            if seen[0] > last and rank == 0 and not mark.exists():
+                staged = mark.with_suffix(".staged")
+                staged.write_text(str(done[0]))
+                staged.rename(mark)
+                time.sleep(0.2)  # for the signal to come
             return real(*args, **kwargs)
 
         setattr(where, name, told)
@@ -92,51 +121,58 @@ def _wait_for(mark: Path, children: list[int]) -> bool:
     deadline = time.monotonic() + runs.LIMIT
     while not mark.exists() and time.monotonic() < deadline:
         if os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return False
+            return mark.exists()
         time.sleep(0.01)
     return mark.exists()
 
 
 def lost_ranks(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
-    """Rank 1 is killed, stopped, out of memory, or loops for ever: the job ends, names it, and is resumed."""
-    outcome = Outcome("a rank killed, stopped, out of memory or hanging", "ends within 60 s, rank named, resumed equal")
+    """A rank is killed, stopped, out of memory, asleep or looping for ever: the job ends, names it, and is resumed."""
+    kind = "a rank killed, stopped, out of memory, asleep or looping for ever"
+    outcome = Outcome(kind, "ends within 60 s, not with 0, rank named, resumed byte-equal")
     generator, slowest = random.Random(seed), dict.fromkeys(LOSSES, 0.0)
     for trial in range(trials):
         recipe, said = whole.again(folder, f"lost-{trial}"), folder / f"lost-{trial}.txt"
-        kind, step = LOSSES[trial % len(LOSSES)], generator.randint(2, 11)
-        children = runs.fork_ranks(_losing(recipe, kind, step, folder / f"lost-at-{trial}"), said)
-        _wait_for(folder / f"lost-at-{trial}", children)
+        kind, lost, step = LOSSES[trial % len(LOSSES)], generator.randrange(2), generator.randint(2, 11)
+        children = runs.fork_ranks(_losing(recipe, kind, lost, step, folder / f"lost-at-{trial}"), said)
+        reached = _wait_for(folder / f"lost-at-{trial}", children)
         started = time.monotonic()
         codes = runs.wait_all(children, limit=60)
         seconds = time.monotonic() - started
         slowest[kind] = max(slowest[kind], round(seconds, 1))
         text = said.read_text()
-        problems = ["it did not end in 60 s"] if -1000 in codes else []
+        problems = [] if reached else ["it ended before its rank could be lost"]
+        problems += ["it did not end in 60 s"] if -1000 in codes else []
         problems += [f"ended with {codes}"] if 0 in codes else []
-        problems += [f"rank 1 is not named: {text[-300:]}"] if "rank 1" not in text else []
-        outcome.count(problems + finished(recipe, whole, said, world_size=2), f"rank 1 {kind} at step {step}")
+        problems += [f"rank {lost} is not named: {text[-300:]}"] if f"rank {lost}" not in text else []
+        problems += [f"rank {1 - lost} is named: {text[-300:]}"] if f"rank {1 - lost} (process" in text else []
+        problems += finished(recipe, whole, said, world_size=2)
+        outcome.count(problems, f"rank {lost} {kind} at step {step}")
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
     outcome.figures["slowest end, s"] = slowest
     return outcome
 
 
-def _losing(recipe: Recipe, kind: str, step: int, mark: Path) -> Callable[[int], None]:
+def _losing(recipe: Recipe, kind: str, lost: int, step: int, mark: Path) -> Callable[[int], None]:
+    """The work of a rank, one of which is lost when it comes to a step."""
     train = runs.train(recipe)
 
     def work(rank: int) -> None:
+        import torch
+
         from peftkit.training.step import Stepper
 
         real = Stepper.run
 
         def run(self: Any, batch: Any, number: int) -> Any:
-            if rank == 1 and number == step:
+            if rank == lost and number == step:
                 mark.touch()
                 if kind == "out of memory":
-                    raise MemoryError("Unable to allocate 64.0 GiB")
-                if kind != "hanging":
+                    torch.empty(1 << 46, dtype=torch.uint8)  # 64 TiB, which torch's allocator refuses
+                if kind in {"killed", "stopped"}:
                     os.kill(os.getpid(), signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
                 while True:
-                    time.sleep(0.1)
+                    time.sleep(0.1 if kind == "hanging" else 0)
             return real(self, batch, number)
 
         Stepper.run = run  # type: ignore[method-assign]

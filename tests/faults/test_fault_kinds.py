@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults import kinds, kinds_hostile, kinds_input, kinds_many, runs
+from tests.faults import disks, kinds, kinds_disk, kinds_hostile, kinds_input, kinds_many, runs
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,16 @@ def test_killed_in_a_save(folder, packed):
 
 def test_a_full_or_broken_disk_in_a_save(folder, packed):
     check(kinds.failing_saves(folder, packed, trials=2))
+
+
+@pytest.mark.skipif(not disks.mountable(), reason="this process may not mount disks")
+def test_a_disk_that_is_full_or_read_only(folder, packed):
+    check(kinds_disk.full_disk(folder, packed, trials=1))
+    check(kinds_disk.read_only(folder, packed, only=(kinds_disk.START, kinds_disk.RESUMED)))
+
+
+def test_a_disk_that_becomes_read_only(folder, packed):
+    check(kinds_disk.read_only(folder, packed, only=(kinds_disk.DURING,)))
 
 
 def test_every_call_of_a_save(folder):
@@ -101,8 +111,8 @@ def test_a_rank_that_is_killed(folder, two):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_out_of_memory_or_hangs(folder, two):
-    check(kinds_many.lost_ranks(folder, two, trials=4))
+def test_a_rank_that_is_stopped_out_of_memory_asleep_or_loops(folder, two):
+    check(kinds_many.lost_ranks(folder, two, trials=len(kinds_many.LOSSES)))
 
 
 def test_the_ledger_of_rows(folder):
