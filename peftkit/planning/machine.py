@@ -1,4 +1,4 @@
-"""What was measured of this machine, once: framework overhead, allocator, rates. Cached by versions and threads."""
+"""What was measured of this machine, once: overhead, allocator, rates. Cached by versions, threads, what measures."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Machine:
     flops_a_second: float
     bytes_a_second: float
     seconds_an_operator: float
+    kernel_bytes: float = 0.0
+    """What oneDNN keeps of a bf16 product of a new shape."""
     cuda_bytes: int = CUDA_BYTES
     """Bytes of a GPU's memory that its context takes."""
 
@@ -65,11 +67,12 @@ def is_measured(threads: int) -> bool:
 
 
 def _file(threads: int) -> Path:
-    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version])
+    code = (Path(__file__).parent / "_probe.py").read_text(encoding="utf-8")
+    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version, code])
     return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def of_gpu(machine: Machine) -> Machine:
     """The same with a GPU's rates."""
     flops, moved, operator = GPU_RATES
-    return Machine(machine.framework_bytes, 1.0, flops, moved, operator, machine.cuda_bytes)
+    return Machine(machine.framework_bytes, 1.0, flops, moved, operator, 0.0, machine.cuda_bytes)

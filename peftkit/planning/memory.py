@@ -84,7 +84,16 @@ def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
 
 
 def phases(
-    held: Held, train: Traced, evaluation: Traced, *, framework: int, loader: int, file: int, ratio: float, gpu: bool
+    held: Held,
+    train: Traced,
+    evaluation: Traced,
+    *,
+    framework: int,
+    loader: int,
+    file: int,
+    ratio: float,
+    gpu: bool,
+    kernels: int = 0,
 ) -> tuple[Phase, ...]:
     """The phases of a run.
 
@@ -93,11 +102,12 @@ def phases(
         framework, loader: bytes of the libraries, and of tokenizer and data.
         file: bytes of the weight files, which are mapped while the model is built from them on a CPU.
         ratio: what the allocator takes for each byte that is alive within a pass.
+        kernels: bytes of the kernels that a CPU's library keeps for the shapes of all passes.
     """
     base = {"framework": framework, "loader": loader}
     weights = {name: size for name, size in held.parts().items() if name != "optimizer states"}
     loading = {**base, **weights} | ({} if gpu else {"weight files": file})
-    full = {**base, **held.parts()}
+    full = {**base, **({"kernels": kernels} if kernels else {}), **held.parts()}
     saved = max(held.trained, held.states)
     aside = {"copies": held.averages} if held.averages else {}  # the weights, while their average is evaluated
     parts = {name: int(size * ratio) for name, size in train.parts.items()}

@@ -144,7 +144,7 @@ def continued(few: Traced, more: Traced, count: int) -> Traced:
 
     parts = {name: at(few.parts.get(name, 0), size) for name, size in more.parts.items()}
     return Traced(at(few.peak, more.peak), parts, at(few.end, more.end), at(few.flops, more.flops),
-                  at(few.moved, more.moved), at(few.operators, more.operators))  # fmt: skip
+                  at(few.moved, more.moved), at(few.operators, more.operators), more.kernels)  # fmt: skip
 
 
 class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is used

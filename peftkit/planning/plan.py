@@ -26,6 +26,7 @@ from peftkit.planning.passes import Shape, Subject
 from peftkit.planning.trace import Traced, without_data
 from peftkit.planning.workload import Workload, of_data
 from peftkit.recipe import Recipe
+from peftkit.training.memory import KERNELS
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,18 @@ def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Worklo
         held, train, evaluation, ratio=1.0 if device.gpu else machine.allocator_ratio, gpu=device.gpu,
         framework=machine.cuda_bytes if device.gpu else machine.framework_bytes,
         loader=0 if device.gpu else known.loader_bytes, file=known.file_bytes,
+        kernels=0 if dtype != torch.bfloat16 else int(_kernels(workload, train, evaluation) * machine.kernel_bytes),
     )  # fmt: skip
     notes = _notes(recipe, device, torch.cuda.is_available())
     shown = str(dtype).removeprefix("torch.")
     return Plan(recipe, device, shown, parameters, found, held, workload, flops, training, validations, notes)
+
+
+def _kernels(workload: Workload, train: Traced, evaluation: Traced) -> int:
+    """How many kernels the passes of a run have oneDNN keep: those of every shape of pass, up to its bound."""
+    trained, evaluated = ({(s.rows, s.tokens) for s in made} for made in (workload.train, workload.evaluation))
+    made = train.kernels * len(trained) + evaluation.kernels * len(evaluated - trained)
+    return min(KERNELS, made)
 
 
 def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -44,9 +44,20 @@ class Traced:
     """Bytes read and written by all other operators."""
     operators: int = 0
     """Operators called."""
+    kernels: int = 0
+    """Products unlike each other in shape or type, for each of which a CPU's library may make a kernel of its own."""
 
 
-class Tracer(TorchDispatchMode):
+class Answers(TorchDispatchMode):
+    """Answers code that asks a tensor without data for its value: true, 1, or 1.0; two such tensors are equal."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten._local_scalar_dense.default, aten.equal.default) and _has_no_data(args[0]):
+            return True if func is aten.equal.default else _plausible(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class Tracer(Answers):
     """Counts storages, products and operators while it is active.
 
     Args:
@@ -60,6 +71,7 @@ class Tracer(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
         self._live: Counter[str] = Counter()
         self._total = 0
+        self._products: set[Any] = set()
         self.found = Traced()
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -70,16 +82,13 @@ class Tracer(TorchDispatchMode):
 
     def finish(self) -> Traced:
         """What was found; call it at the end, while what is to be kept is still referenced."""
-        self.found.end = self._total
+        self.found.end, self.found.kernels = self._total, len(self._products)
         return self.found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
-            return _plausible(args[0].dtype)
-        if func is aten.equal.default:
-            return True
-        out = self._nonzero(args[0]) if func is aten.nonzero.default else func(*args, **kwargs)
+        nonzero = func is aten.nonzero.default
+        out = self._nonzero(args[0]) if nonzero else super().__torch_dispatch__(func, types, args, kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         fresh = [tensor for tensor in made if self._see(tensor)]
         self._count(func, args, kwargs, out, fresh)
@@ -119,6 +128,8 @@ class Tracer(TorchDispatchMode):
         self.found.operators += 1
         if formula is not None:
             self.found.flops += int(formula(*args, **kwargs, out_val=out))
+            kinds = ((tuple(t.shape), t.stride(), t.dtype) for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self._products.add((func, *kinds))
         elif func._overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
             self.found.flops += _attention_flops(args[0], args[1], 2)
         elif func._overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -131,6 +142,10 @@ class Tracer(TorchDispatchMode):
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, products: int) -> int:
     rows, heads, queries, width = query.shape
     return products * 2 * rows * heads * queries * key.shape[2] * width
+
+
+def _has_no_data(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def _plausible(dtype: torch.dtype) -> Any:
@@ -147,7 +162,7 @@ def without_data() -> Iterator[FakeTensorMode]:
         # checkpointing keeps and restores the state of dropout's generator, which fake tensors do not have
         torch.get_rng_state = torch.random.get_rng_state = lambda: state  # type: ignore[assignment]
         torch.set_rng_state = torch.random.set_rng_state = lambda _: None  # type: ignore[assignment]
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, Answers():
             yield mode
     finally:
         torch.get_rng_state = torch.random.get_rng_state = _GET  # type: ignore[assignment]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 BLOCK, OUTER_BLOCK = 64, 256
-TABLES = 256 * 4 + 256 * 4 + 4
+TABLES = 16 * 4 + 256 * 4 + 4
 """Bytes of the lookup tables and the offset that double quantization keeps beside each weight."""
 SCALES = "scales"
 
@@ -115,12 +115,12 @@ def _open_weight(self: Any) -> Any:
 def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     import torch
 
-    given = x.dtype
+    given, kind = x.dtype, "cpu" if x.is_meta else x.device.type  # the meta device has no autocast
     if self.held.kind == "nf4":
         x = x.to(self.compute_dtype)
-    elif torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
+    elif torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
         out = _product()(x, self.weight, self.in_features, self.held)
         if self.bias is not None:
             out = out.add_(self.bias.to(out.dtype))

@@ -1,0 +1,74 @@
+"""Every method's planned parameters and bytes beside those of the model that a run builds, tensor by tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftkit.models import policy
+from peftkit.models.loading import build
+from peftkit.models.skeleton import build_skeleton
+from peftkit.models.tokenizer import load_tokenizer
+from peftkit.planning.memory import held_by
+from peftkit.planning.trace import without_data
+from tests import tiny
+from tests.methods.every_method import EXAMPLES, INFOS, Cell
+
+CELLS = [
+    Cell(name, model, None)
+    for name, example in EXAMPLES.items()
+    for model in example.models[:1]
+    if name != "lora-loftq"  # starts from the values of quantized weights
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    llama = tiny.tiny_llama(folder / "llama")
+    return {"encoder": tiny.tiny_bert(folder / "bert"), "decoder": llama, "decoder-classifier": llama}
+
+
+def both(cell, bases):
+    """The planned model and the real one."""
+    recipe, info = cell.recipe(bases[cell.model]), INFOS[cell.model]
+    tokenizer = load_tokenizer(recipe.model)
+    real = build(recipe, info, tokenizer).model
+    with without_data():
+        planned = build_skeleton(recipe, info, tokenizer, policy.dtype_for(recipe.model)).model
+        return planned, real, held_by(planned, "adamw")
+
+
+def table(model):
+    return {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_planned_parameters_are_those_that_are_built(cell, bases):
+    planned, real, _ = both(cell, bases)
+    assert table(planned) == table(real)
+
+
+QUANTIZED = [("lora", "nf4"), ("lora", "int8"), ("ia3", "nf4"), ("ia3", "int8"), ("bottleneck-houlsby", "nf4")]
+
+
+@pytest.mark.parametrize(("name", "quantization"), QUANTIZED)
+def test_planned_bytes_over_quantized_weights_are_those_that_are_held(name, quantization, bases):
+    planned, real, held = both(Cell(name, "decoder", quantization), bases)
+    trained = sum(p.numel() * 4 for p in real.parameters() if p.requires_grad)
+    assert held.trained == trained
+    frozen = [p for p in real.parameters() if not p.requires_grad]
+    assert held.frozen == pytest.approx(sum(p.numel() * p.element_size() for p in (*frozen, *real.buffers())), abs=64)
+    scales = sum(_scales(p) for p in frozen)
+    assert held.constants == pytest.approx(scales, rel=0.01)
+    assert planned is not real
+
+
+def _scales(weight):
+    """Bytes beside a quantized weight: bitsandbytes' own state of it."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return 0 if getattr(weight, "SCB", None) is None else weight.SCB.numel() * 4
+    tensors = [state.absmax, state.code, state.offset]
+    tensors += [state.state2.absmax, state.state2.code] if state.nested else []
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
