@@ -1,7 +1,7 @@
 """A 4-bit weight opened for one product: what the LoRA layers over it multiply by, in place of the layer's own forward.
 
-bitsandbytes' 4-bit product forms its result on a CPU in up to twice the time of opening the weight and multiplying
-by it in torch, and hands it over in the dtype of the layer's input; opening takes a few hundredths of a product.
+bitsandbytes' 4-bit product hands its result over in the dtype of the layer's input, as a view that must be copied before
+anything is added to it, and its gradient apart from the adapter's. Opening takes a few hundredths of a product.
 """
 
 from __future__ import annotations
