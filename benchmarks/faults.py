@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import RESULTS, machine
 
 JSON, TABLE = RESULTS / "faults.json", RESULTS / "faults.md"
+PEER = "Trainer: "
+WRONG = ("could not go on", "went on to another adapter in silence")
 Kind = Callable[[Path, Callable[[int], int]], list[Any]]
 
 
@@ -34,6 +36,7 @@ def kinds() -> dict[str, Kind]:
     from tests.faults import kinds as one
     from tests.faults import kinds_disk as on_disks
     from tests.faults import kinds_many as many
+    from tests.faults import kinds_trainer as peer
 
     models = ("encoder", "decoder", "decoder_nf4")
 
@@ -48,6 +51,11 @@ def kinds() -> dict[str, Kind]:
 
     def with_two(trial: Callable[..., Any], count: int) -> Kind:
         return lambda folder, n: [trial(folder, many.reference(folder), n(count))]
+
+    def trainers(folder: Path, whole: Any, n: Callable[[int], int]) -> list[Any]:
+        found = [peer.kills(folder, whole, n(20)), peer.kills_in_saves(folder, whole, n(20))]
+        found += [peer.damaged(folder, whole, kind, n(18)) for kind in ("truncated", "bit-flipped")]
+        return found + ([peer.full_disk(folder, whole, n(10))] if disks.mountable() else [])
 
     return {
         "calls": lambda folder, n: [one.every_call(folder)],
@@ -67,6 +75,7 @@ def kinds() -> dict[str, Kind]:
         "ranks": with_two(many.lost_ranks, 20),
         "ledger": lambda folder, n: [many.ledger(folder, n(30))],
         "changes": lambda folder, n: [kinds_input.changed_inputs(folder, one.reference(folder, "encoder"))],
+        "trainer": lambda folder, n: trainers(folder, peer.reference(folder), n),
         "recipes": lambda folder, n: [kinds_input.fuzzed_recipes(folder, n(1000))],
         "data": lambda folder, n: [kinds_input.bad_data(folder, n(500)), kinds_input.clean_data(folder, n(50))],
         "hostile": lambda folder, n: [kinds_hostile.hostile(folder, one.reference(folder, "encoder"), n(100))],
@@ -150,14 +159,29 @@ class Book:
         content["machine"] = self.machine
         content["kinds"][self.name] = {"seconds": round(seconds, 1), "outcomes": list(self.held.values())}
         _replace(JSON, json.dumps(content, indent=1) + "\n")
-        lines = ["| fault | trials | as it should be | target |", "|---|---|---|---|"]
-        for kind in content["kinds"].values():
-            lines += ["| {kind} | {trials:,} | {passed:,} | {target} |".format(**each) for each in kind["outcomes"]]
-        _replace(TABLE, "\n".join(lines) + "\n")
+        _replace(TABLE, _table(content["kinds"]))
 
     @staticmethod
     def _content() -> dict[str, Any]:
         return dict(json.loads(JSON.read_text())) if JSON.is_file() else {"kinds": {}}
+
+
+def _table(kinds: dict[str, Any]) -> str:
+    """The results as Markdown; beside peftkit's what transformers' Trainer made of the same fault."""
+    peers = {held["kind"].removeprefix(PEER): held for held in kinds.get("trainer", {}).get("outcomes", [])}
+    lines = ["| fault | trials | as it should be | target | transformers' Trainer |", "|---|---|---|---|---|"]
+    for name, kind in kinds.items():
+        for held in kind["outcomes"] if name != "trainer" else ():
+            beside = next((peer for start, peer in peers.items() if held["kind"].startswith(start)), None)
+            said = _beside(beside) if beside else ""
+            lines.append("| {kind} | {trials:,} | {passed:,} | {target} |".format(**held) + f" {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def _beside(held: dict[str, Any]) -> str:
+    """``3 of 20 byte-equal; 9 could not go on, 8 went on …``."""
+    rest = [f"{held['figures'][name]} {name}" for name in WRONG if held["figures"].get(name)]
+    return f"{held['passed']} of {held['trials']} byte-equal{'; ' if rest else ''}{', '.join(rest)}"
 
 
 def _replace(path: Path, text: str) -> None:
