@@ -1,6 +1,6 @@
 """A 4-bit weight opened for one product: what the LoRA layers over it multiply by, in place of the layer's own forward.
 
-bitsandbytes' 4-bit product hands its result over in the dtype of the layer's input, as a view that must be copied before
+bitsandbytes hands its product over in the dtype of the layer's input, as a view that must be copied before
 anything is added to it, and its gradient apart from the adapter's. Opening takes a few hundredths of a product.
 """
 
