@@ -220,9 +220,9 @@ def local_processes() -> int:
 
 def asked_processes(command: Sequence[str]) -> int:
     """How many processes a launcher was asked for on its command line, ``accelerate launch --num_processes 2 …``."""
-    words = [word.partition("=") for word in command]
-    for (name, _, value), (following, _, _) in zip(words, [*words[1:], ("", "", "")], strict=True):
-        given = value or following
+    for position, word in enumerate(command):
+        name, _, value = word.partition("=")
+        given = value or "".join(command[position + 1 : position + 2])
         if name in {"--num_processes", "--num-processes"} and given.isdigit():
             return int(given)
     return 1

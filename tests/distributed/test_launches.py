@@ -18,6 +18,7 @@ from tests.faults import runs
         ("python accelerate launch --num-processes 3 train.py", 3),
         ("python accelerate launch train.py --num_processes", 1),
         ("bash", 1),
+        ("", 1),
     ],
 )
 def test_what_a_launcher_was_asked_for(command, many):
