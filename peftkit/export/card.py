@@ -15,7 +15,7 @@ from peftkit.export import proof
 from peftkit.export.description import Description
 from peftkit.recipe import Recipe
 
-FILE = "README.md"
+FILE, ONNX = "README.md", "onnx"
 SOFTWARE = ("peftkit", "torch", "transformers", "peft")
 PIPELINE = {"classification": "text-classification", "causal_lm": "text-generation"}
 
@@ -59,7 +59,7 @@ No figures were recorded.
 {% endif %}
 ## Proof
 {% if proof -%}
-In a fresh process, {{ loaded_by }} loaded this \
+{{ loaded_by }} loaded this \
 folder and gave the logits of the trained model on {{ proof.rows }} rows ({{ proof.logits }} logits, \
 {{ proof.dtype }}, {{ proof.device }}). The largest difference was {{ "%.2g" | format(proof.relative) }} of the \
 logits' standard deviation, where {{ "%g" | format(proof.tolerance) }} was allowed, and the likeliest answer was the \
@@ -90,7 +90,9 @@ def render(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[st
         code=code(about),
         columns=columns,
         limits=_limits(about, recipe),
-        loaded_by=_reader(about).replace(" alone", ""),
+        loaded_by="ONNX Runtime"
+        if about.saves == ONNX
+        else f"In a fresh process, {_reader(about).replace(' alone', '')}",
         local_base=" (the base lies where it was trained)" if _is_local(about) else "",
         metadata=_metadata(about),
         opening=_opening(about, recipe),
@@ -105,6 +107,8 @@ def code(about: Description) -> str:
     """Python that loads the export without peftkit and gives logits, pooling included."""
     if _reader(about) == "peftkit":
         return _peftkit_code(about)
+    if about.saves == ONNX:
+        return "\n".join(_onnx_code(about))
     auto = about.auto_class
     names = ["AutoTokenizer", auto] + (["AutoConfig"] if about.saves == "adapter" else [])
     lines = ["import torch", f"from transformers import {', '.join(sorted(names))}", ""]
@@ -129,6 +133,8 @@ def code(about: Description) -> str:
 
 def _reader(about: Description) -> str:
     """What the lines under "Use" need: peft has no format for bottleneck adapters, and biases need none."""
+    if about.saves == ONNX:
+        return "onnxruntime and transformers' tokenizer"
     if about.saves == "adapter" and about.method == "bottleneck":
         return "peftkit"
     if about.saves == "adapter" and about.method != "bitfit":
@@ -148,6 +154,30 @@ def _peftkit_code(about: Description) -> str:
     )
     load = ["import peftkit", "", 'model = peftkit.load("path/to/this/folder")  # model.model is the torch module']
     return "\n".join(load + use)
+
+
+def _onnx_code(about: Description) -> list[str]:
+    answers = {
+        "regression": "print(logits[:, 0].tolist())",
+        "multi_label_classification": "print((1 / (1 + np.exp(-logits))).tolist())",
+    }
+    chosen = f"labels = {list(about.info.labels)!r}\nprint([labels[index] for index in logits.argmax(-1)])"
+    return [
+        "import numpy as np",
+        "import onnxruntime",
+        "from transformers import AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        'session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "inputs = tokenizer(",
+        f'    ["a text", "another text"], truncation=True, max_length={about.max_length}, padding=True, '
+        'return_tensors="np"',
+        ")",
+        "names = [given.name for given in session.get_inputs()]",
+        '(logits,) = session.run(["logits"], {name: inputs[name].astype(np.int64) for name in names})',
+        *answers.get(about.info.problem_type, chosen).splitlines(),
+    ]
 
 
 def _bias_code() -> list[str]:

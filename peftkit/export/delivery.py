@@ -23,8 +23,12 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
     if to_format == "onnx":
         from peftkit.export.onnx import export_onnx
 
-        tolerance = Recipe.from_yaml(folder / "recipe.yaml").export.tolerance
-        export_onnx(folder, to, tolerance=tolerance)
+        recipe = Recipe.from_yaml(folder / "recipe.yaml")
+        if merge and about.saves == "model":
+            raise MethodError(f"method '{about.method}' trained the base itself: nothing to merge; leave --merge out")
+        if merge and (reason := recipe.method.why_not_merged()):
+            raise MethodError(f"{reason}; leave --merge out")
+        export_onnx(folder, to, tolerance=recipe.export.tolerance, merge=True if merge else "auto")
         return f"wrote the ONNX model to {to}{_proven(to)}"
     if not merge:
         with staged(to) as stage:

@@ -1,9 +1,11 @@
 """A classifier as an ONNX file: base, adapter and pooling in one graph, for runtimes without torch.
 
-    FOLDER/  model.onnx  config.json  tokenizer…  peftkit.json  recipe.yaml  metrics.json  proof.json
+    FOLDER/  model.onnx  config.json  tokenizer…  peftkit.json  recipe.yaml  metrics.json  proof.json  README.md
 
 Inputs are ``input_ids`` and ``attention_mask`` (``token_type_ids`` where texts come in pairs), [rows, tokens] of any
-size; the output is ``logits`` [rows, labels] in fp32. ONNX Runtime must give torch's logits, or nothing is written.
+size; the output is ``logits`` [rows, labels] in fp32. An
+adapter is merged into the base first, in fp32, where its method can be. ONNX Runtime must give the logits of base and
+adapter apart, by torch, or nothing is written.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -22,22 +25,31 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ExportError, MethodError, ModelError
-from peftkit.export import description
+from peftkit.export import card, description
 from peftkit.export.adapter import staged
 from peftkit.export.description import Description
+from peftkit.export.in_memory import Merge, Merging, merge_in_memory
 from peftkit.models import classifier
+from peftkit.models.first_token import reading_first_token
+from peftkit.parts import LoadedModel
+from peftkit.recipe import Recipe
 
 FILE = "model.onnx"
 WRITE, READ = ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)
 KIND = "onnx"
 SAMPLE = "The quick brown fox jumps over the lazy dog."
+TEXTS = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?", "a market of stock and oil"]
+"""On which the file is proven."""
 
 
-def export_onnx(folder: Path, target: Path, *, tolerance: float) -> Path:
+def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = "auto") -> Path:
     """Writes an exported run's ONNX file to ``target``.
 
+    Args:
+        merge: True insists on merging the adapter into the base; "auto" merges where that can be done.
+
     Raises:
-        MethodError: a language model, or a method that puts learned tokens before the text.
+        MethodError: a language model, or one that cannot be merged where that was insisted on.
         ModelError: the packages for it are not installed, or the model cannot be traced.
         ExportError: ONNX Runtime's logits are not torch's.
     """
@@ -45,19 +57,46 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float) -> Path:
     if about.info.problem_type == "causal_lm":
         raise MethodError("ONNX is written for classifiers; a language model is exported as a plain model: --merge")
     need(WRITE)
-    from peftkit.export.loading import load_exported
-
-    loaded = load_exported(folder, device="cpu", dtype="float32", quantized=False).loaded
-    graph = _Graph(loaded.model, about.pooling, _takes_pairs(folder)).eval()
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    loaded = _load(folder)
+    graph = _Graph(loaded.model, about.pooling, recipe.data.text_pair is not None).eval()
+    rows = [_inputs(loaded.tokenizer, texts, graph.pairs) for texts in (TEXTS, TEXTS[:1])]
+    with torch.no_grad():
+        known = torch.cat([graph(**inputs) for inputs in rows])
+    graph.model = _merged(loaded.model, folder, merge)
     with staged(target) as stage:
         _write(graph, _inputs(loaded.tokenizer, [SAMPLE, "?"], graph.pairs), stage / FILE)
-        classifier.unwrap(loaded.model).config.save_pretrained(stage)
+        classifier.unwrap(graph.model).config.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)
-        description.write(stage, replace(about, saves=KIND, quantization=None, dtype="float32"))
+        about = replace(about, saves=KIND, quantization=None, dtype="float32")
+        description.write(stage, about)
         for name in ("recipe.yaml", "metrics.json"):
             shutil.copy2(folder / name, stage / name)
-        _prove(graph, stage, loaded.tokenizer, tolerance)
+        _prove(stage, rows, known, tolerance)
+        card.write(stage, about, recipe, json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
     return target
+
+
+def _load(folder: Path) -> LoadedModel:
+    """Base and adapter in fp32, unquantized, on the CPU."""
+    from peftkit.export.loading import load_exported
+
+    return load_exported(folder, device="cpu", dtype="float32", quantized=False).loaded
+
+
+def _merged(model: Any, folder: Path, merge: Merge) -> Any:
+    """The model with its adapter merged; as it is where there is none, or none that can be merged."""
+    merging = Merging(merge)
+    if not merging.due(model):
+        return model
+    merging.check(model, quantized=False)
+    if merging.reason:
+        return model
+    try:
+        return merge_in_memory(model)[0]
+    except MethodError as error:
+        merging.refuse(str(error))
+        return _load(folder).model
 
 
 class OnnxClassifier(nn.Module):
@@ -94,7 +133,10 @@ class _Graph(nn.Module):
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             batch["token_type_ids"] = token_type_ids
-        if self.pooling != "cls":
+        if self.pooling == "own":
+            with reading_first_token():
+                return classifier.plain_logits(self.model, batch, self.pooling)
+        if self.pooling == "mean":
             return classifier.plain_logits(self.model, batch, self.pooling)
         # an index of rows would be traced as a constant
         scores = classifier.plain_logits(self.model, batch, "own")
@@ -107,12 +149,6 @@ def need(packages: tuple[str, ...]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(f"ONNX needs {', '.join(missing)}; run `pip install {' '.join(missing)}`")
-
-
-def _takes_pairs(folder: Path) -> bool:
-    from peftkit.recipe import Recipe
-
-    return Recipe.from_yaml(folder / "recipe.yaml").data.text_pair is not None
 
 
 def _inputs(tokenizer: Any, texts: list[str], pairs: bool) -> dict[str, Tensor]:
@@ -137,19 +173,11 @@ def _write(graph: _Graph, inputs: dict[str, Tensor], file: Path) -> None:
         raise ModelError(f"this model cannot be written as ONNX: {first[:300]}") from error
 
 
-@torch.no_grad()
-def _prove(graph: _Graph, stage: Path, tokenizer: Any, tolerance: float) -> None:
-    """Other rows and lengths than those traced, padded and not."""
-    import json
-
+def _prove(stage: Path, rows: list[dict[str, Tensor]], known: Tensor, tolerance: float) -> None:
+    """Other rows and lengths than those traced, padded and not, against torch's logits of them."""
     runtime = OnnxClassifier(stage / FILE)
-    texts = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?", "a market of stock and oil"]
-    before, after = [], []
-    for batch in (texts, texts[:1]):
-        inputs = _inputs(tokenizer, batch, graph.pairs)
-        before.append(graph(**inputs))
-        after.append(runtime(**inputs).logits)
-    known, found = torch.cat(before).double(), torch.cat(after).double()
+    found = torch.cat([runtime(**inputs).logits for inputs in rows]).double()
+    known = known.double()
     difference, spread = float((known - found).abs().max()), max(float(known.std(correction=0)), 1e-12)
     figures = {
         "passed": difference / spread <= tolerance, "relative": difference / spread, "tolerance": tolerance,
@@ -168,7 +196,6 @@ def _prove(graph: _Graph, stage: Path, tokenizer: Any, tolerance: float) -> None
 def load_onnx(folder: Path, about: Description, recipe: Any, tokenizer: Any) -> Any:
     """An exported ONNX folder as ``load_exported`` gives other exports."""
     from peftkit.export.loading import Exported
-    from peftkit.parts import LoadedModel
 
     model = OnnxClassifier(folder / FILE).eval()
     return Exported(LoadedModel(model, tokenizer, "own", about.heads, about.fingerprint), recipe, about, folder)

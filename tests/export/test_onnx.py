@@ -43,6 +43,29 @@ def test_the_runtime_predicts_what_torch_predicts(maker, pooling, method, tmp_pa
     assert json.loads((tmp_path / "onnx" / "proof.json").read_text())["passed"]
 
 
+def test_the_card_says_how_to_run_it_and_merging_leaves_no_adapter(bert, tmp_path, capsys):
+    installed()
+    import onnx as onnx_library
+
+    folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)
+    run_export(folder, tmp_path / "onnx", to_format="onnx", merge=True)
+    text = (tmp_path / "onnx" / "README.md").read_text()
+    assert "ONNX Runtime loaded this folder" in text
+    code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "onnx"))
+    exec(compile(code, "card", "exec"), {})
+    expected = [p.label for p in peftkit.load(folder).predict(["a text", "another text"])]
+    assert capsys.readouterr().out.strip() == str(expected)
+    graph = onnx_library.load(str(tmp_path / "onnx" / onnx.FILE)).graph
+    assert not [held.name for held in graph.initializer if "lora" in held.name]
+
+
+def test_merging_is_refused_where_there_is_nothing_to_merge(bert, tmp_path):
+    for method in ({"kind": "top_k", "k": 1}, {"kind": "bottleneck"}):
+        folder, _ = exported(tmp_path / method["kind"], bert, method=method, export=PLAIN)
+        with pytest.raises(MethodError, match="leave --merge out"):
+            run_export(folder, tmp_path / "onnx", to_format="onnx", merge=True)
+
+
 def test_other_logits_are_an_error_and_nothing_is_written(bert, tmp_path, monkeypatch):
     installed()
     folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)
