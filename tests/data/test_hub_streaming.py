@@ -16,7 +16,7 @@ for changes in json.loads(sys.argv[1]):
     try:
         held = prepare(overrides.apply(get_recipe("agnews_lora"), changes))
         rows = {name: list(split["text"]) for name, split in held.splits.items()}
-        found.append([rows, list(held.info.labels), held.splits["train"]["_file"][0]])
+        found.append([rows, list(held.info.labels), held.splits["train"]["_file"][0], held.fingerprint])
     except HubError as error:
         found.append(str(error))
 print(json.dumps(found))
@@ -28,7 +28,10 @@ def test_streamed_rows_equal_downloaded_ones(hub, python):  # noqa: F811
     done = python("-c", CODE, json.dumps(changes), hub=hub.url)
     assert done.returncode == 0, done.stderr[-2000:]
     whole, streamed, cut, gated = json.loads(done.stdout.splitlines()[-1])
+    # with the fingerprint, which batches and resuming follow from: a streamed run goes on as any other does
     assert streamed == whole
+    assert len(streamed[3]) == 64
+    assert cut[3] != whole[3]
     assert whole[2].endswith("[train]")
     assert {name: len(texts) for name, texts in cut[0].items()} == {"train": 3, "validation": 3, "test": 3}
     assert "is gated" in gated
