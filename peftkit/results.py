@@ -9,9 +9,11 @@ predictions/      one JSONL a split
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.data.pipeline import EncodedSplit, PreparedData
-from peftkit.evaluation import figures, samples
+from peftkit.data.cache import kept_array
+from peftkit.data.pipeline import EncodedSplit, PreparedData, tokenizer_fingerprint
+from peftkit.evaluation import figures, samples, zero_shot_scores
 from peftkit.evaluation.assessment import assess
 from peftkit.evaluation.baselines import Baseline, beside, beside_losses, majority, zero_shot
 from peftkit.evaluation.generations import GenerationRow
@@ -29,7 +32,7 @@ from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
 from peftkit.parts import LoadedModel
 from peftkit.planning import prediction
-from peftkit.training import flops
+from peftkit.training import feature_store, flops
 from peftkit.training import folder as folders
 from peftkit.training.loop import Loop
 
@@ -105,9 +108,13 @@ def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedDat
     recipe = loop.recipe
     loaded.model.eval()
     backbone = getattr(loaded.model, "get_base_model", lambda: loaded.model)().base_model
-    model = backbone
-    if writes_text(backbone.config):  # a classifier has lost the head that a prompt is answered with
-        model = load_language_model(recipe, loop.session.device)
+    model, decoder = backbone, writes_text(backbone.config)
+    if decoder:  # a classifier has lost the head that a prompt is answered with
+        model = functools.partial(load_language_model, recipe, loop.session.device)
+
+    def kept(texts: Sequence[str], make: Callable[[], np.ndarray]) -> np.ndarray:
+        return kept_array("zero_shot", _scores_key(loop, loaded, texts, prepared.info.labels), make)
+
     with loop.session.accelerator.autocast():
         return zero_shot(
             model,
@@ -118,7 +125,22 @@ def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedDat
             prepared.info,
             recipe.evaluation,
             max_length=recipe.data.max_length,
+            decoder=decoder,
+            kept=kept if recipe.method.starts_as_base else None,
         )
+
+
+def _scores_key(loop: Loop, loaded: LoadedModel, texts: Sequence[str], labels: Sequence[str]) -> str:
+    """Of all that an untrained base's scores depend on; method and training are not among it."""
+    recipe = loop.recipe
+    decides = [
+        loaded.fingerprint, tokenizer_fingerprint(loaded.tokenizer), recipe.model.model_dump(mode="json"),
+        recipe.quantization.model_dump(mode="json") if recipe.quantization else None, recipe.data.max_length,
+        loop.session.device.type, str(loop.session.dtype), feature_store.versions(), list(texts), list(labels),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+    digest.update(Path(zero_shot_scores.__file__).read_bytes())
+    return digest.hexdigest()
 
 
 def after_training(

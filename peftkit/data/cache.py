@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
-MANIFEST = "manifest.json"
+MANIFEST, ARRAY = "manifest.json", "array.npy"
 _CHUNK = 1 << 20
 
 
@@ -55,6 +56,18 @@ def entry_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name[:80]}.lock"):
         yield
+
+
+def kept_array(kind: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """An array that was made before under this key, or that ``make`` gives now and is kept."""
+    path = cache_folder(kind) / key
+    with entry_lock(path):
+        if not is_intact(path):
+            made = make()
+            with atomic_folder(path) as folder:
+                np.save(folder / ARRAY, made, allow_pickle=False)
+        found: np.ndarray = np.load(path / ARRAY, allow_pickle=False)
+        return found
 
 
 def seal(folder: Path) -> None:

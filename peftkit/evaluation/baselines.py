@@ -8,7 +8,7 @@ Each gives a Baseline with the figures that the trained model is scored by, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from peftkit.evaluation.resampling import of_loss
 from peftkit.parts import TaskInfo
 from peftkit.recipe import EvaluationConfig
 
+Kept = Callable[[Sequence[str], Callable[[], np.ndarray]], np.ndarray]
 DECODER_ROWS = 200
 """Rows that a decoder's zero-shot baseline scores at most: every class costs a pass over the text."""
 
@@ -77,6 +78,8 @@ def zero_shot(
     max_length: int = 128,
     batch_size: int = 32,
     seed: int = 0,
+    decoder: bool | None = None,
+    kept: Kept | None = None,
 ) -> Baseline:
     """The untrained base, told nothing but the names of the classes.
 
@@ -85,21 +88,29 @@ def zero_shot(
     calibration error are left out.
 
     Args:
-        model: ``AutoModel`` of an encoder, or ``AutoModelForCausalLM``; which of the two is seen from its class.
+        model: ``AutoModel`` of an encoder, or ``AutoModelForCausalLM``; which of the two is seen from its class. With
+            ``decoder`` it may be a function that gives it.
         seed: chooses the rows where a decoder scores DECODER_ROWS of more.
+        decoder: whether the model writes text; None looks.
+        kept: gives the scores of these texts, calling the function that it is given only where it has none yet.
     """
     note = _inapplicable(info)
     if note:
         return Baseline("zero_shot", note=note)
     texts, labels = list(texts), list(labels)
     rows = np.arange(len(texts))
-    decoder = zero_shot_scores.is_decoder(model)
+    decoder = zero_shot_scores.is_decoder(model) if decoder is None else decoder
     if decoder and len(rows) > DECODER_ROWS:
         rows = np.sort(np.random.Generator(np.random.PCG64(seed)).choice(rows, DECODER_ROWS, replace=False))
         note = f"on {DECODER_ROWS} of {len(texts):,} rows"
     score = zero_shot_scores.of_decoder if decoder else zero_shot_scores.of_encoder
     chosen = [texts[row] for row in rows]
-    scores = score(model, tokenizer, chosen, info.labels, max_length=max_length, batch_size=batch_size)
+
+    def compute() -> np.ndarray:
+        asked = model if hasattr(model, "config") else model()
+        return score(asked, tokenizer, chosen, info.labels, max_length=max_length, batch_size=batch_size)
+
+    scores = kept(chosen, compute) if kept else compute()
     outputs = {"logits": scores, "labels": np.asarray([labels[row] for row in rows])}
     wanted = [*(evaluation.metrics or figures.DEFAULTS[SINGLE]), "accuracy"]
     named = [name for name in wanted if name not in ("loss", "calibration_error")]
