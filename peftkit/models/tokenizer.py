@@ -48,6 +48,10 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"{folder}: no tokenizer that can be read ({first}); expected tokenizer.json") from error
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one up
         raise ModelError(f"{folder}: expected a tokenizer (tokenizer.json, vocab.txt, …), found none")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or longest < 1:
+        said = f"model_max_length: expected a number of tokens, found {str(longest)[:40]!r}"
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: {said}")
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
     if (folder / "config.json").is_file():

@@ -78,3 +78,12 @@ def test_folder_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 10}))
     with pytest.raises(ModelError, match="tokenizer"):
         tokenizer_in(tmp_path)
+
+
+@pytest.mark.parametrize("odd", ["", "../../..", -1, True, [], {"a": 1}])
+def test_a_longest_length_that_is_no_number_is_named(tmp_path, odd):
+    folder = tiny.tiny_gpt2(tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": odd}))
+    with pytest.raises(ModelError, match=r"model_max_length: expected a number|can be read"):
+        tokenizer_in(folder)
