@@ -92,14 +92,14 @@ def strike(
     child = runs.fork(work, said)
     os.close(writing)
     inside = False
-    try:
+    try:  # open until the end, as the child still tells that it leaves the phase
         if _readable(reading, runs.LIMIT) and os.read(reading, 1) == ENTERED:
             inside = not _readable(reading, after)
             os.kill(child, sent)
         started = time.monotonic()
+        return Struck(runs.wait(child), inside, time.monotonic() - started)
     finally:
         os.close(reading)
-    return Struck(runs.wait(child), inside, time.monotonic() - started)
 
 
 def strike_staged(start: Callable[[], int], root: Path, number: int, after: float) -> tuple[int, bool]:
