@@ -90,6 +90,11 @@ class Reference:
         """The same recipe in a folder of its own."""
         return replace(self.recipe, output_dir=str(folder / name))
 
+    def trial(self, folder: Path, name: str) -> tuple[Recipe, Path]:
+        """The same recipe in a folder that no other trial uses, and a file for what it says."""
+        recipe = self.again(folder, f"{self.recipe.name}-{name}")
+        return recipe, Path(f"{recipe.output_dir}.txt")
+
 
 def reference(folder: Path, kind: str, **parts: Any) -> Reference:
     """Runs a kind of recipe to its end; twice, as the first fills the caches."""
@@ -119,7 +124,7 @@ def kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome
     """SIGKILL at random moments of a whole run, one to three times, then resumed to the end."""
     outcome = begin(f"kill -9 at random moments: {whole.recipe.name}", "adapter, log and figures byte-equal")
     for trial, generator in outcome.left(trials, seed):
-        recipe, said = whole.again(folder, f"kill-{trial}"), folder / f"kill-{trial}.txt"
+        recipe, said = whole.trial(folder, f"kill-{trial}")
         moments = [generator.uniform(0, whole.seconds) for _ in range(generator.randint(1, 3))]
         for moment in moments:
             child = runs.fork(runs.train(recipe, resume=runs.folder_of(recipe) is not None), said)
@@ -136,7 +141,7 @@ def fresh_kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> O
     )
     seconds = _fresh_seconds(folder, whole) if outcome.trials < trials else 0.0
     for trial, generator in outcome.left(trials, seed):
-        recipe, said = whole.again(folder, f"fresh-{trial}"), folder / f"fresh-{trial}.txt"
+        recipe, said = whole.trial(folder, f"fresh-{trial}")
         root = Path(recipe.output_dir)
         if trial % 2:
             save, after = generator.randrange(3), aimed.after(whole.phases, aimed.SAVE, generator.random())
@@ -178,7 +183,7 @@ def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -
     """SIGKILL inside a random save: in turn before a random call of the file system, and from outside at any time."""
     outcome = begin(f"kill -9 inside a save: {whole.recipe.name}", "adapter, log and figures byte-equal")
     for trial, generator in outcome.left(trials, seed):
-        recipe, said = whole.again(folder, f"save-{trial}"), folder / f"save-{trial}.txt"
+        recipe, said = whole.trial(folder, f"save-{trial}")
         save = generator.randrange(len(whole.phases[aimed.SAVE]))
         if trial % 2:
             after = aimed.after(whole.phases, aimed.SAVE, generator.random())
@@ -198,7 +203,7 @@ def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) ->
     """A save of a living run fails by ENOSPC or EIO: it goes on, or stops with one line and is resumed."""
     outcome = begin(f"full or broken disk in a save: {whole.recipe.name}", "goes on, or stops by one line and resumes")
     for trial, generator in outcome.left(trials, seed):
-        recipe, said = whole.again(folder, f"full-{trial}"), folder / f"full-{trial}.txt"
+        recipe, said = whole.trial(folder, f"full-{trial}")
         save, fault = generator.randrange(len(whole.phases[aimed.SAVE])), generator.choice(FAULTS[1:])
         call = generator.randrange(45)
         code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, fault), said))
@@ -339,7 +344,7 @@ def signals(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outco
     """
     outcome = begin(f"SIGTERM, SIGINT, SIGUSR1: {whole.recipe.name}", "exit 143/130/138 in time, resumed byte-equal")
     for trial, generator in outcome.left(trials, seed):
-        recipe, said = whole.again(folder, f"signal-{trial}"), folder / f"signal-{trial}.txt"
+        recipe, said = whole.trial(folder, f"signal-{trial}")
         number = generator.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         phase = (*aimed.PHASES, "")[trial % 4]
         if phase:

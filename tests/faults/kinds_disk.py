@@ -22,9 +22,9 @@ def full_disk(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Out
     needed = disks.used(Path(whole.recipe.output_dir)) // len(list(Path(whole.recipe.output_dir).glob("*")))
     for trial, generator in outcome.left(trials, seed):
         size = generator.randrange(8, needed)
-        said = folder / f"disk-{trial}.txt"
-        with disks.disk(folder / f"disk-{trial}", size) as place:
-            recipe = replace(whole.recipe, output_dir=str(place / "runs"))
+        place = folder / f"disk-{whole.recipe.name}-{trial}"
+        recipe, said = replace(whole.recipe, output_dir=str(place / "runs")), place.with_suffix(".txt")
+        with disks.disk(place, size):
             code = runs.run(recipe, said=said)
             problems = _one_message(code, said, expected=(0, 1, 2))
             outcome.add("runs that stopped", code != 0)
