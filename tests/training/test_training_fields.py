@@ -125,10 +125,10 @@ def test_best_metric_decides_which_checkpoint_is_restored(quick):
 
 
 def test_gradient_checkpointing_runs_layers_twice_and_learns_the_same(quick, monkeypatch):
-    from transformers.models.bert.modeling_bert import BertSelfAttention
+    from transformers.models.bert.modeling_bert import BertIntermediate
 
-    calls, real = [], BertSelfAttention.forward
-    monkeypatch.setattr(BertSelfAttention, "forward", lambda self, *a, **k: (calls.append(1), real(self, *a, **k))[1])
+    calls, real = [], BertIntermediate.forward
+    monkeypatch.setattr(BertIntermediate, "forward", lambda self, *a, **k: (calls.append(1), real(self, *a, **k))[1])
     once = peftkit.train(quick, quiet=True)
     plain = len(calls)
     for mode in (True, "selective"):
