@@ -81,9 +81,7 @@ def _forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *args
     four = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
     given = [*args, *(kwargs.get(name) for name in ("encoder_hidden_states", "past_key_values"))]
     if ACTIVE.get() and four and all(value is None for value in given):
-        if self.training and getattr(
-            self, "gradient_checkpointing", False
-        ):  # it wraps what this replaces
+        if self.training and getattr(self, "gradient_checkpointing", False):  # it wraps what this replaces
             return self._gradient_checkpointing_func(partial(_first, self), hidden_states, attention_mask)
         return _first(self, hidden_states, attention_mask)
     return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
