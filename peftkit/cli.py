@@ -57,6 +57,10 @@ def main() -> None:
     app(args=launch.name_newest(sys.argv[1:]))
 
 
+SHARED = ("train", "doctor")
+"""Commands that may run as several processes."""
+
+
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command whose errors end as one message and whose output is flushed while that still holds."""
 
@@ -64,6 +68,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(function)
         def guarded(*arguments: Any, **options: Any) -> None:
             with launch.one_message():
+                if name not in SHARED:
+                    launch.one_process(name)
                 function(*arguments, **options)
                 sys.stdout.flush()
 

@@ -22,12 +22,14 @@ SECONDS = 120
 def examine() -> dict[str, Any]:
     """Everything by name, in the order to be shown; takes some seconds, most of them the launch."""
     from peftkit import __version__
+    from peftkit.training.session import ON_CPUS
 
     found: dict[str, Any] = {"peftkit": __version__, "python": platform.python_version(), "system": platform.platform()}
     found |= {name: _version(name) for name in PACKAGES}
     found["bitsandbytes"] = _version("bitsandbytes")
     found |= _devices()
     found["processes under accelerate launch"] = launched_processes()
+    found["more on a CPU"] = ON_CPUS.format(processes=2)
     found["hub"] = hub()
     return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftkit import catalog, overrides
-from peftkit.errors import HubError, PeftkitError, RecipeError, UserError, did_you_mean
+from peftkit.errors import HubError, PeftkitError, RecipeError, RunError, UserError, did_you_mean
 from peftkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -74,6 +74,15 @@ def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()
 def is_main_rank() -> bool:
     """Whether this process is the one that talks, judged by the launcher's environment."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def one_process(command: str) -> None:
+    """Raises RunError where a launcher has started a command several times that would do all of its work each time."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise RunError(
+            f"peftkit {command} works in one process, and a launcher started {os.environ['WORLD_SIZE']}: run it "
+            "without one. Training shares rows between processes, and so do its evaluations and predictions"
+        )
 
 
 @contextlib.contextmanager

@@ -357,6 +357,15 @@ def test_doctor_counts_the_processes_that_really_start(call, monkeypatch):
     assert found["peftkit"] == peftkit.__version__
     assert found["cores"] >= 1
     assert found["processes under accelerate launch"] == "1"
+    assert "torchrun --nproc_per_node 2" in found["more on a CPU"]
+
+
+def test_what_would_do_all_of_its_work_in_every_process_is_refused(call, finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call("predict", finished, "--file", __file__, "--out", tmp_path / "out.jsonl")
+    assert code == 2
+    assert "one process" in err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.slow

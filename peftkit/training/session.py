@@ -218,6 +218,10 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+ON_CPUS = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} FILE"
+"""The command that really starts several processes on a CPU."""
+
+
 def asked_processes(command: Sequence[str]) -> int:
     """How many processes a launcher was asked for on its command line, ``accelerate launch --num_processes 2 …``."""
     for position, word in enumerate(command):
@@ -239,7 +243,7 @@ def _note_surprises(session: Session) -> None:
     if asked > session.world_size:
         session.notes.append(
             f"{asked} processes were asked for and {session.world_size} runs: on a CPU use "
-            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} FILE`"
+            f"`{ON_CPUS.format(processes=asked)}`"
         )
 
 
