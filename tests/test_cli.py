@@ -289,7 +289,7 @@ def test_a_prediction_that_fails_half_way_leaves_the_old_file(call, finished, tm
                 raise TrainingError("broken")
             return model.predict(texts)
 
-    monkeypatch.setattr("peftkit.inference.load", lambda *_: Failing())
+    monkeypatch.setattr("peftkit.inference.load", lambda *_, **__: Failing())
     code, _, err = call("predict", finished, "--file", tmp_path / "in.txt", "--out", tmp_path / "out.csv")
     assert (code, calls) == (1, [512, 88])
     assert "broken" in err

@@ -139,7 +139,8 @@ TESTS = {
     **{
         f"training.{name}": WEIGHTS
         for name in ("epochs", "batch_size", "batch_tokens", "batching", "learning_rate", "optimizer", "betas", "eps",
-                     "weight_decay", "max_grad_norm", "scheduler", "warmup", "neftune_alpha", "weight_averaging", "seed")
+                     "weight_decay", "max_grad_norm", "scheduler", "warmup", "neftune_alpha", "weight_averaging",
+                     "seed")
     },
     "training.max_steps": FIELDS + "test_max_steps_and_fractions_of_epochs_end_where_they_say",
     "training.max_time": FIELDS + "test_max_time_stops_with_a_checkpoint_to_go_on_from",
