@@ -172,8 +172,8 @@ def _table(kinds: dict[str, Any]) -> str:
     lines = ["| fault | trials | as it should be | target | transformers' Trainer |", "|---|---|---|---|---|"]
     for name, kind in kinds.items():
         for held in kind["outcomes"] if name != "trainer" else ():
-            beside = next((peer for start, peer in peers.items() if held["kind"].startswith(start)), None)
-            said = _beside(beside) if beside else ""
+            start = next((start for start in peers if held["kind"].startswith(start)), None)
+            said = _beside(peers.pop(start)) if start else ""  # beside the encoder, which is what the peer trains
             lines.append("| {kind} | {trials:,} | {passed:,} | {target} |".format(**held) + f" {said} |")
     return "\n".join(lines) + "\n"
 

@@ -101,9 +101,8 @@ def canonical_rows(
     problems.check()
     if made is None:
         raise DataError("no row is left: every text is empty")
-    columns = {
-        name: np.array(getattr(arrays, name)) for name in Rows.__dataclass_fields__ if name not in ("data", "strata")
-    }
+    names = [name for name in Rows.__dataclass_fields__ if name not in ("data", "strata")]
+    columns = {name: np.frombuffer(held := getattr(arrays, name), dtype=held.typecode) for name in names}
     return Rows(made, **columns, strata=tuple(arrays.strata)), log.steps()
 
 

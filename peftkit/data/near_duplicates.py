@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -55,11 +56,15 @@ def bands_for(threshold: float) -> tuple[int, int]:
 def find_pairs(words: Texts, rows: int, threshold: float) -> Iterator[tuple[int, int, float]]:
     """(later row, earlier row, similarity) of every pair at or over the threshold, ordered by the later row."""
     bands, width = bands_for(threshold)
-    keys = np.empty((bands, rows), dtype=np.uint64)
-    for start in range(0, rows, _CHUNK):
-        wanted = np.arange(start, min(start + _CHUNK, rows))
-        keys[:, wanted] = _band_keys(list(words(wanted)), bands, width)
-    candidates = _candidates(keys)
+    # on disk, band after band: one band at a time is looked at, and all of them would take 8 bytes a row each
+    with tempfile.TemporaryFile() as keys:
+        for start in range(0, rows, _CHUNK):
+            wanted = np.arange(start, min(start + _CHUNK, rows))
+            for band, held in enumerate(_band_keys(list(words(wanted)), bands, width)):
+                keys.seek(8 * (band * rows + start))
+                keys.write(held.tobytes())
+        keys.seek(0)
+        candidates = _candidates(np.frombuffer(keys.read(8 * rows), dtype=np.uint64) for _ in range(bands))
     if not len(candidates):
         return
     needed = np.unique(candidates)
@@ -70,8 +75,12 @@ def find_pairs(words: Texts, rows: int, threshold: float) -> Iterator[tuple[int,
             yield later, earlier, similarity
 
 
-def _candidates(keys: np.ndarray) -> np.ndarray:
-    """Pairs [pairs, 2] (later, earlier) that share a bucket in some band, each once, ordered."""
+def _candidates(keys: Iterable[np.ndarray]) -> np.ndarray:
+    """Pairs [pairs, 2] (later, earlier) that share a bucket in some band, each once, ordered.
+
+    Args:
+        keys: one key a row, [rows], band after band.
+    """
     found = [np.empty((0, 2), dtype=np.int64)]
     for band in keys:
         order = np.argsort(band, kind="stable")

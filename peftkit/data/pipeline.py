@@ -95,6 +95,7 @@ def _prepare(found: list[Source], recipe: Recipe, folder: Path) -> None:
     task, data = recipe.task, recipe.data
     raw = [read(source, data, folder, f"raw{number}") for number, source in enumerate(found)]
     info = describe(raw, task, data)
+    release()
     rows, steps = canonical_rows(raw, task, data, info, folder)
     del raw
     for path in folder.glob("raw*"):

@@ -33,7 +33,7 @@ def make_splits(
     """
     part, steps = rows.part.copy(), []
     made: dict[int, int] = {}
-    units = _units(rows, groups)
+    units: np.ndarray | None = None
     for source in np.unique(rows.source):
         mine = rows.source == source
         train = np.flatnonzero(alive & mine & (part == 0))
@@ -44,6 +44,7 @@ def make_splits(
         ]
         if not lacking:
             continue
+        units = _units(rows, groups) if units is None else units
         strata = rows.stratum if data.stratify else np.zeros(len(rows), dtype=np.int64)
         steps += _rare_classes(rows, train, len(lacking) + 1, data, labels)
         total = len(train)

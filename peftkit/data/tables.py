@@ -124,7 +124,9 @@ def open_table(path: Path) -> Dataset:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     _mapped.add(mapped)
     with pa.ipc.open_stream(pa.py_buffer(mapped)) as reader:
-        return Dataset(MemoryMappedTable(reader.read_all(), str(path)))
+        held = Dataset(MemoryMappedTable(reader.read_all(), str(path)))
+    release()
+    return held
 
 
 def release() -> None:
