@@ -59,17 +59,16 @@ class RunLog:
                 self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
                 self._bar.start()
 
-    def offset(self) -> int:
-        """Bytes of the log, which are on the disk when this returns.
+    @property
+    def end(self) -> int:
+        """Bytes of the log, those included that could not be written yet."""
+        return self._size + len(self._pending)
 
-        Raises:
-            OSError: some are not, and cannot be brought there.
-        """
-        if self._file is None:
-            return 0
-        self._flush()
-        os.fsync(self._file)
-        return self._size
+    def flush(self) -> None:
+        """Brings all lines to the disk; raises OSError when they cannot be brought there."""
+        if self._file is not None:
+            self._flush()
+            os.fsync(self._file)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""

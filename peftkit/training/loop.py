@@ -32,6 +32,7 @@ from peftkit.training.optimization import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from peftkit.training.saving import Content, Saver
 from peftkit.training.session import Session
 from peftkit.training.state import TrainingState
 from peftkit.training.step import Stepper, StepResult, TaskModule
@@ -76,6 +77,7 @@ class Loop:
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
         wrapped, prepared = self.session.prepare(self.recipe, self.module, self.optimizer)
         self.weights = TrainedWeights(self.module, self.recipe, self.session)
+        self._saver = Saver(self.checkpoints, training.keep_checkpoints)
         self.stepper = Stepper(
             self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer
         )
@@ -305,26 +307,13 @@ class Loop:
     def _write(self, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> str | None:
         """What kept the checkpoint from being written; on the main process."""
         state = self.state
-        try:
-            state.log_offset = self.log.offset()
-            checkpoints.save(
-                self.checkpoints,
-                state.step,
-                model=model,
-                optimizer=optimizer,
-                state={
-                    "training": state.to_json(),
-                    "scheduler": _plain_state(self.scheduler),
-                    "fingerprints": dict(self.fingerprints),
-                },
-            )
-        except CheckpointError as failure:
-            return str(failure)
-        except OSError as failure:
-            return f"checkpoint of step {state.step} could not be written: the log cannot be flushed: {failure}"
-        protect = {state.best_step} if state.best_step is not None else set()
-        checkpoints.prune(self.checkpoints, keep=self.recipe.training.keep_checkpoints, protect=protect)
-        return None
+        state.log_offset = self.log.end
+        held = {
+            "training": state.to_json(),
+            "scheduler": _plain_state(self.scheduler),
+            "fingerprints": dict(self.fingerprints),
+        }
+        return self._saver.write(Content(state.step, model, optimizer, held), state.best_step, self.log.flush)
 
     def _last_kept(self) -> str:
         kept = self.session.main_only(lambda: checkpoints.newest(self.checkpoints)[0])

@@ -154,7 +154,7 @@ def fresh_kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> O
             killed = -signal.SIGKILL * _killed(runs.fresh(recipe, said), moment)
             what = f"killed after {moment:.2f} s"
         outcome.add("kills that met a living process", killed == -signal.SIGKILL)
-        code = runs.wait(runs.fresh(recipe, said, resume=runs.folder_of(recipe)))
+        code = runs.wait(runs.fresh(recipe, said, resume=runs.folder_of(recipe)), runs.FRESH_LIMIT)
         problems = [f"going on ended with {code}: {said.read_text()[-300:]}"] if code else []
         outcome.count(problems or runs.differences(runs.folder_of(recipe), whole.path), what)
         shutil.rmtree(root, ignore_errors=True)
@@ -165,7 +165,7 @@ def _fresh_seconds(folder: Path, whole: Reference) -> float:
     """From the start of an interpreter to its end, uninterrupted; what it made must be what a forked child makes."""
     recipe, said = whole.again(folder, "fresh-whole"), folder / "fresh-whole.txt"
     started = time.monotonic()
-    assert runs.wait(runs.fresh(recipe, said)) == 0, said.read_text()[-2000:]
+    assert runs.wait(runs.fresh(recipe, said), runs.FRESH_LIMIT) == 0, said.read_text()[-2000:]
     seconds = time.monotonic() - started
     assert runs.differences(runs.folder_of(recipe), whole.path) == []
     return seconds
@@ -191,7 +191,7 @@ def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -
             what = f"killed {1000 * after:.0f} ms into save {save}"
         else:
             call = generator.randrange(45)
-            code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, "kill"), said))
+            code = runs.wait(runs.fork(faulty_saves(recipe, save, call, "kill"), said))
             inside, what = True, f"killed at call {call} of save {save}"
         outcome.add("kills that fell into a save", inside and code == -signal.SIGKILL)
         outcome.count(finished(recipe, whole, said), what)
@@ -206,7 +206,7 @@ def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) ->
         recipe, said = whole.trial(folder, f"full-{trial}")
         save, fault = generator.randrange(len(whole.phases[aimed.SAVE])), generator.choice(FAULTS[1:])
         call = generator.randrange(45)
-        code = runs.wait(runs.fork(_faulty_saves(recipe, save, call, fault), said))
+        code = runs.wait(runs.fork(faulty_saves(recipe, save, call, fault), said))
         text = said.read_text()
         problems = ["a traceback was shown"] if "Traceback" in text else []
         if code == 0:
@@ -220,7 +220,7 @@ def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) ->
     return outcome
 
 
-def _faulty_saves(recipe: Recipe, save: int, call: int, fault: str) -> Any:
+def faulty_saves(recipe: Recipe, save: int, call: int, fault: str) -> Any:
     """The work of a child in whose ``save``-th checkpoint the ``call``-th call fails."""
     train = runs.train(recipe)
 

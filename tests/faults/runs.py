@@ -24,6 +24,8 @@ from tests import tiny
 TIMED = {"rows_per_second", "tokens_per_second", "seconds"}
 LIMIT = 120.0
 """Seconds after which a child counts as hanging."""
+FRESH_LIMIT = 600.0
+"""The same for an interpreter of its own, which imports everything anew."""
 
 
 def warm_up() -> None:

@@ -45,6 +45,15 @@ def test_a_full_or_broken_disk_in_a_save(folder, packed):
     check(kinds.failing_saves(folder, packed, trials=2))
 
 
+def test_the_checkpoint_of_the_best_weights_fails_for_a_while(folder, whole):
+    recipe, said = whole.trial(folder, "best")
+    # the second save is that of the first validation, the best so far
+    code = runs.wait(runs.fork(kinds.faulty_saves(recipe, 1, 14, "ENOSPC"), said))
+    assert code == 0, said.read_text()
+    assert "No space left" in said.read_text()
+    assert runs.differences(runs.folder_of(recipe), whole.path) == []
+
+
 @pytest.mark.skipif(not disks.mountable(), reason="this process may not mount disks")
 def test_a_disk_that_is_full_or_read_only(folder, packed):
     check(kinds_disk.full_disk(folder, packed, trials=1))

@@ -112,9 +112,10 @@ def test_lines_that_a_full_disk_did_not_take_are_written_later(tmp_path, capsys)
         log.event(2, "second", "two")
         log.event(3, "third", "three")
         with pytest.raises(OSError, match="No space left"):
-            log.offset()
+            log.flush()
     log.event(4, "fourth", "four")
-    offset = log.offset()
+    log.flush()
+    offset = log.end
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
