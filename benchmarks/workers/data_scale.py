@@ -25,12 +25,14 @@ STEPS = 20
 
 
 def main() -> None:
-    """Measures, stage by stage; peaks are those since the start of the process."""
+    """Measures, stage by stage; peaks are those since the imports."""
     folder = Path(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="peftkit-scale-") as work:
         os.environ["PEFTKIT_CACHE"] = f"{work}/cache"
         watch = Watch()
         stages = {"imports": watch.stage(_imports)}
+        _calibrate()
+        watch.forget()
         recipe, tokenizer = _recipe(folder, work)
         from peftkit.data.pipeline import encode, prepare
 
@@ -51,6 +53,15 @@ def _imports() -> None:
     import peftkit.run  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+def _calibrate() -> None:
+    """The machine's rate, once for a machine, takes 48 MB: not these rows' doing."""
+    import torch
+
+    from peftkit.training.flops import matmul_rate
+
+    matmul_rate("cpu", torch.float32)
 
 
 def _recipe(folder: Path, work: str) -> tuple[Recipe, Any]:
@@ -79,7 +90,7 @@ class Watch:
     """Looks at this process's memory every few milliseconds."""
 
     def __init__(self) -> None:
-        self.peaks = dict.fromkeys(FIELDS.values(), 0.0)
+        self.forget()
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
@@ -87,6 +98,10 @@ class Watch:
             for name, value in _memory().items():
                 self.peaks[name] = max(self.peaks[name], value)
             time.sleep(0.005)
+
+    def forget(self) -> None:
+        """Peaks start anew."""
+        self.peaks = dict.fromkeys(FIELDS.values(), 0.0)
 
     def stage(self, work: Callable[[], Any]) -> dict[str, float]:
         """Seconds of some work by the clock and on the processor, and the largest memory until its end, MB."""

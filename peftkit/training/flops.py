@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from peftkit.data.cache import cache_folder, entry_lock
+from peftkit.training.memory import give_back
 
 if TYPE_CHECKING:
     from peftkit.training.loop import Loop
@@ -75,12 +76,13 @@ def figures(loop: Loop) -> dict[str, float]:
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
     size = SIZES.get(device.type, OTHER_SIZE)
-    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    give_back()  # so that the run's peak stays training's own
+    one, other, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
     for _ in range(REPEATS):
         _wait(device)
         started = time.perf_counter()
-        one @ other
+        torch.mm(one, other, out=out)
         _wait(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best

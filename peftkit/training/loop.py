@@ -25,7 +25,7 @@ from peftkit.recipe import Recipe
 from peftkit.training import automatic, checkpoints
 from peftkit.training.checkpoints import Checkpoint
 from peftkit.training.log import RunLog
-from peftkit.training.memory import give_back
+from peftkit.training.memory import give_back, give_back_after
 from peftkit.training.optimization import (
     build_optimizer,
     build_scheduler,
@@ -97,6 +97,7 @@ class Loop:
         self._check_metric_name()
         if resume_from:
             self._restore(resume_from)
+        give_back()  # what preparing the data and loading the weights left free
         training = self.recipe.training
         if self.session.is_main:
             checkpoints.sweep(self.checkpoints)
@@ -149,7 +150,7 @@ class Loop:
         state.rows, state.tokens = state.rows + result.rows, state.tokens + result.tokens
         seconds = time.perf_counter() - started
         state.seconds += seconds
-        give_back(state.step)
+        give_back_after(state.step)
         if not result.finite:
             self._not_finite(batch, result)
         self._flag_spike(result)

@@ -24,13 +24,18 @@ def bound_kernel_cache() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
-def give_back(step: int) -> None:
-    """Returns free pages of the heap (with glibc) and those of mapped tables to the system after ``STEPS`` steps."""
-    if step % STEPS == 0:
-        release()
-        trim = _malloc_trim()
-        if trim is not None:
-            trim(0)
+def give_back_after(step: int) -> None:
+    """``give_back`` after every ``STEPS`` steps, and after each of the first, whose new shapes leave the most holes."""
+    if step < STEPS or step % STEPS == 0:
+        give_back()
+
+
+def give_back() -> None:
+    """Returns free pages of the heap (with glibc) and those of mapped tables to the system."""
+    release()
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache
