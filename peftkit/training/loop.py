@@ -236,6 +236,7 @@ class Loop:
         """Outputs for every example of a split, gathered on every process."""
         self.module.eval()
         self.session.watch.begin()
+        give_back()  # its passes are of other shapes than training's, and so are the holes that they leave
         outputs = predict(
             self.module,
             split,
@@ -249,6 +250,7 @@ class Loop:
             progress=lambda _: self.session.watch.mark(),
             should_stop=(lambda: bool(self._asked_to_stop())) if hasattr(self, "_stop") else None,
         )
+        give_back()
         self.session.watch.rest()
         return outputs
 
