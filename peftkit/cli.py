@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +57,7 @@ def main() -> None:
     app(args=launch.name_newest(sys.argv[1:]))
 
 
-SHARED = ("train", "doctor")
+SHARED = ("train", "doctor", "evaluate", "predict", "embed", "generate")
 """Commands that may run as several processes."""
 
 
@@ -102,9 +102,7 @@ def list_recipes(
         rows = [{"name": name, "summary": text, "file": _path(files.get(name))} for name, text in summaries.items()]
         print(json.dumps(rows, indent=2))
         return
-    width = max(map(len, summaries), default=0)
-    for name, text in summaries.items():
-        print(f"{name:<{width}}  {text}")
+    _show(summaries)
 
 
 @command("show")
@@ -211,15 +209,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again, on its own data or on a file."""
-    from peftkit import scoring
+    from peftkit import processes, scoring
 
-    figures = scoring.evaluate(run, split=split, file=file, merge=_merge(merge))
-    if as_json:
-        print(json.dumps(figures, indent=2))
-        return
-    width = max(map(len, figures), default=0)
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    with processes.joined() as team:
+        figures = scoring.evaluate(run, split=split, file=file, merge=_merge(merge), team=team)
+    if launch.is_main_rank():
+        _show(figures, as_json)
 
 
 @command("predict")
@@ -340,13 +335,17 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what this machine offers: versions, devices, processes, the hub."""
     from peftkit import doctor as examination
 
-    found = examination.examine()
+    _show(examination.examine(), as_json)
+
+
+def _show(found: Mapping[str, Any], as_json: bool = False) -> None:
+    """Prints values by name."""
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(dict(found), indent=2))
         return
-    width = max(map(len, found))
+    width = max(map(len, found), default=0)
     for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
 
 
 def _recipe(name: str, changes: list[str] | None) -> Recipe:
@@ -396,4 +395,5 @@ def _path(file: Path | None) -> str | None:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    if launch.is_main_rank():
+        print(message, file=sys.stderr)

@@ -11,7 +11,6 @@ The pooling is the model's own: the run's, or that of a sentence encoder's 1_Poo
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftkit import output
+from peftkit import output, processes
 from peftkit.data.batching import by_length, collate, pass_tokens
 from peftkit.data.problems import Problems
 from peftkit.errors import DataError, ModelError, RunError
@@ -30,6 +29,7 @@ from peftkit.models import classifier, policy
 from peftkit.models.loading import writes_text
 from peftkit.models.sources import folder_of, resolve
 from peftkit.parts import Row
+from peftkit.processes import Team
 from peftkit.recipe import ModelConfig, Recipe, TrainingConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ BATCH_SIZE = 64
 WRITERS = (".npy", ".parquet", ".jsonl")
 VECTOR = "vector"
 ROWS = 2048
-"""Rows held at a time."""
+"""Rows held at a time, by each process."""
 Pair = tuple[str, str]
 Chunk = tuple[list[Row], np.ndarray]
 
@@ -125,8 +125,10 @@ def of_run(run: LoadedRun) -> Embedder:
     )  # fmt: skip
 
 
-def of_model(source: str, *, max_length: int = 512) -> Embedder:
+def of_model(source: str, *, max_length: int = 512, device: str | None = None) -> Embedder:
     """The embedder of a base model: a hub id, ./folder, or package:NAME, in bf16 where that is native.
+
+    ``device`` None takes CUDA where there is one.
 
     Raises:
         ModelError: there is no such model, or it has no hidden states of texts.
@@ -139,7 +141,7 @@ def of_model(source: str, *, max_length: int = 512) -> Embedder:
     policy.quiet()
     config = ModelConfig(source=source)
     folder, tokenizer = folder_of(resolve(config)), load_tokenizer(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = policy.dtype_for(config, device)
     try:
         model: Any = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
@@ -149,7 +151,7 @@ def of_model(source: str, *, max_length: int = 512) -> Embedder:
     return Embedder(model, tokenizer, _own_pooling(folder, model.config), _limit(tokenizer, max_length), dtype)
 
 
-def open_embedder(source: str) -> Embedder:
+def open_embedder(source: str, device: str | None = None) -> Embedder:
     """A run's embedder where ``source`` is a run or an exported folder, else a base model's."""
     from peftkit.export.loading import find_export
     from peftkit.inference import load
@@ -159,8 +161,8 @@ def open_embedder(source: str) -> Embedder:
     except RunError:
         if (Path(source) / "checkpoints").is_dir() or (Path(source) / "adapter_config.json").is_file():
             raise  # it is meant as a run, and what is wrong with it was said
-        return of_model(source)
-    return of_run(load(source))
+        return of_model(source, device=device)
+    return of_run(load(source, device=device))
 
 
 def carry_out(
@@ -169,7 +171,8 @@ def carry_out(
     """Embeds the rows of ``file`` (or lines of stdin) into ``out``, or as JSON lines on stdout; returns how many.
 
     ``.npy`` holds the vectors alone [rows, width]; ``.parquet`` and ``.jsonl`` the rows with a column ``vector``. Rows
-    are read, embedded and written a few thousand at a time.
+    are read, embedded and written a few thousand at a time. Processes that a launcher started share them; the main one
+    reads and writes.
 
     Args:
         column: of the texts; None takes the run's own, or ``text`` for a base.
@@ -180,15 +183,28 @@ def carry_out(
     """
     from peftkit import predictions
 
+    with processes.joined() as team:
+        names = team.main_only(lambda: _checked(source, file, column, out, pair))
+        model = team.main_first(lambda: open_embedder(source, team.device))
+        rows = predictions.read_rows(file, names, Problems()) if file else predictions.lines(sys.stdin, names[0])
+        chunks = _embedded(model, team, team.chunks(rows, ROWS), names, normalize)
+        return _write(chunks, out) if team.is_main else sum(len(held) for held, _ in chunks)
+
+
+def _checked(source: str, file: Path | None, column: str | None, out: Path | None, pair: str | None) -> list[str]:
+    """Columns of the texts; raises everything that is wrong with the input."""
+    from peftkit import predictions
+
     predictions.check_paths(file, out, WRITERS)
     names = _columns(source, column, pair)
     if file:
         predictions.check_rows(file, names)
     elif len(names) > 1:
         raise DataError(f"pairs ({' and '.join(names)}) are read from a file: --file pairs.csv")
-    model = open_embedder(source)
-    rows = predictions.read_rows(file, names, Problems()) if file else predictions.lines(sys.stdin, names[0])
-    chunks = _embedded(model, rows, names, normalize)
+    return names
+
+
+def _write(chunks: Iterator[Chunk], out: Path | None) -> int:
     if out is None:
         return _write_lines(chunks, sys.stdout)
     if out.suffix == ".jsonl":
@@ -224,12 +240,14 @@ def _check(given: list[Any]) -> None:
             raise DataError(f"text {place}: texts and (text, text pair) tuples are mixed; give one kind in a call")
 
 
-def _embedded(model: Embedder, rows: Iterator[Row], columns: list[str], normalize: bool) -> Iterator[Chunk]:
-    while chunk := list(itertools.islice(rows, ROWS)):
+def _embedded(
+    model: Embedder, team: Team, chunks: Iterator[list[Row]], columns: list[str], normalize: bool
+) -> Iterator[Chunk]:
+    for chunk in chunks:
         texts: list[Any] = [
             row[columns[0]] if len(columns) == 1 else tuple(row[column] for column in columns) for row in chunk
         ]
-        yield chunk, model.embed(texts, normalize=normalize)
+        yield chunk, np.stack(team.share(texts, lambda part: model.embed(part, normalize=normalize)))
 
 
 def _write_lines(chunks: Iterator[Chunk], stream: IO[str]) -> int:

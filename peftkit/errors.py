@@ -27,6 +27,8 @@ class PeftkitError(Exception):
     """Base of all errors raised on purpose; shown to the user as one message, never as a traceback."""
 
     exit_code = 1
+    shared = False
+    """Whether all processes of a job raise it, so that the main one alone speaks of it."""
 
 
 class TrainingError(PeftkitError):

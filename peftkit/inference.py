@@ -155,7 +155,12 @@ class LoadedRun:
         )
 
     def generate(
-        self, prompts: str | Conversation | Sequence[str | Conversation], *, batch_size: int = 8, **options: Any
+        self,
+        prompts: str | Conversation | Sequence[str | Conversation],
+        *,
+        batch_size: int = 8,
+        numbers: Sequence[int] | None = None,
+        **options: Any,
     ) -> list[str]:
         """The text that follows each prompt, in the prompts' order.
 
@@ -164,6 +169,8 @@ class LoadedRun:
                 single one is taken as a list of one. A run of instruction tuning answers a text as the user's
                 question, with the recipe's ``data.system`` before it; one of style continues it.
             batch_size: prompts that are continued together.
+            numbers: each prompt's own, by which its noise is drawn, where these prompts are some of many; None counts
+                from 0.
             options: fields of ``evaluation.generation`` (max_new_tokens, temperature, top_p, top_k,
                 repetition_penalty, seed); the rest stays as in the recipe.
 
@@ -179,7 +186,7 @@ class LoadedRun:
         config = generation_config(self._recipe, {**self.generation, **options})
         asked = [as_prompt(one, self._recipe, f"prompt {n}: ") for n, one in enumerate(_prompts(prompts), 1)]
         self.merge()
-        return generation.generate(self.model, self.tokenizer, asked, config, batch_size=batch_size)
+        return generation.generate(self.model, self.tokenizer, asked, config, batch_size=batch_size, numbers=numbers)
 
     def stream(self, messages: str | Conversation, **options: Any) -> Iterator[str]:
         """The answer to one conversation, or what follows one text, piece by piece; see ``generate``."""

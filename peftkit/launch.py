@@ -81,7 +81,7 @@ def one_process(command: str) -> None:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise RunError(
             f"peftkit {command} works in one process, and a launcher started {os.environ['WORLD_SIZE']}: run it "
-            "without one. Training shares rows between processes, and so do its evaluations and predictions"
+            "without one. Those that share their work are train, evaluate, predict, embed and generate"
         )
 
 
@@ -89,7 +89,7 @@ def one_process(command: str) -> None:
 def one_message() -> Iterator[None]:
     """Turns an error raised on purpose into one message on stderr and its exit code; PEFTKIT_DEBUG=1 shows more.
 
-    Every rank meets a user's mistake alike, so only the main one speaks; other failures name their rank.
+    Of what every rank meets alike, such as a user's mistake, only the main one speaks; other failures name their rank.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def one_message() -> Iterator[None]:
             traceback.print_exc()
         elif is_main_rank():
             print(f"peftkit: {error}", file=sys.stderr)
-        elif not isinstance(error, UserError):
+        elif not (isinstance(error, UserError) or error.shared):
             print(f"peftkit, rank {os.environ['RANK']}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:

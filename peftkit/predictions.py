@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from peftkit import output
+from peftkit import output, processes
 from peftkit.data.problems import Problems, missing_column, shorten
 from peftkit.data.readers import READERS
 from peftkit.errors import DataError, RunError, did_you_mean
 from peftkit.parts import Row
+from peftkit.processes import Team
 from peftkit.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from peftkit.inference import LoadedRun, Prediction
 
 CHUNK = 512
-"""Rows held at a time."""
+"""Rows held at a time, by each process."""
 WRITERS = (".csv", ".tsv", ".jsonl")
 
 
@@ -33,15 +34,33 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
     """Predicts the rows of ``file`` (or lines of stdin) into ``out`` (or as JSON lines to stdout); returns how many.
 
     The whole file is checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
-    for ``peftkit.load``.
+    for ``peftkit.load``. Processes that a launcher started share the rows; the main one reads and writes.
 
     Raises:
         RunError: ``run`` is not a finished run, or one of a language model.
         DataError: a file of a kind that cannot be read or written, a missing column, a row without a text.
     """
+    from peftkit.inference import load
+
+    with processes.joined() as team:
+        columns, names = team.main_only(lambda: _checked(run, file, column, out))
+        model = team.main_first(lambda: load(run, merge=merge, device=team.device))
+        rows = read_rows(file, columns, Problems()) if file else lines(sys.stdin, columns[0])
+        answers = _answers(model, team, team.chunks(rows, CHUNK), columns, set(names))
+        if not team.is_main:
+            return sum(1 for _ in answers)
+        if out is None:
+            return _write_lines(answers, sys.stdout)
+        with output.complete(out) as stream:
+            if out.suffix == ".jsonl":
+                return _write_lines(answers, stream)
+            return _write_table(answers, names, stream, out)
+
+
+def _checked(run: Path, file: Path | None, column: str | None, out: Path | None) -> tuple[list[str], list[str]]:
+    """The columns of the texts, and all columns of the input; raises everything that is wrong with them."""
     from peftkit.export import description
     from peftkit.export.loading import find_export
-    from peftkit.inference import load
 
     check_paths(file, out)
     folder = find_export(run)
@@ -50,18 +69,10 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
     data = Recipe.from_yaml(folder / "recipe.yaml").data
     columns = _columns(data, column)
     if file:
-        names = check_rows(file, columns)
-    elif len(columns) == 1:
-        names = columns
-    else:
-        raise DataError(f"this model reads pairs ({' and '.join(columns)}); give them as a file: --file pairs.csv")
-    model = load(run, merge=merge)
-    rows = read_rows(file, columns, Problems()) if file else lines(sys.stdin, columns[0])
-    answers = _answers(model, rows, columns, set(names))
-    if out is None:
-        return _write_lines(answers, sys.stdout)
-    with output.complete(out) as stream:
-        return _write_lines(answers, stream) if out.suffix == ".jsonl" else _write_table(answers, names, stream, out)
+        return columns, check_rows(file, columns)
+    if len(columns) == 1:
+        return columns, columns
+    raise DataError(f"this model reads pairs ({' and '.join(columns)}); give them as a file: --file pairs.csv")
 
 
 def check_paths(file: Path | None, out: Path | None, writers: tuple[str, ...] = WRITERS) -> None:
@@ -114,10 +125,12 @@ def lines(stream: Iterable[str], column: str) -> Iterator[Row]:
         yield {column: line.rstrip("\r\n")}
 
 
-def _answers(model: LoadedRun, rows: Iterator[Row], columns: list[str], taken: set[str]) -> Iterator[Row]:
-    while chunk := list(itertools.islice(rows, CHUNK)):
+def _answers(
+    model: LoadedRun, team: Team, chunks: Iterator[list[Row]], columns: list[str], taken: set[str]
+) -> Iterator[Row]:
+    for chunk in chunks:
         texts = [tuple(row[column] for column in columns) if len(columns) > 1 else row[columns[0]] for row in chunk]
-        for row, prediction in zip(chunk, model.predict(texts)):
+        for row, prediction in zip(chunk, team.share(texts, model.predict), strict=True):
             yield {**row, **_answer(prediction, taken)}
 
 

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from peftkit import output
+from peftkit import output, processes
 from peftkit.data.problems import Problems
 from peftkit.data.readers import READERS
 from peftkit.errors import DataError, ModelError, RunError, did_you_mean
 from peftkit.parts import Row
+from peftkit.processes import Team
 from peftkit.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,14 +36,29 @@ def carry_out(
     """Writes a text for each row of ``file`` (or line of stdin) to ``out`` (or stdout) as JSON lines; returns how many.
 
     All prompts are checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
-    for ``peftkit.load``.
+    for ``peftkit.load``. Processes that a launcher started share the prompts; a prompt's noise is its own, whoever
+    continues it.
 
     Raises:
         RunError: ``run`` is not a finished run of a language model.
         RecipeError: an option of generation that there is none of.
         DataError: a file that cannot be read, or rows without a prompt; names file, line and column.
     """
-    from peftkit.inference import generation_config, load
+    with processes.joined() as team:
+        rows = team.main_only(lambda: _checked(run, file, out, options))
+        texts = _texts(run, team, [row["prompt"] for row in rows], options, merge) if rows else []
+        lines = [{**_input(row), "prompt": row["prompt"], WRITTEN: text} for row, text in zip(rows, texts, strict=True)]
+        if not team.is_main:
+            return len(lines)
+        if out is None:
+            return _write(lines, sys.stdout)
+        with output.complete(out) as stream:
+            return _write(lines, stream)
+
+
+def _checked(run: Path, file: Path | None, out: Path | None, options: Mapping[str, Any]) -> list[Row]:
+    """The rows; raises everything that is wrong with them, the paths and the options."""
+    from peftkit.inference import generation_config
 
     folder, recipe = language_run(run)
     if file:
@@ -52,12 +68,17 @@ def carry_out(
     settings = generation_config(recipe, options)
     rows = _read(file, recipe)
     check_readable(folder, recipe, rows, settings.max_new_tokens)
-    texts = load(folder, merge=merge).generate([row["prompt"] for row in rows], **options) if rows else []
-    lines = [{**_input(row), "prompt": row["prompt"], WRITTEN: text} for row, text in zip(rows, texts, strict=True)]
-    if out is None:
-        return _write(lines, sys.stdout)
-    with output.complete(out) as stream:
-        return _write(lines, stream)
+    return rows
+
+
+def _texts(run: Path, team: Team, prompts: list[Any], options: Mapping[str, Any], merge: Merge) -> list[str]:
+    from peftkit.inference import load
+
+    model = team.main_first(lambda: load(run, merge=merge, device=team.device))
+    return team.share(
+        range(len(prompts)),
+        lambda mine: model.generate([prompts[number] for number in mine], numbers=mine, **options),
+    )
 
 
 def language_run(run: Path) -> tuple[Path, Recipe]:

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import RunError, did_you_mean
+from peftkit.processes import Team
 from peftkit.recipe import replace
 
 if TYPE_CHECKING:
+    from peftkit.data.pipeline import EncodedSplit
     from peftkit.export.in_memory import Merge
     from peftkit.inference import LoadedRun
     from peftkit.parts import Row
 
 
+ALONE = Team()
+
+
 def evaluate(
-    run: str | Path, *, split: str = "test", file: str | Path | None = None, merge: Merge = "auto"
+    run: str | Path,
+    *,
+    split: str = "test",
+    file: str | Path | None = None,
+    merge: Merge = "auto",
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Figures by name, as in the run's metrics.json.
 
@@ -28,6 +38,7 @@ def evaluate(
         split: train, validation or test of the run's own data, read, cleaned and split as for the training.
         file: rows with the recipe's columns, in place of a split; their labels must be the run's.
         merge: as for ``peftkit.load``; False scores base and adapter apart, as in training.
+        team: processes that share the rows; all of them call this, and all get the figures.
 
     Raises:
         RunError: not a finished run, no such split, or the data no longer have the run's labels.
@@ -36,9 +47,12 @@ def evaluate(
     from peftkit.evaluation.assessment import assess
     from peftkit.inference import load
 
-    model = load(run, merge=merge)
-    rows = _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split)
-    found = assess(model.recipe.task, _outputs(model, rows), rows, model.info, model.recipe.evaluation, split=split)
+    model = team.main_first(lambda: load(run, merge=merge, device=team.device))
+    rows = team.main_only(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
+    outputs = _outputs(model, rows, team)
+    found = team.main_only(
+        lambda: assess(model.recipe.task, outputs, rows, model.info, model.recipe.evaluation, split=split)
+    )
     return {name: figure["value"] for name, figure in found["metrics"].items()}
 
 
@@ -67,9 +81,24 @@ def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
         return list(rows.data)
 
 
-def _outputs(model: LoadedRun, rows: list[Row]) -> dict[str, Any]:
+def _outputs(model: LoadedRun, rows: list[Row], team: Team) -> dict[str, Any]:
+    """Outputs of every example in order; each process of the team takes every so manyth of them."""
+    import numpy as np
+
+    from peftkit.data.pipeline import EncodedSplit, encode_rows
+    from peftkit.evaluation.runner import in_order
+
+    split = team.tried(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
+    mine = np.arange(team.rank, len(split.lengths), team.world_size)
+    part = split
+    if team.world_size > 1:
+        part = EncodedSplit(split.examples.select(mine), split.lengths[mine], split.weights[mine])
+    pieces = team.gather(lambda: (mine, _predicted(model, part)))
+    return in_order([piece for piece in pieces if len(piece[0])], len(split.lengths))
+
+
+def _predicted(model: LoadedRun, split: EncodedSplit) -> dict[str, Any]:
     from peftkit.data.batching import pass_tokens
-    from peftkit.data.pipeline import encode_rows
     from peftkit.evaluation import runner
     from peftkit.models import policy
     from peftkit.training.step import TaskModule
@@ -79,7 +108,7 @@ def _outputs(model: LoadedRun, rows: list[Row]) -> dict[str, Any]:
     dtype = policy.dtype_for(model.recipe.model, device)
     return runner.predict(
         TaskModule(model.loaded, model.recipe.task, model.info),
-        encode_rows(rows, model.tokenizer, model.recipe, model.info),
+        split,
         model.tokenizer,
         device=device,
         batch_size=model.recipe.evaluation.batch_size,

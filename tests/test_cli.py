@@ -362,9 +362,17 @@ def test_doctor_counts_the_processes_that_really_start(call, monkeypatch):
 
 def test_what_would_do_all_of_its_work_in_every_process_is_refused(call, finished, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = call("predict", finished, "--file", __file__, "--out", tmp_path / "out.jsonl")
+    code, _, err = call("export", finished, "--to", tmp_path / "out")
     assert code == 2
     assert "one process" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_were_not_told_how_to_meet_are_refused(call, finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call("predict", finished, "--file", __file__, "--out", tmp_path / "out.jsonl")
+    assert code == 2
+    assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in err
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -16,9 +16,9 @@ LAYERS = [
     {"data", "models", "methods", "tasks"},
     {"training", "evaluation", "planning", "export"},
     {"reporting"},
-    {"results", "run", "inference", "predictions", "embeddings", "prompts", "output", "scoring", "chat"},
+    {"results", "run", "inference", "predictions", "embeddings", "prompts", "output", "scoring", "chat", "processes"},
     {"experiments"},
-    {"launch", "doctor", "cli", "cli_experiments", "__init__"},
+    {"launch", "doctor", "cli", "cli_experiments", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 UPWARDS = {("tasks", "evaluation.figures")}

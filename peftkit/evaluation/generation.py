@@ -48,24 +48,28 @@ def generate(
     config: GenerationConfig,
     *,
     batch_size: int = 8,
+    numbers: Sequence[int] | None = None,
 ) -> list[str]:
     """The text after each prompt, in the prompts' order, without special tokens.
 
     Args:
         prompts: plain texts to continue, or conversations to answer.
         config: temperature 0 is greedy.
+        numbers: each prompt's own, by which its noise is drawn and an error names it; None counts from 0.
 
     Raises:
         ModelError: a prompt is empty, or longer than the model's context leaves room for; or there are conversations
             and no chat template.
     """
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    for number, ids in enumerate(encoded):
+    own = list(range(len(prompts)) if numbers is None else numbers)
+    for number, ids in zip(own, encoded, strict=True):
         _check_fits(model, ids, config, f"prompt {number + 1}")
     texts = [""] * len(prompts)
-    for numbers in _batches([len(ids) for ids in encoded], batch_size, alike=packing.learned_tokens(model) > 0):
-        for number, text in zip(numbers, _batch(model, tokenizer, [encoded[n] for n in numbers], numbers, config)):
-            texts[number] = text
+    for places in _batches([len(ids) for ids in encoded], batch_size, alike=packing.learned_tokens(model) > 0):
+        made = _batch(model, tokenizer, [encoded[n] for n in places], [own[n] for n in places], config)
+        for place, text in zip(places, made):
+            texts[place] = text
     return texts
 
 

@@ -69,10 +69,11 @@ def predict(
         from accelerate.utils import gather_object
 
         pieces = gather_object(pieces)
-    return _in_order(pieces, len(split.lengths))
+    return in_order(pieces, len(split.lengths))
 
 
-def _in_order(pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
+def in_order(pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
+    """Outputs of all rows from those of some, each with the rows' numbers."""
     if not pieces:
         return {}
     order = np.concatenate([index for index, _ in pieces])

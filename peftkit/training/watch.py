@@ -118,12 +118,15 @@ class Watch:
         agree: gives every process the main process's value.
         address: of the main process; the loopback where all run on one machine.
         silence, stall, first: limits in seconds; None takes SILENCE, STALL and FIRST.
+        outside: seconds that all may do nothing where no training is under way.
+        then: what a user is to do after a process was lost.
         end: ends this process; replaced in tests.
     """
 
     def __init__(
         self, rank: int, world_size: int, agree: Callable[[Any], Any], *, address: str = "127.0.0.1",
         silence: float | None = None, stall: float | None = None, first: float | None = None,
+        outside: float = OUTSIDE, then: str = "Go on from its last checkpoint with --resume",
         end: Callable[[int], Any] = os._exit,
     ) -> None:  # fmt: skip
         self.rank, self.world_size = rank, world_size
@@ -136,7 +139,8 @@ class Watch:
         self._lost = threading.Event()
         self._why = ""
         self._marks, self._marked, self._longest = 0, time.monotonic(), 0.0
-        self._passing, self._quiet = False, OUTSIDE
+        self._outside, self._then = outside, then
+        self._passing, self._quiet = False, outside
         self._activity = Activity()
         self._thread: threading.Thread | None = None
 
@@ -173,7 +177,7 @@ class Watch:
             yield
         finally:
             self.rest()
-            self._quiet = OUTSIDE
+            self._quiet = self._outside
 
     def begin(self) -> None:
         """Says that passes follow from here on."""
@@ -312,7 +316,7 @@ class Watch:
         if self._closing.wait(GRACE):
             return
         if self.rank == min(set(range(self.world_size)) - {rank}):
-            print(f"peftkit: {self._why}; the job ends. Go on from its last checkpoint with --resume", file=sys.stderr)
+            print(f"peftkit: {self._why}; the job ends. {self._then}", file=sys.stderr)
             sys.stderr.flush()
         self._end(1)
 
