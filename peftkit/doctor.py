@@ -22,7 +22,7 @@ SECONDS = 120
 def examine() -> dict[str, Any]:
     """Everything by name, in the order to be shown; takes some seconds, most of them the launch."""
     from peftkit import __version__
-    from peftkit.training.session import ON_CPUS
+    from peftkit.training.launched import ON_CPUS
 
     found: dict[str, Any] = {"peftkit": __version__, "python": platform.python_version(), "system": platform.platform()}
     found |= {name: _version(name) for name in PACKAGES}

@@ -16,11 +16,13 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from peftkit.errors import PeftkitError, RunError, TrainingError
+from peftkit.training.launched import missing_processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -124,13 +126,17 @@ class Team:
 def joined() -> Iterator[Team]:
     """Brings the launched processes together while a command runs; without a launcher a team of one.
 
-    Each takes the GPU of its local rank where there are any, and its share of the CPU's cores.
+    Each takes the GPU of its local rank where there are any, and its share of the CPU's cores. That more processes were
+    asked for than run is told on stderr.
 
     Raises:
         RunError: there are to be several processes, and the launcher has not said how they find each other.
         TrainingError: a process was lost.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
+        note = missing_processes(1)
+        if note:
+            print(f"peftkit: {note}", file=sys.stderr)
         yield Team()
         return
     import torch.distributed as dist

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.recipe import Recipe
 from peftkit.training import sharding, zero
+from peftkit.training.launched import missing_processes
 from peftkit.training.memory import bound_kernel_cache
 from peftkit.training.watch import Watch, address
 
@@ -188,7 +188,8 @@ def open_session(recipe: Recipe) -> Session:
     set_seed(recipe.training.seed)
     session = Session(accelerator, dtype, threads)
     low_bit_optimizers.check(recipe.training.optimizer, device, sharded=session.sharded)
-    _note_surprises(session)
+    note = missing_processes(session.world_size)
+    session.notes += [note] if note else []
     if session.sharded:
         said = "parameters are spread over the processes: no texts are generated and no zero-shot classifier is scored"
         session.notes.append(said)
@@ -216,35 +217,6 @@ def cores() -> int:
 def local_processes() -> int:
     """Processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-ON_CPUS = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} FILE"
-"""The command that really starts several processes on a CPU."""
-
-
-def asked_processes(command: Sequence[str]) -> int:
-    """How many processes a launcher was asked for on its command line, ``accelerate launch --num_processes 2 …``."""
-    for position, word in enumerate(command):
-        name, _, value = word.partition("=")
-        given = value or "".join(command[position + 1 : position + 2])
-        if name in {"--num_processes", "--num-processes"} and given.isdigit():
-            return int(given)
-    return 1
-
-
-def _note_surprises(session: Session) -> None:
-    """Accelerate's CPU launcher starts one process whatever it is asked for; that must not pass in silence."""
-    import psutil
-
-    launcher: list[str] = []
-    with contextlib.suppress(psutil.Error, AttributeError):
-        launcher = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
-    asked = max(asked_processes(launcher if "launch" in launcher else ()), int(os.environ.get("WORLD_SIZE") or 1))
-    if asked > session.world_size:
-        session.notes.append(
-            f"{asked} processes were asked for and {session.world_size} runs: on a CPU use "
-            f"`{ON_CPUS.format(processes=asked)}`"
-        )
 
 
 def _trackers(recipe: Recipe) -> list[str] | None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from peftkit import replace
-from peftkit.training.session import asked_processes
+from peftkit import processes, replace
+from peftkit.training.launched import asked_processes
 from tests.distributed import launching
 from tests.faults import runs
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path, monkeypatch):
+    """Accelerate's default configuration, as yet missing; none of this machine's."""
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "default.yaml"))
+    return tmp_path / "default.yaml"
 
 
 @pytest.mark.parametrize(
     ("command", "many"),
     [
         ("python accelerate launch --cpu --num_processes 2 train.py", 2),
+        ("python accelerate launch --cpu train.py", 1),
         ("python accelerate launch --num_processes=4 train.py", 4),
         ("python accelerate launch --num-processes 3 train.py", 3),
         ("python accelerate launch train.py --num_processes", 1),
@@ -25,10 +33,54 @@ def test_what_a_launcher_was_asked_for(command, many):
     assert asked_processes(command.split()) == many
 
 
+@pytest.mark.parametrize(
+    ("text", "many"),
+    [
+        ("distributed_type: 'NO'\nnum_processes: 2\n", 2),
+        ('{"num_processes": 3}', 3),
+        ("num_processes: -1\n", 1),
+        ("num_processes: many\n", 1),
+        ("mixed_precision: 'no'\n", 1),
+        ("- a list\n", 1),
+        ("{broken", 1),
+        (b"\xff\xfe\x00", 1),
+        (None, 1),
+    ],
+)
+def test_what_a_launcher_was_configured_for(config, tmp_path, text, many):
+    """A file that cannot be read changes nothing: Accelerate has its own words for it."""
+    named = tmp_path / "named.yaml"
+    for file in (config, named) if text is not None else ():
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert asked_processes(["accelerate", "launch", "train.py"]) == many
+    assert asked_processes(["accelerate", "launch", "--cpu", "train.py"]) == 1, "Accelerate leaves it unread, too"
+    assert asked_processes(["accelerate", "launch", "--cpu", "--config_file", str(named), "train.py"]) == many
+    assert asked_processes(["python", "/bin/accelerate-launch", f"--config-file={named}", "train.py"]) == many
+    assert asked_processes(["accelerate", "launch", "--config_file", str(named), "--num_processes", "4", "a.py"]) == 4
+    assert asked_processes(["python", "train.py", "--config_file", str(named)]) == 1
+
+
+def test_the_named_configuration_counts_before_the_default_one(config, tmp_path):
+    config.write_text("num_processes: 5\n")
+    (tmp_path / "named.yaml").write_text("num_processes: 2\n")
+    command = ["accelerate", "launch", "--config_file", str(tmp_path / "named.yaml"), "train.py"]
+    assert asked_processes(command) == 2
+    assert asked_processes([*command[:2], "train.py"]) == 5
+
+
 def test_one_process_where_two_were_asked_for_is_told_with_the_line_that_works(tmp_path):
     recipe = replace(runs.encoder(tmp_path), output_dir=str(tmp_path / "runs"), training={"max_steps": 1})
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    config = tmp_path / "two.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 2\nuse_cpu: true\n")
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
     said = launching.finish(*launcher, launching.recipe_file(tmp_path / "file", recipe))
     assert "1 process on cpu" in said
     assert "2 processes were asked for and 1 runs" in said
     assert "torchrun --nproc_per_node 2" in said
+
+
+def test_commands_that_would_share_rows_tell_it_too(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "missing_processes", lambda running: f"2 asked for and {running} runs")
+    with processes.joined() as team:
+        assert (team.rank, team.world_size) == (0, 1)
+    assert capsys.readouterr().err == "peftkit: 2 asked for and 1 runs\n"
