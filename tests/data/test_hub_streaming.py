@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from pathlib import Path
 
 from tests.hub.conftest import folders, hub, python  # noqa: F401
 
@@ -59,3 +61,58 @@ def test_subset_and_revision_reach_the_hub(monkeypatch):
     hub_data.load("some/set", DataConfig(source="some/set"))
     assert [options["name"] for _, options in asked] == ["plain", None]
     assert [options["revision"] for _, options in asked] == ["abc", None]
+
+
+RESUMED = """
+import json, os, signal, sys
+from pathlib import Path
+import peftkit
+from peftkit import get_recipe, overrides
+from tests.faults import runs
+
+recipe = overrides.apply(get_recipe("agnews_lora"), json.loads(sys.argv[1]))
+runs.warm_up()
+
+def training(name, *, dies_at=None, resume=None):
+    # a cache of its own, so that the rows have to stream anew
+    os.environ["PEFTKIT_CACHE"] = str(Path.cwd() / f"cache-{name}-{bool(resume)}")
+
+    def watch(step, figures):
+        if step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        runs._spare()
+        peftkit.train(peftkit.replace(recipe, output_dir=name), resume=resume, quiet=True, watch=watch)
+
+    code = runs.wait(runs.fork(work, Path("said.txt")))
+    (folder,) = Path(name).iterdir()
+    return code, folder
+
+codes = [training("whole")[0], training("cut", dies_at=16)[0]]
+(cut,) = Path("cut").iterdir()
+kept = sorted(path.name for path in (cut / "checkpoints").iterdir())
+codes.append(training("cut", resume=True)[0])
+(whole,) = Path("whole").iterdir()
+print(Path("said.txt").read_text(), file=sys.stderr)
+print(json.dumps([codes, kept, runs.differences(cut, whole)]))
+"""
+
+
+def test_a_killed_run_of_streamed_rows_goes_on_exactly(hub, python, tmp_path, monkeypatch):  # noqa: F811
+    """Killed in the middle of the second epoch, after a step that no checkpoint has."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    changes = [
+        "data.streaming=true", "training.epochs=3", "training.batch_size=4", "training.save_every=3",
+        "training.evaluate_every=4", "training.learning_rate=0.01", "training.early_stopping=null", "method.rank=2",
+        "data.max_length=32", "evaluation.baselines=[]", "tracking=[]", "export.prove=false", "training.threads=1",
+    ]  # fmt: skip
+    done = python("-c", RESUMED, json.dumps(changes), hub=hub.url)
+    assert done.returncode == 0, done.stderr[-2000:]
+    codes, kept, differences = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0, -signal.SIGKILL, 0], done.stderr[-2000:]
+    assert kept[-1] == "step-00000015"
+    assert differences == [], "adapter, log and figures are the uninterrupted run's"
+    read = [request for request in hub.requests if request.startswith("GET") and "train-00000-of" in request]
+    assert len(read) >= 3, "every run streams anew"
+    assert not list(tmp_path.rglob("*.parquet")), "nothing was downloaded to a file"
