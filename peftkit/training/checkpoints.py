@@ -133,10 +133,12 @@ def candidates(root: Path) -> Iterator[tuple[int, Path]]:
         yield from sorted(found, reverse=True)
 
 
-def newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and a line about each newer one that had to be passed over."""
+def newest(root: Path, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, ``before`` a step, and a line about each newer one that had to be passed over."""
     rejected: list[str] = []
     for step, path in candidates(root):
+        if before is not None and step >= before:
+            continue
         reason = verify(path)
         if reason is None:
             return Checkpoint(path, step), rejected
@@ -177,10 +179,10 @@ def sweep(root: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(root: Path) -> None:
-    """Renames what is no valid checkpoint and newer than the newest valid one: kept for a look, counted by nobody."""
-    for _, path in candidates(root):
-        if verify(path) is None:
+def set_aside(root: Path, chosen: Checkpoint | None) -> None:
+    """Renames all that is newer than the checkpoint gone on with: kept for a look, counted by nobody."""
+    for step, path in candidates(root):
+        if chosen and step <= chosen.step:
             return
         with contextlib.suppress(OSError):
             place = path.with_name(DAMAGED + path.name)

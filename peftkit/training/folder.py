@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peftkit.errors import RunError
+from peftkit.errors import CheckpointError, RunError
 from peftkit.parts import TaskInfo
 from peftkit.recipe import Recipe
 from peftkit.training import checkpoints, disk
@@ -194,15 +194,20 @@ def resumable(folder: Path, current: Mapping[str, Any], allow: tuple[str, ...]) 
     """The checkpoint to go on from (None: from the start), and lines about what is not as it was.
 
     Corrupt checkpoints are named and set aside; changed versions and devices, with which the last bits may differ, are
-    named. Call it only while holding the run's lock.
+    named. A run whose training is done ends with the weights of its best step: where their checkpoint is damaged, they
+    are trained again. Call it only while holding the run's lock.
 
     Raises:
         RunError: something that the weights depend on has changed and is not allowed by name.
     """
     clear_litter(folder)
     checkpoint, said = checkpoints.newest(folder / "checkpoints")
-    checkpoints.set_aside(folder / "checkpoints")
+    lost = _lost_best(checkpoint) if checkpoint else None
+    if lost:
+        checkpoint, more = checkpoints.newest(folder / "checkpoints", before=lost[0])
+        said += [lost[1], *more]
     if checkpoint is None:
+        checkpoints.set_aside(folder / "checkpoints", None)
         return None, [*said, f"{folder} has no checkpoint to go on from: training starts from the beginning"]
     try:
         changed = changes(checkpoint.state()["fingerprints"], current)
@@ -216,7 +221,21 @@ def resumable(folder: Path, current: Mapping[str, Any], allow: tuple[str, ...]) 
             f"{folder} cannot be resumed: since its checkpoint these changed: {listed}. Undo the change, start a new "
             f"run, or allow it by name: --allow {first}"
         )
+    checkpoints.set_aside(folder / "checkpoints", checkpoint)
     return checkpoint, said
+
+
+def _lost_best(checkpoint: Checkpoint) -> tuple[int, str] | None:
+    """The best step of a run whose training is done, and what has become of its checkpoint; None where it is whole."""
+    state = checkpoint.state()
+    best = state.get("training", {}).get("best_step") if state.get("finished") else None
+    if best is None or best == checkpoint.step:
+        return None
+    try:
+        checkpoints.at_step(checkpoint.path.parent, best)
+    except CheckpointError as error:
+        return best, f"{error}; it held the best weights, which are trained again"
+    return None
 
 
 def other_surroundings(folder: Path, session: Session) -> list[str]:

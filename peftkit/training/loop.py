@@ -315,6 +315,7 @@ class Loop:
             "training": state.to_json(),
             "scheduler": _plain_state(self.scheduler),
             "fingerprints": dict(self.fingerprints),
+            "finished": state.step >= self.total or state.stopped_early,
         }
         return self._saver.write(Content(state.step, model, optimizer, held), state.best_step, self.log.flush)
 
@@ -345,7 +346,14 @@ class Loop:
     def _restore_best(self) -> None:
         best = self.state.best_step
         if best is not None and best != self.state.step:
-            self._load_model(self.session.main_only(lambda: checkpoints.at_step(self.checkpoints, best)))
+            try:
+                self._load_model(self.session.main_only(lambda: checkpoints.at_step(self.checkpoints, best)))
+            except CheckpointError as error:
+                error.args = (
+                    f"{error}; it held the best weights, with which the run is to end. To train them again, from the "
+                    f"checkpoint before it or from the beginning:\n  peftkit train --resume {self.folder}",
+                )
+                raise
         self.weights.settle_on_average()
 
     # -- stopping --------------------------------------------------------------------------------------------------

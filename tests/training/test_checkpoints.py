@@ -133,7 +133,7 @@ def test_damaged_checkpoints_do_not_push_whole_ones_out(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
     (tmp_path / "step-00000003" / "state.json").write_text("{}")
-    checkpoints.set_aside(tmp_path)
+    checkpoints.set_aside(tmp_path, checkpoints.newest(tmp_path)[0])
     write(tmp_path, 4)
     checkpoints.prune(tmp_path, keep=2, protect=set())
     assert sorted(os.listdir(tmp_path)) == ["damaged-step-00000003", "step-00000002", "step-00000004"]
