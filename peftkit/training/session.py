@@ -107,6 +107,7 @@ class Session:
                 error = raised
         result, error = self.agree((result, error))
         if error:
+            error.shared = True
             raise error
         return result
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from peftkit import processes, replace
+from peftkit import launch, processes, replace
+from peftkit.errors import CheckpointError
 from peftkit.training.launched import asked_processes
+from peftkit.training.session import open_session
 from tests.distributed import launching
 from tests.faults import runs
 
@@ -84,3 +86,19 @@ def test_commands_that_would_share_rows_tell_it_too(monkeypatch, capsys):
     with processes.joined() as team:
         assert (team.rank, team.world_size) == (0, 1)
     assert capsys.readouterr().err == "peftkit: 2 asked for and 1 runs\n"
+
+
+def test_an_error_of_the_main_process_s_work_is_told_once(tmp_path):
+    recipe = runs.encoder(tmp_path)
+    runs.warm_up()
+
+    def work(rank):
+        def fails():
+            raise CheckpointError("cannot be used")
+
+        with launch.one_message():
+            open_session(recipe).main_only(fails)
+
+    said = tmp_path / "said.txt"
+    assert runs.wait_all(runs.fork_ranks(work, said)) == [1, 1]
+    assert said.read_text() == "peftkit: cannot be used\n"
