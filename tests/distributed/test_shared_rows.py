@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from peftkit import cli, embeddings, predictions, prompts, scoring
+from peftkit import cli, embeddings, predictions, processes, prompts, scoring
 from peftkit.errors import TrainingError
 from peftkit.inference import LoadedRun
 from peftkit.parts import TaskInfo
@@ -265,3 +267,25 @@ def test_the_command_that_users_type(made, tmp_path):
     assert said.count("wrote 3 rows") == 1
     expected = [prediction.label for prediction in predictions_of(made["classifier"], texts(3))]
     assert [row["label"] for row in lines(out.read_text(encoding="utf-8"))] == expected
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "use_cpu", "device"),
+    [(1, 2, "", "cuda:1"), (1, 1, "", "cuda:0"), (3, 2, "", "cuda:1"), (1, 2, "true", "cpu"), (1, 0, "", "cpu")],
+)
+def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, gpus, use_cpu, device):
+    """What is chosen, with no GPU at hand: processes share them where there are too few."""
+    place = {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**place, "MASTER_ADDR": "x", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": use_cpu}.items():
+        monkeypatch.setenv(name, value)
+    chosen, backends = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    assert processes._meet() == (Team(2, 4, device), True)
+    assert chosen == [device] * (device != "cpu")
+    assert "cpu:gloo" in backends[0] if chosen else backends == ["gloo"]
