@@ -74,6 +74,7 @@ def _train(model: Any, dtype: Any, shapes: Any) -> None:
     import torch
 
     from peftkit.models import lm_head, policy
+    from peftkit.training.memory import give_back
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()
@@ -84,6 +85,7 @@ def _train(model: Any, dtype: Any, shapes: Any) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        give_back()  # as the loop does
 
 
 def _traced(dtype: Any) -> int:

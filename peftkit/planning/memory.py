@@ -101,7 +101,7 @@ def phases(
         train: a step's passes; gradients that they leave are among its bytes.
         framework, loader: bytes of the libraries, and of tokenizer and data.
         file: bytes of the weight files, which are mapped while the model is built from them on a CPU.
-        ratio: what the allocator takes for each byte that is alive within a pass.
+        ratio: what the allocator takes for each byte that is alive within a pass, mapped blocks apart.
         kernels: bytes of the kernels that a CPU's library keeps for the shapes of all passes.
     """
     base = {"framework": framework, "loader": loader}
@@ -110,7 +110,7 @@ def phases(
     full = {**base, **({"kernels": kernels} if kernels else {}), **held.parts()}
     saved = max(held.trained, held.states)
     aside = {"copies": held.averages} if held.averages else {}  # the weights, while their average is evaluated
-    parts = {name: int(size * ratio) for name, size in train.parts.items()}
+    parts = train.resident(ratio)
     gradients = min(held.gradients, train.end, parts.get("activations", 0))
     if gradients:
         parts = {"gradients": gradients, **parts, "activations": parts["activations"] - gradients}
@@ -118,7 +118,7 @@ def phases(
         Phase("load", loading),
         Phase("forward and backward", {**full, **parts}),
         Phase("optimizer step", {**full, "gradients": held.gradients}),
-        Phase("evaluation", {**full, **aside, **{name: int(size * ratio) for name, size in evaluation.parts.items()}}),
+        Phase("evaluation", {**full, **aside, **evaluation.resident(ratio)}),
         Phase("checkpoint", {**full, **({} if gpu else {"copies": saved})}),
         Phase("export", {**full, **({} if gpu else {"copies": held.trained})}),
     )

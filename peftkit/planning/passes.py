@@ -142,8 +142,11 @@ def continued(few: Traced, more: Traced, count: int) -> Traced:
     def at(low: int, high: int) -> int:
         return int(high + (high - low) / (MORE - FEW) * (count - MORE))
 
-    parts = {name: at(few.parts.get(name, 0), size) for name, size in more.parts.items()}
-    return Traced(at(few.peak, more.peak), parts, at(few.end, more.end), at(few.flops, more.flops),
+    parts, mapped = (
+        {name: at(low.get(name, 0), high[name]) for name in high}
+        for low, high in ((few.parts, more.parts), (few.mapped, more.mapped))
+    )
+    return Traced(at(few.peak, more.peak), parts, mapped, at(few.end, more.end), at(few.flops, more.flops),
                   at(few.moved, more.moved), at(few.operators, more.operators), more.kernels)  # fmt: skip
 
 

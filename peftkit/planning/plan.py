@@ -174,7 +174,7 @@ def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape
     with without_data():
         subject = Subject(build_skeleton(recipe, info, tokenizer, dtype), recipe.task, info, dtype)
         held = held_by(subject.loaded.model, recipe.training.optimizer)
-        return int(subject.train(shape, 2).peak * machine.allocator_ratio) + held.states
+        return sum(subject.train(shape, 2).resident(machine.allocator_ratio).values()) + held.states
 
 
 def planned_dtype(recipe: Recipe, device: Device) -> Any:

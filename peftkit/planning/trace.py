@@ -26,6 +26,8 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 LOGITS, OTHER = "logits", "activations"
+MAPPED = 32 * 2**20
+"""Bytes from which glibc always maps a block by itself (its largest M_MMAP_THRESHOLD): it leaves no holes."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Traced:
     """Most bytes alive at once, over those alive when the tracer began."""
     parts: dict[str, int] = field(default_factory=dict)
     """Those bytes by part."""
+    mapped: dict[str, int] = field(default_factory=dict)
+    """Of these, the bytes in storages of ``MAPPED`` bytes and more."""
     end: int = 0
     """Bytes still alive at the end."""
     flops: int = 0
@@ -46,6 +50,11 @@ class Traced:
     """Operators called."""
     kernels: int = 0
     """Products unlike each other in shape or type, for each of which a CPU's library may make a kernel of its own."""
+
+    def resident(self, ratio: float) -> dict[str, int]:
+        """The peak's bytes by part where an allocator takes ``ratio`` for each byte in storages that are not mapped."""
+        large = self.mapped
+        return {name: large.get(name, 0) + int((size - large.get(name, 0)) * ratio) for name, size in self.parts.items()}
 
 
 class Answers(TorchDispatchMode):
@@ -70,6 +79,7 @@ class Tracer(Answers):
         self._vocabulary, self._scored = vocabulary, scored
         self._known: dict[int, weakref.ref[Any]] = {}
         self._live: Counter[str] = Counter()
+        self._mapped: Counter[str] = Counter()
         self._total = 0
         self._products: set[Any] = set()
         self.found = Traced()
@@ -108,16 +118,20 @@ class Tracer(Answers):
             return False
         part = LOGITS if self._vocabulary and tensor.dim() and tensor.shape[-1] == self._vocabulary else OTHER
         self._known[key] = weakref.ref(storage, self._forget(key, part, size))
-        self._live[part] += size
-        self._total += size
+        self._book(part, size, 1)
         if self._total > self.found.peak:
             self.found.peak, self.found.parts = self._total, dict(self._live)
+            self.found.mapped = dict(self._mapped)
         return True
+
+    def _book(self, part: str, size: int, sign: int) -> None:
+        self._live[part] += sign * size
+        self._mapped[part] += sign * size if size >= MAPPED else 0
+        self._total += sign * size
 
     def _forget(self, key: int, part: str, size: int) -> Callable[[Any], None]:
         def gone(reference: Any) -> None:
-            self._live[part] -= size
-            self._total -= size
+            self._book(part, size, -1)
             if self._known.get(key) is reference:
                 del self._known[key]
 

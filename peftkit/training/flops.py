@@ -41,13 +41,14 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
 def flops_per_token(loop: Loop) -> float:
     """Matrix-product FLOPs that training needs for a token of a row of common length, forward and backward.
 
-    Counted on one pass over rows of the mean length, which hardly pad; the gradients that it leaves are removed.
+    Counted on one pass over a row of the mean length; the gradients that it leaves are removed. A single row, for while
+    torch counts, it keeps tensors that a pass would free.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     split = loop.train_split
     order = np.argsort(np.abs(split.lengths - split.lengths.mean()), kind="stable")
-    rows = loop.stepper.share(order[: min(len(order), 4)])[0].rows  # no larger than a pass of training
+    rows = order[:1]
     batch = loop.stepper.batch(rows)
     loop.module.train()
     with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:

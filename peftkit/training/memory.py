@@ -1,7 +1,8 @@
 """Host memory that steps of ragged shapes pile up: kernels kept for every shape, and holes in the heap.
 
-On a CPU every new (rows, tokens) has oneDNN make and keep kernels of its own, a thousand by default, and glibc keeps
-freed blocks between those in use. Over a few hundred steps both double a run's resident memory.
+On a CPU every new (rows, tokens) has oneDNN make kernels of its own, of which it and torch's layer above it (ideep)
+keep a thousand each by default, and glibc keeps freed blocks between those in use. Over a few hundred steps both double
+a run's resident memory.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from collections.abc import Callable
 
 from peftkit.data.tables import release
 
-KERNELS = 128
-"""Kernels that oneDNN keeps: several passes' worth; those of one shape are used again in every layer."""
+KERNELS = 64
+"""Kernels kept: more than a pass has; those of one shape are used again in every layer."""
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 STEPS = 8
 """Optimizer steps between two returns of free memory: often enough to keep the peak, too rarely to cost time."""
 
 
 def bound_kernel_cache() -> None:
-    """Bounds oneDNN's cache, which reads this setting when it makes its first kernel; a user's own stays."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    """Bounds oneDNN's cache and that of torch's own layer above it (ideep), which both read their setting when they make
+    their first kernel; a user's own settings stay.
+    """
+    for setting in CACHES:
+        os.environ.setdefault(setting, str(KERNELS))
 
 
 def give_back_after(step: int) -> None:

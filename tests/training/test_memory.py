@@ -37,10 +37,11 @@ def test_free_pages_below_a_block_in_use_go_back_to_the_system():
     assert int(done.stdout) > 100_000_000
 
 
-def test_the_kernel_cache_is_bounded_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+@pytest.mark.parametrize("setting", memory.CACHES)
+def test_the_kernel_caches_are_bounded_unless_the_user_says_otherwise(setting, monkeypatch):
+    monkeypatch.delenv(setting, raising=False)
     memory.bound_kernel_cache()
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(memory.KERNELS)
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    assert os.environ[setting] == str(memory.KERNELS)
+    monkeypatch.setenv(setting, "7")
     memory.bound_kernel_cache()
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert os.environ[setting] == "7"
