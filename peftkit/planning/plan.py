@@ -102,12 +102,16 @@ class Known:
 
 def look(recipe: Recipe) -> Known:
     """Reads tokenizer, data and machine; no weight is loaded."""
+    import accelerate
     import datasets
 
     from peftkit.data.pipeline import encode, prepare
+    from peftkit.evaluation import figures
+    from peftkit.training import loop
     from peftkit.training.session import cores
 
-    assert datasets  # imported before the memory of the data is looked at
+    taken = (accelerate, datasets, figures, loop)  # counted as the framework's; what grows from here on is the data's
+    assert all(taken)
     machine = machines.measured(recipe.training.threads or cores())
     before = psutil.Process().memory_info().rss
     tokenizer = load_tokenizer(recipe.model)

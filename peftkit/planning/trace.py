@@ -53,8 +53,8 @@ class Traced:
 
     def resident(self, ratio: float) -> dict[str, int]:
         """The peak's bytes by part where an allocator takes ``ratio`` for each byte in storages that are not mapped."""
-        large = self.mapped
-        return {name: large.get(name, 0) + int((size - large.get(name, 0)) * ratio) for name, size in self.parts.items()}
+        mapped = {name: self.mapped.get(name, 0) for name in self.parts}
+        return {name: mapped[name] + int((size - mapped[name]) * ratio) for name, size in self.parts.items()}
 
 
 class Answers(TorchDispatchMode):

@@ -22,8 +22,8 @@ STEPS = 8
 
 
 def bound_kernel_cache() -> None:
-    """Bounds oneDNN's cache and that of torch's own layer above it (ideep), which both read their setting when they make
-    their first kernel; a user's own settings stay.
+    """Bounds the caches of oneDNN and of torch's layer above it (ideep), which read their settings when they make their
+    first kernel; a user's own settings stay.
     """
     for setting in CACHES:
         os.environ.setdefault(setting, str(KERNELS))
