@@ -155,17 +155,25 @@ class Stepper:
             # DDP averages gradients over processes; the sum over the global batch is wanted
             scale = session.world_size / weight if piece.counts and weight else 0.0
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
-                with session.accelerator.autocast():
-                    loss = self.module(batch)
-                session.watch.mark()
-                objective = loss * scale
-                if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
-                    objective = objective + penalty  # the same on every process, hence also their average
-                session.backward(objective, last=last)
+                loss = self._pass(batch, scale, last=last)
             if piece.counts:
-                total += whole(loss.detach())
+                total += whole(loss)
             session.watch.mark()
         return total
+
+    def _pass(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
+        """Forward and backward; returns the loss alone, so that the next pass finds the graph of this one gone.
+
+        What bitsandbytes' INT8 layers keep for the backward pass lives as long as their node of the graph.
+        """
+        with self.session.accelerator.autocast():
+            loss: torch.Tensor = self.module(batch)
+        self.session.watch.mark()
+        objective = loss * scale
+        if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
+            objective = objective + penalty  # the same on every process, hence also their average
+        self.session.backward(objective, last=last)
+        return loss.detach()
 
     def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows as padded tensors on this process's device."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +73,37 @@ def test_gradients_are_torchs_own_for_the_mean_loss_of_the_batch(still):
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Kept(torch.autograd.Function):
+    """The identity, which keeps a copy of its input on the node of the graph, as bitsandbytes' INT8 product does."""
+
+    copies: ClassVar[list[weakref.ref[torch.Tensor]]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.copy = x.clone()
+        Kept.copies.append(weakref.ref(ctx.copy))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_a_pass_begins_when_the_graph_of_the_one_before_is_gone(still, monkeypatch):
+    _, _, (module, stepper, _) = gradients(replace(still, training={"micro_batch": 2}), np.arange(2))
+    forward, found = module.forward, []
+
+    def watched(batch):
+        found.append(sum(copy() is not None for copy in Kept.copies))
+        return Kept.apply(forward(batch))
+
+    monkeypatch.setattr(module, "forward", watched)
+    Kept.copies.clear()
+    stepper.run(np.arange(6), 0)
+    assert found == [0, 0, 0]
+    assert all(copy() is None for copy in Kept.copies)
 
 
 def test_biases_and_norms_do_not_decay(bert):
