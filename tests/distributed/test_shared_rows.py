@@ -259,6 +259,7 @@ def test_however_they_divide_every_item_is_one_process_s(many, items):
     assert sorted(done) == list(range(items))
 
 
+@pytest.mark.slow
 def test_the_command_that_users_type(made, tmp_path):
     """Under torchrun, which starts interpreters of its own."""
     file, out = write(tmp_path / "in.jsonl", [{"text": text} for text in texts(3)]), tmp_path / "out.jsonl"
