@@ -277,6 +277,9 @@ class Task(Part):
         ``truncated`` (tokens cut off), and any further model inputs (``token_type_ids``, ``position_ids``) may follow.
         """
 
+    def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
+        """Called once after the method's own ``initialize``, on every process alike, and again on resume."""
+
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
         """The loss summed over the batch's scored examples or tokens (a scalar; the caller divides once)."""

@@ -141,7 +141,9 @@ def _data_and_model(
             recipe = replace(recipe, task={"packing": False})
             encoded = encode(prepared, tokenizer, recipe)
     with session.accelerator.autocast():
-        recipe.method.initialize(loaded, FirstBatches(encoded.splits["train"], tokenizer, session))
+        batches = FirstBatches(encoded.splits["train"], tokenizer, session)
+        recipe.method.initialize(loaded, batches)
+        recipe.task.initialize(loaded, batches, prepared.info)
     return recipe, tokenizer, prepared, encoded, loaded
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import DataError, RecipeError, did_you_mean
-from peftkit.parts import Batch, Row, Task, TaskInfo
+from peftkit.parts import Batch, LoadedModel, Row, Task, TaskInfo
 from peftkit.recipe import TASKS
 from peftkit.tasks import _label_column as reading
+from peftkit.tasks._tokens import tokenize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,8 @@ class Classification(Task):
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping names some, the rest are
     1. With several labels a row they weigh the positives; balanced is then negatives ÷ positives."""
+    head_start: Literal["random", "class_means"] = "random"
+    """class_means: the head starts as the rule of the nearest class mean over up to 256 training rows, for few rows."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a label counts as given, where a row may have several."""
 
@@ -120,9 +123,9 @@ class Classification(Task):
         return TaskInfo(MULTI, labels, self._weights(labels, counts, rows, MULTI))
 
     def _describe_regression(self, columns: list[reading.LabelColumn]) -> TaskInfo:
-        if self.class_weights is not None or self.label_smoothing:
-            field = "class_weights" if self.class_weights is not None else "label_smoothing"
-            raise RecipeError(f"task.{field} needs classes, but this is a regression; leave it out")
+        for field in ("class_weights", "label_smoothing", "head_start"):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise RecipeError(f"task.{field} needs classes, but this is a regression; leave it out")
         for column in columns:
             if column.is_list:
                 column.fail("a regression learns one number a row; this column holds a list in each row", 0)
@@ -136,8 +139,9 @@ class Classification(Task):
     def _weights(
         self, labels: tuple[str, ...], counts: Sequence[int], rows: int, problem: str
     ) -> tuple[float, ...] | None:
-        if problem == MULTI and self.label_smoothing:
-            raise RecipeError("task.label_smoothing works where a row has one label; leave it out")
+        if problem == MULTI and (self.label_smoothing or self.head_start != "random"):
+            field = "label_smoothing" if self.label_smoothing else "head_start"
+            raise RecipeError(f"task.{field} works where a row has one label; leave it out")
         if self.class_weights is None:
             return None
         if isinstance(self.class_weights, dict):
@@ -217,13 +221,20 @@ class Classification(Task):
         """
         texts = list(rows["text"])
         pairs = list(rows["text_pair"]) if "text_pair" in rows else None
-        encoded, truncated = _tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
+        encoded, truncated = tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
         labels = list(rows["label"]) if "label" in rows else [_blank(info)] * len(texts)
         made: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
         if "token_type_ids" in encoded and (pairs is not None or any(tokenizer("a")["token_type_ids"])):
             made["token_type_ids"] = encoded["token_type_ids"]
         weights = [0.0] * len(texts) if "label" not in rows else [_weight(label, info) for label in labels]
         return {**made, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
+
+    def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
+        """Where ``head_start`` says so, sets the head from rows; raises RecipeError where it cannot be set so."""
+        if self.head_start == "class_means":
+            from peftkit.tasks._head_start import at_class_means
+
+            at_class_means(loaded, batches, info)
 
     def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
@@ -375,24 +386,3 @@ def _weight(label: Any, info: TaskInfo) -> float:
     if info.class_weights is None or info.problem_type != SINGLE:
         return 1.0
     return info.class_weights[label]
-
-
-def _tokenize(
-    texts: list[str], pairs: list[str] | None, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids cut to ``limit``, and how many tokens each row lost."""
-    options = {"return_attention_mask": False, "verbose": False}
-    encoded = {key: list(value) for key, value in tokenizer(texts, pairs, **options).items()}
-    truncated = [0] * len(texts)
-    long = [position for position, ids in enumerate(encoded["input_ids"]) if len(ids) > limit]
-    if long:
-        cut = tokenizer(
-            [texts[position] for position in long],
-            [pairs[position] for position in long] if pairs is not None else None,
-            truncation=True, max_length=limit, **options,
-        )  # fmt: skip
-        for row, position in enumerate(long):
-            truncated[position] = len(encoded["input_ids"][position]) - len(cut["input_ids"][row])
-            for key in encoded:
-                encoded[key][position] = cut[key][row]
-    return encoded, truncated

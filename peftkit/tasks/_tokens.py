@@ -1,0 +1,29 @@
+"""Texts as token ids, cut to a length, with what each lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenize(
+    texts: list[str], pairs: list[str] | None, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[dict[str, list[Any]], list[int]]:
+    """Token ids cut to ``limit``, and how many tokens each row lost."""
+    options = {"return_attention_mask": False, "verbose": False}
+    encoded = {key: list(value) for key, value in tokenizer(texts, pairs, **options).items()}
+    truncated = [0] * len(texts)
+    long = [position for position, ids in enumerate(encoded["input_ids"]) if len(ids) > limit]
+    if long:
+        cut = tokenizer(
+            [texts[position] for position in long],
+            [pairs[position] for position in long] if pairs is not None else None,
+            truncation=True, max_length=limit, **options,
+        )  # fmt: skip
+        for row, position in enumerate(long):
+            truncated[position] = len(encoded["input_ids"][position]) - len(cut["input_ids"][row])
+            for key in encoded:
+                encoded[key][position] = cut[key][row]
+    return encoded, truncated
