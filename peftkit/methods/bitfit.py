@@ -25,7 +25,7 @@ class BitFit(Method):
     """Biases only (Ben Zaken et al. 2021, arXiv:2106.10199)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate: ClassVar[float] = 5e-3
     learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ()
     """bitsandbytes rounds the biases of its layers to the compute dtype at every call, trained ones too."""

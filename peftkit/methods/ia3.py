@@ -23,7 +23,7 @@ class Ia3(ByPeft):
     """Scaled keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"
-    default_learning_rate: ClassVar[float] = 3e-3
+    default_learning_rate: ClassVar[float] = 1e-2
     learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
     packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)

@@ -18,7 +18,7 @@ class LnTuning(ByPeft):
     """Normalization layers only (Zhao et al. 2023, arXiv:2312.11420)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11420"
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 5e-3
     learns_pooling: ClassVar[bool] = False
 
     kind: Literal["ln_tuning"] = "ln_tuning"

@@ -20,7 +20,7 @@ class PTuning(LearnedPrompt):
     """A prompt made by a trained network (Liu et al. 2021, arXiv:2103.10385)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.10385"
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 1e-2
 
     kind: Literal["p_tuning"] = "p_tuning"
     encoder: Literal["mlp", "lstm"] = "mlp"

@@ -24,7 +24,7 @@ class TrainableTokens(ByPeft):
     """The embeddings of chosen tokens (peft's trainable tokens)."""
 
     paper: ClassVar[str] = "https://huggingface.co/docs/peft/package_reference/trainable_tokens"
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 1e-2
     learns_pooling: ClassVar[bool] = False
 
     kind: Literal["trainable_tokens"] = "trainable_tokens"
