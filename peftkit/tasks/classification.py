@@ -44,8 +44,9 @@ class Classification(Task):
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping names some, the rest are
     1. With several labels a row they weigh the positives; balanced is then negatives ÷ positives."""
-    head_start: Literal["random", "class_means"] = "random"
-    """class_means: the head starts as the rule of the nearest class mean over up to 256 training rows, for few rows."""
+    cosine_temperature: Annotated[float, Field(gt=0)] | None = None
+    """Trains the head on cosines ÷ this, starting at the class means of up to 256 training rows: 0.1 for a few rows a
+    class. None trains it on scalar products from a random start."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a label counts as given, where a row may have several."""
 
@@ -123,7 +124,7 @@ class Classification(Task):
         return TaskInfo(MULTI, labels, self._weights(labels, counts, rows, MULTI))
 
     def _describe_regression(self, columns: list[reading.LabelColumn]) -> TaskInfo:
-        for field in ("class_weights", "label_smoothing", "head_start"):
+        for field in ("class_weights", "label_smoothing", "cosine_temperature"):
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise RecipeError(f"task.{field} needs classes, but this is a regression; leave it out")
         for column in columns:
@@ -139,8 +140,8 @@ class Classification(Task):
     def _weights(
         self, labels: tuple[str, ...], counts: Sequence[int], rows: int, problem: str
     ) -> tuple[float, ...] | None:
-        if problem == MULTI and (self.label_smoothing or self.head_start != "random"):
-            field = "label_smoothing" if self.label_smoothing else "head_start"
+        if problem == MULTI and (self.label_smoothing or self.cosine_temperature):
+            field = "label_smoothing" if self.label_smoothing else "cosine_temperature"
             raise RecipeError(f"task.{field} works where a row has one label; leave it out")
         if self.class_weights is None:
             return None
@@ -230,11 +231,11 @@ class Classification(Task):
         return {**made, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
 
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
-        """Where ``head_start`` says so, sets the head from rows; raises RecipeError where it cannot be set so."""
-        if self.head_start == "class_means":
-            from peftkit.tasks._head_start import at_class_means
+        """Starts a head of cosines from rows; raises RecipeError where there is none that could be."""
+        if self.cosine_temperature is not None:
+            from peftkit.tasks import _cosine_head
 
-            at_class_means(loaded, batches, info)
+            _cosine_head.start(loaded, batches, info, self.cosine_temperature)
 
     def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
