@@ -19,7 +19,7 @@ from typing import Any
 
 from harness import RESULTS, machine
 
-WARM, STEPS = 10, 20
+WARM, STEPS = 6, 4
 KINDS = {
     "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul", "linear", "_int_mm", "mkldnn"),
     "dropout": ("random_", "bernoulli_", "native_dropout", "dropout"),
