@@ -33,7 +33,7 @@ def main() -> None:
     ]
     for path in sorted(RESULTS.glob("*.json")):
         content = {} if path.stem.startswith("try") else json.loads(path.read_text(encoding="utf-8"))
-        if "summary" in content:
+        if "summary" in content and "runs" in content:
             parts += comparison(path.stem, content)
         elif "slopes" in content:
             parts += growth(path.stem, content)
