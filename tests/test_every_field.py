@@ -57,7 +57,7 @@ TESTS = {
     "task[classification].problem_type": CLASSIFICATION + "test_whole_numbers_are_a_regression_when_the_recipe_says_so",
     "task[classification].label_smoothing": CLASSIFICATION + "test_cross_entropy_is_torchs_however_the_batch_is_cut",
     "task[classification].class_weights": CLASSIFICATION + "test_balanced_weights_are_those_of_scikit_learn",
-    "task[classification].cosine_temperature": "tasks/test_cosine_head.py::test_a_run_starts_where_its_classes_are",
+    "task[classification].cosine_temperature": "models/test_cosine_head.py::test_a_run_starts_where_its_classes_are",
     "task[classification].threshold": CLASSIFICATION + "test_the_threshold_moves_multi_label_decisions",
     "task[instruction].train_on": INSTRUCTION + "test_train_on_chooses_the_scored_turns",
     "task[instruction].packing": INSTRUCTION + "test_packed_windows_hold_every_example_and_score_the_same",

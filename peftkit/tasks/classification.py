@@ -233,9 +233,9 @@ class Classification(Task):
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
         """Starts a head of cosines from rows; raises RecipeError where there is none that could be."""
         if self.cosine_temperature is not None:
-            from peftkit.tasks import _cosine_head
+            from peftkit.models import cosine_head
 
-            _cosine_head.start(loaded, batches, info, self.cosine_temperature)
+            cosine_head.start(loaded, batches, info, self.cosine_temperature)
 
     def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""

@@ -15,10 +15,10 @@ import peftkit
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import RecipeError
 from peftkit.models.classifier import logits
+from peftkit.models.cosine_head import _head, _inputs, class_directions, start
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.recipe import Recipe, replace
-from peftkit.tasks._cosine_head import _head, _inputs, class_directions, start
 from tests import tiny
 
 
