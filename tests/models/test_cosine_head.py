@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import normalize
 
 import peftkit
 from peftkit.data.pipeline import encode, prepare
-from peftkit.errors import RecipeError
+from peftkit.errors import Interrupted, RecipeError
 from peftkit.models.classifier import logits
 from peftkit.models.cosine_head import _head, _inputs, class_directions, start
 from peftkit.models.loading import build
@@ -105,3 +106,20 @@ def test_heads_of_several_layers_are_set_in_their_last(small_recipe, tmp_path):
     rates = {"max_steps": 1, "learning_rate": 1e-9}
     recipe = replace(small_recipe, model={"source": str(roberta)}, task={"cosine_temperature": 0.1}, training=rates)
     assert peftkit.train(recipe, quiet=True).metrics["test"]["accuracy"] > 0.4
+
+
+def test_a_resumed_run_learns_the_same(small_recipe):
+    changes = {"epochs": 2, "evaluate_every": 3, "save_every": 3}
+    recipe = replace(small_recipe, task={"cosine_temperature": 0.1}, training=changes)
+    whole = peftkit.train(recipe, quiet=True)
+
+    def stop(step, _):
+        if step == 6:
+            raise Interrupted("enough", 15)
+
+    with pytest.raises(Interrupted):
+        peftkit.train(recipe, quiet=True, watch=stop)
+    resumed = peftkit.train(recipe, resume=True, quiet=True)
+    first, second = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, resumed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
