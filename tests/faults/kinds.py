@@ -141,7 +141,7 @@ def fresh_kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> O
     )
     seconds = _fresh_seconds(folder, whole) if outcome.trials < trials else 0.0
     for trial, generator in outcome.left(trials, seed):
-        recipe, said = whole.trial(folder, f"fresh-{trial}")
+        recipe, said = whole.trial(folder, f"fresh-{whole.recipe.name}-{trial}")
         root = Path(recipe.output_dir)
         if trial % 2:
             save, after = generator.randrange(3), aimed.after(whole.phases, aimed.SAVE, generator.random())
@@ -163,7 +163,8 @@ def fresh_kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> O
 
 def _fresh_seconds(folder: Path, whole: Reference) -> float:
     """From the start of an interpreter to its end, uninterrupted; what it made must be what a forked child makes."""
-    recipe, said = whole.again(folder, "fresh-whole"), folder / "fresh-whole.txt"
+    name = f"fresh-whole-{whole.recipe.name}"
+    recipe, said = whole.again(folder, name), folder / f"{name}.txt"
     started = time.monotonic()
     assert runs.wait(runs.fresh(recipe, said), runs.FRESH_LIMIT) == 0, said.read_text()[-2000:]
     seconds = time.monotonic() - started
