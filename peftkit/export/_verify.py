@@ -30,6 +30,8 @@ def load(job):
             arguments["quantization_config"] = transformers.BitsAndBytesConfig(**job["quantization"])
         arguments["device_map"] = {"": job["device"]}
     base = auto.from_pretrained(job["base"], dtype=dtype, ignore_mismatched_sizes=True, **arguments)
+    if "checkpoint" in (job["quantization"] or {}):
+        hold(base, dtype)
     for name, module in base.named_modules():
         if name.split(".")[-1] in job["heads"]:
             module.float()  # heads were trained in fp32; in half precision they would be rounded on loading
@@ -46,6 +48,14 @@ def load(job):
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, job["folder"])
+
+
+def hold(base, dtype):
+    """Whole weights of a quantized checkpoint in one dtype: transformers leaves some as the files have them."""
+    for parameter in base.parameters():
+        packed = hasattr(parameter, "quant_state") or type(parameter.data) is not torch.Tensor
+        if parameter.is_floating_point() and not packed:
+            parameter.data = parameter.data.to(dtype)
 
 
 def logits(model, inputs, pooling):

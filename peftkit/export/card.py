@@ -13,6 +13,7 @@ import jinja2
 
 from peftkit.export import proof
 from peftkit.export.description import Description
+from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.recipe import Recipe
 
 FILE, ONNX = "README.md", "onnx"
@@ -120,6 +121,7 @@ def code(about: Description) -> str:
             'folder = "path/to/this/folder"',
             "config = AutoConfig.from_pretrained(folder)",
             f"base = {auto}.from_pretrained({about.base!r}{revision}, config=config, dtype=torch.float32)",
+            *(_whole_weights_code() if (about.quantization or {}).get("kind") in KERNELS else []),
             *(_bias_code() if biases else ["model = PeftModel.from_pretrained(base, folder).eval()"]),
         ]
     else:
@@ -184,6 +186,15 @@ def _bias_code() -> list[str]:
     return [
         'base.load_state_dict(load_file(f"{folder}/adapter_model.safetensors"), strict=False)  # biases and head',
         "model = base.eval()",
+    ]
+
+
+def _whole_weights_code() -> list[str]:
+    """transformers leaves some of a quantized checkpoint's whole weights in the dtype of its files."""
+    return [
+        "for held in base.parameters():",
+        '    if held.is_floating_point() and type(held.data) is torch.Tensor and not hasattr(held, "quant_state"):',
+        "        held.data = held.data.float()",
     ]
 
 

@@ -28,6 +28,7 @@ from peftkit.errors import ExportError
 from peftkit.export.description import Description
 from peftkit.methods._lora_kernel import plainly
 from peftkit.models import classifier, policy
+from peftkit.models.attention import torchs_own
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.parts import LoadedModel
 
@@ -144,7 +145,8 @@ def _trained_logits(loaded: LoadedModel, about: Description, batch: dict[str, Te
     moved = {name: tensor.to(device) for name, tensor in batch.items()}
     quantized = _quantization(about) is not None
     dtype = getattr(torch, about.dtype) if quantized else torch.float32
-    with plainly(model) if quantized else _in_fp32(model), policy.autocast(dtype, device):
+    own_way = _plain_kernels(model) if quantized else _in_fp32(model)
+    with own_way, policy.autocast(dtype, device):
         if about.heads:
             scores = classifier.plain_logits(model, moved, about.pooling)
         else:
@@ -153,6 +155,13 @@ def _trained_logits(loaded: LoadedModel, about: Description, batch: dict[str, Te
             scores = model(**inputs, use_cache=False).logits[:, -mask.shape[1] :].float()[mask]  # a prompt's come first
     model.train(was_training)
     return scores.cpu()
+
+
+@contextlib.contextmanager
+def _plain_kernels(model: torch.nn.Module) -> Iterator[None]:
+    """peft's layers and torch's attention, to the last bit what a fresh process takes."""
+    with plainly(model), torchs_own(model):
+        yield
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ Shape suffixes: B rows times key heads, G query heads a key head, T queries, S k
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,20 @@ def cpu_attention(model: Any) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     base.set_attn_implementation(NAME)
     return bool(base.config._attn_implementation == NAME)
+
+
+@contextlib.contextmanager
+def torchs_own(model: Any) -> Iterator[None]:
+    """Lets a model attend through torch's kernel for a while, as it does in the hands of a plain reader."""
+    base = underlying(model)
+    ours = base.config._attn_implementation == NAME
+    if ours:
+        base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if ours:
+            base.set_attn_implementation(NAME)
 
 
 def attend(

@@ -14,13 +14,13 @@ import torch
 
 from peftkit.errors import ModelError
 from peftkit.models import policy
-from peftkit.models.quantization import checkpoint
+from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.guard import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
 from peftkit.models.tokenizer import pad_note
 from peftkit.models.training_options import prepare_for_training
 from peftkit.parts import LoadedModel, TaskInfo
-from peftkit.recipe import Recipe
+from peftkit.recipe import ModelConfig, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,7 +62,11 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:
-        arguments |= recipe.quantization.load_arguments(recipe.model, never_quantized(config, pooling, info))
+        skipped = never_quantized(config, pooling, info, folder)
+        arguments |= recipe.quantization.load_arguments(recipe.model, skipped)
+    if packed == "bitsandbytes":
+        skipped = never_quantized(config, pooling, info, folder)
+        config.quantization_config = stored.settled(config.quantization_config, skipped, dtype)
     if recipe.quantization is not None or packed:
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":
@@ -80,13 +84,44 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
 
 def load_language_model(recipe: Recipe, device: torch.device | str | None = None) -> PreTrainedModel:
     """The untrained base as a language model, for prompting it without any training."""
-    from transformers import AutoModelForCausalLM
+    return load_plain(recipe.model, folder_of(resolve(recipe.model)), causal=True, device=device)
 
-    folder = folder_of(resolve(recipe.model))
-    dtype = policy.dtype_for(recipe.model, device)
+
+def load_plain(
+    model: ModelConfig, folder: Path, *, causal: bool, device: torch.device | str | None = None, **arguments: Any
+) -> PreTrainedModel:
+    """A base as it lies in a folder, in evaluation mode: as a language model, or as a backbone without any head.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM if causal else AutoModel
+    dtype = policy.dtype_for(model, device)
     place = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place, trust_remote_code=False)
-    return model.eval()
+    try:
+        loaded: Any = auto.from_pretrained(
+            folder, dtype=dtype, device_map=place, trust_remote_code=False, use_safetensors=True, **arguments
+        )
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
+    return loaded.eval()  # type: ignore[no-any-return]
+
+
+def heads_of(config: PreTrainedConfig, folder: Path) -> tuple[str, ...]:
+    """Names of what stands on top of the backbone in every task that the architecture is loaded for."""
+    found: list[str] = []
+    classifier = TaskInfo("single_label_classification")
+    uses: tuple[tuple[TaskInfo, Pooling], ...] = (
+        (TaskInfo("causal_lm"), "own"),
+        (classifier, "own"),
+        (classifier, "mean"),
+    )
+    for info, pooling in uses:
+        if type(config) in _auto_class(info, pooling)._model_mapping:
+            found += never_quantized(config, pooling, info, folder)
+    return tuple(dict.fromkeys([*found, "pooler"]))
 
 
 def writes_text(config: PreTrainedConfig) -> bool:
@@ -125,15 +160,23 @@ def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
     return "cls" if flags.get("pooling_mode_cls_token") or mode == "cls" else "own"
 
 
-def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo) -> tuple[str, ...]:
-    """Names of heads, pooler and output embeddings, read off the architecture before any weight is loaded."""
+def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo, folder: Path) -> tuple[str, ...]:
+    """Names of heads, pooler and output embeddings, read off the architecture before any weight is loaded.
+
+    Of a checkpoint that bitsandbytes saved in ``folder``, what its files hold whole is among them, and what they hold
+    packed is not, heads apart.
+    """
     with torch.device("meta"):
         model = _auto_class(info, pooling).from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is output and output is not None]
+    others = [name for name, module in model.named_modules() if module is output and output is not None]
+    heads: tuple[str, ...] = ()
     if info.problem_type != "causal_lm":
-        names += [*_heads(model, {"missing_keys": []}), f"{model.base_model_prefix}.pooler"]
-    return tuple(dict.fromkeys(names))
+        heads = _heads(model, {"missing_keys": []})
+        others += [f"{model.base_model_prefix}.pooler"]
+    if checkpoint.quantized_with(config) == "bitsandbytes":
+        return stored.never_packed(model, heads, others, folder)
+    return tuple(dict.fromkeys([*others, *heads]))
 
 
 def settle_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:

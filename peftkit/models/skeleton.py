@@ -15,8 +15,9 @@ import torch
 
 from peftkit.errors import ModelError
 from peftkit.models import loading
+from peftkit.models.quantization import stored
 from peftkit.models.quantization.checkpoint import quantized_with
-from peftkit.models.quantization.skeleton import Held, replace_linear
+from peftkit.models.quantization.skeleton import OUTER_BLOCK, Held, replace_linear
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.training_options import prepare_for_training
 from peftkit.parts import LoadedModel, TaskInfo
@@ -46,8 +47,8 @@ def build_skeleton(
     arguments: dict[str, Any] = {"dtype": torch.float32 if recipe.method.saves == "model" else dtype}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
-    skipped = loading.never_quantized(config, pooling, info)
-    held = held or held_by(recipe) or _held_in(config, recipe)
+    skipped = loading.never_quantized(config, pooling, info, folder)
+    held = held or held_by(recipe) or _held_in(config, recipe, folder)
     with unset_fake_temporarily(), torch.device("meta"):
         with no_init_weights():
             model = loading._auto_class(info, pooling).from_config(config, trust_remote_code=False, **arguments)
@@ -93,7 +94,7 @@ def held_by(recipe: Recipe) -> Held | None:
     return Held(kind.kind, double=getattr(kind, "double", False)) if kind is not None else None
 
 
-def _held_in(config: Any, recipe: Recipe) -> Held | None:
+def _held_in(config: Any, recipe: Recipe, folder: Path) -> Held | None:
     """How a checkpoint of quantized weights holds them; raises ModelError for kinds whose bytes are not known."""
     kind = quantized_with(config)
     if kind is None:
@@ -103,9 +104,12 @@ def _held_in(config: Any, recipe: Recipe) -> Held | None:
             f"model.source={recipe.model.source}: how many bytes weights quantized with {kind} take in training is not "
             "known, so that it cannot be planned; plan the unquantized model with quantization.kind=nf4 for a bound"
         )
-    given = config.quantization_config
-    values = given if isinstance(given, dict) else given.to_dict()
-    return Held("nf4" if values.get("load_in_4bit") else "int8", double=bool(values.get("bnb_4bit_use_double_quant")))
+    values = config.quantization_config
+    if not values.get("load_in_4bit"):
+        return Held("int8")
+    if found := stored.blocks(folder):
+        return Held("nf4", found.outer is not None, found.size, found.outer or OUTER_BLOCK)
+    return Held("nf4", double=bool(values.get("bnb_4bit_use_double_quant")))
 
 
 def weight_file_bytes(folder: Path) -> int:

@@ -50,12 +50,13 @@ def test_fresh_process_gives_the_same_logits(case, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing staged is left
 
 
-def test_language_model_on_nf4(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_language_model_on_nf4(dtype, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the quantization extra is not installed")
     base = tiny.tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
     folder, _ = exported(
         tmp_path / "run", base, TaskInfo("causal_lm"), quantization={"kind": "nf4"},
-        method={"init_lora_weights": "gaussian"}, task={"kind": "instruction"},
+        method={"init_lora_weights": "gaussian"}, task={"kind": "instruction"}, model={"dtype": dtype},
     )  # fmt: skip
     assert proof.read(folder)["relative"] < 1e-5
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())

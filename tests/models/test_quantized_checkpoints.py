@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import peftkit
 from peftkit.errors import MethodError, ModelError
@@ -109,16 +109,6 @@ def test_a_whole_checkpoint_is_none_of_them(llama):
     assert checkpoint.check(json.loads((llama / "config.json").read_text()), recipe) is None
 
 
-@pytest.fixture
-def saved_4bit(llama, tmp_path):
-    """The Llama as bitsandbytes saves it in NF4."""
-    pytest.importorskip("bitsandbytes")
-    held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    AutoModelForCausalLM.from_pretrained(llama, quantization_config=held).save_pretrained(tmp_path / "nf4")
-    tiny.tiny_tokenizer(tmp_path / "nf4", "chatml")
-    return tmp_path / "nf4"
-
-
 def rows(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("text\n" + "".join(f"the king said {number} no to the lord\n" for number in range(24)))
@@ -136,16 +126,6 @@ def trained(folder, tmp_path, **parts):
         **parts,
     )
     return peftkit.train(recipe, quiet=True)
-
-
-def test_a_checkpoint_of_bitsandbytes_is_trained_over_proven_and_planned(saved_4bit, tmp_path):
-    run = trained(saved_4bit, tmp_path, method={"kind": "lora", "rank": 4})
-    assert json.loads((run.adapter / "proof.json").read_text())["passed"]
-    with without_data():
-        model = build_skeleton(run.recipe, CAUSAL, load_tokenizer(run.recipe.model), torch.float32).model
-    packed = [p for p in model.parameters() if p.dtype == torch.uint8]
-    assert len(packed) == 2 * 7
-    assert all(p.quant_state.quant_type == "nf4" for p in packed)
 
 
 def test_others_cannot_be_planned(llama):

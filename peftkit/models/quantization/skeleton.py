@@ -31,6 +31,10 @@ class Held:
 
     kind: str
     double: bool = False
+    block: int = BLOCK
+    """Weights to a scale, in 4 bits."""
+    outer: int = OUTER_BLOCK
+    """Scales to a scale of theirs."""
 
     def weight_bytes(self, weights: int) -> int:
         """Bytes of the packed weights."""
@@ -40,10 +44,10 @@ class Held:
         """Bytes of the scales and tables of a matrix of [rows, columns]."""
         if self.kind == "int8":
             return 4 * rows
-        blocks = -(-rows * columns // BLOCK)
+        blocks = -(-rows * columns // self.block)
         if not self.double:
             return 4 * blocks + 16 * 4
-        return blocks + 4 * -(-blocks // OUTER_BLOCK) + TABLES
+        return blocks + 4 * -(-blocks // self.outer) + TABLES
 
 
 def replace_linear(model: nn.Module, held: Held, dtype: torch.dtype, skipped: Sequence[str]) -> None:
