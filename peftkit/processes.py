@@ -141,7 +141,7 @@ def joined() -> Iterator[Team]:
         return
     import torch.distributed as dist
 
-    from peftkit.training.session import local_processes
+    from peftkit.data.parallel import local_processes
     from peftkit.training.watch import Watch, address
 
     team, ours = _meet()
@@ -172,6 +172,7 @@ def _meet() -> tuple[Team, bool]:
     import torch
     import torch.distributed as dist
 
+    from peftkit.data import parallel
     from peftkit.training import session
 
     missing = [name for name in NEEDED if not os.environ.get(name)]
@@ -187,7 +188,7 @@ def _meet() -> tuple[Team, bool]:
     ours = not dist.is_initialized()
     if ours:  # objects go over the CPU, whatever the models are on
         dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=session.PATIENCE)
-    torch.set_num_threads(max(1, session.cores() // session.local_processes()))
+    torch.set_num_threads(parallel.share_of_cores(None))
     return Team(dist.get_rank(), dist.get_world_size(), device), ours
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftkit.data import cleaning, splitting
+from peftkit.data import cleaning, parallel, splitting
 from peftkit.data.augmentation import augmented
 from peftkit.data.batching import collate
 from peftkit.data.cache import atomic_folder, cache_folder, entry_lock, is_intact
@@ -195,14 +195,20 @@ def _encode_split(
     rows: Dataset, part: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo, folder: Path
 ) -> None:
     lengths, weights = array("i"), array("f")
+    starts = range(0, len(rows), BATCH)
+
+    def columns(start: int) -> dict[str, list[Any]]:
+        made = _encoded(rows[start : start + BATCH], tokenizer, recipe, info)
+        release()
+        return made
 
     def examples() -> Iterator[Row]:
-        for start in range(0, len(rows), BATCH):
-            for example in _examples(rows[start : start + BATCH], start, tokenizer, recipe, info):
+        workers = parallel.share_of_cores(recipe.training.threads)
+        for start, made in zip(starts, parallel.in_order(columns, starts, workers)):
+            for example in _examples(made, start):
                 lengths.append(len(example["input_ids"]))
                 weights.append(example["weight"])
                 yield example
-            release()
 
     if write_rows(examples(), folder, part) is None:
         first: Any = rows[0]
@@ -212,14 +218,18 @@ def _encode_split(
     np.save(folder / f"{part}-weights.npy", np.array(weights, dtype=np.float32), allow_pickle=False)
 
 
-def _examples(
-    columns: dict[str, list[Any]], start: int, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo
-) -> Iterator[Row]:
-    """Examples of a batch of rows that begins at row ``start`` of its split."""
+def _encoded(
+    columns: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo
+) -> dict[str, list[Any]]:
+    """Examples of a batch of rows, as columns."""
     try:
-        made = recipe.task.encode(columns, tokenizer, recipe.data, info)
+        return recipe.task.encode(columns, tokenizer, recipe.data, info)
     except DataError as error:
         raise error if error.file is not None or "_file" not in columns else _first_place(error, columns) from None
+
+
+def _examples(made: dict[str, list[Any]], start: int) -> Iterator[Row]:
+    """Examples one by one; their batch of rows begins at row ``start`` of its split."""
     for values in zip(*made.values()):
         example = dict(zip(made, values))
         example["row"] += start
@@ -244,7 +254,7 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         columns = {name: [row[name] for row in batch] for name in batch[0]}
-        made += _examples(columns, start, tokenizer, recipe, info)
+        made += _examples(_encoded(columns, tokenizer, recipe, info), start)
     lengths = np.array([len(example["input_ids"]) for example in made], dtype=np.int32)
     weights = np.array([example["weight"] for example in made], dtype=np.float32)
     return EncodedSplit(Dataset.from_list(made), lengths, weights)

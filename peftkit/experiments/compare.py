@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import catalog
+from peftkit.data.parallel import cores
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs as working
 from peftkit.experiments.jobs import DONE, Here, Job, Outcome, Processes, Runner
@@ -24,7 +25,7 @@ from peftkit.experiments.variants import Variant, parse_vary, variants
 from peftkit.recipe import Recipe, replace
 from peftkit.reporting import comparison as reporting
 from peftkit.training import folder as folders
-from peftkit.training.session import cores, flat
+from peftkit.training.session import flat
 
 Given = str | Path | Recipe
 

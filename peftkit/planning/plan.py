@@ -105,10 +105,10 @@ def look(recipe: Recipe) -> Known:
     import accelerate
     import datasets
 
+    from peftkit.data.parallel import cores
     from peftkit.data.pipeline import encode, prepare
     from peftkit.evaluation import figures
     from peftkit.training import loop
-    from peftkit.training.session import cores
 
     taken = (accelerate, datasets, figures, loop)  # counted as the framework's; what grows from here on is the data's
     assert all(taken)
@@ -172,7 +172,7 @@ def _kernels(workload: Workload, train: Traced, evaluation: Traced) -> int:
 
 def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
     """Bytes that training takes on a CPU beside the model that is loaded: a pass, gradients and optimizer states."""
-    from peftkit.training.session import cores
+    from peftkit.data.parallel import cores
 
     machine = machines.measured(recipe.training.threads or cores())
     with without_data():

@@ -35,7 +35,7 @@ def beside(
         device: where it ran, ``torch.device``.
         sharded: whether its weights were spread over processes, which is not planned.
     """
-    from peftkit.training.session import cores
+    from peftkit.data.parallel import cores
 
     threads = recipe.training.threads or cores()
     if sharded:

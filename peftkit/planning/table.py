@@ -40,11 +40,11 @@ def table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> l
     """
     from transformers import AutoConfig
 
+    from peftkit.data.parallel import cores
     from peftkit.models.loading import writes_text
     from peftkit.models.skeleton import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
     from peftkit.models.tokenizer import load_tokenizer
-    from peftkit.training.session import cores
 
     values = {"name": "table", "model": {"source": source}, "data": {"source": "none.csv"}}
     model = Recipe.parse({**values, "method": "lora"}).model

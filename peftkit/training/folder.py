@@ -22,12 +22,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from peftkit.data.parallel import cores
 from peftkit.errors import CheckpointError, RunError
 from peftkit.parts import TaskInfo
 from peftkit.recipe import Recipe
 from peftkit.training import checkpoints, disk
 from peftkit.training.checkpoints import Checkpoint
-from peftkit.training.session import Session, cores, flat
+from peftkit.training.session import Session, flat
 
 PACKAGES = (
     "peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkit.data.parallel import local_processes, share_of_cores
 from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.recipe import Recipe
 from peftkit.training import sharding, zero
@@ -183,7 +183,7 @@ def open_session(recipe: Recipe) -> Session:
     sharding.check(accelerator, recipe)
     if zero.asked_for():
         zero.load_whole()
-    threads = recipe.training.threads or max(1, cores() // local_processes())
+    threads = share_of_cores(recipe.training.threads)
     torch.set_num_threads(threads)
     bound_kernel_cache()
     set_seed(recipe.training.seed)
@@ -208,16 +208,6 @@ def flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
             yield prefix, values
 
     yield from walk(recipe.model_dump(mode="json"), "")
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _trackers(recipe: Recipe) -> list[str] | None:

@@ -1,0 +1,131 @@
+"""Chunks of rows worked on by several processes, in order: for work in Python, of which a process does one at a time.
+
+    for made in in_order(encode_chunk, range(0, rows, 1000), workers=4): …
+
+Workers are forked: they begin at once and have all that this process has read, tokenizer and mapped rows included; only
+what they make is sent back, and few chunks are under way at a time. Where processes are not forked (all but Linux),
+where there is one core, and where little is left to do, all of it is done here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from peftkit.errors import TrainingError
+
+T = TypeVar("T")
+WORTH = 2.0
+"""Seconds of work left from which processes are started, by the time that the first chunk took."""
+DIES_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
+_held: dict[str, Any] = {}
+"""In a worker: what it does, and where it keeps what it would have logged."""
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def share_of_cores(threads: int | None) -> int:
+    """What one process of a run may keep busy: ``training.threads``, or cores ÷ processes."""
+    return threads or max(1, cores() // local_processes())
+
+
+def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[T]:
+    """``work`` of every item, in the items' order, whoever does it.
+
+    The first is done here: what it reads for all of them the workers then have, and what it warns of is said once. An
+    exception of ``work`` is raised where its item stands; what workers log is logged here.
+
+    Args:
+        work: a function of an item alone; its value is sent between processes.
+        workers: processes at most; 1 does all of it here.
+
+    Raises:
+        TrainingError: a worker was killed.
+    """
+    left, started = items[1:], time.perf_counter()
+    made = [work(item) for item in items[:1]]
+    seconds = (time.perf_counter() - started) * len(left)
+    while made:
+        yield made.pop()
+    if workers < 2 or len(left) < 2 or seconds < WORTH or not sys.platform.startswith("linux"):
+        yield from map(work, left)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(left)), multiprocessing.get_context("fork"), _begin, (work, os.getpid())
+    )
+    try:
+        yield from _results(pool, left, 2 * workers)
+    except BrokenProcessPool:
+        raise TrainingError(
+            "a process that worked on the rows was killed, perhaps for want of memory; training.threads=1 works on "
+            "them in one"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _results(pool: ProcessPoolExecutor, items: Sequence[int], ahead: int) -> Iterator[Any]:
+    """Values in order, with as many chunks as ``ahead`` begun or waiting to be taken."""
+    left = iter(items)
+    begun = deque(pool.submit(_one, item) for item in islice(left, ahead))
+    while begun:
+        value, said = begun.popleft().result()
+        begun.extend(pool.submit(_one, item) for item in islice(left, 1))
+        for record in said:
+            logging.getLogger(record.name).handle(record)
+        yield value
+
+
+def _begin(work: Callable[[int], Any], parent: int) -> None:
+    """A worker's first act: it ends when its parent does, leaves Ctrl-C to it, and uses one core."""
+    ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    records = _Records()
+    logging.getLogger().handlers = [records]
+    _held.update(work=work, records=records)
+
+
+def _one(item: int) -> tuple[Any, list[logging.LogRecord]]:
+    value = _held["work"](item)
+    return value, _held["records"].taken()
+
+
+class _Records(logging.Handler):
+    """Keeps what is logged, as text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args = record.getMessage(), None
+        self._kept.append(record)
+
+    def taken(self) -> list[logging.LogRecord]:
+        """What was kept since the last call."""
+        kept, self._kept = self._kept, []
+        return kept
