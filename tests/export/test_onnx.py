@@ -35,6 +35,7 @@ def test_the_runtime_predicts_what_torch_predicts(maker, pooling, method, tmp_pa
     )
     said = run_export(folder, tmp_path / "onnx", to_format="onnx")
     assert "wrote the ONNX model" in said
+    assert "; read by ONNX Runtime its logits differ from the trained model's by " in said
     ours, torchs = peftkit.load(tmp_path / "onnx"), peftkit.load(folder)
     assert type(ours.model) is onnx.OnnxClassifier
     expected = torchs.logits(TEXTS)
