@@ -1,4 +1,5 @@
-"""The command line; ``peftkit --help`` names its commands. Those of many runs are in ``cli_experiments``.
+"""The command line; ``peftkit --help`` names its commands. Those of many runs are in
+``cli_experiments``, those that write models in ``cli_models``.
 
 Whatever needs torch is imported inside the command that needs it, so that ``peftkit list`` answers at once. Results
 go to stdout, everything said about them to stderr, so that every command can stand in a pipe.
@@ -15,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from peftkit import __version__, catalog, cli_experiments, launch, overrides
-from peftkit.errors import RecipeError, RunError, did_you_mean
+from peftkit import __version__, catalog, cli_experiments, cli_models, launch, overrides
+from peftkit.errors import RecipeError, RunError
 from peftkit.recipe import Recipe
 
 app = typer.Typer(
@@ -309,23 +310,8 @@ def chat(
     conversation.chat(model.configured(**options), system=system)
 
 
-@command("export")
-def export(
-    run: RunFolder,
-    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that does not exist yet, or is empty.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
-    to_format: Annotated[
-        str, typer.Option("--format", help="peft, or onnx: a classifier with its adapter in one ONNX file.")
-    ] = "peft",
-) -> None:
-    """Write what a run learned to a folder that other libraries load, with a proof that it gives the same outputs."""
-    from peftkit.export import run_export
-
-    if to_format not in (known := ("peft", "onnx")):
-        raise RecipeError(f"--format {to_format}: {did_you_mean(to_format, known)}")
-    _say(run_export(run, to, merge=merge, to_format=to_format))
-
-
+command("export")(cli_models.export)
+command("quantize")(cli_models.quantize)
 command("compare")(cli_experiments.compare)
 command("tune")(cli_experiments.tune)
 

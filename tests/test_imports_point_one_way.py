@@ -16,9 +16,21 @@ LAYERS = [
     {"data", "models", "methods", "tasks"},
     {"training", "evaluation", "planning", "export"},
     {"reporting"},
-    {"results", "run", "inference", "predictions", "embeddings", "prompts", "output", "scoring", "chat", "processes"},
+    {
+        "results",
+        "run",
+        "inference",
+        "predictions",
+        "embeddings",
+        "prompts",
+        "output",
+        "scoring",
+        "chat",
+        "processes",
+        "quantize",
+    },
     {"experiments"},
-    {"launch", "doctor", "cli", "cli_experiments", "__init__", "__main__"},
+    {"launch", "doctor", "cli", "cli_experiments", "cli_models", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 UPWARDS = {("tasks", "evaluation.figures")}

@@ -182,8 +182,9 @@ def find(
         return None, str(error)
     if not isinstance(backbone, nn.Module):
         return None, f"{type(inner).__name__} has no backbone apart from its head"
-    trace = _traced(model, backbone, blocks, lambda: forward(batch))
-    cut = _cut(model, blocks, trace)
+    first_is_trained = any(parameter.requires_grad for parameter in blocks[0].parameters())  # told without a pass
+    trace = _Trace() if first_is_trained else _traced(model, backbone, blocks, lambda: forward(batch))
+    cut = 0 if first_is_trained else _cut(model, blocks, trace)
     if cut == 0:
         return None, "something is trained below the first block, or in it"
     held = Stem(

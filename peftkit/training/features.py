@@ -10,18 +10,16 @@ precomputed features is as old as the method (Alain & Bengio 2016, arXiv:1610.01
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from peftkit.data.batching import by_length, pass_tokens, steps_per_epoch
@@ -32,7 +30,7 @@ from peftkit.models.stem import Stem
 from peftkit.recipe import Recipe
 from peftkit.training import feature_store as store
 from peftkit.training.feature_store import FeatureSplit
-from peftkit.training.log import columns, console
+from peftkit.training.log import bar
 from peftkit.training.session import Session
 from peftkit.training.step import TaskModule
 
@@ -99,7 +97,7 @@ class Plan:
         rows = len(split.lengths) if self.stem.per_row else int(split.lengths.sum())
         out = np.lib.format.open_memmap(file, mode="w+", dtype=store.STORED[self.dtype], shape=(rows, self.width))
         tokens = pass_tokens(self.recipe.training, self.session.device.type)
-        with _progress(self.session, f"features of {name}", len(split.lengths)) as advance:
+        with bar(f"features of {name}", len(split.lengths), shown=self.session.is_main) as advance:
             for batch in by_length(split.lengths, BATCH_ROWS, tokens):
                 hidden, mask = self._captured(split, batch)
                 if self.stem.per_row:
@@ -248,14 +246,3 @@ def _key(made: Plan, split: EncodedSplit) -> str:
         "code": store.code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _progress(session: Session, what: str, rows: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere nothing, for the note that was given beforehand says it."""
-    if not (session.is_main and console.is_terminal):
-        yield lambda done: None
-        return
-    with Progress(*columns(), console=console) as bar:
-        task = bar.add_task(what, total=rows, said="")
-        yield lambda done: bar.advance(task, done)

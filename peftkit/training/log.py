@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,25 @@ def columns() -> list[ProgressColumn]:
     said = TextColumn("{task.fields[said]}")
     steps: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     return [*steps, said, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()]
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, and a line at every quarter elsewhere; gives what is told how many more are done."""
+    if shown and console.is_terminal:
+        with Progress(*columns(), console=console) as progress:
+            task = progress.add_task(what, total=total, said="")
+            yield lambda more: progress.advance(task, more)
+        return
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        before, done = done, done + more
+        if shown and 4 * before // total < 4 * done // total:
+            print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+
+    yield advance
 
 
 class RunLog:

@@ -1,0 +1,179 @@
+"""``peftkit quantize``: a base in NF4, calibrated on rows, that transformers loads and that runs are trained over."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import peftkit
+from peftkit import quantize as quantization
+from peftkit.cli import app
+from peftkit.errors import ExportError, ModelError, RecipeError, RunError
+from peftkit.models.calibration import calibrate
+from peftkit.quantize import FIGURES, quantize
+from peftkit.recipe import replace
+from tests import tiny
+
+pytest.importorskip("bitsandbytes")
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def rows(folder):
+    words = tiny.WORDS
+    texts = [" ".join(words[(k * (i + 3) + 5 * i) % len(words)] for k in range(6 + i % 9)) for i in range(90)]
+    (folder / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{text} {i},{'ab'[i % 2]}\n" for i, text in enumerate(texts)), encoding="utf-8"
+    )
+    return str(folder / "rows.csv")
+
+
+def recipe_on(model, folder, task="style", **parts):
+    columns = {"style": {}, "classification": {"text": "text", "label": "label"}}[task]
+    return tiny.tiny_recipe(
+        model,
+        task={"kind": task},
+        data={"source": rows(folder), "columns": columns, "max_length": 32},
+        quantization={"kind": "nf4"},
+        training={"max_steps": 3, "batch_size": 4, "threads": 1},
+        evaluation={"generation": {"samples": 0}, "baselines": []},
+        output_dir=str(folder / "runs"),
+        **parts,
+    )
+
+
+BASES = {
+    "llama": (lambda to: tiny.tiny_llama(to, **SIZES), "style"),
+    "gpt2": (lambda to: tiny.tiny_gpt2(to, n_embd=64), "style"),
+    "bert": (lambda to: tiny.add_pooling(tiny.tiny_bert(to, **SIZES)), "classification"),
+    "llama that classifies": (lambda to: tiny.tiny_llama(to, **SIZES), "classification"),
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def made(request, tmp_path_factory):
+    """(recipe, folder, figures) of a base that was quantized."""
+    build, task = BASES[request.param]
+    folder = tmp_path_factory.mktemp("quantize")
+    recipe = recipe_on(build(folder / "base"), folder, task)
+    return recipe, folder / "nf4", quantize(recipe, folder / "nf4", rows=40)
+
+
+def test_it_loses_less_than_nf4_as_it_is(made):
+    recipe, folder, found = made
+    plain, calibrated = found["lost"]["nf4"], found["lost"]["calibrated nf4"]
+    assert found["lost"]["unquantized"]["error"] == 0
+    assert 0 < calibrated["error"] < 0.85 * plain["error"]
+    assert ("loss" in plain) == (recipe.task.kind == "style")
+    assert json.loads((folder / FIGURES).read_text()) == found
+    assert f"{calibrated['error']:.4f}" in (folder / "README.md").read_text()
+
+
+def test_transformers_alone_finds_the_figures_that_were_written(made):
+    recipe, folder, found = made
+    auto = AutoModelForCausalLM if recipe.task.kind == "style" else AutoModel
+    whole, packed = (auto.from_pretrained(one, dtype="float32").eval() for one in (recipe.model.source, folder))
+    assert sum(type(one).__name__ == "Linear4bit" for one in packed.modules()) == found["layers"]
+    assert packed.get_memory_footprint() == found["bytes"] < whole.get_memory_footprint()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the king said no to the red ball of the new world", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        a, b = (one.base_model(input_ids=ids).last_hidden_state for one in (whole, packed))
+    assert 0 < float((a - b).norm() / a.norm()) < 2 * found["lost"]["calibrated nf4"]["error"]
+
+
+@pytest.mark.parametrize("made", ["llama", "bert"], indirect=True)
+def test_a_run_is_trained_over_it_proven_and_loaded(made):
+    recipe, folder, _ = made
+    run = peftkit.train(replace(recipe, model={"source": str(folder)}, quantization=None), quiet=True)
+    assert json.loads((run.adapter / "proof.json").read_text())["passed"]
+    if recipe.task.kind == "classification":
+        assert len(peftkit.load(run.path).predict(["the king said no"])) == 1
+        assert (folder / "modules.json").is_file() == (tiny.Path(recipe.model.source) / "modules.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return recipe_on(tiny.tiny_llama(folder / "base", **SIZES), folder)
+
+
+def test_the_command_prints_what_was_lost_and_how_to_go_on(llama, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(llama.to_yaml(), encoding="utf-8")
+    arguments = ["quantize", str(tmp_path / "mine.yaml"), "--to", str(tmp_path / "nf4"), "--rows", "3", "--json"]
+    with pytest.raises(SystemExit) as stop:
+        app(args=[*arguments, "quantization.double=false"])
+    out = capsys.readouterr()
+    assert not stop.value.code
+    found = json.loads(out.out)
+    assert (found["rows"], found["layers"]) == (3, 14)
+    assert f"model.source={(tmp_path / 'nf4').resolve()} quantization=null" in out.err
+    held = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
+    assert held["bnb_4bit_use_double_quant"] is False
+
+
+def test_other_rows_give_other_codes_and_the_same_seed_the_same(llama, tmp_path):
+    def codes(name, **training):
+        quantize(replace(llama, training=training), tmp_path / name, rows=8)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    assert codes("a") == codes("b")
+    assert codes("a2", seed=7) != codes("b2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "error", "said"),
+    [
+        ({"quantization": None}, 8, RecipeError, "quantization=null; set quantization.kind=nf4"),
+        ({"quantization": {"kind": "int8"}}, 8, RecipeError, "quantization=int8"),
+        ({}, 0, RecipeError, "--rows 0: expected at least 1 row"),
+    ],
+)
+def test_what_it_cannot_do_is_said_before_anything_is_loaded(changes, rows, error, said, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "load_plain", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(error, match=said):
+        quantize(replace(llama, **changes), tmp_path / "nf4", rows=rows)
+
+
+def test_a_folder_that_holds_something_and_a_base_that_is_quantized_are_refused(llama, tmp_path):
+    quantize(llama, tmp_path / "nf4", rows=2)
+    with pytest.raises(RunError, match="not an empty folder"):
+        quantize(llama, tmp_path / "nf4", rows=2)
+    with pytest.raises(ModelError, match="quantized with bitsandbytes already"):
+        quantize(replace(llama, model={"source": str(tmp_path / "nf4")}), tmp_path / "again", rows=2)
+
+
+def test_a_folder_that_loads_as_another_model_is_not_left_behind(llama, tmp_path, monkeypatch):
+    write = quantization._write
+
+    def damaged(stage, quantized, *others):
+        with torch.no_grad():
+            quantized.model.norm.weight.mul_(2)
+        write(stage, quantized, *others)
+        with torch.no_grad():
+            quantized.model.norm.weight.div_(2)
+
+    monkeypatch.setattr(quantization, "_write", damaged)
+    with pytest.raises(ExportError, match="loads as another one"):
+        quantize(llama, tmp_path / "nf4", rows=2)
+    assert not (tmp_path / "nf4").exists()
+
+
+def test_blocks_that_do_not_read_what_the_one_before_made_are_refused():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model = Skipping()
+    with pytest.raises(ModelError, match="does not read just what the one before it made"):
+        calibrate(model, model, [{"x": torch.ones(1, 4)}], lambda one, batch: one(**batch))
