@@ -18,11 +18,13 @@ NAMES = {
     "train_rows_per_second": "rows/s", "train_tokens_per_second": "tokens/s", "rows_per_second": "rows/s",
     "predict_seconds": "s of prediction", "eval_rows_per_second": "rows/s evaluated", "peak_rss_gb": "GB peak",
     "accuracy": "accuracy", "agreement": "agreement", "held_out_loss": "held-out loss", "train_loss": "training loss",
-    "flops_utilization": "of the matrix-product rate",
+    "validation_loss": "validation loss", "padding_share": "padding in a pass",
+    "batch_padding_share": "padding in a batch", "flops_utilization": "of the matrix-product rate",
 }  # fmt: skip
 """Figures that are shown, in this order, and what they are called; all others stay in the JSON."""
 FASTER_IS_MORE = ("train_rows_per_second", "train_tokens_per_second", "rows_per_second")
 OURS = "peftkit"
+PLOT = "![validation loss by step, and the difference](../../docs/batching_curves.png)"
 
 
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
         content = {} if path.stem.startswith("try") else json.loads(path.read_text(encoding="utf-8"))
         if "summary" in content and "runs" in content:
             parts += comparison(path.stem, content)
+            if "points" in content:
+                parts += curves(content)
         elif "slopes" in content:
             parts += growth(path.stem, content)
     (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -60,6 +64,17 @@ def comparison(name: str, content: Mapping[str, Any]) -> list[str]:
             cells.append(faster(headline, summary, ours, contestant))
         rows.append([contestant, *cells])
     return [f"## {content['work']}", table(rows), f"`{name}.json`, {repeats} runs each. {surroundings(content)}"]
+
+
+def curves(content: Mapping[str, Any]) -> list[str]:
+    """Loss at every step, with its range over the seeds, and the difference seed by seed."""
+    names = [name for name in content["points"][0] if name != "step"]
+    rows = [["step", *names], ["---"] * (len(names) + 1)]
+    for point in content["points"]:
+        each = ((point[name], "+.4f" if name == "difference" else ".4f") for name in names)
+        cells = [f"{found['mean']:{how}} [{found['min']:{how}}, {found['max']:{how}}]" for found, how in each]
+        rows.append([str(point["step"]), *cells])
+    return ["Validation loss: the mean over seeds, the least and the greatest.", table(rows), PLOT]
 
 
 def faster(headline: str, summary: Mapping[str, Any], ours: str, other: str) -> str:
