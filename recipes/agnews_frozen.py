@@ -13,12 +13,16 @@ from peftkit import Recipe, get_recipe, main, recipe, replace
 
 @recipe
 def agnews_frozen() -> Recipe:
-    """agnews_lora with the backbone frozen; a linear head on fixed features takes longer steps, and more of them."""
+    """agnews_lora with the backbone frozen; a linear head on fixed features takes longer steps, and more of them.
+
+    Its loss is convex and falls for long: the best checkpoint is told by it, where accuracy on a few hundred rows ties
+    early and by chance.
+    """
     return replace(
         get_recipe("agnews_lora"),
         name="agnews_frozen",
         method={"kind": "frozen"},
-        training={"epochs": 10, "learning_rate": 1e-2},
+        training={"epochs": 10, "learning_rate": 1e-2, "best_metric": "loss"},
     )
 
 
