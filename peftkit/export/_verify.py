@@ -37,6 +37,8 @@ def load(job):
             module.float()  # heads were trained in fp32; in half precision they would be rounded on loading
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # the same kernels as in training
+        if getattr(module, "linear_mode", "") is None:
+            module.linear_mode = "train"  # and of gptqmodel's layers
     kind = json.loads((Path(job["folder"]) / "adapter_config.json").read_text(encoding="utf-8")).get("type")
     if kind == "bitfit":
         base.load_state_dict(load_file(Path(job["folder"]) / "adapter_model.safetensors"), strict=False, assign=True)

@@ -112,7 +112,7 @@ def choose_targets(
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers (GPT-2's Conv1D among them), output embeddings left out."""
+    """Full names of the linear layers (GPT-2's Conv1D and packed ones among them), output embeddings left out."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -121,8 +121,13 @@ def linear_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not output
+        if (isinstance(module, (nn.Linear, Conv1D)) or _is_packed(module)) and module is not output
     ]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether it is a linear layer of a GPTQ or AWQ checkpoint, whose classes share no base with torch's."""
+    return hasattr(module, "qweight") and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def choose(field: str, wanted: str | tuple[str, ...], names: list[str]) -> list[str]:

@@ -57,16 +57,16 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     pooling = choose_pooling(recipe, folder)
     config = _configure(recipe, info, tokenizer, folder)
     recipe.method.check_base(config, recipe)
-    packed = checkpoint.check(config, recipe, device)
+    packed = checkpoint.check(config, recipe)
     folder = folder_of(source)  # the weights are fetched when nothing is left to be refused
     dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:
         skipped = never_quantized(config, pooling, info, folder)
         arguments |= recipe.quantization.load_arguments(recipe.model, skipped)
-    if packed == "bitsandbytes":
+    if packed is not None:
         skipped = never_quantized(config, pooling, info, folder)
-        config.quantization_config = stored.settled(config.quantization_config, skipped, dtype)
+        config.quantization_config = checkpoint.settled(config, packed, skipped, dtype)
     if recipe.quantization is not None or packed:
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":

@@ -6,12 +6,13 @@ Everything here is read off ``config.json``: what cannot work is refused before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import MethodError, ModelError
+from peftkit.models.quantization import stored
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +26,13 @@ class Kernels:
 
     modules: tuple[str, ...]
     install: str
-    needs_gpu: bool = False
 
 
 KERNELS = {
     "awq": Kernels(("gptqmodel", "optimum"), "pip install optimum && pip install gptqmodel --no-build-isolation"),
     "bitsandbytes": Kernels(("bitsandbytes",), "pip install 'peftkit[quantization]'"),
     "gptq": Kernels(("gptqmodel", "optimum"), "pip install optimum && pip install gptqmodel --no-build-isolation"),
-    "hqq": Kernels(("hqq",), "pip install hqq", needs_gpu=True),
+    "hqq": Kernels(("hqq",), "pip install hqq"),
     "torchao": Kernels(("torchao",), "pip install torchao"),
 }
 """Kinds that transformers loads and peft's layers can stand on, by transformers' ``quant_method``."""
@@ -56,12 +56,12 @@ def _by_flags(held: Mapping[str, Any]) -> str:
     return "bitsandbytes" if held.get("load_in_4bit") or held.get("load_in_8bit") else "an unnamed method"
 
 
-def check(config: Any, recipe: Recipe, device: torch.device | str | None = None) -> str | None:
+def check(config: Any, recipe: Recipe) -> str | None:
     """The kind of the checkpoint's quantization, None for whole weights.
 
     Raises:
-        ModelError: it cannot be loaded here: no kernels (with the line that installs them), no GPU for those that need
-            one, a kind that peft has no layers for, or a second quantization on top of it.
+        ModelError: it cannot be loaded here: no kernels (with the line that installs them), no way of transformers
+            to read it, a kind that peft has no layers for, or a second quantization on top of it.
         MethodError: the method needs whole weights.
     """
     kind = quantized_with(config)
@@ -79,7 +79,7 @@ def check(config: Any, recipe: Recipe, device: torch.device | str | None = None)
             f"model.source={source}: its weights are quantized with {kind} already; set quantization=null, or name the "
             "unquantized model"
         )
-    _check_kernels(kind, source, device)
+    _check_kernels(kind, source)
     if why := recipe.method.why_not_over(kind):
         raise MethodError(f"model.source={source} is quantized with {kind}: {why}")
     if recipe.export.merge:
@@ -89,9 +89,22 @@ def check(config: Any, recipe: Recipe, device: torch.device | str | None = None)
     return kind
 
 
-def _check_kernels(kind: str, source: str, device: torch.device | str | None) -> None:
-    import torch
+def settled(config: Any, kind: str, skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The checkpoint's quantization config for this run: kernels that have a backward pass, the run's own dtype.
 
+    Args:
+        skipped: names of modules that stay whole, as far as the kind is told by its config.
+        dtype: of 4-bit products.
+    """
+    held = dict(config.quantization_config)
+    if kind == "bitsandbytes":
+        return stored.settled(held, skipped, dtype)
+    if kind in ("gptq", "awq"):
+        held["backend"] = "auto_trainable"  # left to itself gptqmodel takes the fastest, which may only infer
+    return held
+
+
+def _check_kernels(kind: str, source: str) -> None:
     kernels = KERNELS[kind]
     missing = [name for name in kernels.modules if find_spec(name) is None]
     if missing:
@@ -99,8 +112,17 @@ def _check_kernels(kind: str, source: str, device: torch.device | str | None) ->
             f"model.source={source}: its weights are quantized with {kind}, whose kernels are not installed "
             f"({', '.join(missing)}); run `{kernels.install}`"
         )
-    if kernels.needs_gpu and torch.device(device or "cpu").type == "cpu":
+    if kind == "hqq" and not _reads_hqq():
         raise ModelError(
-            f"model.source={source}: weights quantized with {kind} are loaded on a GPU only, and this run is on the "
-            "CPU; use the unquantized model with quantization.kind=nf4"
+            f"model.source={source}: its weights are quantized with hqq, which this version of transformers cannot "
+            "load; use the unquantized model with quantization.kind=nf4"
         )
+
+
+def _reads_hqq() -> bool:
+    """Whether transformers puts HQQ's packed weights into a model: its version 5 lost that way of loading at first."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+
+    steps = ("get_load_operations", "get_weight_conversions")
+    return any(getattr(HqqHfQuantizer, step) is not getattr(HfQuantizer, step, None) for step in steps)

@@ -3,6 +3,8 @@
 On processors with AVX512-BF16, bitsandbytes repacks the weights of a ``Linear4bit`` for a faster kernel the first time
 it runs in evaluation mode without gradients. That kernel has no backward pass for the packed layout, and training that
 goes on afterwards gets wrong gradients, silently. The layer decides by its attribute ``support_avx512bf16_for_cpu``.
+gptqmodel's layers do the same in half precision, for good, where their first pass is one of evaluation: they remember
+it in ``linear_mode``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from peftkit.recipe import ModelConfig
 
 SWITCH = "support_avx512bf16_for_cpu"
+MODE, TRAIN = "linear_mode", "train"
 
 
 def require_bitsandbytes(kind: str) -> None:
@@ -37,10 +40,13 @@ def compute_dtype(model: ModelConfig) -> torch.dtype:
 
 
 def keep_gradients(model: nn.Module) -> int:
-    """Forbids the repacking in every 4-bit layer; returns in how many."""
+    """Forbids the repacking in every packed layer; returns in how many."""
     changed = 0
     for module in model.modules():
         if getattr(module, SWITCH, False):
             setattr(module, SWITCH, False)
+            changed += 1
+        if getattr(module, MODE, "") is None:
+            setattr(module, MODE, TRAIN)
             changed += 1
     return changed
