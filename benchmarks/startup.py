@@ -118,11 +118,11 @@ def _peftkit(rows: Path, model: str, work: Path) -> list[str]:
 def _trl(train: Path, model: str, work: Path) -> list[str]:
     """``trl sft`` on the same rows in its own form."""
     sys.path.insert(0, str(WORKERS))
-    from trl_sft import rows_of
+    from peer import instruction_rows
 
     folder = work / "trl_rows"
     folder.mkdir()
-    text = "\n".join(json.dumps(row) for row in rows_of(str(train), None))
+    text = "\n".join(json.dumps(row) for row in instruction_rows(str(train)))
     (folder / "train.jsonl").write_text(text + "\n", encoding="utf-8")
     return [
         command_of("trl", "trl"), "sft", "--model_name_or_path", model, "--dataset_name", str(folder), "--use_peft",

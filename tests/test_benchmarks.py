@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +124,75 @@ def test_the_page_tells_how_many_times_as_fast():
     page = (harness.RESULTS / "README.md").read_text(encoding="utf-8")
     assert "| peftkit | 12 [10, 14] | – |" in page
     assert "| peer | 48 | 4.00 x as fast (second run 16.00 x) |" in page
+
+
+def test_curves_are_compared_seed_by_seed_and_gone_on_with(monkeypatch):
+    import batching_curves
+    import harness
+    import table
+
+    monkeypatch.setattr(batching_curves, "RESULTS", harness.RESULTS)
+
+    def run(losses):
+        curve = [{"step": 12 * (place + 1), "loss": loss, "accuracy": 0.5} for place, loss in enumerate(losses)]
+        return {"validation_loss": losses[-1], "padding_share": 0.01, "curve": curve}
+
+    runs = {"by length": [run([1.0, 0.5]), run([1.4, 0.7])], "plain shuffling": [run([1.1, 0.4]), run([1.2, 0.8])]}
+    batching_curves.write("made", "some work", runs, harness.machine())
+    points = json.loads((harness.RESULTS / "made.json").read_text())["points"]
+    assert [point["step"] for point in points] == [12, 24]
+    assert points[0]["by length"] == {"mean": pytest.approx(1.2), "min": 1.0, "max": 1.4}
+    assert points[1]["difference"] == {key: pytest.approx(at) for key, at in (("mean", 0), ("min", -0.1), ("max", 0.1))}
+    assert batching_curves.measured_before("made") == runs
+    table.main()
+    page = (harness.RESULTS / "README.md").read_text(encoding="utf-8")
+    assert "| 12 | 1.2000 [1.0000, 1.4000] | 1.1500 [1.1000, 1.2000] | +0.0500 [-0.1000, +0.2000] |" in page
+
+
+def test_padding_is_counted_in_batches_and_in_the_passes_they_are_cut_into(bert, tmp_path):
+    import batching_curves
+    import harness
+
+    for name, count in (("train", 64), ("validation", 8)):
+        rows = [{"text": "a text " * (number % 16 + 1), "label": str(number % 2)} for number in range(count)]
+        harness.write_rows(tmp_path / f"{name}.csv", rows)
+    said = {}
+    for batching in ("length", "random"):
+        changes = [
+            f"data.source={tmp_path}", "data.labels=null", f"model.source={bert}", "data.test_size=0",
+            "data.cleaning.duplicates=off", f"training.batching={batching}",
+        ]  # fmt: skip
+        said[batching] = batching_curves.padding(changes)
+    assert said["length"]["batch_padding_share"] < 0.2 < said["random"]["batch_padding_share"]
+    assert said["length"]["padding_share"] <= said["length"]["batch_padding_share"]
+
+
+def test_peers_share_their_rows_and_what_they_print(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "workers"))
+    import numpy as np
+    import peer
+
+    lines = [
+        {"instruction": "add", "input": "1 1", "output": "2"},
+        {"instruction": "greet", "input": "", "output": "hi"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = peer.instruction_rows(str(tmp_path / "rows.jsonl"))
+    assert [row["prompt"][0]["content"] for row in rows] == ["add\n\n1 1", "greet"]
+    assert rows[1]["completion"] == [{"role": "assistant", "content": "hi"}]
+
+    history = [{"loss": 2.0}, {"loss": 1.0}, {"train_loss": 9.0}]
+    trainer = SimpleNamespace(train=lambda: time.sleep(0.02), state=SimpleNamespace(log_history=history))
+    figures = peer.train_decoder(trainer, 100, lambda: (tmp_path / "saved").touch())
+    assert (tmp_path / "saved").exists()
+    assert figures["train_loss"] == 1.5
+    assert figures["train_tokens_per_second"] == pytest.approx(100 / figures["train_seconds"])
+    peer.report(**figures, adapter="here")
+    said = json.loads(capsys.readouterr().out)
+    assert said["adapter"] == "here"
+    assert said["process_seconds"] > figures["train_seconds"] >= 0.02
+    guesses = SimpleNamespace(predictions=np.eye(4), label_ids=np.array([0, 1, 2, 0]))
+    assert peer.accuracy(guesses) == {"accuracy": 0.75}
 
 
 @pytest.mark.parametrize(("power", "expected"), [(1, 1.0), (0, 0.0), (2, 2.0)])

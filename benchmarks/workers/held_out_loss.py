@@ -12,7 +12,7 @@ import argparse
 import json
 
 import torch
-from trl_sft import rows_of
+from peer import instruction_rows
 
 
 def answer_tokens(tokenizer, row: dict, max_length: int) -> tuple[list[int], int]:
@@ -58,7 +58,7 @@ def main() -> None:
     model.eval()
     loss, count = 0.0, 0
     with torch.inference_mode():
-        for row in rows_of(args.data, args.rows):
+        for row in instruction_rows(args.data, args.rows):
             tokens, start = answer_tokens(tokenizer, row, args.max_length)
             if start >= len(tokens):
                 continue

@@ -27,8 +27,8 @@ def main() -> None:
     )
     if done.returncode:
         sys.exit(done.stdout[-1000:] + done.stderr[-3000:])
+    from peer import instruction_rows
     from transformers import AutoTokenizer
-    from trl_sft import rows_of
 
     recipe = json.loads(args.recipe.read_text(encoding="utf-8"))
     out = Path(recipe["output_dir"])
@@ -36,7 +36,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rendered = [
         tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True, return_dict=True)
-        for row in rows_of(args.data, None)
+        for row in instruction_rows(args.data)
     ]
     tokens = sum(min(len(row["input_ids"]), recipe["cutoff_len"]) for row in rendered) * recipe["num_train_epochs"]
     figures = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 
 import torch
+from peer import instruction_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_sft import rows_of
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
-    rows = rows_of(args.data, None)
+    rows = instruction_rows(args.data)
     for step in range(2):
         texts, labels = [], []
         for row in rows[step * args.batch_size : (step + 1) * args.batch_size]:
