@@ -20,13 +20,13 @@ def export(
     to: To,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
     to_format: Annotated[
-        str, typer.Option("--format", help="peft, or onnx: a classifier with its adapter in one ONNX file.")
+        str, typer.Option("--format", help="peft; onnx: a classifier with its adapter in one ONNX file; or onnx-int8.")
     ] = "peft",
 ) -> None:
     """Write what a run learned to a folder that other libraries load, with a proof that it gives the same outputs."""
     from peftkit.export import run_export
 
-    if to_format not in (known := ("peft", "onnx")):
+    if to_format not in (known := ("peft", "onnx", "onnx-int8")):
         raise RecipeError(f"--format {to_format}: {did_you_mean(to_format, known)}")
     print(run_export(run, to, merge=merge, to_format=to_format), file=sys.stderr)
 

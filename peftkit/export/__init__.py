@@ -10,7 +10,8 @@ def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_forma
 
     Args:
         merge: one plain model in place of the adapter.
-        to_format: "peft" for what the run holds, "onnx" for a classifier as an ONNX file.
+        to_format: "peft" for what the run holds, "onnx" for a classifier as an ONNX file, "onnx-int8" with its weights
+            in 8 bits.
 
     Raises:
         RunError: ``run`` is not a finished run, or ``to`` holds something already.

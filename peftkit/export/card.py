@@ -303,6 +303,8 @@ def _limits(about: Description, recipe: Recipe) -> list[str]:
         "The figures hold for texts like those of the data set; nothing was tested on others.",
         "What the base model learned before, its errors and biases among it, is still there.",
     ]
+    if about.saves == ONNX and about.dtype == "int8":
+        limits.append("Weights and activations are rounded to 8 bits: some answers differ from the trained model's.")
     if about.quantization is not None:
         limits.append(
             f"It was trained on a base held in {about.quantization['kind']}; on the unquantized base its logits differ "

@@ -8,6 +8,7 @@ from pathlib import Path
 from peftkit.errors import MethodError, RunError
 from peftkit.export import description, proof
 from peftkit.export.adapter import staged
+from peftkit.export.in_memory import Merge
 from peftkit.export.loading import find_export, refuse_pickles
 from peftkit.export.merge import merge as merge_adapter
 from peftkit.recipe import Recipe
@@ -20,7 +21,7 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
     refuse_pickles(folder)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
-    if to_format == "onnx":
+    if to_format != "peft":
         from peftkit.export.onnx import export_onnx
 
         recipe = Recipe.from_yaml(folder / "recipe.yaml")
@@ -28,7 +29,8 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
             raise MethodError(f"method '{about.method}' trained the base itself: nothing to merge; leave --merge out")
         if merge and (reason := recipe.method.why_not_merged()):
             raise MethodError(f"{reason}; leave --merge out")
-        export_onnx(folder, to, tolerance=recipe.export.tolerance, merge=True if merge else "auto")
+        wanted: Merge = True if merge else "auto"
+        export_onnx(folder, to, tolerance=recipe.export.tolerance, merge=wanted, int8=to_format == "onnx-int8")
         return f"wrote the ONNX model to {to}{_proven(to)}"
     if not merge:
         with staged(to) as stage:

@@ -3,9 +3,9 @@
     FOLDER/  model.onnx  config.json  tokenizer…  peftkit.json  recipe.yaml  metrics.json  proof.json  README.md
 
 Inputs are ``input_ids`` and ``attention_mask`` (``token_type_ids`` where texts come in pairs), [rows, tokens] of any
-size; the output is ``logits`` [rows, labels] in fp32. An
-adapter is merged into the base first, in fp32, where its method can be. ONNX Runtime must give the logits of base and
-adapter apart, by torch, or nothing is written.
+size; the output is ``logits`` [rows, labels] in fp32. An adapter is merged into the base first, in fp32, where its
+method can be. ONNX Runtime must give the logits of base and adapter apart, by torch, or nothing is written; in INT8
+they may differ more (INT8_TOLERANCE), and how well that file does, `peftkit evaluate FOLDER` tells.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ExportError, MethodError, ModelError
-from peftkit.export import card, description
+from peftkit.export import card, description, onnx_int8
 from peftkit.export.adapter import staged
 from peftkit.export.description import Description
 from peftkit.export.in_memory import Merge, Merging, merge_in_memory
@@ -40,13 +40,16 @@ KIND = "onnx"
 SAMPLE = "The quick brown fox jumps over the lazy dog."
 TEXTS = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?", "a market of stock and oil"]
 """On which the file is proven."""
+INT8_TOLERANCE = 0.5
+"""As ``export.tolerance``, for weights in INT8: more is a file that went wrong, not rounding."""
 
 
-def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = "auto") -> Path:
+def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = "auto", int8: bool = False) -> Path:
     """Writes an exported run's ONNX file to ``target``.
 
     Args:
         merge: True insists on merging the adapter into the base; "auto" merges where that can be done.
+        int8: hold the weights in 8 bits; the fp32 file is proven first.
 
     Raises:
         MethodError: a language model, or one that cannot be merged where that was insisted on.
@@ -68,11 +71,14 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = 
         _write(graph, _inputs(loaded.tokenizer, [SAMPLE, "?"], graph.pairs), stage / FILE)
         classifier.unwrap(graph.model).config.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)
-        about = replace(about, saves=KIND, quantization=None, dtype="float32")
+        about = replace(about, saves=KIND, quantization=None, dtype="int8" if int8 else "float32")
         description.write(stage, about)
         for name in ("recipe.yaml", "metrics.json"):
             shutil.copy2(folder / name, stage / name)
         _prove(stage, rows, known, tolerance)
+        if int8:
+            onnx_int8.quantize(stage / FILE)
+            _prove(stage, rows, known, INT8_TOLERANCE, "int8")
         card.write(stage, about, recipe, json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
     return target
 
@@ -173,7 +179,7 @@ def _write(graph: _Graph, inputs: dict[str, Tensor], file: Path) -> None:
         raise ModelError(f"this model cannot be written as ONNX: {first[:300]}") from error
 
 
-def _prove(stage: Path, rows: list[dict[str, Tensor]], known: Tensor, tolerance: float) -> None:
+def _prove(stage: Path, rows: list[dict[str, Tensor]], known: Tensor, tolerance: float, dtype: str = "float32") -> None:
     """Other rows and lengths than those traced, padded and not, against torch's logits of them."""
     runtime = OnnxClassifier(stage / FILE)
     found = torch.cat([runtime(**inputs).logits for inputs in rows]).double()
@@ -183,13 +189,13 @@ def _prove(stage: Path, rows: list[dict[str, Tensor]], known: Tensor, tolerance:
         "passed": difference / spread <= tolerance, "relative": difference / spread, "tolerance": tolerance,
         "largest_difference": difference, "spread": spread, "rows": len(known), "logits": known.numel(),
         "same_choice": float((known.argmax(-1) == found.argmax(-1)).double().mean()),
-        "dtype": "float32", "device": "cpu",
+        "dtype": dtype, "device": "cpu",
     }  # fmt: skip
     (stage / "proof.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if not figures["passed"]:
         raise ExportError(
-            f"ONNX Runtime's logits differ from torch's by {difference / spread:.2g} of their spread; "
-            f"export.tolerance allows {tolerance:g}"
+            f"ONNX Runtime's {dtype} logits differ from torch's by {difference / spread:.2g} of their spread; "
+            f"{'export.tolerance allows ' if dtype == 'float32' else 'allowed are '}{tolerance:g}"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import peftkit
 from peftkit.errors import ExportError, MethodError, ModelError
-from peftkit.export import onnx, run_export
+from peftkit.export import onnx, onnx_int8, run_export
 from peftkit.parts import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, exported
@@ -58,6 +58,40 @@ def test_the_card_says_how_to_run_it_and_merging_leaves_no_adapter(bert, tmp_pat
     assert capsys.readouterr().out.strip() == str(expected)
     graph = onnx_library.load(str(tmp_path / "onnx" / onnx.FILE)).graph
     assert not [held.name for held in graph.initializer if "lora" in held.name]
+
+
+def test_int8_is_a_smaller_file_with_the_same_answers_and_a_head_in_fp32(bert, tmp_path, caplog):
+    installed()
+    import onnx as onnx_library
+
+    folder, _ = exported(tmp_path / "run", bert, method=LORA, model={"pooling": "mean"}, export=PLAIN)
+    run_export(folder, tmp_path / "onnx", to_format="onnx")
+    said = run_export(folder, tmp_path / "int8", to_format="onnx-int8")
+    assert "(0.5 allowed)" in said
+    assert not [record for record in caplog.records if record.name == "root"]
+    whole, small = (onnx_library.load(str(tmp_path / name / onnx.FILE)).graph for name in ("onnx", "int8"))
+    integers = {onnx_library.TensorProto.INT8, onnx_library.TensorProto.UINT8}
+    held = {"MatMulInteger", "DynamicQuantizeLinear"}
+    assert held <= {node.op_type for node in small.node}
+    assert not held & {node.op_type for node in whole.node}
+    (head,) = onnx_int8.heads(whole)
+    assert head in {node.name for node in small.node if node.op_type in onnx_int8.LINEAR}
+    large = [tensor for tensor in small.initializer if len(tensor.dims) == 2 and tensor.dims[-1] != 3]
+    assert {tensor.data_type for tensor in large} & integers
+    ours, torchs = peftkit.load(tmp_path / "int8").logits(TEXTS), peftkit.load(folder).logits(TEXTS)
+    assert 1e-4 < np.abs(ours - torchs).max() / torchs.std() < 0.5
+    assert json.loads((tmp_path / "int8" / "proof.json").read_text())["dtype"] == "int8"
+    assert "rounded to 8 bits" in (tmp_path / "int8" / "README.md").read_text()
+    assert "rounded to 8 bits" not in (tmp_path / "onnx" / "README.md").read_text()
+
+
+def test_int8_that_went_wrong_is_not_written(bert, tmp_path, monkeypatch):
+    installed()
+    folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)
+    monkeypatch.setattr(onnx, "INT8_TOLERANCE", 1e-9)
+    with pytest.raises(ExportError, match=r"int8 logits differ from torch's by .* allowed are 1e-09"):
+        run_export(folder, tmp_path / "onnx", to_format="onnx-int8")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_merging_is_refused_where_there_is_nothing_to_merge(bert, tmp_path):
