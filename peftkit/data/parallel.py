@@ -67,7 +67,7 @@ def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> It
     seconds = (time.perf_counter() - started) * len(left)
     while made:
         yield made.pop()
-    if workers < 2 or len(left) < 2 or seconds < WORTH or not sys.platform.startswith("linux"):
+    if workers < 2 or len(left) < 2 or seconds < WORTH or not _may_fork():
         yield from map(work, left)
         return
     pool = ProcessPoolExecutor(
@@ -82,6 +82,11 @@ def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> It
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _may_fork() -> bool:
+    """Not where libraries do not bear it, nor in a process that multiprocessing allows no children."""
+    return sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
 
 
 def _results(pool: ProcessPoolExecutor, items: Sequence[int], ahead: int) -> Iterator[Any]:

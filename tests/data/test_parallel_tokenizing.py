@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -94,12 +95,20 @@ def test_several_processes_make_what_one_makes(task, bert, llama, tmp_path, monk
     assert len(found[1].splits["train"].lengths) > 1
 
 
-def test_values_come_in_order_and_few_wait():
+def test_values_come_in_order_and_few_wait(tmp_path):
     made = parallel.in_order(lambda item: (time.sleep(0.03 * (item % 3 == 1)), item)[1], range(20), 3)
     assert list(made) == list(range(20))
-    begun = parallel.in_order(lambda item: (item, os.getpid()), range(50), 2)
-    assert [next(begun)[0] for _ in range(3)] == [0, 1, 2]
-    begun.close()  # what nobody takes is not waited for
+
+    def noted(item):
+        (tmp_path / str(item)).touch()
+        return item
+
+    begun = parallel.in_order(noted, range(50), 2)
+    assert [next(begun) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) <= 3 + 2 * 2  # the three that were taken, and four that wait
+    begun.close()
+    assert len(list(tmp_path.iterdir())) <= 3 + 2 * 2
 
 
 def test_little_work_stays_here(monkeypatch):
@@ -108,6 +117,8 @@ def test_little_work_stays_here(monkeypatch):
     monkeypatch.setattr(parallel, "WORTH", 0.0)
     assert set(parallel.in_order(lambda item: os.getpid(), range(20), 1)) == {os.getpid()}
     assert list(parallel.in_order(lambda item: item, range(0), 4)) == []
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert set(parallel.in_order(lambda item: os.getpid(), range(20), 4)) == {os.getpid()}
 
 
 def test_what_a_worker_warns_of_is_logged_here(caplog):
