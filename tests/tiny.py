@@ -85,6 +85,21 @@ def tiny_recipe(folder: str | Path, **parts: Any) -> Any:
     return replace(Recipe.parse({**base, "tracking": []}), **parts)
 
 
+def scale_bytes(model: Any) -> int:
+    """Bytes of what bitsandbytes keeps beside the weights that it has quantized."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    found = []
+    for layer in model.modules():
+        if type(layer) is Linear4bit:
+            state = layer.weight.quant_state
+            found += [state.absmax, state.code]
+            found += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        elif type(layer) is Linear8bitLt:  # the weight hands its scales over when the layer first runs
+            found.append(layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB)
+    return sum(tensor.nbytes for tensor in found)
+
+
 def add_pooling(folder: str | Path, mode: str = "mean") -> Path:
     """Makes a folder look like a sentence encoder's: modules.json and 1_Pooling/config.json with "mean" or "cls"."""
     folder = Path(folder)

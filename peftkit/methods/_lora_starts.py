@@ -32,6 +32,8 @@ def loftq(loaded: LoadedModel) -> None:
     from peft.utils.integrations import dequantize_module_weight
 
     base = loaded.model.get_base_model()
+    if next(base.parameters()).is_meta:  # planned: there are no values to start from
+        return
     files = _tensors(_folder(base))
     with torch.no_grad():
         for name, module in base.named_modules():

@@ -1,6 +1,6 @@
 """One forward and backward pass of a recipe's model, run without data: its peak in memory, its products, its traffic.
 
-A model of many equal blocks is run with two and with four of them, and the figures continued along that line; a model
+A model of many equal blocks is run with three and with five of them, and the figures continued along that line; a model
 whose blocks differ is run whole.
 """
 
@@ -21,7 +21,7 @@ from peftkit.models.blocks import find_blocks
 from peftkit.parts import LoadedModel, Task, TaskInfo
 from peftkit.planning.trace import Traced, Tracer
 
-FEW, MORE = 2, 4
+FEW, MORE = 3, 5
 """Blocks with which a long stack is run."""
 
 
@@ -127,9 +127,10 @@ def _signature(block: torch.nn.Module) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _only(blocks: torch.nn.ModuleList, count: int) -> Iterator[None]:
-    """Leaves the first blocks of a stack in place for a while."""
+    """Leaves the first blocks of a stack and its last in place for a while: the last may read one token alone."""
     whole = blocks._modules
-    blocks._modules = dict(list(whole.items())[:count])
+    kept = [*list(whole.values())[: count - 1], list(whole.values())[-1]]
+    blocks._modules = {str(number): block for number, block in enumerate(kept)}
     try:
         yield
     finally:

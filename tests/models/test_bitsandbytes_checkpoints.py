@@ -130,7 +130,7 @@ def test_planned_bytes_are_those_of_the_weights_that_are_loaded(kind, model, tas
     held = held_by(planned, "adamw")
     frozen = [p for p in real.parameters() if not p.requires_grad]
     assert held.frozen == sum(p.numel() * p.element_size() for p in (*frozen, *real.buffers()))
-    assert held.constants == scales(real)
+    assert held.constants == tiny.scale_bytes(real)
 
 
 def both(folder, info, task):
@@ -143,21 +143,6 @@ def both(folder, info, task):
 
 def table(model):
     return {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
-
-
-def scales(model):
-    """Bytes of what bitsandbytes keeps beside its weights."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    found = []
-    for layer in model.modules():
-        if type(layer) is Linear4bit:
-            state = layer.weight.quant_state
-            found += [state.absmax, state.code]
-            found += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-        elif type(layer) is Linear8bitLt:  # the weight hands its scales over when the layer first runs
-            found.append(layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB)
-    return sum(tensor.nbytes for tensor in found)
 
 
 def test_products_are_in_the_runs_own_dtype_and_blocks_of_any_size_are_planned(saved, tmp_path):
@@ -183,7 +168,7 @@ def test_products_are_in_the_runs_own_dtype_and_blocks_of_any_size_are_planned(s
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     real, planned = both(folder, CAUSAL, "style")
     held = held_by(planned, "adamw")
-    assert held.constants == scales(real) > 2 * 7 * 4 * 64 * 64 // 64
+    assert held.constants == tiny.scale_bytes(real) > 2 * 7 * 4 * 64 * 64 // 64
     recipe = recipe_of(folder, tmp_path, "style")
     model = build(recipe, CAUSAL, load_tokenizer(recipe.model)).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
