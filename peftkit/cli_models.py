@@ -40,13 +40,14 @@ def quantize(
         list[str] | None, typer.Argument(metavar="[part.field=value]...", help="Changes, such as model.source=./mine.")
     ] = None,
     rows: Annotated[int, typer.Option(help="Training rows to calibrate on.")] = 128,
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32 takes 0.13 bits more for each.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,
 ) -> None:
     """Write a recipe's base model in NF4, rounded for the rows that it will be trained on."""
     chosen = overrides.apply(catalog.get_recipe(recipe), changes or ())
     from peftkit import quantize as quantization
 
-    found = quantization.quantize(chosen, to, rows=rows)
+    found = quantization.quantize(chosen, to, rows=rows, block_size=block_size)
     print(json.dumps(found, indent=2) if as_json else quantization.table(found), end="\n" if as_json else "")
     print(
         f"wrote {to}; train over it with `peftkit train {recipe} model.source={to.resolve()} quantization=null`",

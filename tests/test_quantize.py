@@ -116,6 +116,22 @@ def test_the_command_prints_what_was_lost_and_how_to_go_on(llama, tmp_path, caps
     assert held["bnb_4bit_use_double_quant"] is False
 
 
+def test_smaller_blocks_take_more_bytes_and_lose_less(llama, tmp_path):
+    wide, narrow = (quantize(llama, tmp_path / str(size), rows=40, block_size=size) for size in (64, 32))
+    assert narrow["lost"]["calibrated nf4"]["error"] < wide["lost"]["calibrated nf4"]["error"]
+    assert (tmp_path / "32" / "model.safetensors").stat().st_size > (
+        tmp_path / "64" / "model.safetensors"
+    ).stat().st_size
+
+
+def test_tokens_count_by_what_the_loss_makes_of_them(llama, tmp_path, monkeypatch):
+    guided = quantize(llama, tmp_path / "guided", rows=40)
+    monkeypatch.setattr(quantization.lm_head, "loss", None)
+    alike = quantize(llama, tmp_path / "alike", rows=40)
+    assert guided["lost"]["nf4"] == alike["lost"]["nf4"]
+    assert guided["lost"]["calibrated nf4"] != alike["lost"]["calibrated nf4"]
+
+
 def test_other_rows_give_other_codes_and_the_same_seed_the_same(llama, tmp_path):
     def codes(name, **training):
         quantize(replace(llama, training=training), tmp_path / name, rows=8)
@@ -126,17 +142,18 @@ def test_other_rows_give_other_codes_and_the_same_seed_the_same(llama, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "rows", "error", "said"),
+    ("changes", "options", "said"),
     [
-        ({"quantization": None}, 8, RecipeError, "quantization=null; set quantization.kind=nf4"),
-        ({"quantization": {"kind": "int8"}}, 8, RecipeError, "quantization=int8"),
-        ({}, 0, RecipeError, "--rows 0: expected at least 1 row"),
+        ({"quantization": None}, {}, "quantization=null; set quantization.kind=nf4"),
+        ({"quantization": {"kind": "int8"}}, {}, "quantization=int8"),
+        ({}, {"rows": 0}, "--rows 0: expected at least 1 row"),
+        ({}, {"block_size": 63}, "--block-size 63: known names: 128, 32, 64"),
     ],
 )
-def test_what_it_cannot_do_is_said_before_anything_is_loaded(changes, rows, error, said, llama, tmp_path, monkeypatch):
+def test_what_it_cannot_do_is_said_before_anything_is_loaded(changes, options, said, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "load_plain", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(error, match=said):
-        quantize(replace(llama, **changes), tmp_path / "nf4", rows=rows)
+    with pytest.raises(RecipeError, match=said):
+        quantize(replace(llama, **changes), tmp_path / "nf4", **options)
 
 
 def test_a_folder_that_holds_something_and_a_base_that_is_quantized_are_refused(llama, tmp_path):

@@ -1,15 +1,18 @@
 """The blocks of a model, one after the other, quantized for what they read: see ``nf4_rounding``.
 
 Each block reads what the blocks before it make once they are quantized, and within a block the layers that read later
-read what the earlier ones make (attention's output projection what quantized queries, keys and values bring). Rows go
-through one at a time; of each, only what the next block reads is kept. No architecture is known by name.
+read what the earlier ones make (attention's output projection what quantized queries, keys and values bring). What a
+layer is to give is what it gave in the unquantized model, which goes along beside it, so that it also makes up for what
+was lost before it (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692). Tokens count by how much the
+training loss depends on what the layer makes of them (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows go through
+one at a time; of each, only what the next block reads is kept. No architecture is known by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +20,13 @@ from torch import Tensor, nn
 
 from peftkit.errors import ModelError
 from peftkit.models.blocks import find_blocks
-from peftkit.models.nf4_rounding import requantize
+from peftkit.models.nf4_rounding import aimed, requantize
 
-Forward = Callable[[nn.Module, dict[str, Tensor]], Any]
+Batch = dict[str, Tensor]
+Forward = Callable[[nn.Module, Batch], Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+SCALE = 1e6
+"""Tokens' weights are tiny: times this, which changes nothing else, their sums stay well within fp32's range."""
 
 
 @dataclass
@@ -27,13 +34,22 @@ class _Row:
     """What one row brings to the blocks."""
 
     stream: Tensor
-    """What the next block reads, [1, tokens, width]."""
+    """What the next block reads once those before it are quantized, [1, tokens, width]."""
+    exact: Tensor
+    """What it reads in the unquantized model."""
     others: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """The other arguments of each block: masks, rotations."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """How much each token counts for a layer, [tokens]; all alike where a layer has none."""
+
+
+class _Reached(Exception):
+    """The layer that is looked at was reached; what comes after it need not run."""
 
 
 def calibrate(
-    whole: nn.Module, packed: nn.Module, batches: Sequence[dict[str, Tensor]], forward: Forward,
+    whole: nn.Module, packed: nn.Module, batches: Sequence[Batch], forward: Forward, loss: Loss | None = None,
+    block_size: int = 64,
     advance: Callable[[int], None] = lambda blocks: None,
 ) -> int:  # fmt: skip
     """Quantizes the linear layers within the blocks of ``packed`` anew; returns how many.
@@ -43,6 +59,8 @@ def calibrate(
         packed: the same model with bitsandbytes' NF4 layers.
         batches: rows to calibrate on, without padding.
         forward: has a model read a batch.
+        loss: of a batch, in training; None counts all tokens alike.
+        block_size: weights that share a scale.
         advance: told 1 after each block.
 
     Raises:
@@ -50,15 +68,49 @@ def calibrate(
     """
     name, blocks = find_blocks(whole)
     twins = packed.get_submodule(name)
+    weights = [_weights(whole, _quantized(twins), name, batch, loss) if loss else {} for batch in batches]
     with torch.no_grad():
         rows = [_captured(blocks, lambda batch=batch: forward(whole, batch)) for batch in batches]  # type: ignore[misc]
+        for row, own in zip(rows, weights):
+            row.weights = own
         changed = 0
         for number, block in enumerate(blocks):
-            changed += _calibrate_block(block, twins.get_submodule(str(number)), rows, number)
+            exact = copy.deepcopy(block)
+            changed += _calibrate_block(block, exact, twins.get_submodule(str(number)), rows, number, block_size)
             for row in rows:
-                row.stream = _through(block, row, number)
+                row.stream, row.exact = (
+                    _through(block, row.stream, row, number),
+                    _through(exact, row.exact, row, number),
+                )
             advance(1)
     return changed
+
+
+def _weights(whole: Any, layers: Sequence[str], blocks: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+    """Of each layer within the blocks, the mean square of the loss's gradient at what it makes of each token."""
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
+            found[name] = gradients[0].float().square().mean(-1).reshape(-1) * SCALE
+
+        return hook
+
+    whole.requires_grad_(False)
+    handles = [whole.get_submodule(f"{blocks}.{name}").register_full_backward_hook(keeper(name)) for name in layers]
+    # gradients must reach the first block, and no weight
+    handles.append(whole.get_input_embeddings().register_forward_hook(lambda _, __, made: made.requires_grad_(True)))
+    try:
+        with torch.enable_grad():
+            loss(whole, batch).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _quantized(module: nn.Module) -> list[str]:
+    return [name for name, inner in module.named_modules() if type(inner).__name__ == "Linear4bit"]
 
 
 def _captured(blocks: nn.ModuleList, run: Callable[[], Any]) -> _Row:
@@ -87,17 +139,18 @@ def _captured(blocks: nn.ModuleList, run: Callable[[], Any]) -> _Row:
             "calibration goes from block to block, and in this model a block does not read just what the one before it "
             "made; use quantization.kind=nf4, which rounds without calibration"
         )
-    return _Row(streams[0], others)
+    return _Row(streams[0], streams[0], others)
 
 
-def _calibrate_block(block: nn.Module, twin: nn.Module, rows: Sequence[_Row], number: int) -> int:
+def _calibrate_block(
+    block: nn.Module, exact: nn.Module, twin: nn.Module, rows: Sequence[_Row], number: int, block_size: int
+) -> int:
     changed = 0
     for names in _groups(block, twin, rows[0], number):
-        with _reading(block.get_submodule(names[0])) as gram:
-            for row in rows:
-                _through(block, row, number)
+        gram, cross = _inputs_of(names, block, exact, rows, number)
         originals = [block.get_submodule(name) for name in names]
-        held = requantize([twin.get_submodule(name) for name in names], [_matrix(one) for one in originals], gram())
+        wanted = [aimed(_matrix(original).float(), gram, cross) for original in originals]
+        held = requantize([twin.get_submodule(name) for name in names], wanted, gram, block_size)
         for original, weight in zip(originals, held):
             _matrix(original).copy_(weight)
         changed += len(names)
@@ -118,37 +171,53 @@ def _groups(block: nn.Module, twin: nn.Module, row: _Row, number: int) -> list[l
 
         return hook
 
-    quantized = [name for name, module in twin.named_modules() if type(module).__name__ == "Linear4bit"]
-    handles = [block.get_submodule(name).register_forward_pre_hook(reader(name)) for name in quantized]
+    handles = [block.get_submodule(name).register_forward_pre_hook(reader(name)) for name in _quantized(twin)]
     try:
-        _through(block, row, number)
+        _through(block, row.stream, row, number)
     finally:
         for handle in handles:
             handle.remove()
     return [names for _, names in read]
 
 
-@contextmanager
-def _reading(layer: nn.Module) -> Iterator[Callable[[], Tensor]]:
-    """Sums up X Xᵀ over what a layer reads; [in, in] in fp32."""
+def _inputs_of(
+    names: Sequence[str], block: nn.Module, exact: nn.Module, rows: Sequence[_Row], number: int
+) -> tuple[Tensor, Tensor]:
+    """Σ x̂ᵀx̂ and Σ xᵀx̂ over what layers read, x in the unquantized model and x̂ in this one; [in, in] in fp32."""
+    gram = cross = torch.zeros(0)
+    for row in rows:
+        now = _input_of(block, names[0], row.stream, row, number)
+        before = _input_of(exact, names[0], row.exact, row, number)
+        if not len(gram):
+            gram, cross = (now.new_zeros(now.shape[1], now.shape[1]) for _ in range(2))
+        weights = [row.weights[key] for name in names if (key := f"{number}.{name}") in row.weights]
+        weighted = now * torch.stack(weights).sum(0)[:, None] if weights else now
+        gram.addmm_(now.T, weighted)
+        cross.addmm_(before.T, weighted)
+    return gram, cross
+
+
+def _input_of(block: nn.Module, name: str, stream: Tensor, row: _Row, number: int) -> Tensor:
+    """What a layer of a block reads of a row, [tokens, in] in fp32."""
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs = args[0].reshape(-1, args[0].shape[-1]).float()
-        if not found:
-            found.append(inputs.new_zeros(inputs.shape[1], inputs.shape[1]))
-        found[0].addmm_(inputs.T, inputs)
+        found.append(args[0].reshape(-1, args[0].shape[-1]).float())
+        raise _Reached
 
-    handle = layer.register_forward_pre_hook(hook)
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
     try:
-        yield lambda: found[0]
+        _through(block, stream, row, number)
+    except _Reached:
+        return found[0]
     finally:
         handle.remove()
+    raise AssertionError(f"{name} was called a moment ago, and is not any more")
 
 
-def _through(block: nn.Module, row: _Row, number: int) -> Tensor:
+def _through(block: nn.Module, stream: Tensor, row: _Row, number: int) -> Tensor:
     args, kwargs = row.others[number]
-    return _first(block(row.stream, *args, **kwargs))
+    return _first(block(stream, *args, **kwargs))
 
 
 def _first(output: Any) -> Tensor:

@@ -18,24 +18,29 @@ LAZY = 128
 """Columns whose corrections to all later ones are added at once (GPTQ's lazy batches)."""
 DAMPING = 0.01
 """Share of the mean of Σ x² that is added to each column's, so that the matrix can be inverted (GPTQ's default)."""
+ASYMMETRY = 0.7
+"""How far ``aimed`` goes: the whole way follows the calibration rows too closely."""
 SCALES = torch.linspace(0.6, 1.0, 17).tolist()
 """Shares of a block's largest weight that are tried as its scale."""
 OUTER_BLOCK = 256
 """Scales that share a scale of their own under double quantization, as bitsandbytes has it."""
 
 
-def requantize(layers: Sequence[Any], weights: Sequence[Tensor], gram: Tensor) -> list[Tensor]:
+def requantize(layers: Sequence[Any], weights: Sequence[Tensor], gram: Tensor, block_size: int = 64) -> list[Tensor]:
     """Gives 4-bit layers that read the same inputs new codes and scales.
 
     Args:
         layers: bitsandbytes' ``Linear4bit`` in NF4, quantized already; changed in place.
         weights: their whole weights, [out, in] each.
         gram: X Xᵀ over the inputs they read, [in, in] in fp32.
+        block_size: weights that share a scale: 64 as in QLoRA; 32 takes 0.13 bits more for each and loses less.
 
     Returns:
         The weights as the layers now hold them, [out, in] each, in fp32.
     """
     inverse, order = _inverse(gram)
+    for layer in layers:
+        layer.weight.blocksize = layer.weight.quant_state.blocksize = block_size
     scales = [
         _rescale(layer.weight.quant_state, weight.float(), gram.diagonal()) for layer, weight in zip(layers, weights)
     ]
@@ -46,6 +51,22 @@ def requantize(layers: Sequence[Any], weights: Sequence[Tensor], gram: Tensor) -
         layer.weight.data = _packed(own).view(layer.weight.shape)
         held.append(grid[own.long()] * scale)
     return held
+
+
+def aimed(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """The weight to round, so that a layer gives on what it reads now what the given one gave on what it read.
+
+    What came before it in the model was quantized, so that it reads x̂ in place of x. ``ASYMMETRY`` of the way from W to
+    W (Σ x x̂ᵀ) (Σ x̂ x̂ᵀ)⁻¹, the least-squares answer (GPTAQ, Li et al. 2025, arXiv:2504.02692).
+
+    Args:
+        weight: [out, in] in fp32.
+        gram: Σ x̂ᵀ x̂ over the tokens, [in, in].
+        cross: Σ xᵀ x̂, [in, in].
+    """
+    damped = gram.clone()
+    damped.diagonal().add_(DAMPING * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+    return weight + ASYMMETRY * torch.linalg.solve(damped, (weight @ (cross - gram)).T).T
 
 
 def _inverse(gram: Tensor) -> tuple[Tensor, Tensor]:

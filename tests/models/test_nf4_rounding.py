@@ -10,7 +10,7 @@ bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 
 from peftkit.models import nf4_rounding  # noqa: E402
-from peftkit.models.nf4_rounding import requantize  # noqa: E402
+from peftkit.models.nf4_rounding import aimed, requantize  # noqa: E402
 
 
 def layer_of(weight, double=True):
@@ -48,6 +48,30 @@ def test_a_layer_loses_less_on_its_inputs_and_holds_what_is_said(shape, double):
     assert layer.weight.data.shape == size
     assert layer.weight.quant_state.nested is double
     assert lost(weight, held, inputs) < 0.7 * plain
+
+
+def test_smaller_blocks_lose_less():
+    weight, inputs = drawn(16, 128)[0], torch.randn(512, 128)
+    layers = {size: layer_of(weight.clone()) for size in (128, 64, 32)}
+    found = {}
+    for size, layer in layers.items():
+        (held,) = requantize([layer], [weight], inputs.T @ inputs, size)
+        torch.testing.assert_close(opened(layer), held, rtol=1e-6, atol=1e-6)
+        assert layer.weight.quant_state.absmax.numel() == 16 * 128 // size
+        found[size] = lost(weight, held, inputs)
+    assert found[32] < found[64] < found[128]
+
+
+def test_a_layer_aims_at_what_it_gave_before_its_inputs_changed(monkeypatch):
+    weight, inputs = drawn(16, 128)
+    changed = inputs + 0.1 * inputs.roll(1, dims=1)
+    gram, cross = changed.T @ changed, inputs.T @ changed
+    assert torch.equal(aimed(weight, gram, gram), weight)  # nothing was lost before it
+    monkeypatch.setattr(nf4_rounding, "ASYMMETRY", 1.0)
+    wanted = inputs @ weight.T
+    before = float((changed @ weight.T - wanted).norm())
+    found = aimed(weight, gram, cross)
+    assert float((changed @ found.T - wanted).norm()) < 0.5 * before
 
 
 def test_inputs_that_say_nothing_leave_bitsandbytes_own_bytes(monkeypatch):
