@@ -243,7 +243,7 @@ class LoadedRun:
         merging = self.merging
         if not merging.due(self.model):
             return
-        merging.check(self.model, quantized=self.recipe.quantization is not None)
+        merging.check(self.model, quantized=self.about.quantization is not None)
         if merging.reason:
             return
         try:

@@ -16,7 +16,7 @@ import torch
 from peftkit.errors import ModelError
 from peftkit.models import loading
 from peftkit.models.quantization import stored
-from peftkit.models.quantization.checkpoint import quantized_with
+from peftkit.models.quantization.checkpoint import check_recipe, quantized_with
 from peftkit.models.quantization.skeleton import OUTER_BLOCK, Held, replace_linear
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.training_options import prepare_for_training
@@ -44,6 +44,7 @@ def build_skeleton(
     folder = folder_of(resolve(recipe.model), weights=False)
     pooling = loading.choose_pooling(recipe, folder)
     config = loading._configure(recipe, info, tokenizer, folder)
+    check_recipe(config, recipe)
     arguments: dict[str, Any] = {"dtype": torch.float32 if recipe.method.saves == "model" else dtype}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention

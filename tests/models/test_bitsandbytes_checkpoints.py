@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftkit
 from peftkit import replace
-from peftkit.errors import Interrupted
+from peftkit.errors import Interrupted, UserError
 from peftkit.models.loading import build
 from peftkit.models.skeleton import build_skeleton
 from peftkit.models.tokenizer import load_tokenizer
@@ -114,6 +114,7 @@ def test_training_over_it_is_resumed_proven_and_predicted_with_by_a_fresh_proces
     run = peftkit.load(whole.path)
     here = run.logits(TEXTS).tolist() if run.labels else run.generate(TEXTS, max_new_tokens=8)
     assert json.loads(done.stdout.splitlines()[-1]) == here
+    assert (run.merging.done, run.merging.reason) == (False, "its base is quantized")
 
 
 @pytest.mark.parametrize("kind", HELD)
@@ -131,6 +132,19 @@ def test_planned_bytes_are_those_of_the_weights_that_are_loaded(kind, model, tas
     frozen = [p for p in real.parameters() if not p.requires_grad]
     assert held.frozen == sum(p.numel() * p.element_size() for p in (*frozen, *real.buffers()))
     assert held.constants == tiny.scale_bytes(real)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"quantization": {"kind": "nf4"}}, "bitsandbytes already; set quantization=null"),
+        ({"method": {"kind": "full"}}, "trains the base's own weights"),
+    ],
+)
+def test_what_is_refused_in_training_is_refused_in_a_plan(parts, said, saved):
+    recipe = tiny.tiny_recipe(saved["llama", "nf4"], task={"kind": "style"}, **parts)
+    with pytest.raises(UserError, match=said), without_data():
+        build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)
 
 
 def both(folder, info, task):

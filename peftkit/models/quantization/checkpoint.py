@@ -57,11 +57,19 @@ def _by_flags(held: Mapping[str, Any]) -> str:
 
 
 def check(config: Any, recipe: Recipe) -> str | None:
-    """The kind of the checkpoint's quantization, None for whole weights.
+    """The kind of the checkpoint's quantization, None for whole weights; raises as ``check_recipe`` does, and
+    ModelError where it cannot be loaded here (with the line that installs its kernels)."""
+    kind = check_recipe(config, recipe)
+    if kind is not None:
+        _check_kernels(kind, recipe.model.source)
+    return kind
+
+
+def check_recipe(config: Any, recipe: Recipe) -> str | None:
+    """The kind of the checkpoint's quantization, None for whole weights, whatever is installed here.
 
     Raises:
-        ModelError: it cannot be loaded here: no kernels (with the line that installs them), no way of transformers
-            to read it, a kind that peft has no layers for, or a second quantization on top of it.
+        ModelError: a kind that peft has no layers for, or a second quantization on top of it.
         MethodError: the method needs whole weights.
     """
     kind = quantized_with(config)
@@ -79,7 +87,6 @@ def check(config: Any, recipe: Recipe) -> str | None:
             f"model.source={source}: its weights are quantized with {kind} already; set quantization=null, or name the "
             "unquantized model"
         )
-    _check_kernels(kind, source)
     if why := recipe.method.why_not_over(kind):
         raise MethodError(f"model.source={source} is quantized with {kind}: {why}")
     if recipe.export.merge:
