@@ -24,9 +24,10 @@ PiSSA, OLoRA and orthogonal starts of LoRA and the bat variant of MiSS need whol
 no INT8. BitFit needs a base with biases. Prompt tuning and p-tuning are refused for classifiers built on decoders,
 prefix tuning for architectures that take no keys and values from outside, and for checkpointed activations. `peft`
 takes quantized weights for the types that leave the weights below them alone. Rows under a learned prompt are never
-packed. Checkpoints whose weights are quantized already (GPTQ, AWQ, HQQ, torchao, bitsandbytes) are taken as they are
-where their kernels are installed; LoRA and all methods without layers of their own over linear ones stand on each of
-them.
+packed. Checkpoints whose weights are quantized already (GPTQ, AWQ, torchao, bitsandbytes) are taken as they are where
+their kernels are installed; LoRA and all methods without layers of their own over linear ones stand on each of them.
+GPTQ's and AWQ's layers are given kernels that have a backward pass, and keep them through evaluations. HQQ's are
+refused with versions of transformers that cannot read them (5.23 is one). AWQ is checked by its config alone.
 """
 
 
