@@ -30,7 +30,7 @@ def main() -> None:
         work = Path(name)
         train = shared(args.training_rows, args.share)
         data = lay_out(args.data, work / "rows", train, validation=0, test=rows)
-        run = _train(data, work)
+        run = trained(data, work)
         labels = json.loads((run / "info.json").read_text(encoding="utf-8"))["labels"]
         file, reference = str(data / "test.csv"), str(work / "reference.json")
         pipeline = [
@@ -50,7 +50,7 @@ def main() -> None:
         compare(args.name, what, contestants, args.repeats, headline="rows_per_second")
 
 
-def _train(data: Path, work: Path) -> Path:
+def trained(data: Path, work: Path) -> Path:
     """The run whose adapter all use; its head stands on BERT's own pooler, as the pipeline's does."""
     command = [
         sys.executable, str(WORKERS / "peftkit_run.py"), "agnews_lora", f"data.source={data}", "data.labels=null",

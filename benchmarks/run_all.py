@@ -26,6 +26,7 @@ CLASSIFICATION: dict[str, list[str]] = {
     "few_shot": ["few_shot.py"],
     "bottleneck": ["bottleneck_adapters.py"],
     "growth": ["growth.py"],
+    "runtimes": ["runtimes.py"],
     "batching_curves": ["batching_curves.py"],
 }
 INSTRUCTIONS: dict[str, list[str]] = {
