@@ -175,6 +175,7 @@ def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo, 
         heads = _heads(model, {"missing_keys": []})
         others += [f"{model.base_model_prefix}.pooler"]
     if checkpoint.quantized_with(config) == "bitsandbytes":
+        others += config.quantization_config.get("llm_int8_skip_modules") or ()
         return stored.never_packed(model, heads, others, folder)
     return tuple(dict.fromkeys([*others, *heads]))
 

@@ -147,6 +147,21 @@ def test_what_is_refused_in_training_is_refused_in_a_plan(parts, said, saved):
         build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)
 
 
+def test_where_no_weights_were_fetched_the_config_says_what_is_whole(saved, tmp_path):
+    for file in saved["llama", "nf4"].iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "down_proj"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = tiny.tiny_recipe(tmp_path, task={"kind": "style"})
+    with without_data():
+        model = build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32).model
+    packed = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 2 * 6
+    assert not any("down_proj" in name for name in packed)
+
+
 def both(folder, info, task):
     recipe = tiny.tiny_recipe(folder, task={"kind": task}, method={"kind": "lora", "rank": 4}, model={"pooling": "own"})
     tokenizer = load_tokenizer(recipe.model)

@@ -38,7 +38,8 @@ def never_packed(model: Any, heads: Sequence[str], others: Sequence[str], folder
     Args:
         model: on the meta device, its layers not replaced yet.
         heads: modules that are trained, and so never packed.
-        others: modules that are not packed unless the files hold them so (output embeddings, a pooler).
+        others: modules that are not packed unless the files hold them so (output embeddings, a pooler, what the
+            config names).
         folder: where the checkpoint lies; where its files have not been fetched, nothing more is known.
     """
     from torch import nn
@@ -72,10 +73,8 @@ def blocks(folder: Path) -> Blocks | None:
 
 def settled(held: Mapping[str, Any], skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """The checkpoint's quantization config for this run: what stays whole, and the dtype of 4-bit products."""
-    said = list(held.get("llm_int8_skip_modules") or ())
     compute = str(dtype).removeprefix("torch.")
-    return {**held, "llm_int8_skip_modules": [*skipped, *(name for name in said if name not in skipped)],
-            "bnb_4bit_compute_dtype": compute}  # fmt: skip
+    return {**held, "llm_int8_skip_modules": list(skipped), "bnb_4bit_compute_dtype": compute}
 
 
 def _keys(folder: Path) -> Iterator[tuple[str, Path]]:
