@@ -7,7 +7,7 @@ begun, and the parts are rewritten under the final types at the end.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -67,25 +67,29 @@ class RowWriter:
         rows, self._rows = self._rows, []
         if not rows:
             return
-        before = dict(self.types)
+        before, made = dict(self.types), {}
         for name in dict.fromkeys(key for row in rows for key in row):
             if name not in self.left_out:
-                self._widen(name, rows)
+                made[name] = self._widen(name, rows)
         if self._sink is None or before != self.types:
             self._begin_part()
         assert self._sink is not None
-        self._sink.write_batch(_batch(rows, self.types))
+        self._sink.write_batch(_batch(rows, self.types, made))
 
-    def _widen(self, name: str, rows: list[Row]) -> None:
+    def _widen(self, name: str, rows: list[Row]) -> pa.Array | None:
+        """The column under the type that its values have by themselves; None where it is left out from now on."""
         known = self.types.get(name, pa.null())
         try:
-            self.types[name] = unified(known, pa.array([row.get(name) for row in rows]).type)
+            column = pa.array([row.get(name) for row in rows])
+            self.types[name] = unified(known, column.type)
+            return column
         except _MISFIT:
             error = _misfit(name, rows, known)
             if self.used is None or name in self.used:
                 raise error from None
             self.left_out[name] = error
             self.types.pop(name, None)
+            return None
 
     def _begin_part(self) -> None:
         self._end_part()
@@ -164,8 +168,16 @@ def unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
 
 
-def _batch(rows: list[Row], types: dict[str, pa.DataType]) -> pa.RecordBatch:
-    arrays = [pa.array([row.get(name) for row in rows], type=held) for name, held in types.items()]
+def _batch(
+    rows: list[Row], types: dict[str, pa.DataType], made: Mapping[str, pa.Array | None] | None = None
+) -> pa.RecordBatch:
+    """Rows under the types; ``made`` are columns that exist already, taken where they are of the type."""
+
+    def column(name: str, held: pa.DataType) -> pa.Array:
+        known = (made or {}).get(name)
+        return known if known is not None and known.type == held else pa.array([row.get(name) for row in rows], held)
+
+    arrays = [column(name, held) for name, held in types.items()]
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(list(types.items())))
 
 
