@@ -112,8 +112,7 @@ def _check(recipe: Recipe, to: Path, rows: int, block_size: int) -> None:
         raise RecipeError(f"--block-size {block_size}: {did_you_mean(str(block_size), map(str, BLOCK_SIZES))}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
-    config = folder_of(resolve(recipe.model), weights=False) / "config.json"
-    if kind := checkpoint.quantized_with(json.loads(config.read_text(encoding="utf-8"))):
+    if kind := checkpoint.kind_of(recipe.model):
         raise ModelError(f"model.source={recipe.model.source}: its weights are quantized with {kind} already")
 
 

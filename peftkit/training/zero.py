@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from peftkit.errors import RecipeError
+from peftkit.models.quantization import checkpoint
 from peftkit.parts import Method
 from peftkit.recipe import Recipe
 
@@ -54,7 +55,9 @@ def check(accelerator: Any, recipe: Recipe) -> None:
         f"training.optimizer={training.optimizer}; use {' or '.join(ELEMENTWISE)}": (
             training.optimizer not in ELEMENTWISE
         ),
-        "a quantized base; use configs/accelerate/fsdp2_qlora.yaml": recipe.quantization is not None,
+        "a quantized base; use configs/accelerate/fsdp2_qlora.yaml": (
+            recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
+        ),
         f"method.kind={recipe.method.kind}, which changes weights after a step": (
             method.after_step is not Method.after_step
         ),

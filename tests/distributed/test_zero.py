@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -147,6 +148,15 @@ def test_what_zero_cannot_train_with_is_refused_before_any_work(small_recipe, st
     sharding.check(accelerator(stage=2, **none), small_recipe)
     with pytest.raises(RecipeError, match=said):
         sharding.check(accelerator(stage=stage, **config), replace(small_recipe, **parts))
+
+
+def test_a_base_whose_weights_are_packed_already_is_refused(small_recipe, tmp_path):
+    packed = shutil.copytree(small_recipe.model.source, tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (packed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(RecipeError, match="fsdp2_qlora"):
+        sharding.check(accelerator(), replace(small_recipe, model={"source": str(packed)}))
 
 
 def test_where_it_is_not_installed_the_line_that_installs_it_is_said(monkeypatch):

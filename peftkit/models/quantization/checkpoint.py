@@ -17,7 +17,7 @@ from peftkit.models.quantization import stored
 if TYPE_CHECKING:
     import torch
 
-    from peftkit.recipe import Recipe
+    from peftkit.recipe import ModelConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,17 @@ def quantized_with(config: Any) -> str | None:
     if not held:
         return None
     return str(getattr(held.get("quant_method"), "value", held.get("quant_method")) or _by_flags(held))
+
+
+def kind_of(model: ModelConfig) -> str | None:
+    """The same of a recipe's base; of a hub's model its configuration alone is fetched.
+
+    Raises:
+        ModelError, HubError: there is no such base.
+    """
+    from peftkit.models.sources import check_config, folder_of, resolve
+
+    return quantized_with(check_config(folder_of(resolve(model), weights=False)))
 
 
 def _of(config: Any) -> Mapping[str, Any] | None:
