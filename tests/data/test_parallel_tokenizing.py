@@ -25,9 +25,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pr
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch, tmp_path):
-    """Chunks of 5 rows, worth it however short they take, in a cache of their own."""
+    """Chunks of 5 rows, worth it however little they take, in a cache of their own."""
     monkeypatch.setattr(pipeline, "BATCH", 5)
     monkeypatch.setattr(parallel, "WORTH", 0.0)
+    monkeypatch.setattr(parallel, "GAIN", 0.0)
     monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
 
 
@@ -119,6 +120,16 @@ def test_little_work_stays_here(monkeypatch):
     assert list(parallel.in_order(lambda item: item, range(0), 4)) == []
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     assert set(parallel.in_order(lambda item: os.getpid(), range(20), 4)) == {os.getpid()}
+
+
+@pytest.mark.parametrize(("afterwards", "shared"), [(0.04, False), (0.0, True)])
+def test_work_that_takes_less_than_what_follows_it_stays_here(afterwards, shared, monkeypatch):
+    monkeypatch.setattr(parallel, "GAIN", 2.0)
+    pids = set()
+    for pid in parallel.in_order(lambda item: (time.sleep(0.02), os.getpid())[1], range(6), 2):
+        pids.add(pid)
+        time.sleep(afterwards)
+    assert (len(pids) > 1) == shared
 
 
 def test_what_a_worker_warns_of_is_logged_here(caplog):
