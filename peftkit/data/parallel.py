@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 from peftkit.errors import TrainingError
 
 T = TypeVar("T")
+TRIED = 2
 WORTH = 2.0
-"""Seconds of work left from which processes are started, by the time that the first chunk took."""
+"""Seconds of work left from which processes are started, by the time that the last chunk tried took."""
 GAIN = 2.0
 """Times that working on a chunk must take what is done with it afterwards: that part, and receiving what others made,
 stays in one process. Tokenizing sentences in Rust alone does not pay (200,000 rows: 12.4 s in two processes, 9.3 in
@@ -56,8 +57,9 @@ def share_of_cores(threads: int | None) -> int:
 def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[T]:
     """``work`` of every item, in the items' order, whoever does it.
 
-    The first is done here: what it reads for all of them the workers then have, and what it warns of is said once. An
-    exception of ``work`` is raised where its item stands; what workers log is logged here.
+    The first two are done here: what they read for all of them the workers then have, what the first warns of is said
+    once, and the second, for which all is ready, tells how long they take. An exception of ``work`` is raised where its
+    item stands; what workers log is logged here.
 
     Args:
         work: a function of an item alone; its value is sent between processes.
@@ -66,12 +68,14 @@ def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> It
     Raises:
         TrainingError: a worker was killed.
     """
-    left, started = items[1:], time.perf_counter()
-    made = [work(item) for item in items[:1]]
-    seconds, given = time.perf_counter() - started, time.perf_counter()
-    while made:
+    left, spent, followed = items[TRIED:], 0.0, 0.0
+    for item in items[:TRIED]:
+        started = time.perf_counter()
+        made = [work(item)]
+        spent, given = time.perf_counter() - started, time.perf_counter()
         yield made.pop()
-    worth = seconds * len(left) >= WORTH and seconds >= GAIN * (time.perf_counter() - given)
+        followed = time.perf_counter() - given
+    worth = spent * len(left) >= WORTH and spent >= GAIN * followed
     if workers < 2 or len(left) < 2 or not worth or not _may_fork():
         yield from map(work, left)
         return
