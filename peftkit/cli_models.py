@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,8 @@ def quantize(
 
     found = quantization.quantize(chosen, to, rows=rows, block_size=block_size)
     print(json.dumps(found, indent=2) if as_json else quantization.table(found), end="\n" if as_json else "")
-    print(
-        f"wrote {to}; train over it with `peftkit train {recipe} model.source={to.resolve()} quantization=null`",
-        file=sys.stderr,
-    )
+    others = [
+        change for change in changes or () if not change.startswith(("model.source", "model.revision", "quantization"))
+    ]
+    go_on = ["peftkit", "train", recipe, f"model.source={to.resolve()}", "quantization=null", *others]
+    print(f"wrote {to}; train over it with `{shlex.join(go_on)}`", file=sys.stderr)

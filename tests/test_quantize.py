@@ -106,12 +106,12 @@ def test_the_command_prints_what_was_lost_and_how_to_go_on(llama, tmp_path, caps
     (tmp_path / "mine.yaml").write_text(llama.to_yaml(), encoding="utf-8")
     arguments = ["quantize", str(tmp_path / "mine.yaml"), "--to", str(tmp_path / "nf4"), "--rows", "3", "--json"]
     with pytest.raises(SystemExit) as stop:
-        app(args=[*arguments, "quantization.double=false"])
+        app(args=[*arguments, "quantization.double=false", "data.max_length=24"])
     out = capsys.readouterr()
     assert not stop.value.code
     found = json.loads(out.out)
     assert (found["rows"], found["layers"]) == (3, 14)
-    assert f"model.source={(tmp_path / 'nf4').resolve()} quantization=null" in out.err
+    assert f"model.source={(tmp_path / 'nf4').resolve()} quantization=null data.max_length=24`" in out.err
     held = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
     assert held["bnb_4bit_use_double_quant"] is False
 
