@@ -86,7 +86,7 @@ def compute(
         always: figures that are added to ``names``.
 
     Raises:
-        RecipeError, HubError: see ``metrics.load``.
+        RecipeError, HubError: see ``metrics.check``.
     """
     found = decide(outputs["logits"], info, threshold)
     gold = references(outputs, info)
@@ -110,12 +110,11 @@ def check(names: Iterable[str] | None, info: TaskInfo) -> None:
         if name == "calibration_error" and info.problem_type != SINGLE:
             raise RecipeError("metric 'calibration_error' needs one label a row; leave it out")
         if name not in metrics.OF_PROBABILITIES:
-            metrics.load(name, HOLDS[info.problem_type])
+            metrics.check(name, HOLDS[info.problem_type])
 
 
 def _one(name: str, gold: np.ndarray, predicted: np.ndarray, holds: metrics.Holds) -> dict[str, float]:
-    """The numbers that a metric returns; a hub module may return several."""
+    """What a metric says; NaN without rows."""
     if not len(gold):
         return {name: float("nan")}
-    result = metrics.load(name, holds).compute(predictions=predicted, references=gold) or {}
-    return {key: float(value) for key, value in result.items() if isinstance(value, int | float | np.number)}
+    return metrics.figures(name, predicted, gold, holds)

@@ -1,98 +1,106 @@
-"""Metrics by name, as ``evaluate`` modules that need no network.
+"""Metrics by name: figures over scikit-learn or SciPy that need no network.
 
-    metric = load("f1")
+    figures("f1", predictions=[0, 1], references=[0, 0])        # {"f1": 0.333…}
+    metric = load("f1")                                         # the same as a module of the evaluate library
     metric.add_batch(predictions=[0, 1], references=[0, 0])
-    metric.compute()                                            # {"f1": 0.333…}
+    metric.compute()
 
-Each is an ``evaluate.Metric`` over scikit-learn or SciPy, so that evaluate's batching and its gathering over processes
-work. ``evaluate.load`` itself runs a script from the hub; it is asked only for a name that is not here, and only for
-the modules that the library's own authors keep (``evaluate-metric/NAME``). Imports nothing of peftkit but errors and
-the registry: tasks may use it.
+``evaluate.load`` itself runs a script from the hub; it is asked only for a name that is not here, and only for the
+modules that the library's own authors keep (``evaluate-metric/NAME``). Imports nothing of peftkit but errors and the
+registry: tasks may use it.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import datasets
-import evaluate
 import numpy as np
 from sklearn import metrics as sk
 
 from peftkit.errors import HubError, RecipeError, did_you_mean
 from peftkit.registry import Registry
 
+if TYPE_CHECKING:
+    import evaluate
+
 Holds = Literal["classes", "sets", "numbers"]
 METRICS: Registry[type[Score]] = Registry("metric", group="peftkit.metrics")
 OF_PROBABILITIES = ("calibration_error", "loss")
-"""Figures that are computed from probabilities, not from predictions; valid names, but not evaluate modules."""
+"""Figures that are computed from probabilities, not from predictions; valid names, but not metrics of this module."""
 
 
-class Score(evaluate.Metric):
-    """An evaluate module for one figure.
-
-    ``config_name`` says what a prediction is: "classes" (an id), "sets" (0 or 1 for every label) or "numbers".
-    """
+class Score:
+    """One figure over predictions that are "classes" (an id), "sets" (0 or 1 for every label) or "numbers"."""
 
     holds: ClassVar[tuple[Holds, ...]] = ("classes", "sets")
     paper: ClassVar[str] = ""
-
-    def __init__(self, config_name: str | None = None, **options: Any) -> None:
-        super().__init__(config_name=config_name or self.holds[0], **options)
 
     def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
         """The figure of all rows; NaN where it is not defined."""
         raise NotImplementedError
 
-    def _info(self) -> evaluate.MetricInfo:
-        feature = {
-            "classes": datasets.Value("int64"),
-            "sets": datasets.Sequence(datasets.Value("int64")),
-            "numbers": datasets.Value("float64"),
-        }[self.config_name]
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation=self.paper,
-            inputs_description="predictions and references of the same length",
-            features=datasets.Features({"predictions": feature, "references": feature}),
-        )
 
-    def _compute(self, *, predictions: Any, references: Any, **options: Any) -> dict[str, float]:
-        gold, found = np.asarray(references), np.asarray(predictions)
-        return {self.registered_name: float(self.score(gold, found, **options))}
-
-    def _build_data_dir(self) -> str:
-        """The folder of the gathered predictions; none is made where they stay in memory."""
-        return "" if self.keep_in_memory else super()._build_data_dir()
-
-    @property
-    def registered_name(self) -> str:
-        """The key of the figure in what ``compute`` returns."""
-        return next(name for name in METRICS if METRICS.get(name) is type(self))
-
-
-def load(name: str, holds: Holds = "classes", *, keep_in_memory: bool = True) -> evaluate.EvaluationModule:
-    """The metric of that name.
+def figures(name: str, predictions: Any, references: Any, holds: Holds = "classes", **options: Any) -> dict[str, float]:
+    """What the metric of that name says of all rows; a hub module may return several figures.
 
     Args:
         holds: what a prediction is.
-        keep_in_memory: False lets several processes gather through evaluate's cache folder.
+        options: of the metric, as scikit-learn has them.
+
+    Raises:
+        RecipeError, HubError: as in ``check``.
+    """
+    found = np.asarray(predictions)
+    if own := _own(name, holds):
+        return {name: float(own.score(np.asarray(references), found, **options))}
+    result = _from_hub(name).compute(predictions=found, references=references, **options) or {}
+    return {key: float(value) for key, value in result.items() if isinstance(value, int | float | np.number)}
+
+
+def check(name: str, holds: Holds = "classes") -> None:
+    """Whether there is a metric of that name for such predictions.
 
     Raises:
         RecipeError: there is no such metric, or it cannot score such predictions.
         HubError: the name is not built in, and the hub cannot be asked.
     """
-    if name in METRICS:
-        metric = METRICS.get(name)
-        if holds not in metric.holds:
-            fitting = ", ".join(other for other in METRICS if holds in METRICS.get(other).holds)
-            raise RecipeError(
-                f"metric '{name}' scores {' or '.join(metric.holds)}, not {holds}; choose from: {fitting}"
-            )
-        return metric(holds, keep_in_memory=keep_in_memory)
-    return _from_hub(name)
+    if _own(name, holds) is None:
+        _from_hub(name)
+
+
+def load(name: str, holds: Holds = "classes", **options: Any) -> evaluate.EvaluationModule:
+    """The metric of that name as a module of the evaluate library.
+
+    Args:
+        holds: what a prediction is.
+        options: of ``evaluate.Metric``: ``num_process`` and ``process_id`` to gather over processes. Predictions stay
+            in memory unless ``keep_in_memory=False`` says otherwise.
+
+    Raises:
+        RecipeError, HubError: as in ``check``.
+    """
+    own = _own(name, holds)
+    if own is None:
+        return _from_hub(name)
+    from peftkit.evaluation.evaluate_modules import Module
+
+    def named(found: Any, gold: Any, **options: Any) -> dict[str, float]:
+        return figures(name, found, gold, holds, **options)
+
+    return Module(named, holds, type(own).__doc__ or "", own.paper, **{"keep_in_memory": True, **options})
+
+
+def _own(name: str, holds: Holds) -> Score | None:
+    """The built-in metric of that name, or None; raises RecipeError where it cannot score such predictions."""
+    if name not in METRICS:
+        return None
+    metric = METRICS.get(name)
+    if holds not in metric.holds:
+        fitting = ", ".join(other for other in METRICS if holds in METRICS.get(other).holds)
+        raise RecipeError(f"metric '{name}' scores {' or '.join(metric.holds)}, not {holds}; choose from: {fitting}")
+    return metric()
 
 
 def _from_hub(name: str) -> evaluate.EvaluationModule:
@@ -103,6 +111,8 @@ def _from_hub(name: str) -> evaluate.EvaluationModule:
         raise RecipeError(f"unknown metric '{name}': {hint}")
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"unknown metric '{name}': {hint} (Other evaluate modules need the hub, which is set offline.)")
+    import evaluate
+
     try:
         return evaluate.load(f"evaluate-metric/{name}", keep_in_memory=True)
     except (OSError, ValueError, ImportError) as error:

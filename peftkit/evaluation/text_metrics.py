@@ -1,8 +1,7 @@
-"""Metrics of generated text, as ``evaluate`` modules that need no network.
+"""Metrics of generated text, which need no network.
 
-    metric = load("rouge")
-    metric.compute(predictions=["the cat sat"], references=["a cat sat down"])     # {"rouge1": …, "rougeL": …, …}
-    score(predictions, references, ("rouge", "chrf"))
+    score(["the cat sat"], ["a cat sat down"], ("rouge", "chrf"))                  # {"rouge1": …, "rougeL": …, …}
+    load("rouge").compute(predictions=…, references=…)                             # a module of the evaluate library
 
 ROUGE is rouge-score's, BLEU and chrF are sacreBLEU's, exact match and token F1 are SQuAD's; all figures are between 0
 and 1, sacreBLEU's percentages divided by 100.
@@ -15,42 +14,26 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
-
-import datasets
-import evaluate
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.errors import DataError
 from peftkit.registry import Registry
+
+if TYPE_CHECKING:
+    import evaluate
 
 TEXT_METRICS: Registry[type[TextMetric]] = Registry("text metric", group="peftkit.text_metrics")
 DEFAULT = ("rouge", "chrf", "exact_match", "token_f1")
 
 
-class TextMetric(evaluate.Metric):
-    """An evaluate module over predicted and reference texts, row by row."""
+class TextMetric:
+    """Figures over predicted and reference texts, row by row."""
 
     paper: ClassVar[str] = ""
 
     def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """The figures of all rows."""
         raise NotImplementedError
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation=self.paper,
-            inputs_description="predictions and references: texts, as many of each",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-    def _compute(self, *, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return self.figures(predictions, references)
-
-    def _build_data_dir(self) -> str:
-        """The folder of the gathered predictions; none is made where they stay in memory."""
-        return "" if self.keep_in_memory else super()._build_data_dir()
 
 
 @TEXT_METRICS.register("rouge")
@@ -114,9 +97,20 @@ class TokenF1(TextMetric):
         return {"token_f1": _mean(_word_f1(found, wanted) for found, wanted in zip(predictions, references))}
 
 
-def load(name: str) -> TextMetric:
-    """The text metric of that name; raises RecipeError naming the nearest when there is none."""
-    return TEXT_METRICS.get(name)(keep_in_memory=True)
+def load(name: str, **options: Any) -> evaluate.EvaluationModule:
+    """The text metric of that name as a module of the evaluate library.
+
+    Args:
+        options: of ``evaluate.Metric``; predictions stay in memory unless ``keep_in_memory=False`` says otherwise.
+
+    Raises:
+        RecipeError: there is none of that name; the nearest is named.
+    """
+    metric = TEXT_METRICS.get(name)()
+    from peftkit.evaluation.evaluate_modules import Module
+
+    description = type(metric).__doc__ or ""
+    return Module(metric.figures, "texts", description, metric.paper, **{"keep_in_memory": True, **options})
 
 
 def score(predictions: Sequence[str], references: Sequence[str], names: Sequence[str] = DEFAULT) -> dict[str, float]:
@@ -126,12 +120,12 @@ def score(predictions: Sequence[str], references: Sequence[str], names: Sequence
         DataError: there are more predictions than references, or fewer.
         RecipeError: there is no metric of a name.
     """
-    metrics = [load(name) for name in names]
+    metrics = [TEXT_METRICS.get(name)() for name in names]
     if len(predictions) != len(references):
         raise DataError(f"expected one reference a prediction, found {len(predictions)} and {len(references)}")
     found: dict[str, float] = {}
     for metric in metrics if len(predictions) else []:
-        found |= metric.compute(predictions=list(predictions), references=list(references)) or {}
+        found |= metric.figures(predictions, references)
     return found
 
 

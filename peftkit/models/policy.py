@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ def quiet() -> None:
     """
     for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    import_bitsandbytes()
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
@@ -50,6 +54,31 @@ def quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@functools.cache
+def import_bitsandbytes() -> None:
+    """Imports bitsandbytes, where it is installed, without torch's compiler.
+
+    peft imports it whatever is trained, and it hands its fallback kernels to ``torch.compile`` as it is imported, which
+    loads Inductor: most of a second. They are compiled when they are first called instead.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    compiled = torch.compile
+
+    def later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(later, **options)
+        made = functools.cache(lambda: compiled(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: made()(*args, **kwargs))
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):  # whoever needs it is told then
+            import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compiled
 
 
 def autocast(dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:

@@ -73,9 +73,10 @@ def test_every_registered_metric_is_among_those_proven_here():
 
 def test_two_writers_gather_through_evaluates_cache(tmp_path):
     parts = [slice(0, 50), slice(50, 80)]
+    on_disk = {"keep_in_memory": False, "cache_dir": str(tmp_path), "timeout": 30}
 
     def write(rank):
-        metric = metrics.F1(num_process=2, process_id=rank, experiment_id="gather", cache_dir=str(tmp_path), timeout=30)
+        metric = metrics.load("f1", num_process=2, process_id=rank, experiment_id="gather", **on_disk)
         metric.add_batch(references=GOLD[parts[rank]], predictions=FOUND[parts[rank]])
         return metric.compute()
 
@@ -100,7 +101,7 @@ def test_an_unknown_name_suggests_the_nearest_without_asking_an_unreachable_hub(
 def test_other_names_are_asked_of_the_librarys_own_modules_only(monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(evaluate, "load", lambda name, **options: asked.append(name) or metrics.Accuracy())
+    monkeypatch.setattr(evaluate, "load", lambda name, **options: asked.append(name) or metrics.load("accuracy"))
     metrics.load("brier_score")
     for name in ("someone/metric", "../metric", "/tmp/metric.py"):
         with pytest.raises(RecipeError, match="unknown metric"):
