@@ -33,9 +33,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
         confidence: probability of the predicted class, [rows].
         correct: whether it was right, [rows].
     """
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    # (low, high]: a confidence on an edge belongs to the bin below it, and 0 to the first
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    edges, place = np.linspace(0.0, 1.0, bins + 1), places(confidence, bins)
     made = []
     for number in range(bins):
         inside = place == number
@@ -45,9 +43,22 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     return made
 
 
+def places(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """The number of the bin that each confidence lies in, [rows]."""
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    # (low, high]: a confidence on an edge belongs to the bin below it, and 0 to the first
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+
+
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
     """Mean distance of accuracy and confidence over the bins, weighted by their rows; 0 is perfect."""
-    if not len(confidence):
-        return float("nan")
-    gaps = sum(one.count * abs(one.accuracy - one.confidence) for one in reliability(confidence, correct, bins))
-    return float(gaps / len(confidence))
+    return of_surplus(places(confidence, bins), correct - np.asarray(confidence))
+
+
+def of_surplus(place: np.ndarray, surplus: np.ndarray) -> float:
+    """The expected calibration error from each row's bin and its correct − confidence; NaN without rows.
+
+    |B| · |accuracy(B) − confidence(B)| is |Σ (correct − confidence)| over the bin, which one count gives for all bins.
+    """
+    return float(np.abs(np.bincount(place, weights=surplus)).sum() / len(place)) if len(place) else float("nan")
+

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peftkit.evaluation.calibration import expected_calibration_error
+from peftkit.evaluation.calibration import of_surplus, places
 from peftkit.evaluation.intervals import Statistics
 
 
@@ -19,11 +19,11 @@ def confusion(gold: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
 
 def of_classes(gold: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, classes: int) -> Statistics:
     """Statistics of one label a row."""
-    right = gold == predicted
+    place, surplus = places(confidence), (gold == predicted) - confidence
 
     def statistics(rows: np.ndarray) -> dict[str, float]:
         figures = from_confusion(confusion(gold[rows], predicted[rows], classes))
-        return figures | {"calibration_error": expected_calibration_error(confidence[rows], right[rows])}
+        return figures | {"calibration_error": of_surplus(place[rows], surplus[rows])}
 
     return statistics
 
