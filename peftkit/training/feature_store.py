@@ -118,9 +118,10 @@ def code_digest() -> str:
 
 def _columns(split: EncodedSplit) -> dict[str, Tensor]:
     """The labels as ``collate`` would give them, and the weights."""
+    table = split.examples.select_columns(["labels", "weight"]).with_format("arrow")[:]
     return {
-        "labels": torch.tensor(list(split.examples["labels"])),
-        "weight": torch.tensor(list(split.examples["weight"]), dtype=torch.float32),
+        "labels": torch.tensor(table["labels"].to_pylist()),
+        "weight": torch.tensor(table["weight"].to_pylist(), dtype=torch.float32),
     }
 
 
