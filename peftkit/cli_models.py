@@ -40,7 +40,8 @@ def quantize(
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="[part.field=value]...", help="Changes, such as model.source=./mine.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Training rows to calibrate on.")] = 128,
+    rows: Annotated[int, typer.Option(help="Training rows to choose the rounding on.")] = 128,
+    tune_rows: Annotated[int, typer.Option(help="Training rows to train scales on; 0 trains none.")] = 1024,
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32 takes 0.13 bits more for each.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,
 ) -> None:
@@ -48,7 +49,7 @@ def quantize(
     chosen = overrides.apply(catalog.get_recipe(recipe), changes or ())
     from peftkit import quantize as quantization
 
-    found = quantization.quantize(chosen, to, rows=rows, block_size=block_size)
+    found = quantization.quantize(chosen, to, rows=rows, tune_rows=tune_rows, block_size=block_size)
     print(json.dumps(found, indent=2) if as_json else quantization.table(found), end="\n" if as_json else "")
     others = [
         change for change in changes or () if not change.startswith(("model.source", "model.revision", "quantization"))

@@ -4,8 +4,9 @@
     peftkit train instruct_qlora model.source=./smollm2-nf4 quantization=null
 
 ``quantization.kind=nf4`` rounds each weight by itself as the model is loaded. Here the rounding is chosen on training
-rows (``peftkit.models.calibration``), so that the base loses a fraction of what it loses else, at the same
-bytes and speed. The folder is an ordinary checkpoint of bitsandbytes', which transformers loads without peftkit.
+rows (``peftkit.models.calibration``), then scales and norms are trained on such rows to say what the whole model says
+(``peftkit.models.nf4_tuning``). The base loses a fraction of what it loses else, at the same bytes and speed. The
+folder is an ordinary checkpoint of bitsandbytes', which transformers loads without peftkit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from peftkit.models import lm_head, packing, policy
 from peftkit.models.blocks import find_blocks
 from peftkit.models.calibration import calibrate
 from peftkit.models.loading import heads_of, load_plain
+from peftkit.models.nf4_tuning import targets, tune
 from peftkit.models.quantization import checkpoint
 from peftkit.models.quantization.guard import keep_gradients
 from peftkit.models.sources import ResolvedSource, folder_of, resolve
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 JUDGED = 64
 """Held-out rows that tell what quantization cost."""
+TUNED_BATCH = 4
+"""Rows of a step that trains scales."""
 BLOCK_SIZES = (32, 64, 128)
 FIGURES = "quantization.json"
 POOLING = ("modules.json", "1_Pooling/config.json")
@@ -47,20 +51,25 @@ POOLING = ("modules.json", "1_Pooling/config.json")
 _READ = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def quantize(recipe: Recipe, to: Path, *, rows: int = 128, block_size: int = 64) -> dict[str, Any]:
+def quantize(
+    recipe: Recipe, to: Path, *, rows: int = 128, tune_rows: int = 1024, block_size: int = 64
+) -> dict[str, Any]:
     """Writes the recipe's base model to ``to``, its blocks' linear layers in NF4; returns ``quantization.json``.
 
-    Both models are held at a time: that takes 1.3 times the memory of the unquantized one, and no gradients.
+    Both models are held at a time while rounding is chosen: 1.3 times the memory of the unquantized one. Scales are
+    trained over the packed one alone, with the activations of ``TUNED_BATCH`` rows and the last hidden states of all.
 
     Args:
         recipe: its model, data, ``quantization.double`` and ``training.seed`` are used.
         to: a folder that does not exist yet, or is empty.
-        rows: training rows, drawn at random, to calibrate on.
+        rows: training rows, drawn at random, to choose the rounding on.
+        tune_rows: training rows to train scales and norms on, once; 0 leaves them as they were chosen.
         block_size: weights that share a scale: 64 as in QLoRA, or 32, which takes 0.13 bits more for each.
 
     Returns:
-        Counts, bytes, and what was lost on held-out rows by NF4 as it is and by what was written: the ``error`` of the
-        last hidden states (‖h' − h‖ / ‖h‖) and, of language models, the ``loss`` per scored token.
+        Counts, bytes, and what was lost on held-out rows by NF4 as it is, with the rounding chosen, and with scales
+        trained: the ``error`` of the last hidden states (‖h' − h‖ / ‖h‖) and, of language models, the ``loss`` per
+        scored token.
 
     Raises:
         RecipeError: the recipe quantizes otherwise.
@@ -69,13 +78,14 @@ def quantize(recipe: Recipe, to: Path, *, rows: int = 128, block_size: int = 64)
         ExportError: what was written does not load as what was measured.
     """
     policy.quiet()
-    _check(recipe, to, rows, block_size)
+    _check(recipe, to, rows, tune_rows, block_size)
     source = resolve(recipe.model)
     folder = folder_of(source)
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
     chosen, held_out = _choose(encoded.splits, rows, recipe.training.seed, tokenizer)
+    learned = _by_length(encoded.splits["train"], tune_rows, recipe.training.seed, tokenizer)
     causal = prepared.info.problem_type == "causal_lm"
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -83,14 +93,21 @@ def quantize(recipe: Recipe, to: Path, *, rows: int = 128, block_size: int = 64)
     judge = _Judge(whole, held_out, causal)
     quantized = _load_packed(recipe, folder, whole.config, causal, device)
     lost = {"unquantized": judge.figures(whole), "nf4": judge.figures(quantized)}
+    learned = [_moved(one, device) for one in learned]
+    wanted = [targets(whole, one, _forward, causal) for one in learned]
     with bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
         batches = [_moved(one, device) for one in chosen]
         layers = calibrate(whole, quantized, batches, _forward, lm_head.loss if causal else None, block_size, advance)
     lost["calibrated nf4"] = judge.figures(quantized)
     del whole
+    if learned:
+        with bar("batches to train scales on", len(learned)) as advance:
+            tune(quantized, learned, wanted, _forward, causal, advance)
+        lost["tuned nf4"] = judge.figures(quantized)
     tokens = sum(int(one["attention_mask"].sum()) for one in chosen)
     found = {
         "base": recipe.model.source, "block_size": block_size, "rows": len(chosen), "tokens": tokens, "layers": layers,
+        "tuned_rows": sum(len(one["input_ids"]) for one in learned),
         "bytes": quantized.get_memory_footprint(), "held_out_rows": len(held_out), "lost": lost,
     }  # fmt: skip
     with staged(to) as stage:
@@ -99,7 +116,7 @@ def quantize(recipe: Recipe, to: Path, *, rows: int = 128, block_size: int = 64)
     return found
 
 
-def _check(recipe: Recipe, to: Path, rows: int, block_size: int) -> None:
+def _check(recipe: Recipe, to: Path, rows: int, tune_rows: int, block_size: int) -> None:
     held = recipe.quantization
     if held is None or held.kind != "nf4":
         raise RecipeError(
@@ -108,6 +125,8 @@ def _check(recipe: Recipe, to: Path, rows: int, block_size: int) -> None:
         )
     if rows < 1:
         raise RecipeError(f"--rows {rows}: expected at least 1 row to calibrate on")
+    if tune_rows < 0:
+        raise RecipeError(f"--tune-rows {tune_rows}: expected 0, which trains no scales, or more")
     if block_size not in BLOCK_SIZES:
         raise RecipeError(f"--block-size {block_size}: {did_you_mean(str(block_size), map(str, BLOCK_SIZES))}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -130,6 +149,15 @@ def _choose(
         [train.batch(np.array([row]), tokenizer) for row in chosen],
         [judged.batch(np.array([row]), tokenizer) for row in places[:JUDGED]],
     )
+
+
+def _by_length(split: EncodedSplit, rows: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    """Training rows, the ones to calibrate on first, in batches of like length, in an order by chance."""
+    random = np.random.default_rng(seed)
+    drawn = random.permutation(len(split.lengths))[:rows]
+    drawn = drawn[np.argsort(split.lengths[drawn], kind="stable")]
+    batches = [drawn[start : start + TUNED_BATCH] for start in range(0, len(drawn), TUNED_BATCH)]
+    return [split.batch(batches[number], tokenizer) for number in random.permutation(len(batches))]
 
 
 def _load_packed(recipe: Recipe, folder: Path, config: Any, causal: bool, device: str) -> Any:
@@ -200,12 +228,13 @@ def _write(
 def _card(source: ResolvedSource, found: dict[str, Any]) -> str:
     """What the folder holds, and how to load it."""
     base = source.location if source.kind == "hub" else Path(source.location).name
+    tuned = f"scales and norms trained on {found['tuned_rows']} (arXiv:2407.11062), " if found["tuned_rows"] else ""
     front = f"---\nbase_model: {base}\n---\n\n" if source.kind == "hub" else ""
     return (
         f"{front}# {base} in NF4\n\n"
         f"{found['layers']} linear layers in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), a scale for each "
         f"{found['block_size']} weights, rounded with GPTQ's "
-        f"compensation of errors (arXiv:2210.17323) on {found['rows']} rows of {found['tokens']:,} tokens, in "
+        f"compensation of errors (arXiv:2210.17323) on {found['rows']} rows of {found['tokens']:,} tokens, {tuned}in "
         f"bitsandbytes' format: `from_pretrained` of transformers loads the folder as it is.\n\n"
         f"On {found['held_out_rows']} held-out rows:\n\n{table(found)}"
     )

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -68,9 +69,11 @@ def test_it_loses_less_than_nf4_as_it_is(made):
     plain, calibrated = found["lost"]["nf4"], found["lost"]["calibrated nf4"]
     assert found["lost"]["unquantized"]["error"] == 0
     assert 0 < calibrated["error"] < 0.85 * plain["error"]
+    assert found["lost"]["tuned nf4"]["error"] < calibrated["error"]
+    assert found["tuned_rows"] > found["rows"]  # all training rows, as they are fewer than 1,024
     assert ("loss" in plain) == (recipe.task.kind == "style")
     assert json.loads((folder / FIGURES).read_text()) == found
-    assert f"{calibrated['error']:.4f}" in (folder / "README.md").read_text()
+    assert f"{found['lost']['tuned nf4']['error']:.4f}" in (folder / "README.md").read_text()
 
 
 def test_transformers_alone_finds_the_figures_that_were_written(made):
@@ -83,7 +86,7 @@ def test_transformers_alone_finds_the_figures_that_were_written(made):
     ids = tokenizer("the king said no to the red ball of the new world", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         a, b = (one.base_model(input_ids=ids).last_hidden_state for one in (whole, packed))
-    assert 0 < float((a - b).norm() / a.norm()) < 2 * found["lost"]["calibrated nf4"]["error"]
+    assert 0 < float((a - b).norm() / a.norm()) < 2 * found["lost"]["tuned nf4"]["error"]
 
 
 @pytest.mark.parametrize("made", ["llama", "bert"], indirect=True)
@@ -106,11 +109,11 @@ def test_the_command_prints_what_was_lost_and_how_to_go_on(llama, tmp_path, caps
     (tmp_path / "mine.yaml").write_text(llama.to_yaml(), encoding="utf-8")
     arguments = ["quantize", str(tmp_path / "mine.yaml"), "--to", str(tmp_path / "nf4"), "--rows", "3", "--json"]
     with pytest.raises(SystemExit) as stop:
-        app(args=[*arguments, "quantization.double=false", "data.max_length=24"])
+        app(args=[*arguments, "--tune-rows", "6", "quantization.double=false", "data.max_length=24"])
     out = capsys.readouterr()
     assert not stop.value.code
     found = json.loads(out.out)
-    assert (found["rows"], found["layers"]) == (3, 14)
+    assert (found["rows"], found["tuned_rows"], found["layers"]) == (3, 6, 14)
     assert f"model.source={(tmp_path / 'nf4').resolve()} quantization=null data.max_length=24`" in out.err
     held = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
     assert held["bnb_4bit_use_double_quant"] is False
@@ -132,6 +135,16 @@ def test_tokens_count_by_what_the_loss_makes_of_them(llama, tmp_path, monkeypatc
     assert guided["lost"]["calibrated nf4"] != alike["lost"]["calibrated nf4"]
 
 
+def test_no_scales_are_trained_where_none_are_wanted(llama, tmp_path):
+    found = quantize(llama, tmp_path / "nf4", rows=8, tune_rows=0)
+    assert "tuned nf4" not in found["lost"]
+    assert found["tuned_rows"] == 0
+    with safe_open(tmp_path / "nf4" / "model.safetensors", "pt") as written:
+        norm = written.get_tensor("model.norm.weight")
+    assert torch.equal(norm, torch.ones_like(norm))
+    assert "norms trained" not in (tmp_path / "nf4" / "README.md").read_text()
+
+
 def test_other_rows_give_other_codes_and_the_same_seed_the_same(llama, tmp_path):
     def codes(name, **training):
         quantize(replace(llama, training=training), tmp_path / name, rows=8)
@@ -147,6 +160,7 @@ def test_other_rows_give_other_codes_and_the_same_seed_the_same(llama, tmp_path)
         ({"quantization": None}, {}, "quantization=null; set quantization.kind=nf4"),
         ({"quantization": {"kind": "int8"}}, {}, "quantization=int8"),
         ({}, {"rows": 0}, "--rows 0: expected at least 1 row"),
+        ({}, {"tune_rows": -1}, "--tune-rows -1: expected 0"),
         ({}, {"block_size": 63}, "--block-size 63: known names: 128, 32, 64"),
     ],
 )

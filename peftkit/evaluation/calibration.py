@@ -61,4 +61,3 @@ def of_surplus(place: np.ndarray, surplus: np.ndarray) -> float:
     |B| · |accuracy(B) − confidence(B)| is |Σ (correct − confidence)| over the bin, which one count gives for all bins.
     """
     return float(np.abs(np.bincount(place, weights=surplus)).sum() / len(place)) if len(place) else float("nan")
-

@@ -108,9 +108,7 @@ def _codes(weight: Tensor, scale: Tensor, inverse: Tensor, order: Tensor, grid: 
 
 def _rescale(state: Any, weight: Tensor, importance: Tensor) -> Tensor:
     """Gives a quantization state the scales that lose least; returns the scale of each weight, [out, in]."""
-    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-
-    blocks, weights = _blocks(weight, state.blocksize), _blocks(importance.expand_as(weight), state.blocksize)
+    blocks, weights = as_blocks(weight, state.blocksize), as_blocks(importance.expand_as(weight), state.blocksize)
     grid = state.code.float()
     middles = (grid[1:] + grid[:-1]) / 2
     largest = blocks.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -120,18 +118,34 @@ def _rescale(state: Any, weight: Tensor, importance: Tensor) -> Tensor:
         lost = ((grid[torch.bucketize(blocks / tried, middles)] * tried - blocks).square() * weights).sum(1)
         better = lost < best
         best, scales = torch.where(better, lost, best), torch.where(better, tried[:, 0], scales)
-    if state.nested:
-        state.offset = scales.mean()
-        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=OUTER_BLOCK)
-        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    else:
-        state.absmax = scales
+    scales = double_quantized(state, scales)
     # a scale that double quantization rounded to nothing would divide by zero: its weights are all as good as zero
     each = scales.clamp_min(torch.finfo(torch.float32).tiny).repeat_interleave(state.blocksize)
     return each[: weight.numel()].view(weight.shape)
 
 
-def _blocks(values: Tensor, size: int) -> Tensor:
+def scales_of(state: Any) -> Tensor:
+    """The scale of each block, [blocks] in fp32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax.float().clone()  # type: ignore[no-any-return]
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset  # type: ignore[no-any-return]
+
+
+def double_quantized(state: Any, scales: Tensor) -> Tensor:
+    """Gives a quantization state these scales, [blocks]; returns them as it holds them."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    if state.nested:
+        state.offset = scales.mean()
+        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=OUTER_BLOCK)
+    else:
+        state.absmax = scales
+    return scales_of(state)
+
+
+def as_blocks(values: Tensor, size: int) -> Tensor:
     """[blocks, size] of the flattened values, the last block filled up with zeros."""
     flat = values.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
