@@ -41,15 +41,18 @@ def quantize(
         list[str] | None, typer.Argument(metavar="[part.field=value]...", help="Changes, such as model.source=./mine.")
     ] = None,
     rows: Annotated[int, typer.Option(help="Training rows to choose the rounding on.")] = 128,
-    tune_rows: Annotated[int, typer.Option(help="Training rows to train scales on; 0 trains none.")] = 1024,
+    tune_rows: Annotated[int, typer.Option(help="Training rows to train scales on; 0 trains none.")] = 0,
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32 takes 0.13 bits more for each.")] = 64,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A linear layer that stays whole, such as v_proj.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,
 ) -> None:
     """Write a recipe's base model in NF4, rounded for the rows that it will be trained on."""
     chosen = overrides.apply(catalog.get_recipe(recipe), changes or ())
     from peftkit import quantize as quantization
 
-    found = quantization.quantize(chosen, to, rows=rows, tune_rows=tune_rows, block_size=block_size)
+    found = quantization.quantize(chosen, to, rows=rows, tune_rows=tune_rows, block_size=block_size, keep=keep or ())
     print(json.dumps(found, indent=2) if as_json else quantization.table(found), end="\n" if as_json else "")
     others = [
         change for change in changes or () if not change.startswith(("model.source", "model.revision", "quantization"))

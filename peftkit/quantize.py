@@ -24,6 +24,7 @@ from torch import Tensor
 from peftkit.data.pipeline import EncodedSplit, encode, prepare
 from peftkit.errors import ExportError, ModelError, RecipeError, RunError, did_you_mean
 from peftkit.export.adapter import staged
+from peftkit.methods._targets import linear_names
 from peftkit.models import lm_head, packing, policy
 from peftkit.models.blocks import find_blocks
 from peftkit.models.calibration import calibrate
@@ -52,7 +53,7 @@ _READ = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def quantize(
-    recipe: Recipe, to: Path, *, rows: int = 128, tune_rows: int = 1024, block_size: int = 64
+    recipe: Recipe, to: Path, *, rows: int = 128, tune_rows: int = 0, block_size: int = 64, keep: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Writes the recipe's base model to ``to``, its blocks' linear layers in NF4; returns ``quantization.json``.
 
@@ -64,6 +65,7 @@ def quantize(
         to: a folder that does not exist yet, or is empty.
         rows: training rows, drawn at random, to choose the rounding on.
         tune_rows: training rows to train scales and norms on, once; 0 leaves them as they were chosen.
+        keep: linear layers that stay whole, by the last part of their names, such as "v_proj".
         block_size: weights that share a scale: 64 as in QLoRA, or 32, which takes 0.13 bits more for each.
 
     Returns:
@@ -72,7 +74,7 @@ def quantize(
         scored token.
 
     Raises:
-        RecipeError: the recipe quantizes otherwise.
+        RecipeError: the recipe quantizes otherwise, or an argument is out of range.
         ModelError: the base is quantized already, has no blocks, or does not fit in memory.
         RunError: ``to`` holds something.
         ExportError: what was written does not load as what was measured.
@@ -91,7 +93,7 @@ def quantize(
 
     whole = load_plain(recipe.model, folder, causal=causal, device=device)
     judge = _Judge(whole, held_out, causal)
-    quantized = _load_packed(recipe, folder, whole.config, causal, device)
+    quantized = _load_packed(recipe, folder, whole, _kept(whole, keep), causal, device)
     lost = {"unquantized": judge.figures(whole), "nf4": judge.figures(quantized)}
     learned = [_moved(one, device) for one in learned]
     wanted = [targets(whole, one, _forward, causal) for one in learned]
@@ -106,8 +108,8 @@ def quantize(
         lost["tuned nf4"] = judge.figures(quantized)
     tokens = sum(int(one["attention_mask"].sum()) for one in chosen)
     found = {
-        "base": recipe.model.source, "block_size": block_size, "rows": len(chosen), "tokens": tokens, "layers": layers,
-        "tuned_rows": sum(len(one["input_ids"]) for one in learned),
+        "base": recipe.model.source, "block_size": block_size, "kept": list(keep), "layers": layers,
+        "rows": len(chosen), "tokens": tokens, "tuned_rows": sum(len(one["input_ids"]) for one in learned),
         "bytes": quantized.get_memory_footprint(), "held_out_rows": len(held_out), "lost": lost,
     }  # fmt: skip
     with staged(to) as stage:
@@ -160,10 +162,19 @@ def _by_length(split: EncodedSplit, rows: int, seed: int, tokenizer: PreTrainedT
     return [split.batch(batches[number], tokenizer) for number in random.permutation(len(batches))]
 
 
-def _load_packed(recipe: Recipe, folder: Path, config: Any, causal: bool, device: str) -> Any:
-    """The base as bitsandbytes rounds it: every linear layer but heads and poolers."""
+def _kept(whole: Any, keep: Sequence[str]) -> tuple[str, ...]:
+    """The names, each of them that of a linear layer within the blocks."""
+    known = {name.rpartition(".")[2] for name in linear_names(find_blocks(whole)[1])}
+    for one in keep:
+        if one not in known:
+            raise RecipeError(f"--keep {one}: no linear layer of the blocks is named so; {did_you_mean(one, known)}")
+    return tuple(keep)
+
+
+def _load_packed(recipe: Recipe, folder: Path, whole: Any, keep: tuple[str, ...], causal: bool, device: str) -> Any:
+    """The base as bitsandbytes rounds it: every linear layer but heads and poolers and those to keep."""
     assert recipe.quantization is not None
-    arguments = recipe.quantization.load_arguments(recipe.model, heads_of(config, folder))
+    arguments = recipe.quantization.load_arguments(recipe.model, (*heads_of(whole.config, folder), *keep))
     quantized = load_plain(recipe.model, folder, causal=causal, device=device, **arguments)
     keep_gradients(quantized)
     return quantized

@@ -61,7 +61,7 @@ def made(request, tmp_path_factory):
     build, task = BASES[request.param]
     folder = tmp_path_factory.mktemp("quantize")
     recipe = recipe_on(build(folder / "base"), folder, task)
-    return recipe, folder / "nf4", quantize(recipe, folder / "nf4", rows=40)
+    return recipe, folder / "nf4", quantize(recipe, folder / "nf4", rows=40, tune_rows=1024)
 
 
 def test_it_loses_less_than_nf4_as_it_is(made):
@@ -109,11 +109,13 @@ def test_the_command_prints_what_was_lost_and_how_to_go_on(llama, tmp_path, caps
     (tmp_path / "mine.yaml").write_text(llama.to_yaml(), encoding="utf-8")
     arguments = ["quantize", str(tmp_path / "mine.yaml"), "--to", str(tmp_path / "nf4"), "--rows", "3", "--json"]
     with pytest.raises(SystemExit) as stop:
-        app(args=[*arguments, "--tune-rows", "6", "quantization.double=false", "data.max_length=24"])
+        app(
+            args=[*arguments, "--tune-rows", "6", "--keep", "k_proj", "quantization.double=false", "data.max_length=24"]
+        )
     out = capsys.readouterr()
     assert not stop.value.code
     found = json.loads(out.out)
-    assert (found["rows"], found["tuned_rows"], found["layers"]) == (3, 6, 14)
+    assert (found["rows"], found["tuned_rows"], found["layers"]) == (3, 6, 12)
     assert f"model.source={(tmp_path / 'nf4').resolve()} quantization=null data.max_length=24`" in out.err
     held = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
     assert held["bnb_4bit_use_double_quant"] is False
@@ -135,8 +137,25 @@ def test_tokens_count_by_what_the_loss_makes_of_them(llama, tmp_path, monkeypatc
     assert guided["lost"]["calibrated nf4"] != alike["lost"]["calibrated nf4"]
 
 
-def test_no_scales_are_trained_where_none_are_wanted(llama, tmp_path):
-    found = quantize(llama, tmp_path / "nf4", rows=8, tune_rows=0)
+def test_layers_that_are_to_stay_whole_stay_whole_in_the_runs_over_them_too(llama, tmp_path):
+    found = quantize(llama, tmp_path / "nf4", rows=8, keep=["v_proj", "o_proj"])
+    assert (found["kept"], found["layers"]) == (["v_proj", "o_proj"], 10)
+    names = {}
+    for source in (llama.model.source, tmp_path / "nf4"):
+        with safe_open(f"{source}/model.safetensors", "pt") as held:
+            names[source] = held.get_tensor("model.layers.1.self_attn.v_proj.weight").float()
+    assert torch.equal(*names.values())
+    run = peftkit.train(replace(llama, model={"source": str(tmp_path / "nf4")}, quantization=None), quiet=True)
+    assert json.loads((run.adapter / "proof.json").read_text())["passed"]
+
+
+def test_a_layer_to_keep_that_is_not_there_is_told_with_the_nearest(llama, tmp_path):
+    with pytest.raises(RecipeError, match=r"--keep v_prj: no linear layer of the blocks is named so.*'v_proj'"):
+        quantize(llama, tmp_path / "nf4", keep=["v_prj"])
+
+
+def test_no_scales_are_trained_unasked(llama, tmp_path):
+    found = quantize(llama, tmp_path / "nf4", rows=8)
     assert "tuned nf4" not in found["lost"]
     assert found["tuned_rows"] == 0
     with safe_open(tmp_path / "nf4" / "model.safetensors", "pt") as written:
