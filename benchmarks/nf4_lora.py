@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import WORKERS, compare, keep, run_in_turn, show, summarize
+from harness import RESULTS, WORKERS, compare, keep, run_in_turn, show, summarize
 from instruction_lora import base_model, lay_out
 
 RECIPES = {"NF4": "instruct_qlora", "bf16": "instruct_alpaca_lora"}
@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true", help="also the peer by length, without checkpointing")
     parser.add_argument("--learning-rate", default="2e-4")
     parser.add_argument("--block-size", type=int, default=64, help="of peftkit quantize")
+    parser.add_argument("--tune-rows", type=int, default=0, help="of peftkit quantize")
+    parser.add_argument("--keep", action="append", default=[], help="of peftkit quantize: a layer that stays whole")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--name", default="nf4_lora")
     parser.add_argument("--count-bytes", choices=tuple(RECIPES), help=argparse.SUPPRESS)
@@ -123,16 +125,24 @@ def measure_loss(args: argparse.Namespace, folder: Path) -> None:
 
 
 def measure_calibrated(args: argparse.Namespace, folder: Path) -> None:
-    """``results/NAME_calibrated.json``: the same over the base that ``peftkit quantize`` writes for these rows."""
+    """``results/NAME_calibrated.json``: the same over the base that ``peftkit quantize`` writes for these rows.
+
+    What was measured with other options of the command stays.
+    """
     rows, judged = lay_out(args.data, folder, args.rows or sys.maxsize)
     base, started = folder / "base", time.monotonic()
     command = [sys.executable, "-m", "peftkit", "quantize", "instruct_qlora", "--to", str(base), f"data.source={rows}"]
-    subprocess.run([*command, "--block-size", str(args.block_size)], check=True)
+    command += ["--block-size", str(args.block_size), "--tune-rows", str(args.tune_rows)]
+    subprocess.run([*command, *(part for name in args.keep for part in ("--keep", name))], check=True)
     seconds = time.monotonic() - started
     train = [*_ours(rows, folder, args)["peftkit, NF4"], f"model.source={base}", "quantization=null"]
-    figures = _trained(f"peftkit quantize, blocks of {args.block_size}", train, args, judged, str(base), [])
-    for found in figures.values():
-        found[0] |= {"quantize_seconds": seconds, **linear_bytes("NF4", str(base))}
+    name = f"peftkit quantize, blocks of {args.block_size}"
+    name += f", scales trained on {args.tune_rows} rows" if args.tune_rows else ""
+    name += f", {' and '.join(args.keep)} whole" if args.keep else ""
+    found = _trained(name, train, args, judged, str(base), [])
+    found[name][0] |= {"quantize_seconds": seconds, **linear_bytes("NF4", str(base))}
+    path = RESULTS / f"{args.name}_calibrated.json"
+    figures = (json.loads(path.read_text())["runs"] if path.is_file() else {}) | found
     keep(f"{args.name}_calibrated", f"{WORK}, one epoch, batch 8, <= 512", figures, "held_out_loss")
     show(summarize(figures))
 
