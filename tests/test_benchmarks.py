@@ -212,3 +212,16 @@ def test_llama_factory_s_recipe_is_plain_yaml(tmp_path):
     assert (recipe["learning_rate"], recipe["max_steps"], recipe["cutoff_len"]) == (2e-4, 1, 512)
     info = json.loads((tmp_path / "lf" / "dataset_info.json").read_text(encoding="utf-8"))
     assert info["rows"]["columns"]["response"] == "output"
+
+
+def test_imports_are_counted_by_package_with_those_that_come_along():
+    from start_profile import imports
+
+    said = """import time: self [us] | cumulative | imported package
+import time:    500000 |    2000000 |   torch.nn
+some warning
+import time:    250000 |     250000 |     sympy.core
+import time:      1000 |       1000 | zipfile
+import time:    300000 |     900000 | scipy.stats
+"""
+    assert imports(said) == {"torch": 0.75, "sklearn, scipy": 0.3, "others": 0.001}
