@@ -86,30 +86,30 @@ def quantize(
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
-    chosen, held_out = _choose(encoded.splits, rows, recipe.training.seed, tokenizer)
-    learned = _by_length(encoded.splits["train"], tune_rows, recipe.training.seed, tokenizer)
     causal = prepared.info.problem_type == "causal_lm"
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen, learned, held_out = (
+        [_moved(one, device) for one in batches]
+        for batches in _choose(encoded.splits, rows, tune_rows, recipe.training.seed, tokenizer)
+    )
 
     whole = load_plain(recipe.model, folder, causal=causal, device=device)
     judge = _Judge(whole, held_out, causal)
     quantized = _load_packed(recipe, folder, whole, _kept(whole, keep), causal, device)
     lost = {"unquantized": judge.figures(whole), "nf4": judge.figures(quantized)}
-    learned = [_moved(one, device) for one in learned]
     wanted = [targets(whole, one, _forward, causal) for one in learned]
     with bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
-        batches = [_moved(one, device) for one in chosen]
-        layers = calibrate(whole, quantized, batches, _forward, lm_head.loss if causal else None, block_size, advance)
+        layers = calibrate(whole, quantized, chosen, _forward, lm_head.loss if causal else None, block_size, advance)
     lost["calibrated nf4"] = judge.figures(quantized)
     del whole
     if learned:
         with bar("batches to train scales on", len(learned)) as advance:
             tune(quantized, learned, wanted, _forward, causal, advance)
         lost["tuned nf4"] = judge.figures(quantized)
-    tokens = sum(int(one["attention_mask"].sum()) for one in chosen)
     found = {
         "base": recipe.model.source, "block_size": block_size, "kept": list(keep), "layers": layers,
-        "rows": len(chosen), "tokens": tokens, "tuned_rows": sum(len(one["input_ids"]) for one in learned),
+        "rows": len(chosen), "tokens": sum(int(one["attention_mask"].sum()) for one in chosen),
+        "tuned_rows": sum(len(one["input_ids"]) for one in learned),
         "bytes": quantized.get_memory_footprint(), "held_out_rows": len(held_out), "lost": lost,
     }  # fmt: skip
     with staged(to) as stage:
@@ -138,28 +138,25 @@ def _check(recipe: Recipe, to: Path, rows: int, tune_rows: int, block_size: int)
 
 
 def _choose(
-    splits: dict[str, EncodedSplit], rows: int, seed: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Batch], list[Batch]]:
-    """Rows to calibrate on, and rows to judge by: of the validation split, or training rows that were not drawn."""
-    train = splits["train"]
-    order = np.random.default_rng(seed).permutation(len(train.lengths))
-    chosen, left = order[:rows], order[rows:]
-    judged = splits.get("validation")
-    places = np.arange(len(judged.lengths)) if judged is not None and len(judged.lengths) else left
-    judged = judged if judged is not None and len(judged.lengths) else train
+    splits: dict[str, EncodedSplit], rows: int, tune_rows: int, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    """Training rows to calibrate on, one a batch; those to train scales on, of like length together, in an order by
+    chance; and rows to judge by: of the validation split, or training rows that serve for nothing else."""
+    train, judged, random = splits["train"], splits.get("validation"), np.random.default_rng(seed)
+    order = random.permutation(len(train.lengths))
+    if judged is not None and len(judged.lengths):
+        held_out = np.arange(len(judged.lengths))[:JUDGED]
+    else:
+        judged, held_out = train, order[rows:][:JUDGED]
+        order = np.concatenate([order[:rows], order[rows:][JUDGED:]])
+    learned = order[:tune_rows]
+    learned = learned[np.argsort(train.lengths[learned], kind="stable")]
+    batches = [learned[start : start + TUNED_BATCH] for start in range(0, len(learned), TUNED_BATCH)]
     return (
-        [train.batch(np.array([row]), tokenizer) for row in chosen],
-        [judged.batch(np.array([row]), tokenizer) for row in places[:JUDGED]],
+        [train.batch(np.array([row]), tokenizer) for row in order[:rows]],
+        [train.batch(batches[number], tokenizer) for number in random.permutation(len(batches))],
+        [judged.batch(np.array([row]), tokenizer) for row in held_out],
     )
-
-
-def _by_length(split: EncodedSplit, rows: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-    """Training rows, the ones to calibrate on first, in batches of like length, in an order by chance."""
-    random = np.random.default_rng(seed)
-    drawn = random.permutation(len(split.lengths))[:rows]
-    drawn = drawn[np.argsort(split.lengths[drawn], kind="stable")]
-    batches = [drawn[start : start + TUNED_BATCH] for start in range(0, len(drawn), TUNED_BATCH)]
-    return [split.batch(batches[number], tokenizer) for number in random.permutation(len(batches))]
 
 
 def _kept(whole: Any, keep: Sequence[str]) -> tuple[str, ...]:
@@ -197,7 +194,7 @@ class _Judge:
     """What held-out rows say of a model beside the unquantized one."""
 
     def __init__(self, whole: Any, batches: Sequence[Batch], causal: bool) -> None:
-        self._batches = [_moved(one, whole.device) for one in batches]
+        self._batches = batches
         self._causal = causal
         self._wanted = self.hidden(whole)
 

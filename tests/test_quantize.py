@@ -154,6 +154,27 @@ def test_a_layer_to_keep_that_is_not_there_is_told_with_the_nearest(llama, tmp_p
         quantize(llama, tmp_path / "nf4", keep=["v_prj"])
 
 
+def test_rows_to_judge_by_are_never_learned_from(llama, tmp_path, monkeypatch):
+    seen, real = [], quantization._choose
+
+    def choose(splits, *others):
+        seen.append(real({name: split for name, split in splits.items() if name == "train"}, *others))
+        return seen[0]
+
+    monkeypatch.setattr(quantization, "_choose", choose)
+    found = quantize(llama, tmp_path / "nf4", rows=4, tune_rows=1024)
+    learned, judged = (
+        {
+            tuple(row[mask.bool()].tolist())
+            for one in batches
+            for row, mask in zip(one["input_ids"], one["attention_mask"])
+        }
+        for batches in seen[0][1:]
+    )
+    assert found["held_out_rows"] == len(judged) > 0
+    assert not learned & judged
+
+
 def test_no_scales_are_trained_unasked(llama, tmp_path):
     found = quantize(llama, tmp_path / "nf4", rows=8)
     assert "tuned nf4" not in found["lost"]
