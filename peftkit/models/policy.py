@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import importlib.util
 import logging
 import os
@@ -47,6 +49,7 @@ def quiet() -> None:
     for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import_bitsandbytes()
+    leave_quickly()
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
@@ -79,6 +82,15 @@ def import_bitsandbytes() -> None:
             import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compiled
+
+
+@functools.cache
+def leave_quickly() -> None:
+    """Spares the end of the process a search for cycles among all that torch and transformers made: over a second.
+
+    What is registered with ``atexit`` runs as ever, and reference counts still close what is open.
+    """
+    atexit.register(gc.freeze)
 
 
 def autocast(dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:

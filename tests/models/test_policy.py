@@ -28,6 +28,13 @@ assert torch.compile is compiled and not made, made
 assert [bitsandbytes.doubled(3), bitsandbytes.doubled(4), bitsandbytes.negated(5)] == [6, 8, -5]
 assert made == [("doubled", {"dynamic": False}), ("negated", {})], made
 """
+LEAVING = """
+import atexit, gc
+atexit.register(lambda: print("frozen" if gc.get_freeze_count() > 10_000 else "collected"))
+from peftkit.models import policy
+policy.quiet()
+assert gc.get_freeze_count() < 10_000
+"""
 PEFT = """
 import sys
 from peftkit.models import policy
@@ -41,11 +48,16 @@ def _run(code, *paths):
     code = f"import sys; sys.path[:0] = {[str(path) for path in paths]}\n{code}"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
+    return found.stdout
 
 
 def test_fallback_kernels_of_bitsandbytes_are_compiled_when_they_are_called(tmp_path):
     (tmp_path / "bitsandbytes.py").write_text(FALLBACKS)
     _run(IMPORT, tmp_path)
+
+
+def test_a_process_ends_without_looking_for_cycles_and_what_is_to_run_then_runs():
+    assert _run(LEAVING) == "frozen\n"
 
 
 def test_a_bitsandbytes_that_does_not_load_stops_nothing_that_does_not_need_it(tmp_path):
