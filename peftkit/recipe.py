@@ -194,6 +194,9 @@ class TrainingConfig(Part):
     gradient_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(_as_mode)] = "off"
     """Form activations again in the backward pass in place of keeping them. full: all of a block, about a third more
     time; selective: all but matrix products, which are kept; true and false mean full and off."""
+    compile: bool = False
+    """Compile the blocks' training passes with torch.compile: one compilation of a minute or so, then faster steps
+    where many small kernels are what takes the time. Needs Triton on a GPU, a C++ compiler on a CPU."""
     feature_cache_gb: Annotated[float, Field(ge=0)] = 8.0
     """GB of disk for what frozen blocks give, computed once for all epochs and runs; what was used longest ago makes
     room. 0 computes it in every epoch."""

@@ -72,8 +72,10 @@ def _faster(cls: type) -> type:
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """The one active adapter of a layer that is plain, or None."""
-    if layer.disable_adapters or layer.merged:
+    """The one active adapter of a layer that is plain, or None; the compiler gets to see peft's own way."""
+    import torch
+
+    if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias.get(active[0]):

@@ -87,6 +87,8 @@ def attend(
 
 
 def _is_ours(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     plain = not any(arguments.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
     whole_rows = query.shape[2] == key.shape[2] > 1
     shared = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)

@@ -16,6 +16,7 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
     from peftkit.models import first_token
     from peftkit.models.attention import cpu_attention
     from peftkit.models.checkpointing import checkpoint_activations
+    from peftkit.models.compiled import compile_blocks
     from peftkit.models.dropout import cpu_dropout
 
     if recipe.model.attention == "auto":
@@ -23,9 +24,18 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
     cpu_dropout(loaded.model)
     if recipe.task.head == "classification" and loaded.pooling == "own":
         first_token.prepare(loaded.model)
+    if recipe.training.compile and not _is_planned(loaded.model):
+        compile_blocks(loaded.model)
     checkpoint_activations(loaded.model, recipe.training.gradient_checkpointing)
     if recipe.training.neftune_alpha:
         add_embedding_noise(loaded.model, recipe.training.neftune_alpha)
+
+
+def _is_planned(model: torch.nn.Module) -> bool:
+    """Whether there are no values, only shapes."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return any(isinstance(parameter, FakeTensor) or parameter.is_meta for parameter in model.parameters())
 
 
 def add_embedding_noise(model: Any, alpha: float) -> None:

@@ -230,4 +230,6 @@ def _notes(recipe: Recipe, device: Device, has_gpu: bool) -> tuple[str, ...]:
         notes.append("features of the frozen backbone are kept after the first epoch: the time is an upper bound")
     if recipe.training.optimizer.startswith("paged"):
         notes.append("paged optimizer states are counted in full; where memory is short they move out of it")
+    if recipe.training.compile:
+        notes.append("planned as if not compiled: what the compiler keeps, and the minute it takes, are not in it")
     return tuple(notes)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from peftkit.data.cache import cache_folder, entry_lock
+from peftkit.models import compiled
 from peftkit.training.memory import give_back
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def flops_per_token(loop: Loop) -> float:
     rows = order[:1]
     batch = loop.stepper.batch(rows)
     loop.module.train()
-    with torch.random.fork_rng(devices=[]), FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+    with torch.random.fork_rng(devices=[]), compiled.without(), counter:  # inside compiled code nobody can count
         with loop.session.accelerator.autocast():
             loss = loop.module(batch)
         loss.backward()

@@ -163,7 +163,7 @@ def open_session(recipe: Recipe) -> Session:
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
-    from peftkit.models import low_bit_optimizers
+    from peftkit.models import compiled, low_bit_optimizers
     from peftkit.models.policy import dtype_for
 
     zero.check_installed()
@@ -189,6 +189,9 @@ def open_session(recipe: Recipe) -> Session:
     set_seed(recipe.training.seed)
     session = Session(accelerator, dtype, threads)
     low_bit_optimizers.check(recipe.training.optimizer, device, sharded=session.sharded)
+    if recipe.training.compile:
+        compiled.check(device, recipe.training.gradient_checkpointing, sharded=session.sharded)
+        session.notes.append("blocks are compiled (torch.compile): the first step of each phase takes a while longer")
     note = missing_processes(session.world_size)
     session.notes += [note] if note else []
     if session.sharded:
