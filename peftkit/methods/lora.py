@@ -17,17 +17,28 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
+from peftkit.methods import _loftq
 from peftkit.methods._lora_kernel import accelerate_lora
 from peftkit.methods._targets import Blocks, ByPeft, Names, Rate, check_patterns, choose_targets, task_type, transposed
+from peftkit.models.quantization.checkpoint import quantized_with
+from peftkit.models.sources import folder_of, resolve
 from peftkit.parts import Batch, LoadedModel
 from peftkit.recipe import METHODS
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from peftkit.recipe import Recipe
 
 Rank = Annotated[int, Field(ge=1)]
 NEED_WEIGHTS = ("pissa", "olora", "orthogonal")
 """Starts that peft forms from the base's weights: their factors, or matrices of their dtype."""
+
+
+NEEDS_NF4 = (
+    "method.init_lora_weights=loftq starts from what quantization to NF4 rounds off; set quantization.kind=nf4, or use "
+    "another start"
+)
 
 
 @METHODS.register("lora")
@@ -60,7 +71,8 @@ class Lora(ByPeft):
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
     """Start of A and B. default: Kaiming-uniform and zero; orthogonal: both at once, in halves of the rank that do not
     meet; pissa and olora: factors of the base's own weights, which are taken out of these; loftq: factors of what NF4
-    rounded off; eva: the directions in which the inputs of a few training batches vary most."""
+    rounded off, which `peftkit quantize` fits on training rows; eva: the directions in which the inputs of a few
+    training batches vary most."""
     eva_rho: Annotated[float, Field(ge=1)] = 2.0
     """With eva, ranks go to the layers that need them, up to this many times the rank; 1 gives all the same."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 1.0
@@ -91,16 +103,25 @@ class Lora(ByPeft):
                 "method.use_dora needs the norms of the base's weights at every step, which its INT8 layers do not "
                 "give; set quantization.kind=nf4 or method.use_dora=false"
             )
-        if self.init_lora_weights == "loftq" and held != "nf4":
+        if self.init_lora_weights == "loftq" and held == "int8":
+            raise MethodError(NEEDS_NF4)
+
+    def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
+        """LoftQ stands on NF4 weights: rounded as they are loaded, or already, with its factors beside them."""
+        if self.init_lora_weights != "loftq" or recipe.quantization is not None:
+            return
+        if quantized_with(config) is None:
+            raise MethodError(NEEDS_NF4)
+        if _loftq.rank_beside(folder_of(resolve(recipe.model), weights=False)) is None:
             raise MethodError(
-                "method.init_lora_weights=loftq starts from what quantization to NF4 rounds off; set "
-                "quantization.kind=nf4, or use another start"
+                f"method.init_lora_weights=loftq: {recipe.model.source} is quantized already, and has no folder "
+                f"{_loftq.FOLDER} beside its weights; let `peftkit quantize` write one for this recipe, or use default"
             )
 
     def why_not_over(self, kind: str) -> str | None:
         """Starts that are made from the base's weights need whole ones, and DoRA their norms."""
         start = self.init_lora_weights
-        if start in {*NEED_WEIGHTS, "loftq"}:
+        if start in NEED_WEIGHTS or (start == "loftq" and kind != "bitsandbytes"):
             return f"method.init_lora_weights={start} is made from whole weights; use default, gaussian or eva"
         if self.use_dora and kind != "bitsandbytes":
             return "method.use_dora needs the norms of the base's weights at every step; set method.use_dora=false"
@@ -143,15 +164,15 @@ class Lora(ByPeft):
         """Puts the update beside every target; raises MethodError when a name or pattern matches nothing."""
         super().apply(loaded)
         if self.init_lora_weights == "loftq":
-            from peftkit.methods._lora_starts import loftq
-
-            loftq(loaded)
+            _loftq.start(loaded)
+        elif note := _loftq.unused(loaded.model.get_base_model()):
+            loaded.notes.append(note)
         accelerate_lora(loaded.model)
 
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
         """EVA looks at a few batches; every other start needs none."""
         if self.init_lora_weights == "eva":
-            from peftkit.methods._lora_starts import eva
+            from peftkit.methods._eva import eva
 
             eva(loaded, batches)
             accelerate_lora(loaded.model)

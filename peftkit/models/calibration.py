@@ -11,7 +11,7 @@ one at a time; of each, only what the next block reads is kept. No architecture 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from peftkit.errors import ModelError
 from peftkit.models.blocks import find_blocks
+from peftkit.models.loftq import Factors, factors
 from peftkit.models.nf4_rounding import aimed, requantize
 
 Batch = dict[str, Tensor]
 Forward = Callable[[nn.Module, Batch], Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
+ALTERNATIONS = 2
+"""Times that weights are rounded anew under the factors, and these fitted anew (LoftQ alternates 1 to 5 times)."""
 SCALE = 1e6
 """Tokens' weights are tiny: times this, which changes nothing else, their sums stay well within fp32's range."""
 
@@ -49,19 +52,24 @@ class _Reached(Exception):
 
 def calibrate(
     whole: nn.Module, packed: nn.Module, batches: Sequence[Batch], forward: Forward, loss: Loss | None = None,
-    block_size: int = 64,
+    block_size: int = 64, ranks: Mapping[str, int] | None = None,
     advance: Callable[[int], None] = lambda blocks: None,
-) -> int:  # fmt: skip
-    """Quantizes the linear layers within the blocks of ``packed`` anew; returns how many.
+) -> dict[str, Factors]:  # fmt: skip
+    """Quantizes the linear layers within the blocks of ``packed`` anew.
 
     Args:
-        whole: the model before it was quantized. Its blocks are left with what the quantized ones hold.
+        whole: the model before it was quantized. Its blocks are left with what the quantized ones hold, the factors'
+            products added.
         packed: the same model with bitsandbytes' NF4 layers.
         batches: rows to calibrate on, without padding.
         forward: has a model read a batch.
         loss: of a batch, in training; None counts all tokens alike.
         block_size: weights that share a scale.
+        ranks: of the factors that make up for what a layer loses, by its name; none for layers that are not named.
         advance: told 1 after each block.
+
+    Returns:
+        The factors A and B of every layer that was quantized, by its name; those of rank 0 are empty.
 
     Raises:
         ModelError: there are no blocks, or something happens to what one block makes before the next one reads it.
@@ -73,17 +81,19 @@ def calibrate(
         rows = [_captured(blocks, lambda batch=batch: forward(whole, batch)) for batch in batches]  # type: ignore[misc]
         for row, own in zip(rows, weights):
             row.weights = own
-        changed = 0
+        starts: dict[str, Factors] = {}
         for number, block in enumerate(blocks):
-            exact = copy.deepcopy(block)
-            changed += _calibrate_block(block, exact, twins.get_submodule(str(number)), rows, number, block_size)
+            exact, twin, inside = copy.deepcopy(block), twins.get_submodule(str(number)), f"{name}.{number}."
+            named = {key.removeprefix(inside): rank for key, rank in (ranks or {}).items() if key.startswith(inside)}
+            found = _calibrate_block(block, exact, twin, rows, number, block_size, named)
+            starts |= {f"{inside}{key}": both for key, both in found.items()}
             for row in rows:
                 row.stream, row.exact = (
                     _through(block, row.stream, row, number),
                     _through(exact, row.exact, row, number),
                 )
             advance(1)
-    return changed
+    return starts
 
 
 def _weights(whole: Any, layers: Sequence[str], blocks: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
@@ -143,18 +153,32 @@ def _captured(blocks: nn.ModuleList, run: Callable[[], Any]) -> _Row:
 
 
 def _calibrate_block(
-    block: nn.Module, exact: nn.Module, twin: nn.Module, rows: Sequence[_Row], number: int, block_size: int
-) -> int:
-    changed = 0
+    block: nn.Module, exact: nn.Module, twin: nn.Module, rows: Sequence[_Row], number: int, block_size: int,
+    ranks: Mapping[str, int],
+) -> dict[str, Factors]:  # fmt: skip
+    starts: dict[str, Factors] = {}
     for names in _groups(block, twin, rows[0], number):
         gram, cross = _inputs_of(names, block, exact, rows, number)
         originals = [block.get_submodule(name) for name in names]
         wanted = [aimed(_matrix(original).float(), gram, cross) for original in originals]
-        held = requantize([twin.get_submodule(name) for name in names], wanted, gram, block_size)
-        for original, weight in zip(originals, held):
-            _matrix(original).copy_(weight)
-        changed += len(names)
-    return changed
+        layers, own = [twin.get_submodule(name) for name in names], [ranks.get(name, 0) for name in names]
+        held, found = _rounded(layers, wanted, gram, block_size, own)
+        for name, original, weight, (a, b) in zip(names, originals, held, found):
+            _matrix(original).copy_(weight + b @ a)
+            starts[name] = (a, b)
+    return starts
+
+
+def _rounded(
+    layers: Sequence[Any], wanted: Sequence[Tensor], gram: Tensor, block_size: int, ranks: Sequence[int]
+) -> tuple[list[Tensor], list[Factors]]:
+    """What layers then hold, and the factors that make up for the rest of what is wanted."""
+    held = requantize(layers, wanted, gram, block_size)
+    found = [factors(one - now, gram, rank) for one, now, rank in zip(wanted, held, ranks)]
+    for _ in range(ALTERNATIONS if any(ranks) else 0):
+        held = requantize(layers, [one - b @ a for one, (a, b) in zip(wanted, found)], gram, block_size)
+        found = [factors(one - now, gram, rank) for one, now, rank in zip(wanted, held, ranks)]
+    return held, found
 
 
 def _groups(block: nn.Module, twin: nn.Module, row: _Row, number: int) -> list[list[str]]:

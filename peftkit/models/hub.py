@@ -8,8 +8,8 @@ from pathlib import Path
 from peftkit.errors import HubError
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
-NEVER = ["onnx/*", "openvino/*", "original/*", "coreml/*", "*/*.safetensors", "*.py"]
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "loftq_init/adapter_model.safetensors"]
+NEVER = ["onnx/*", "openvino/*", "original/*", "coreml/*", "*.py"]
 
 
 def download(name: str, revision: str | None, *, weights: bool = True) -> Path:

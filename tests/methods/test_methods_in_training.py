@@ -223,7 +223,7 @@ def test_the_baseline_before_training_is_the_base_and_not_a_random_prompt(llama,
         ({"method": {"kind": "prompt_tuning"}, "model": {"pooling": "mean"}}, "pooling=own"),
         ({"method": {"kind": "prefix_tuning"}, "training": {"gradient_checkpointing": "full"}}, "checkpoint"),
         ({"method": {"kind": "prompt_tuning"}, "export": {"merge": True}}, "changes no weight"),
-        ({"method": {"kind": "lora", "init_lora_weights": "loftq"}}, "quantization.kind=nf4"),
+        ({"method": {"kind": "lora", "init_lora_weights": "loftq"}, "quantization": {"kind": "int8"}}, "kind=nf4"),
         ({"method": {"kind": "lora", "use_dora": True}, "quantization": {"kind": "int8"}}, "norms"),
         ({"method": {"kind": "miss", "variant": "bat"}, "quantization": {"kind": "nf4"}}, "variant=balance"),
         ({"method": {"kind": "adalora", "init_r": 4, "target_r": 8}}, "init_r"),
@@ -253,6 +253,7 @@ def test_what_the_architecture_cannot_take_is_refused_before_its_weights_are_rea
         return str(error.value)
 
     assert "last token" in refused(llama, "prompt_tuning")
+    assert "quantization.kind=nf4" in refused(llama, {"kind": "lora", "init_lora_weights": "loftq"})
     assert "does not take" in refused(tiny.tiny_distilbert(tmp_path / "distil"), "prefix_tuning")
     recipe = tiny.tiny_recipe(bert, method="p_tuning", data={"source": "none.csv", "max_length": 128})
     with pytest.raises(UserError, match="at most 108"):

@@ -1,4 +1,4 @@
-"""Starts of LoRA that need more than the layer's own weights: LoftQ the unquantized ones, EVA a few batches of data."""
+"""LoRA's start from a few batches of data: EVA (Paischer et al. 2024, arXiv:2410.07170)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import MethodError
@@ -17,73 +16,6 @@ if TYPE_CHECKING:
 
 PASSES = 50
 """Times that EVA goes through its batches at most; two or three are usual."""
-
-
-def loftq(loaded: LoadedModel) -> None:
-    """A and B from the best low-rank fit to W − Q(W), one step of LoftQ (Li et al. 2023, arXiv:2310.08659).
-
-    (α/r) B A = the leading singular vectors of W − Q(W). W is read from the base's safetensors, a layer at a time.
-
-    Raises:
-        MethodError: there are no such files (a GGUF file, weights in another format), or a layer is not in them.
-    """
-    import torch
-    from peft.tuners.lora import Linear4bit
-    from peft.utils.integrations import dequantize_module_weight
-
-    base = loaded.model.get_base_model()
-    if next(base.parameters()).is_meta:  # planned: there are no values to start from
-        return
-    files = _tensors(_folder(base))
-    with torch.no_grad():
-        for name, module in base.named_modules():
-            if not isinstance(module, Linear4bit):
-                continue
-            layer = module.get_base_layer()
-            whole = _read(files, name, base).to(layer.weight.device)
-            if getattr(layer, "source_cls", torch.nn.Linear) is not torch.nn.Linear:
-                whole = whole.T  # Conv1D keeps its weight as [in, out]
-            lost = whole.float() - dequantize_module_weight(layer).float()
-            left, values, right = torch.linalg.svd(lost, full_matrices=False)
-            rank, root = module.r["default"], values[: module.r["default"]].sqrt()
-            module.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
-            module.lora_B["default"].weight.copy_(left[:, :rank] * root / module.scaling["default"])
-
-
-def _tensors(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    from safetensors import safe_open
-
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            found |= dict.fromkeys(opened.keys(), file)
-    return found
-
-
-def _read(files: dict[str, Path], name: str, base: Any) -> Tensor:
-    """The unquantized weight of a module; a checkpoint of the backbone alone leaves its prefix out."""
-    from safetensors import safe_open
-
-    key = f"{name}.weight"
-    key = next((known for known in (key, key.removeprefix(f"{base.base_model_prefix}.")) if known in files), "")
-    if not key:
-        raise MethodError(
-            f"method.init_lora_weights=loftq reads the unquantized weight of {name}, which is in no safetensors file "
-            f"of {base.name_or_path}; use another start"
-        )
-    with safe_open(files[key], framework="pt") as opened:
-        return opened.get_tensor(key)
-
-
-def _folder(base: Any) -> Path:
-    """Where the base's files lie: its folder, or the commit that was loaded in the hub's cache."""
-    name = str(base.name_or_path)
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, revision=getattr(base.config, "_commit_hash", None), local_files_only=True))
 
 
 def eva(loaded: LoadedModel, batches: Sequence[Batch]) -> None:
