@@ -92,7 +92,9 @@ def test_logits_and_gradients_are_those_of_the_plain_model(folders, base, way):
         assert (found - wanted).abs().max() <= share * wanted.abs().max()
         assert right.keys() == gradients.keys()
         for name, gradient in gradients.items():
-            assert (gradient - right[name]).norm() <= share * right[name].norm() + 1e-7, name
+            assert (gradient - right[name]).norm() <= share * right[name].norm() + 1e-6, (
+                name
+            )  # that of keys' biases is zero
     # the first block's input needs no gradient where only adapters learn; all other blocks and lengths share one graph
     assert 1 <= graphs() - before <= 2
     assert plain.state_dict().keys() == fast.state_dict().keys()
