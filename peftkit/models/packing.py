@@ -78,7 +78,7 @@ def inputs(batch: dict[str, Tensor], model: Any) -> dict[str, Any]:
         abilities = _abilities(model)
         if abilities.packing is None:
             raise ModelError(f"{abilities.reason}; use batches by length instead of packed rows")
-        del given["attention_mask"]
+        given.pop("attention_mask", None)
         if abilities.packing == "mask":
             given["attention_mask"] = _block_mask(positions, underlying(model).dtype)
     elif _only_right_padding(mask) and _abilities(model).padding_on_the_right_is_unseen:

@@ -44,6 +44,7 @@ def build_skeleton(
     folder = folder_of(resolve(recipe.model), weights=False)
     pooling = loading.choose_pooling(recipe, folder)
     config = loading._configure(recipe, info, tokenizer, folder)
+    recipe.method.check_base(config, recipe)
     check_recipe(config, recipe)
     arguments: dict[str, Any] = {"dtype": torch.float32 if recipe.method.saves == "model" else dtype}
     if recipe.model.attention != "auto":

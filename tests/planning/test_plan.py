@@ -9,7 +9,7 @@ import torch
 
 from peftkit import Recipe, overrides, replace
 from peftkit.data.pipeline import encode, prepare
-from peftkit.errors import RecipeError
+from peftkit.errors import MethodError, RecipeError
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import plan as planning
@@ -137,6 +137,32 @@ def test_a_decoder_is_planned_and_told_in_words(llama, tmp_path):
     assert plan.flops_a_token > 0
     assert plan.seconds > 0
     assert held_by(build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model, "adamw") == plan.held
+
+
+def test_packed_rows_are_planned(llama, tmp_path):
+    lines = [f"the king said no to the red ball {'of the new world ' * (n % 5)}{n}" for n in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text", *lines]), encoding="utf-8")
+    values = {"name": "packed", "model": {"source": str(llama)}, "task": {"kind": "style"}}
+    recipe = Recipe.parse({**values, "data": {"source": str(tmp_path / "rows.csv"), "max_length": 32}})
+    known = known_of(recipe)
+    assert "position_ids" in known.encoded.splits["train"].examples.column_names
+    plan, loose = make_plan(recipe, named("1GB"), known), replace(recipe, task={"packing": False})
+    assert plan.held == make_plan(loose, named("1GB"), known_of(loose)).held
+    assert plan.peak.total > plan.held.frozen
+    assert 0 < plan.flops_a_token
+
+
+def test_what_is_planned_as_plain_is_said_to_be(small_recipe):
+    recipe = replace(small_recipe, training={"compile": True})
+    plan = make_plan(recipe, named("1GB"), known_of(recipe))
+    assert any("not compiled" in note for note in plan.notes)
+    assert plan.peak == make_plan(small_recipe, named("1GB"), known_of(small_recipe)).peak
+
+
+def test_a_method_that_the_base_cannot_take_is_refused_by_the_plan_too(small_recipe):
+    recipe = replace(small_recipe, method={"kind": "lora", "init_lora_weights": "loftq"})
+    with pytest.raises(MethodError, match=r"quantization\.kind=nf4"):
+        make_plan(recipe, named("1GB"), known_of(recipe))
 
 
 def test_averaged_weights_are_planned_as_the_copies_that_they_are(small_recipe):
