@@ -149,7 +149,7 @@ def test_packed_rows_are_planned(llama, tmp_path):
     plan, loose = make_plan(recipe, named("1GB"), known), replace(recipe, task={"packing": False})
     assert plan.held == make_plan(loose, named("1GB"), known_of(loose)).held
     assert plan.peak.total > plan.held.frozen
-    assert 0 < plan.flops_a_token
+    assert plan.flops_a_token > 0
 
 
 def test_what_is_planned_as_plain_is_said_to_be(small_recipe):
