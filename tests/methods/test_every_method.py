@@ -28,6 +28,8 @@ CELLS = [
     for quantization in QUANTIZATIONS
     # a classifier on a decoder is the decoder's layers under the encoder's head: one method shows how they are held
     if model != "decoder-classifier" or quantization is None or example == "lora"
+    # LoftQ over whole weights is refused when the base's configuration is read
+    if example != "lora-loftq" or quantization is not None
 ]
 
 
