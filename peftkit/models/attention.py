@@ -4,7 +4,9 @@
 
 torch's fused kernel for the CPU spends two thirds of its time in the bf16 backward pass on short rows. Here queries are
 taken a block at a time, causal blocks read only the keys before them, heads that share keys are one product, and
-products are plain matrix products in bf16 with the softmax in fp32: the precision of transformers' eager attention.
+products are plain matrix products in bf16 with a softmax that is worked out in fp32, which is the precision of
+transformers' eager attention. Rows are taken few at a time, so that a tile's weights stay in the processor's cache:
+fresh memory for all of them at once costs several times their products.
 The backward pass forms each block's weights anew (FlashAttention's recomputation, Dao et al. 2022, arXiv:2205.14135);
 kept are only those of short rows, which are small, and dropout's masks, where there is dropout.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +33,10 @@ from peftkit.models.packing import underlying
 NAME = "peftkit_cpu"
 BLOCK = 128
 """Queries taken at a time."""
-SHORT = 64
-"""Rows of up to as many tokens keep their weights for the backward pass."""
+TILE = 1 << 20
+"""Weights taken at a time, where a row's block has fewer."""
+KEPT = 4
+"""Weights are kept for the backward pass where they take up to so many times the memory of the queries."""
 
 
 def cpu_attention(model: Any) -> bool:
@@ -82,8 +87,7 @@ def attend(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = blockwise(query, key, value, attention_mask, causal, scale, dropout)
-    return out.transpose(1, 2).contiguous(), None
+    return blockwise(query, key, value, attention_mask, causal, scale, dropout), None
 
 
 def _is_ours(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
@@ -98,7 +102,7 @@ def _is_ours(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[st
 def blockwise(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Attention over whole rows.
+    """Attention over whole rows, [rows, T, heads, D].
 
     Args:
         query: [rows, heads, T, D].
@@ -115,76 +119,112 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, p: float
     ) -> Tensor:
         key, value = key.contiguous(), value.contiguous()
-        out = torch.empty(query.shape, dtype=query.dtype)
-        dropped, weights = [], None
+        out = query.new_empty([query.shape[i] for i in (0, 2, 1, 3)])
+        dropped, known = [], []
         with torch.autocast("cpu", enabled=False):
-            for first, last, keys in _blocks(query.shape[2], mask, causal):
-                weights = _weights(query[:, :, first:last], key[:, :, :keys], mask, causal, scale, first)
-                used = _rows(weights).to(value.dtype)
+            tiles = _Tiles(query, key, mask, causal, scale)
+            for tile in tiles:
+                weights = used = tiles.weights(tile)
                 if p > 0:
-                    dropped.append(dropout.mask(used.shape, p, used.dtype))
-                    used = used.mul_(dropped[-1]) if used.dtype != weights.dtype else used * dropped[-1]
-                block = torch.matmul(used, value[:, :, :keys])
-                out[:, :, first:last] = block.view(out[:, :, first:last].shape)
-        known = weights if query.shape[2] <= min(SHORT, BLOCK) else None
-        ctx.save_for_backward(query, key, value, mask, known, *dropped)
-        ctx.causal, ctx.scale = causal, scale
+                    dropped.append(dropout.mask(weights.shape, p, weights.dtype))
+                    used = weights * dropped[-1]
+                _put(out, tile, torch.bmm(used, tile.keys(value)))
+                if tiles.kept:
+                    known.append(weights)
+        ctx.save_for_backward(query, key, value, mask, *known, *dropped)
+        ctx.causal, ctx.scale, ctx.known = causal, scale, len(known)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, known, *dropped = ctx.saved_tensors
-        blocks = list(_blocks(query.shape[2], mask, ctx.causal))
-        # sums over blocks are kept in fp32
-        wide = torch.promote_types(key.dtype, torch.float32) if len(blocks) > 1 else key.dtype
-        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key, dtype=wide)
-        grad_value = torch.zeros_like(grad_key)
-        for number, (first, last, keys) in enumerate(blocks):
-            block, seen = query[:, :, first:last], key[:, :, :keys]
-            weights = _weights(block, seen, mask, ctx.causal, ctx.scale, first) if known is None else known
-            used, rows = _rows(weights).to(value.dtype), _grouped(grad_out[:, :, first:last], key)
-            slope = torch.matmul(rows, value[:, :, :keys].mT)
+        query, key, value, mask, *kept = ctx.saved_tensors
+        known, dropped = kept[: ctx.known], kept[ctx.known :]
+        tiles = _Tiles(query, key, mask, ctx.causal, ctx.scale)
+        grad_out_KTGD = _by_key_head(grad_out.transpose(1, 2), key)
+        grad_query = torch.empty_like(grad_out)
+        # sums over blocks of queries are kept in fp32
+        wide = torch.promote_types(key.dtype, torch.float32) if tiles.several else key.dtype
+        grad_key, grad_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
+        for number, tile in enumerate(tiles):
+            weights = used = known[number] if known else tiles.weights(tile)
+            rows = tile.queries(grad_out_KTGD)
+            slope = torch.bmm(rows, tile.keys(value).mT)
             if dropped:
-                used, slope = used * dropped[number], slope.mul_(dropped[number])
-            grad_value[:, :, :keys] += torch.matmul(used.mT, rows)
-            slope = slope.view(weights.shape).to(weights.dtype)
+                used, slope = weights * dropped[number], slope.mul_(dropped[number])
             slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
-            slope = _rows(slope).to(key.dtype)
-            grad_query[:, :, first:last] = torch.matmul(slope, seen).mul_(ctx.scale).view(block.shape)
-            grad_key[:, :, :keys] += torch.matmul(slope.mT, _grouped(block, key) * ctx.scale)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+            _put(grad_query, tile, torch.bmm(slope, tile.keys(key)).mul_(ctx.scale))
+            for total, factor, other in (grad_value, used, rows), (grad_key, slope, tile.queries(tiles.query)):
+                tile.keys(total).add_(torch.bmm(factor.mT, other))
+        return grad_query.transpose(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
 
 
-def _blocks(tokens: int, mask: Tensor | None, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """(first query, last query, keys that are read) of each block."""
-    for first in range(0, tokens, BLOCK):
-        last = min(first + BLOCK, tokens)
-        ahead_unseen = mask is not None and mask.shape[2] > 1 and not bool(mask[:, :, first:last, last:].any())
-        yield first, last, last if causal or ahead_unseen else tokens
+@dataclass(frozen=True)
+class _Tile:
+    """Some queries of some rows, with the keys that they may see."""
+
+    rows: slice
+    first: int
+    last: int
+    seen: int
+
+    def queries(self, tensor_KTGD: Tensor) -> Tensor:
+        """Those of [rows, key heads, T, G, D], as [rows · key heads, queries · G, D]."""
+        part = tensor_KTGD[self.rows, :, self.first : self.last]
+        return part.flatten(2, 3).flatten(0, 1)
+
+    def keys(self, tensor_KSD: Tensor) -> Tensor:
+        """Those of [rows, key heads, S, D], as [rows · key heads, keys, D]."""
+        return tensor_KSD[self.rows].flatten(0, 1)[:, : self.seen]
 
 
-def _weights(block: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float, first: int) -> Tensor:
-    """Softmax of a block of queries in fp32, [rows, key heads, G, queries, keys]."""
-    scores = torch.matmul(_grouped(block, key) * scale, key.mT)
-    scores = scores.view(*key.shape[:2], -1, block.shape[2], key.shape[2])
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    lowest = torch.finfo(scores.dtype).min  # added, and not filled in, which is several times slower
-    if mask is not None:
-        piece = mask if mask.shape[2] == 1 else mask[:, :, first : first + block.shape[2]]
-        piece = piece[:, :, None, :, : key.shape[2]]
-        if not bool(piece.all()):
-            scores += torch.zeros(piece.shape, dtype=scores.dtype).masked_fill_(~piece, lowest)
-    elif causal:
-        scores += scores.new_full(scores.shape[-2:], lowest).triu_(first + 1)
-    return scores.softmax(-1)
+class _Tiles:
+    """Tiles of an attention, small enough for their weights to stay in a processor's cache."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
+        self.key, self.causal = key, causal
+        self.query = _by_key_head(query * scale, key)
+        self.lowest = torch.finfo(key.dtype).min  # added, and not filled in, which is several times slower
+        self.added = None
+        if mask is not None and not bool(mask.all()):
+            self.added = torch.zeros(mask.shape, dtype=key.dtype).masked_fill_(~mask, self.lowest)
+        tokens, self._tiles = query.shape[2], []
+        self.several = tokens > BLOCK
+        for first in range(0, tokens, BLOCK):
+            last = min(first + BLOCK, tokens)
+            ahead_unseen = mask is not None and mask.shape[2] > 1 and not bool(mask[:, :, first:last, last:].any())
+            seen = last if causal or ahead_unseen else tokens
+            rows = max(1, TILE // (query.shape[1] * (last - first) * seen))
+            self._tiles += [_Tile(slice(row, row + rows), first, last, seen) for row in range(0, len(key), rows)]
+        weights = sum((tile.last - tile.first) * tile.seen for tile in self._tiles if tile.rows.start == 0)
+        self.kept = weights <= KEPT * tokens * query.shape[3]
+
+    def __iter__(self) -> Iterator[_Tile]:
+        return iter(self._tiles)
+
+    def weights(self, tile: _Tile) -> Tensor:
+        """Softmax of a tile, [rows · key heads, queries · G, keys], worked out in fp32."""
+        scores = torch.bmm(tile.queries(self.query), tile.keys(self.key).mT)
+        queries = tile.last - tile.first
+        split = scores.view(-1, self.key.shape[1], queries, scores.shape[1] // queries, tile.seen)
+        if self.added is not None:
+            added = self.added[tile.rows] if len(self.added) > 1 else self.added
+            added = added if added.shape[2] == 1 else added[:, :, tile.first : tile.last]
+            split += added[:, :, :, None, : tile.seen]
+        elif self.causal:
+            split[..., tile.first :] += split.new_full((queries, queries), self.lowest).triu_(1)[:, None]
+        return scores.softmax(-1)
 
 
-def _grouped(block: Tensor, key: Tensor) -> Tensor:
-    """Queries of the heads that share a key head, one under the other: [rows, key heads, G · queries, D]."""
-    return block.reshape(key.shape[0], key.shape[1], -1, block.shape[-1])
+def _by_key_head(tensor: Tensor, key: Tensor) -> Tensor:
+    """[rows, heads, T, D] → [rows, key heads, T, G, D]: queries that share a key head lie together, token by token."""
+    rows, _, tokens, width = tensor.shape
+    return tensor.reshape(rows, key.shape[1], -1, tokens, width).transpose(2, 3).contiguous()
 
 
-def _rows(weights: Tensor) -> Tensor:
-    """[rows, key heads, G, queries, keys] → [rows, key heads, G · queries, keys]."""
-    return weights.flatten(2, 3)
+def _put(whole: Tensor, tile: _Tile, part: Tensor) -> None:
+    """Puts a tile's queries, [rows · key heads, queries · G, D], into [rows, T, heads, D]."""
+    view = whole[tile.rows, tile.first : tile.last]
+    rows, queries, _, width = view.shape
+    part = part.view(rows, -1, queries, part.shape[1] // queries, width)
+    view.unflatten(2, part.shape[1:4:2]).copy_(part.transpose(1, 2))

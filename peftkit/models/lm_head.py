@@ -4,7 +4,8 @@
 
 with f the scaling and soft-capping of the architecture. The model runs as it is, adapters and wrappers included; only
 its output embedding is stood in for while it runs, which takes the hidden states [rows, tokens, width], picks the
-scored ones, and forms their loss *and its gradient* chunk by chunk, so that tokens × vocabulary is never held.
+scored ones, and forms their loss *and its gradient* chunk by chunk, so that tokens × vocabulary is never held. On a
+CPU the softmax of a chunk is taken a slice at a time, which its caches hold.
 What f is, is read from the config and then tried on made-up logits; where it stays unknown, the model's own
 full logits are used, and a warning says so.
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +31,11 @@ from peftkit.models import packing
 
 IGNORE = -100
 CHUNK_BYTES = 32 * 2**20
-"""Bound on one fp32 chunk of logits; two or three such chunks live at a time."""
+"""Bound on one chunk of logits. On a CPU one lives at a time, elsewhere three, in fp32."""
+SLICE_BYTES = 4 * 2**20
+"""Bound on one fp32 slice of a chunk on a CPU; two live at a time."""
+AS_ON_A_GPU: ContextVar[bool] = ContextVar("AS_ON_A_GPU", default=False)
+"""Set where a pass on a GPU is worked out on a CPU: a chunk is one slice then."""
 log = logging.getLogger(__name__)
 
 
@@ -54,10 +60,9 @@ class Head:
     shaping: Shaping
     vocabulary: int
 
-    @property
-    def rows(self) -> int:
-        """Hidden states whose logits stay within ``CHUNK_BYTES``."""
-        return max(1, CHUNK_BYTES // (4 * self.vocabulary))
+    def rows(self, itemsize: int = 4) -> int:
+        """Hidden states whose logits, of so many bytes each, stay within ``CHUNK_BYTES``."""
+        return max(1, CHUNK_BYTES // (itemsize * self.vocabulary))
 
     def __call__(self, hidden_SH: Tensor) -> Tensor:
         """Shaped logits in the precision of the softmax, [S, V]."""
@@ -95,9 +100,9 @@ def row_outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         shaping = _shaping(model, batch["input_ids"])
         if shaping is None:
             logits_SV = _full_logits(model, batch, keep)
-            figures = _figures(logits_SV, wanted, _wide, rows=len(logits_SV))
+            figures = _figures([logits_SV], wanted, Shaping())
         else:
-            figures = _at_head(model, batch, keep, lambda hidden_SH, head: _figures(hidden_SH, wanted, head, head.rows))
+            figures = _at_head(model, batch, keep, lambda hidden_SH, head: _scores(hidden_SH, wanted, head))
     rows = keep // targets.shape[1]
     return {
         name: torch.zeros(len(targets), device=rows.device).index_add_(0, rows, values.float())
@@ -156,7 +161,7 @@ def _full_logits(model: Any, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
 
 def _summed(hidden_SH: Tensor, targets_S: Tensor, head: Head) -> Tensor:
     if not torch.is_grad_enabled():
-        return _figures(hidden_SH, targets_S, head, head.rows)[0].sum()
+        return _scores(hidden_SH, targets_S, head)[0].sum()
     trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
     if trained or not _is_plain(head.module):
         return _AnyHead.apply(hidden_SH, targets_S, head, *trained)  # type: ignore[no-any-return]
@@ -186,16 +191,31 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _figures(
-    hidden_SH: Tensor, targets_S: Tensor, logits_of: Callable[[Tensor], Tensor], rows: int
-) -> tuple[Tensor, Tensor]:
+def _slices(logits_SV: Tensor) -> Iterator[slice]:
+    """Rows of a chunk that are brought to the precision of the softmax together."""
+    whole = logits_SV.device.type != "cpu" or AS_ON_A_GPU.get()
+    rows = len(logits_SV) if whole else SLICE_BYTES // (4 * logits_SV.shape[1])
+    for start in range(0, len(logits_SV), max(1, rows)):
+        yield slice(start, min(start + max(1, rows), len(logits_SV)))
+
+
+def _scores(hidden_SH: Tensor, targets_S: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """``_figures`` of a head's logits, formed a chunk at a time."""
+    rows = head.rows(2 if hidden_SH.device.type == "cpu" else 4)
+    return _figures((head.forward(hidden) for hidden in hidden_SH.split(rows)), targets_S, head.shaping)
+
+
+def _figures(chunks: Iterable[Tensor], targets_S: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood, and whether the likeliest token is the label, of each scored token: [S], [S]."""
-    losses = [hidden_SH.new_zeros(0, dtype=torch.float32)]
+    losses = [torch.zeros(0, device=targets_S.device)]
     correct = [targets_S.new_zeros(0, dtype=torch.bool)]
-    for hidden, target in zip(hidden_SH.split(max(1, rows)), targets_S.split(max(1, rows))):
-        logits = logits_of(hidden)
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        correct.append(logits.argmax(-1) == target)
+    start = 0
+    for chunk in chunks:
+        for piece in _slices(chunk):
+            logits, target = shaping(_wide(chunk[piece])), targets_S[start + piece.start : start + piece.stop]
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            correct.append(logits.argmax(-1) == target)
+        start += len(chunk)
     return torch.cat(losses), torch.cat(correct)
 
 
@@ -209,20 +229,19 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_S: Tensor, head: Head
     ) -> Tensor:
-        wide = torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
-        total = hidden_SH.new_zeros((), dtype=wide)
+        total = hidden_SH.new_zeros((), dtype=_wide(weight_VH[:0]).dtype)
         wanted = ctx.needs_input_grad[0]
         grad_SH = torch.empty_like(hidden_SH) if wanted else None
+        rows = min(max(1, len(targets_S)), head.rows(weight_VH.itemsize if hidden_SH.device.type == "cpu" else 4))
+        # one chunk's memory serves all: to take 32 MB anew from the system costs as much as a softmax
+        logits_SV = weight_VH.new_empty((rows, len(weight_VH)))
         with torch.autocast(hidden_SH.device.type, enabled=False):
-            for start in range(0, len(targets_S), head.rows):
-                piece = slice(start, start + head.rows)
-                logits = F.linear(hidden_SH[piece].to(weight_VH.dtype), weight_VH).to(wide)
-                if bias_V is not None:
-                    logits += bias_V
-                value, grad = _loss_and_slope(logits, targets_S[piece], head.shaping, wanted)
-                total += value
-                if grad_SH is not None and grad is not None:
-                    grad_SH[piece] = grad.to(weight_VH.dtype) @ weight_VH
+            for hidden, targets, start in zip(hidden_SH.split(rows), targets_S.split(rows), count(0, rows)):
+                chunk = logits_SV[: len(targets)]
+                torch.mm(hidden.to(weight_VH.dtype), weight_VH.T, out=chunk)
+                total += _loss_and_slope(chunk, bias_V, targets, head.shaping, wanted)
+                if grad_SH is not None:
+                    grad_SH[start : start + rows] = chunk @ weight_VH
         ctx.save_for_backward(grad_SH)
         return total
 
@@ -232,25 +251,31 @@ class _FrozenHead(torch.autograd.Function):
         return grad_SH * grad_output.to(grad_SH.dtype), None, None, None, None
 
 
-def _loss_and_slope(logits: Tensor, target: Tensor, shaping: Shaping, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk and its derivative by the unshaped logits, in the logits' own memory."""
-    slope = None
-    if shaping.scale != 1.0:
-        logits *= shaping.scale
-    if shaping.cap is not None:
-        logits.div_(shaping.cap).tanh_()
-        slope = 1 - logits**2 if wanted else None
-        logits *= shaping.cap
-    column = target[:, None]
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    value = (normalizer - logits.gather(1, column)).sum()
-    if not wanted:
-        return value, None
-    grad = logits.sub_(normalizer).exp_()
-    grad.scatter_add_(1, column, grad.new_full(column.shape, -1.0))
-    if slope is not None:
-        grad *= slope
-    return value, grad if shaping.scale == 1.0 else grad.mul_(shaping.scale)
+def _loss_and_slope(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, wanted: bool) -> Tensor:
+    """Summed loss of a chunk of bare logits, which become its derivative by them if that is wanted."""
+    total = chunk.new_zeros((), dtype=_wide(chunk[:0]).dtype)
+    for piece in _slices(chunk):
+        logits, column, slope = _wide(chunk[piece]), targets[piece][:, None], None
+        if bias is not None:
+            logits = logits + bias
+        if shaping.scale != 1.0:
+            logits = logits * shaping.scale
+        if shaping.cap is not None:
+            logits = (logits / shaping.cap).tanh_()
+            slope = (1 - logits**2).mul_(shaping.scale) if wanted else None
+            logits *= shaping.cap
+        grad = logits.softmax(-1)
+        # logsumexp from the softmax's largest entry, which is never small: a pass over the slice less
+        normalizer = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
+        total += (normalizer - logits.gather(1, column)).sum()
+        if wanted:
+            grad.scatter_add_(1, column, grad.new_full(column.shape, -1.0))
+            if slope is not None:
+                grad *= slope
+            elif shaping.scale != 1.0:
+                grad *= shaping.scale
+            chunk[piece] = grad
+    return total
 
 
 class _AnyHead(torch.autograd.Function):
@@ -261,7 +286,7 @@ class _AnyHead(torch.autograd.Function):
         total = hidden_SH.new_zeros((), dtype=_wide(hidden_SH).dtype)
         grads: list[Tensor | None] = [torch.zeros_like(hidden_SH), *(None for _ in trained)]
         start = 0
-        for hidden, target in zip(hidden_SH.split(head.rows), targets_S.split(head.rows)):
+        for hidden, target in zip(hidden_SH.split(head.rows()), targets_S.split(head.rows())):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
                 # a view, for what watches modules at work (counting their products) cannot hook a leaf in grad()

@@ -38,7 +38,7 @@ def test_equals_torch_forward_and_backward(monkeypatch, block, name, key_heads):
     monkeypatch.setattr(attention, "BLOCK", block)
     inputs, mask = tensors(key_heads=key_heads), MASKS[name](11)
     causal = name == "causal"
-    ours = attention.blockwise(*inputs, mask, causal, 0.3)
+    ours = attention.blockwise(*inputs, mask, causal, 0.3).transpose(1, 2)
     theirs = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=causal, scale=0.3, enable_gqa=True)
     seen = torch.ones(2, 1, 11, 1, dtype=torch.bool) if mask is None else mask.any(-1, keepdim=True)
     torch.testing.assert_close(ours * seen, torch.where(seen, theirs, 0.0))  # a query that sees nothing is padding
@@ -63,7 +63,7 @@ def test_dropout_keeps_the_mean_and_zeroes_its_share():
     query, key, _ = (t.detach() for t in tensors(tokens=6, key_heads=4, dtype=torch.float32))
     value = torch.ones_like(key)
     torch.manual_seed(0)
-    drawn = torch.stack([attention.blockwise(query, key, value, None, False, 0.5, 0.3) for _ in range(400)])
+    drawn = torch.stack([attention.blockwise(query, key, value, None, False, 0.5, 0.3).transpose(1, 2) for _ in range(400)])
     assert drawn.std() > 0.1
     torch.testing.assert_close(drawn.mean(0), torch.ones_like(query), rtol=0.1, atol=0.1)
 
@@ -82,7 +82,7 @@ def test_bf16_is_no_further_from_fp64_than_torchs_own():
         return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
 
     def ours(inputs):
-        return attention.blockwise(*inputs, None, True, 32**-0.5)
+        return attention.blockwise(*inputs, None, True, 32**-0.5).transpose(1, 2)
 
     truth = outcome(torchs, exact)
     for wanted, a, b in zip(truth, outcome(ours, half), outcome(torchs, half)):
