@@ -3,9 +3,9 @@
     y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ
 
 All products run in x's precision: no fp32 copy of x, nothing as wide as y beside y itself (the second product is
-added in place). Only x is kept for the backward pass, which forms x Aᵀ, a few columns wide, once more; the gradient by
-x is one product with W to which the low-rank part is added in place, and is left out where x needs none, so that
-the backward pass ends at the lowest adapted layer.
+added in place). x is kept for the backward pass, and x Aᵀ where it is a few columns wide; a wider one is formed once
+more. The gradient by x is one product with W to which the low-rank part is added in place, and is left out where x
+needs none, so that the backward pass ends at the lowest adapted layer.
 
 Shape suffixes: N tokens, I and O width of input and output, R rank.
 """
@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from peftkit.models import dropout
 
 Opened = Callable[[torch.dtype], Tensor]
+NARROW = 16
+"""x Aᵀ is kept for the backward pass where it has at most a sixteenth of x's columns."""
 PRODUCTS_ARE_KEPT: ContextVar[bool] = ContextVar("PRODUCTS_ARE_KEPT", default=False)
 """Set while someone else keeps the results of products (selective checkpointing): nothing is then added in place."""
 
@@ -68,17 +70,17 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, weight, bias)
             y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
-            keep = _add_into(y, x, a, b, scale, p)
-        ctx.save_for_backward(x, weight, a, b, keep)
+            keep, small = _add_into(y, x, a, b, scale, p)
+        ctx.save_for_backward(x, weight, a, b, keep, small)
         ctx.scale, ctx.p = scale, p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, keep = ctx.saved_tensors
+        x, weight, a, b, keep, small = ctx.saved_tensors
         grad_x = torch.matmul(grad_y, weight) if ctx.needs_input_grad[0] else None
-        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, ctx.scale, ctx.p)
+        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, small, ctx.scale, ctx.p)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -90,17 +92,17 @@ class _OpenedLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, opened(x.dtype), None if bias is None else bias.to(x.dtype))
             y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
-            keep = _add_into(y, x, a, b, scale, p)
-        ctx.save_for_backward(x, a, b, keep)
+            keep, small = _add_into(y, x, a, b, scale, p)
+        ctx.save_for_backward(x, a, b, keep, small)
         ctx.opened, ctx.scale, ctx.p = opened, scale, p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, keep = ctx.saved_tensors
+        x, a, b, keep, small = ctx.saved_tensors
         grad_x = torch.matmul(grad_y, ctx.opened(grad_y.dtype)) if ctx.needs_input_grad[0] else None
-        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, ctx.scale, ctx.p)
+        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, small, ctx.scale, ctx.p)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -108,24 +110,26 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            keep = _add_into(y, x, a, b, scale, p)
+            keep, small = _add_into(y, x, a, b, scale, p)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, a, b, keep)
+        ctx.save_for_backward(x, a, b, keep, small)
         ctx.scale, ctx.p = scale, p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, keep = ctx.saved_tensors
+        x, a, b, keep, small = ctx.saved_tensors
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        grad_x, grad_a, grad_b = _gradients(grad_y.to(x.dtype), grad_x, x, a, b, keep, ctx.scale, ctx.p)
+        grad_x, grad_a, grad_b = _gradients(grad_y.to(x.dtype), grad_x, x, a, b, keep, small, ctx.scale, ctx.p)
         return grad_y if ctx.needs_input_grad[0] else None, grad_x, grad_a, grad_b, None, None
 
 
-def _add_into(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor | None:
-    """Adds the low-rank part to y; returns which elements of x were kept (a byte each, or their mask's seed),
-    or None without dropout."""
+def _add_into(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds the low-rank part to y; returns which elements of x were kept (a byte each, or their mask's seed; None
+    without dropout), and x Aᵀ where it is narrow."""
     keep = None
     if 0 < p < 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
         keep = torch.tensor(dropout.new_seed())  # nothing as large as x is kept
@@ -135,11 +139,19 @@ def _add_into(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float
     small_NR = F.linear(x, a.to(x.dtype)).flatten(0, -2)
     y_NO = y.view(-1, y.shape[-1])
     y_NO.addmm_(small_NR.to(y.dtype), b.to(y.dtype).T, alpha=scale)
-    return keep
+    return keep, small_NR if NARROW * a.shape[0] <= a.shape[1] else None
 
 
 def _gradients(
-    grad_y: Tensor, grad_x: Tensor | None, x: Tensor, a: Tensor, b: Tensor, keep: Tensor | None, scale: float, p: float
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    keep: Tensor | None,
+    small: Tensor | None,
+    scale: float,
+    p: float,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Adds the low-rank part to ``grad_x`` (None: x needs none), and forms the gradients by A and B."""
     grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
@@ -151,12 +163,13 @@ def _gradients(
     elif keep is not None:
         mask_NI = keep.reshape(x_NI.shape)
         x_NI = x_NI * mask_NI * (1 / (1 - p))
-    small_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
-    grad_a = (small_NR.T @ x_NI).to(a.dtype)
-    grad_b = (grad_NO.T @ (x_NI @ a_RI.T)).mul_(scale).to(b.dtype)
+    small_NR = x_NI @ a_RI.T if small is None else small
+    slope_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
+    grad_a = (slope_NR.T @ x_NI).to(a.dtype)
+    grad_b = (grad_NO.T @ small_NR).mul_(scale).to(b.dtype)
     if grad_x is not None and mask_NI is None:
-        grad_x.view(x_NI.shape).addmm_(small_NR, a_RI)
+        grad_x.view(x_NI.shape).addmm_(slope_NR, a_RI)
     elif grad_x is not None and mask_NI is not None:
         scaled = 1.0 if mask_NI.is_floating_point() else 1 / (1 - p)
-        grad_x.view(x_NI.shape).addcmul_(small_NR @ a_RI, mask_NI, value=scaled)
+        grad_x.view(x_NI.shape).addcmul_(slope_NR @ a_RI, mask_NI, value=scaled)
     return grad_x, grad_a, grad_b

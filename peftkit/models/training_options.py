@@ -18,9 +18,11 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
     from peftkit.models.checkpointing import checkpoint_activations
     from peftkit.models.compiled import compile_blocks
     from peftkit.models.dropout import cpu_dropout
+    from peftkit.models.normalization import cpu_normalization
 
     if recipe.model.attention == "auto":
         cpu_attention(loaded.model)
+    cpu_normalization(loaded.model)
     cpu_dropout(loaded.model)
     if recipe.task.head == "classification" and loaded.pooling == "own":
         first_token.prepare(loaded.model)

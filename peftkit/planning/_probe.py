@@ -63,9 +63,11 @@ def _adapted(sizes: dict[str, int], dtype: Any) -> Any:
     METHODS.get("lora").model_validate({"kind": "lora"}).apply(loaded)
     from peftkit.models.attention import cpu_attention
     from peftkit.models.loading import settle_dtypes
+    from peftkit.models.normalization import cpu_normalization
 
     settle_dtypes(loaded.model, dtype)
     cpu_attention(loaded.model)
+    cpu_normalization(loaded.model)
     assert isinstance(loaded.model, torch.nn.Module)
     return loaded.model
 

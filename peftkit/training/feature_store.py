@@ -31,6 +31,7 @@ CODE = (
     "classifier.py",
     "first_token.py",
     "attention.py",
+    "normalization.py",
     "packing.py",
     "loading.py",
     "../training/feature_store.py",
