@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -120,47 +120,46 @@ class _Blockwise(torch.autograd.Function):
     ) -> Tensor:
         key, value = key.contiguous(), value.contiguous()
         out = query.new_empty([query.shape[i] for i in (0, 2, 1, 3)])
+        query_KTGD = _by_key_head(query, key, scale)
+        added = None if mask is None else _added(mask, key.dtype)
+        tiles, keep = _tiles(query, mask, causal)
         dropped, known = [], []
         with torch.autocast("cpu", enabled=False):
-            tiles = _Tiles(query, key, mask, causal, scale)
             for tile in tiles:
-                weights = used = tiles.weights(tile)
+                weights = used = _weights(query_KTGD, key, added, causal, tile)
                 if p > 0:
                     dropped.append(dropout.mask(weights.shape, p, weights.dtype))
                     used = weights * dropped[-1]
                 _put(out, tile, torch.bmm(used, tile.keys(value)))
-                if tiles.kept:
+                if keep:
                     known.append(weights)
-        ctx.save_for_backward(query, key, value, mask, *known, *dropped)
-        ctx.causal, ctx.scale, ctx.known = causal, scale, len(known)
+        ctx.save_for_backward(query_KTGD, key, value, added, *known, *dropped)
+        ctx.tiles, ctx.causal, ctx.scale, ctx.known = tiles, causal, scale, len(known)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, *kept = ctx.saved_tensors
-        known, dropped = kept[: ctx.known], kept[ctx.known :]
-        tiles = _Tiles(query, key, mask, ctx.causal, ctx.scale)
-        grad_out_KTGD = _by_key_head(grad_out.transpose(1, 2), key)
-        grad_query = torch.empty_like(grad_out)
+        query_KTGD, key, value, added, *kept = ctx.saved_tensors
+        known, dropped, tiles = kept[: ctx.known], kept[ctx.known :], ctx.tiles
+        grad_out_KTGD, grad_query = _by_key_head(grad_out.transpose(1, 2), key), torch.empty_like(grad_out)
         # sums over blocks of queries are kept in fp32
-        wide = torch.promote_types(key.dtype, torch.float32) if tiles.several else key.dtype
-        grad_key, grad_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
+        wide = torch.promote_types(key.dtype, torch.float32) if tiles[0].first < tiles[-1].first else key.dtype
+        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for number, tile in enumerate(tiles):
-            weights = used = known[number] if known else tiles.weights(tile)
+            weights = used = known[number] if known else _weights(query_KTGD, key, added, ctx.causal, tile)
             rows = tile.queries(grad_out_KTGD)
             slope = torch.bmm(rows, tile.keys(value).mT)
             if dropped:
                 used, slope = weights * dropped[number], slope.mul_(dropped[number])
             slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
             _put(grad_query, tile, torch.bmm(slope, tile.keys(key)).mul_(ctx.scale))
-            for total, factor, other in (grad_value, used, rows), (grad_key, slope, tile.queries(tiles.query)):
-                tile.keys(total).add_(torch.bmm(factor.mT, other))
+            tile.keys(grad_value).add_(torch.bmm(used.mT, rows))
+            tile.keys(grad_key).add_(torch.bmm(slope.mT, tile.queries(query_KTGD)))
         return grad_query.transpose(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
 
 
-@dataclass(frozen=True)
-class _Tile:
+class _Tile(NamedTuple):
     """Some queries of some rows, with the keys that they may see."""
 
     rows: slice
@@ -170,61 +169,68 @@ class _Tile:
 
     def queries(self, tensor_KTGD: Tensor) -> Tensor:
         """Those of [rows, key heads, T, G, D], as [rows · key heads, queries · G, D]."""
-        part = tensor_KTGD[self.rows, :, self.first : self.last]
-        return part.flatten(2, 3).flatten(0, 1)
+        return tensor_KTGD[self.rows, :, self.first : self.last].flatten(2, 3).flatten(0, 1)
 
     def keys(self, tensor_KSD: Tensor) -> Tensor:
         """Those of [rows, key heads, S, D], as [rows · key heads, keys, D]."""
         return tensor_KSD[self.rows].flatten(0, 1)[:, : self.seen]
 
 
-class _Tiles:
-    """Tiles of an attention, small enough for their weights to stay in a processor's cache."""
-
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> None:
-        self.key, self.causal = key, causal
-        self.query = _by_key_head(query * scale, key)
-        self.lowest = torch.finfo(key.dtype).min  # added, and not filled in, which is several times slower
-        self.added = None
-        if mask is not None and not bool(mask.all()):
-            self.added = torch.zeros(mask.shape, dtype=key.dtype).masked_fill_(~mask, self.lowest)
-        tokens, self._tiles = query.shape[2], []
-        self.several = tokens > BLOCK
-        for first in range(0, tokens, BLOCK):
-            last = min(first + BLOCK, tokens)
-            ahead_unseen = mask is not None and mask.shape[2] > 1 and not bool(mask[:, :, first:last, last:].any())
-            seen = last if causal or ahead_unseen else tokens
-            rows = max(1, TILE // (query.shape[1] * (last - first) * seen))
-            self._tiles += [_Tile(slice(row, row + rows), first, last, seen) for row in range(0, len(key), rows)]
-        weights = sum((tile.last - tile.first) * tile.seen for tile in self._tiles if tile.rows.start == 0)
-        self.kept = weights <= KEPT * tokens * query.shape[3]
-
-    def __iter__(self) -> Iterator[_Tile]:
-        return iter(self._tiles)
-
-    def weights(self, tile: _Tile) -> Tensor:
-        """Softmax of a tile, [rows · key heads, queries · G, keys], worked out in fp32."""
-        scores = torch.bmm(tile.queries(self.query), tile.keys(self.key).mT)
-        queries = tile.last - tile.first
-        split = scores.view(-1, self.key.shape[1], queries, scores.shape[1] // queries, tile.seen)
-        if self.added is not None:
-            added = self.added[tile.rows] if len(self.added) > 1 else self.added
-            added = added if added.shape[2] == 1 else added[:, :, tile.first : tile.last]
-            split += added[:, :, :, None, : tile.seen]
-        elif self.causal:
-            split[..., tile.first :] += split.new_full((queries, queries), self.lowest).triu_(1)[:, None]
-        return scores.softmax(-1)
+def _tiles(query: Tensor, mask: Tensor | None, causal: bool) -> tuple[list[_Tile], bool]:
+    """Tiles of an attention, and whether their weights are kept for the backward pass."""
+    (count, heads, tokens, width), tiles, weights = query.shape, [], 0
+    for first in range(0, tokens, BLOCK):
+        last = min(first + BLOCK, tokens)
+        ahead_unseen = mask is not None and mask.shape[2] > 1 and not bool(mask[:, :, first:last, last:].any())
+        seen = last if causal or ahead_unseen else tokens
+        rows = max(1, TILE // (heads * (last - first) * seen))
+        tiles += [_Tile(slice(row, row + rows), first, last, seen) for row in range(0, count, rows)]
+        weights += (last - first) * seen
+    return tiles, weights <= KEPT * tokens * width
 
 
-def _by_key_head(tensor: Tensor, key: Tensor) -> Tensor:
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is added to a mask's scores, None where all may be seen; made once for all layers that share a mask.
+
+    Adding is several times faster than filling in.
+    """
+    known = _ADDED.setdefault(mask, {})
+    if dtype not in known:
+        lowest, made = torch.finfo(dtype).min, torch.zeros(mask.shape, dtype=dtype)
+        known[dtype] = None if bool(mask.all()) else made.masked_fill_(~mask, lowest)
+    return known[dtype]
+
+
+_ADDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What was made of the masks that are alive."""
+
+
+def _weights(query_KTGD: Tensor, key: Tensor, added: Tensor | None, causal: bool, tile: _Tile) -> Tensor:
+    """Softmax of a tile, [rows · key heads, queries · G, keys], worked out in fp32."""
+    scores = torch.bmm(tile.queries(query_KTGD), tile.keys(key).mT)
+    queries = tile.last - tile.first
+    split = scores.view(-1, key.shape[1], queries, query_KTGD.shape[3], tile.seen)
+    if added is not None:
+        added = added[tile.rows] if len(added) > 1 else added
+        added = added if added.shape[2] == 1 else added[:, :, tile.first : tile.last]
+        split += added[:, :, :, None, : tile.seen]
+    elif causal:
+        lowest = torch.finfo(scores.dtype).min
+        split[..., tile.first :] += split.new_full((queries, queries), lowest).triu_(1)[:, None]
+    return scores.softmax(-1)
+
+
+def _by_key_head(tensor: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
     """[rows, heads, T, D] → [rows, key heads, T, G, D]: queries that share a key head lie together, token by token."""
-    rows, _, tokens, width = tensor.shape
-    return tensor.reshape(rows, key.shape[1], -1, tokens, width).transpose(2, 3).contiguous()
+    rows, heads, tokens, width = tensor.shape
+    view = tensor.view(rows, key.shape[1], heads // key.shape[1], tokens, width).transpose(2, 3)
+    return view.contiguous() if scale == 1.0 else torch.mul(view, scale, out=view.new_empty(view.shape))
 
 
 def _put(whole: Tensor, tile: _Tile, part: Tensor) -> None:
     """Puts a tile's queries, [rows · key heads, queries · G, D], into [rows, T, heads, D]."""
     view = whole[tile.rows, tile.first : tile.last]
-    rows, queries, _, width = view.shape
-    part = part.view(rows, -1, queries, part.shape[1] // queries, width)
-    view.unflatten(2, part.shape[1:4:2]).copy_(part.transpose(1, 2))
+    rows, queries, heads, width = view.shape
+    group = part.shape[1] // queries
+    part = part.view(rows, heads // group, queries, group, width).transpose(1, 2)
+    view.view(rows, queries, heads // group, group, width).copy_(part)
