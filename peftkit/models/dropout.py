@@ -11,6 +11,7 @@ under a seed from torch's generator, which alone is slower by half. p is rounded
 from __future__ import annotations
 
 import functools
+import struct
 from typing import Any
 
 import numpy as np
@@ -70,5 +71,6 @@ def _first_kept(p: float) -> int:
 
 @functools.cache
 def _bits(value: float) -> int:
-    """A bf16 number as a 16-bit integer."""
-    return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16).item())
+    """A number, rounded to bf16, as a 16-bit integer; worked out without tensors, which have no values in plans."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    return int(bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to the nearest, ties to even

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peftkit.models import dropout, low_rank
+from peftkit.planning.trace import without_data
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -33,6 +34,20 @@ def test_a_seed_makes_the_same_mask_again_and_leaves_torchs_generator_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, dropout.mask(torch.Size((7, 9)), 0.3, torch.bfloat16, 6))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_mask_made_in_a_plan_leaves_later_ones_alone():
+    """A plan's tensors have no values, and nothing worked out from them may be remembered."""
+    dropout._bits.cache_clear()
+    with without_data():
+        dropout.mask(torch.Size((7, 9)), 0.3, torch.bfloat16, 5)
+    kept = torch.tensor(1 / 0.7).bfloat16()
+    assert dropout.mask(torch.Size((7, 9)), 0.3, torch.bfloat16, 5).max() == kept
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 1 / 3, 0.5, 0.875, 0.99])
+def test_the_factor_is_rounded_as_torch_does(p):
+    assert dropout._bits(1 / (1 - p)) == torch.tensor(1 / (1 - p)).bfloat16().view(torch.int16).item()
 
 
 def test_layers_drop_in_training_only_and_their_gradient_goes_through_the_same_mask():
