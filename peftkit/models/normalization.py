@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-
 def cpu_normalization(model: Any) -> int:
     """Gives every RMSNorm on the CPU that is word for word Llama's the leaner pass, in place; returns how many."""
     changed = 0
