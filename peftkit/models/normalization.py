@@ -22,8 +22,9 @@ def cpu_normalization(model: Any) -> int:
     """Gives every RMSNorm on the CPU that is word for word Llama's the leaner pass, in place; returns how many."""
     changed = 0
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _is_llamas(type(module)):
-            module.__class__ = _leaner(type(module))
+        cls: Any = type(module)
+        if cls.__name__.endswith("RMSNorm") and _is_llamas(cls):
+            module.__class__ = _leaner(cls)
             changed += 1
     return changed
 
