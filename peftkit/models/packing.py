@@ -27,16 +27,14 @@ _LENGTHS = ((5, 3, 4), (2, 6, 4))
 """Document lengths of the two rows that a model is tried on."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Abilities:
-    """What a trial of the loaded model showed."""
+    """What trials of a loaded model showed; each is made when its answer is first asked for."""
 
-    packing: Strategy | None
-    """How packed documents are kept apart; None where they cannot be."""
-    reason: str
-    """Why not, in words; empty where packing works."""
-    padding_on_the_right_is_unseen: bool
-    """Whether the logits of real tokens are the same without an attention mask over right padding."""
+    packing: tuple[Strategy | None, str] | None = None
+    """How packed documents are kept apart, and where they cannot be, None and why."""
+    padding_is_unseen: bool | None = None
+    """Whether the logits of real tokens are the same without an attention mask over padding on the right."""
 
 
 _ABILITIES: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
@@ -57,8 +55,8 @@ def underlying(model: Any) -> Any:
 
 def supports_packing(model: Any) -> tuple[bool, str]:
     """Whether documents packed into one row stay apart in this model, tried on it; and why not."""
-    abilities = _abilities(model)
-    return abilities.packing is not None, abilities.reason
+    strategy, reason = _packing(model)
+    return strategy is not None, reason
 
 
 def inputs(batch: dict[str, Tensor], model: Any) -> dict[str, Any]:
@@ -75,13 +73,13 @@ def inputs(batch: dict[str, Tensor], model: Any) -> dict[str, Any]:
     if learned_tokens(model):
         given.pop("position_ids", None)  # the prompt's come first, and peft counts on
     if positions is not None and _is_packed(positions, mask):
-        abilities = _abilities(model)
-        if abilities.packing is None:
-            raise ModelError(f"{abilities.reason}; use batches by length instead of packed rows")
+        strategy, reason = _packing(model)
+        if strategy is None:
+            raise ModelError(f"{reason}; use batches by length instead of packed rows")
         given.pop("attention_mask", None)
-        if abilities.packing == "mask":
+        if strategy == "mask":
             given["attention_mask"] = _block_mask(positions, underlying(model).dtype)
-    elif _only_right_padding(mask) and _abilities(model).padding_on_the_right_is_unseen:
+    elif _only_right_padding(mask) and _padding_is_unseen(model):
         given.pop("attention_mask", None)
         given.pop("position_ids", None)
     return given
@@ -119,20 +117,23 @@ def _parameters(model: Any) -> set[str]:
 
 
 def _abilities(model: Any) -> Abilities:
-    base = underlying(model)
-    if base not in _ABILITIES:
-        _ABILITIES[base] = _try(model)
-    return _ABILITIES[base]
+    return _ABILITIES.setdefault(underlying(model), Abilities())
 
 
-def _try(model: Any) -> Abilities:
-    name = underlying(model).config.model_type
-    if learned_tokens(model):  # peft needs the row's attention mask, to widen it
-        return Abilities(None, f"{name} with a learned prompt reads it before the first document of a row only", False)
-    with still(model):
-        unseen = _right_padding_is_unseen(model)
-        strategy, reason = _packing(model, name)
-    return Abilities(strategy, reason, unseen)
+def _packing(model: Any) -> tuple[Strategy | None, str]:
+    known = _abilities(model)
+    if known.packing is None:
+        with still(model):
+            known.packing = _try_packing(model, underlying(model).config.model_type)
+    return known.packing
+
+
+def _padding_is_unseen(model: Any) -> bool:
+    known = _abilities(model)
+    if known.padding_is_unseen is None:
+        with still(model):  # with a learned prompt, peft needs the row's attention mask, to widen it
+            known.padding_is_unseen = not learned_tokens(model) and _try_padding(model)
+    return known.padding_is_unseen
 
 
 def learned_tokens(model: Any) -> int:
@@ -141,7 +142,9 @@ def learned_tokens(model: Any) -> int:
     return int(config.num_virtual_tokens) if getattr(config, "is_prompt_learning", False) else 0
 
 
-def _packing(model: Any, name: str) -> tuple[Strategy | None, str]:
+def _try_packing(model: Any, name: str) -> tuple[Strategy | None, str]:
+    if learned_tokens(model):
+        return None, f"{name} with a learned prompt reads it before the first document of a row only"
     if "position_ids" not in _parameters(model):
         return None, f"{name} takes no position_ids, so documents in one row cannot be told apart"
     config = underlying(model).config.get_text_config()
@@ -185,7 +188,7 @@ def _documents() -> Iterator[tuple[int, int, int]]:
             start += length
 
 
-def _right_padding_is_unseen(model: Any) -> bool:
+def _try_padding(model: Any) -> bool:
     ids, _ = _tiny_rows(model)
     mask = torch.ones_like(ids)
     mask[1, -4:] = 0

@@ -51,7 +51,7 @@ class Subject:
         base = packing.underlying(self.loaded.model)
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         if self.info.problem_type == "causal_lm":  # what trials on real weights would find
-            packing._ABILITIES[base] = packing.Abilities("positions", "", True)
+            packing._ABILITIES[base] = packing.Abilities(("positions", ""), True)
             lm_head._SHAPING[base] = lm_head._declared(base.config.get_text_config())[-1]
 
     def train(self, shape: Shape, passes: int = 1) -> Traced:

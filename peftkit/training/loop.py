@@ -94,7 +94,8 @@ class Loop:
             Interrupted: a signal or the time limit; a checkpoint has been written.
             TrainingError: loss or gradients were not finite.
         """
-        self._check_metric_name()
+        if self.recipe.training.best_metric:  # a task's own choice is right
+            self._check_metric_name()
         if resume_from:
             self._restore(resume_from)
         give_back()  # what preparing the data and loading the weights left free
