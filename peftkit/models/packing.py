@@ -123,6 +123,7 @@ def _abilities(model: Any) -> Abilities:
 def _packing(model: Any) -> tuple[Strategy | None, str]:
     known = _abilities(model)
     if known.packing is None:
+        _padding_is_unseen(model)  # processes that share a model's layers try it together, before rows differ
         with still(model):
             known.packing = _try_packing(model, underlying(model).config.model_type)
     return known.packing

@@ -94,7 +94,8 @@ class Loop:
             Interrupted: a signal or the time limit; a checkpoint has been written.
             TrainingError: loss or gradients were not finite.
         """
-        if self.recipe.training.best_metric:  # a task's own choice is right
+        # a task's own metric is right; but what is tried on a model at its first rows, all processes must try together
+        if self.recipe.training.best_metric or self.session.world_size > 1:
             self._check_metric_name()
         if resume_from:
             self._restore(resume_from)
