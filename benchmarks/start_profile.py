@@ -5,7 +5,9 @@
 Two runs, each the second one of its recipe (tokens, features and measured rates are cached): a head on the frozen
 MiniLM for five epochs of 6,000 rows, to its end, and SmolLM2 with LoRA r16 to its first step. Parts are told by the
 clock, medians over repeats, and contain what is imported while they last; imports are counted once more by themselves,
-under ``python -X importtime``, which slows them a little. Writes ``results/start_profile.json`` and prints a table.
+under ``python -X importtime``, which slows them a little. Beside them stands what no program over these libraries goes
+below: a process that imports torch, transformers and peft and ends. Writes ``results/start_profile.json`` and prints a
+table.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ WITH = {
     "sklearn": "sklearn, scipy", "scipy": "sklearn, scipy", "sympy": "torch", "pyarrow": "datasets",
     "pandas": "datasets", "numpy": "numpy",
 }  # fmt: skip
+BARE = "import torch, peft; from transformers import AutoTokenizer, LlamaForCausalLM"
 IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s*(\S+)")
 
 
@@ -72,7 +75,8 @@ def main() -> None:
             data = rows if "MiniLM" in case else args.instructions
             command = [sys.executable, __file__, "--case", case, "--data", str(data), "--work", work]
             found[case] = measured([*command, "--instructions", str(args.instructions)], work, args.repeats)
-    content = {"machine": machine(), "repeats": args.repeats, "cases": found}
+        least = bare(args.repeats, work)
+    content = {"machine": machine(), "repeats": args.repeats, "bare_imports_seconds": least, "cases": found}
     (RESULTS / "start_profile.json").write_text(json.dumps(content, indent=1) + "\n")
     for case, figures in found.items():
         print(f"\n{case}: {figures['seconds']:.2f} s")
@@ -80,6 +84,17 @@ def main() -> None:
             print(f"  {name:<44}{seconds:6.2f}")
         for name, seconds in figures["imports"].items():
             print(f"      {name:<40}{seconds:6.2f}")
+    print(f"\na process that imports torch, transformers and peft and ends: {least:.2f} s")
+
+
+def bare(repeats: int, work: str) -> float:
+    """Median seconds of a process that imports the libraries below every contestant, and ends."""
+    times = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        _output([sys.executable, "-c", BARE], work)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
 
 
 def measured(command: list[str], work: str, repeats: int) -> dict[str, Any]:
