@@ -82,8 +82,7 @@ class Subject:
         batch = self._batch(shape)
         tracer = Tracer(vocabulary=self._vocabulary, scored=(shape.rows * (shape.tokens - 1), shape.scored))
         tracer.ignore([*model.parameters(), *model.buffers()])
-        kernels = _gpu_kernels() if self.gpu else contextlib.nullcontext()
-        with tracer, kernels:
+        with tracer, _as_on_a_gpu() if self.gpu else contextlib.nullcontext():
             if passes == 0:
                 with torch.no_grad(), self._precision():
                     self.task.outputs(model, batch, self.info, self.loaded.pooling)
@@ -149,6 +148,17 @@ def continued(few: Traced, more: Traced, count: int) -> Traced:
     )
     return Traced(at(few.peak, more.peak), parts, mapped, at(few.end, more.end), at(few.flops, more.flops),
                   at(few.moved, more.moved), at(few.operators, more.operators), more.kernels)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Passes go the way that they take on CUDA, for a while."""
+    token = lm_head.AS_ON_A_GPU.set(True)
+    try:
+        with _gpu_kernels():
+            yield
+    finally:
+        lm_head.AS_ON_A_GPU.reset(token)
 
 
 class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is used

@@ -31,11 +31,13 @@ def tensors(tokens=11, heads=4, key_heads=2, width=6, dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize(("block", "tile"), [(4, 1), (128, 1), (128, 1 << 20)])
+@pytest.mark.parametrize("kept", [0, 4])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_equals_torch_forward_and_backward(monkeypatch, block, name, key_heads):
-    monkeypatch.setattr(attention, "BLOCK", block)
+def test_equals_torch_forward_and_backward(monkeypatch, block, tile, kept, name, key_heads):
+    for setting, value in (("BLOCK", block), ("TILE", tile), ("KEPT", kept)):
+        monkeypatch.setattr(attention, setting, value)
     inputs, mask = tensors(key_heads=key_heads), MASKS[name](11)
     causal = name == "causal"
     ours = attention.blockwise(*inputs, mask, causal, 0.3).transpose(1, 2)

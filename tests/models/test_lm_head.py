@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from peftkit.models import lm_head
+from peftkit.planning import passes
 
 VOCABULARY = 97
 SMALL = {
@@ -68,6 +69,7 @@ def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Te
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen-head", "trained-head"])
 def test_value_and_gradients_equal_cross_entropy(monkeypatch, chunk, mask, frozen):
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(lm_head, "SLICE_BYTES", 2 * 4 * VOCABULARY)
     model, batch = make("llama"), batch_of(mask)
     model.get_output_embeddings().requires_grad_(not frozen)
     expected = reference(model, batch)
@@ -262,3 +264,12 @@ def test_fused_kernels_are_given_sum_and_cap_where_installed(monkeypatch, packag
     kernel = lm_head._fused_kernel("cuda")
     kernel(torch.randn(2, 4), torch.randn(7, 4), torch.tensor([1, 2]), 30.0)
     assert seen == {"softcap": 30.0, "reduction": "sum"}
+
+
+def test_a_cpu_takes_its_softmax_by_slices_and_a_gpu_by_whole_chunks(monkeypatch):
+    monkeypatch.setattr(lm_head, "SLICE_BYTES", 2 * 4 * 11)
+    chunk = torch.zeros(5, 11)
+    assert [(piece.start, piece.stop) for piece in lm_head._slices(chunk)] == [(0, 2), (2, 4), (4, 5)]
+    with passes._as_on_a_gpu():  # in the plan of a GPU
+        assert [(piece.start, piece.stop) for piece in lm_head._slices(chunk)] == [(0, 5)]
+    assert len(list(lm_head._slices(chunk))) == 3
