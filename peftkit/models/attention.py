@@ -4,7 +4,7 @@
 
 torch's fused kernel for the CPU spends two thirds of its time in the bf16 backward pass on short rows. Here queries are
 taken a block at a time, causal blocks read only the keys before them, heads that share keys are one product, and
-products are plain matrix products in bf16 with a softmax that is worked out in fp32, which is the precision of
+products are plain matrix products in bf16 with the softmax in fp32, which is the precision of
 transformers' eager attention. Rows are taken few at a time, so that a tile's weights stay in the processor's cache:
 fresh memory for all of them at once costs several times their products.
 The backward pass forms each block's weights anew (FlashAttention's recomputation, Dao et al. 2022, arXiv:2205.14135);
@@ -35,8 +35,8 @@ BLOCK = 128
 """Queries taken at a time."""
 TILE = 1 << 20
 """Weights taken at a time, where a row's block has fewer."""
-KEPT = 4
-"""Weights are kept for the backward pass where they take up to so many times the memory of the queries."""
+KEPT = 2
+"""Weights, in fp32, are kept for the backward pass where they are up to so many times as many as the queries."""
 
 
 def cpu_attention(model: Any) -> bool:
@@ -126,10 +126,11 @@ class _Blockwise(torch.autograd.Function):
         dropped, known = [], []
         with torch.autocast("cpu", enabled=False):
             for tile in tiles:
-                weights = used = _weights(query_KTGD, key, added, causal, tile)
+                weights = _weights(query_KTGD, key, added, causal, tile)
+                used = weights.to(value.dtype)
                 if p > 0:
-                    dropped.append(dropout.mask(weights.shape, p, weights.dtype))
-                    used = weights * dropped[-1]
+                    dropped.append(dropout.mask(used.shape, p, used.dtype))
+                    used = used * dropped[-1]
                 _put(out, tile, torch.bmm(used, tile.keys(value)))
                 if keep:
                     known.append(weights)
@@ -147,12 +148,13 @@ class _Blockwise(torch.autograd.Function):
         wide = torch.promote_types(key.dtype, torch.float32) if tiles[0].first < tiles[-1].first else key.dtype
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for number, tile in enumerate(tiles):
-            weights = used = known[number] if known else _weights(query_KTGD, key, added, ctx.causal, tile)
+            weights = known[number] if known else _weights(query_KTGD, key, added, ctx.causal, tile)
+            used = weights.to(value.dtype)
             rows = tile.queries(grad_out_KTGD)
             slope = torch.bmm(rows, tile.keys(value).mT)
             if dropped:
-                used, slope = weights * dropped[number], slope.mul_(dropped[number])
-            slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
+                used, slope = used * dropped[number], slope.mul_(dropped[number])
+            slope = torch._softmax_backward_data(slope.to(weights.dtype), weights, -1, weights.dtype).to(key.dtype)
             _put(grad_query, tile, torch.bmm(slope, tile.keys(key)).mul_(ctx.scale))
             tile.keys(grad_value).add_(torch.bmm(used.mT, rows))
             tile.keys(grad_key).add_(torch.bmm(slope.mT, tile.queries(query_KTGD)))
@@ -206,7 +208,7 @@ _ADDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _weights(query_KTGD: Tensor, key: Tensor, added: Tensor | None, causal: bool, tile: _Tile) -> Tensor:
-    """Softmax of a tile, [rows · key heads, queries · G, keys], worked out in fp32."""
+    """Softmax of a tile in fp32, [rows · key heads, queries · G, keys]."""
     scores = torch.bmm(tile.queries(query_KTGD), tile.keys(key).mT)
     queries = tile.last - tile.first
     split = scores.view(-1, key.shape[1], queries, query_KTGD.shape[3], tile.seen)
@@ -217,7 +219,7 @@ def _weights(query_KTGD: Tensor, key: Tensor, added: Tensor | None, causal: bool
     elif causal:
         lowest = torch.finfo(scores.dtype).min
         split[..., tile.first :] += split.new_full((queries, queries), lowest).triu_(1)[:, None]
-    return scores.softmax(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
 
 
 def _by_key_head(tensor: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:

@@ -85,7 +85,7 @@ QUICK = {("bert", "lora"), ("bert", "checkpointed"), ("llama", "bf16"), ("gpt2",
 )
 def test_logits_and_gradients_are_those_of_the_plain_model(folders, base, way):
     (plain, half), (fast, _) = made(folders, base, way, False), made(folders, base, way, True)
-    share = 0.15 if half or way == "nf4" else 1e-4  # bf16 rounds in other places
+    share = 0.1 if half or way == "nf4" else 1e-4
     before = graphs()
     for tokens in (17, 9, 30):
         (wanted, right), (found, gradients) = learned(plain, half, tokens=tokens), learned(fast, half, tokens=tokens)
