@@ -132,7 +132,8 @@ def test_first_token_of_a_packed_document_is_not_scored():
         for ids in batch["input_ids"].split(1)
         for a, b in ((0, 5), (5, 12))
     )
-    torch.testing.assert_close(lm_head.loss(model, batch), alone, rtol=1e-10, atol=1e-10)
+    # transformers computes rotary cosines in fp32; AVX2's vectorized ones differ in the last bit between lengths
+    torch.testing.assert_close(lm_head.loss(model, batch), alone, rtol=1e-7, atol=1e-7)
     assert lm_head.row_outputs(model, batch)["weight"].tolist() == [10, 10, 10]
 
 
