@@ -119,10 +119,11 @@ def one_run(data: Path, work: Path, batching: str, seed: int, rows: int, threads
 
 def padding(changes: Sequence[str]) -> dict[str, float]:
     """Share of padding in the epoch's batches and in the passes that they are cut into."""
-    from peftkit import get_recipe, overrides
+    from peftkit import get_recipe
     from peftkit.data import batching
     from peftkit.data.pipeline import encode, prepare
     from peftkit.models.tokenizer import load_tokenizer
+    from peftkit.schema import overrides
 
     recipe = overrides.apply(get_recipe("agnews_lora"), list(changes))
     lengths = encode(prepare(recipe), load_tokenizer(recipe.model), recipe).splits["train"].lengths

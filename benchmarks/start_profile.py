@@ -129,9 +129,10 @@ def parts(case: str, data: str, work: str) -> dict[str, float]:
     started = psutil.Process().create_time()
     times = {"interpreter and this script": time.time() - started}
     begun = time.perf_counter()
-    from peftkit import get_recipe, overrides, results, run
+    from peftkit import get_recipe, run
     from peftkit.reporting import run_report
-    from peftkit.training import features
+    from peftkit.schema import overrides
+    from peftkit.training import features, results
     from peftkit.training.loop import Loop
 
     times["importing peftkit's run and what it needs"] = time.perf_counter() - begun

@@ -96,7 +96,8 @@ def profile(case: str, data: str, threads: int) -> dict[str, Any]:
     from torch.profiler import profile as profiler
 
     import peftkit
-    from peftkit import get_recipe, overrides
+    from peftkit import get_recipe
+    from peftkit.schema import overrides
     from peftkit.training.loop import Loop
 
     recipe_name, changes = CASES[case]

@@ -83,9 +83,10 @@ def instructions(data: Path, work: Path, rows: int) -> Path:
 
 def measured(task: str, folder: Path, cores: int, repeats: int) -> dict[str, list[dict[str, Any]]]:
     """Rates with one process and with several; ends where their tokens differ."""
-    from peftkit import get_recipe, overrides
+    from peftkit import get_recipe
     from peftkit.data.pipeline import encode, prepare
     from peftkit.models.tokenizer import load_tokenizer
+    from peftkit.schema import overrides
 
     changes = {**TASKS[task], "data.source": str(folder), "data.test_size": "0", "data.cleaning.near_duplicates": "off"}
     recipe = overrides.apply(get_recipe(RECIPES[task]), [f"{key}={value}" for key, value in changes.items()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftkit.methods._table import markdown
+from peftkit.methods.table import markdown
 
 TARGET = Path(__file__).with_name("methods.md")
 OPENING = """\

@@ -10,19 +10,18 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-# the submodule and the decorator share the name `recipe`: importing both now makes the decorator win
-from peftkit.recipe import Recipe, replace  # isort: skip
-from peftkit.catalog import get_recipe, recipe  # isort: skip
 from peftkit.errors import PeftkitError, UserError
+from peftkit.schema.catalog import get_recipe, recipe
+from peftkit.schema.recipe import Recipe, replace
 
 if TYPE_CHECKING:
-    from peftkit.data.inspection import inspect
+    from peftkit.cli.launch import main
     from peftkit.experiments.compare import compare
     from peftkit.experiments.tune import tune
-    from peftkit.inference import load
-    from peftkit.launch import main
+    from peftkit.inference.evaluate import evaluate
+    from peftkit.inference.trained_model import load
+    from peftkit.planning.inspection import inspect
     from peftkit.run import Run, train
-    from peftkit.scoring import evaluate
 
 __version__ = "0.1.0"
 
@@ -32,10 +31,10 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 _LAZY = {
     "Run": "peftkit.run",
     "compare": "peftkit.experiments.compare",
-    "evaluate": "peftkit.scoring",
-    "inspect": "peftkit.data.inspection",
-    "load": "peftkit.inference",
-    "main": "peftkit.launch",
+    "evaluate": "peftkit.inference.evaluate",
+    "inspect": "peftkit.planning.inspection",
+    "load": "peftkit.inference.trained_model",
+    "main": "peftkit.cli.launch",
     "train": "peftkit.run",
     "tune": "peftkit.experiments.tune",
 }

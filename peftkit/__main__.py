@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftkit.cli import main
+from peftkit.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit import results
 from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
+from peftkit.distributed import sharding
+from peftkit.distributed.session import Session, open_session
 from peftkit.errors import Interrupted, UserError
 from peftkit.export.adapter import export_run
-from peftkit.models import policy
+from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from peftkit.parts import LoadedModel
-from peftkit.recipe import Recipe, replace
 from peftkit.reporting import run_report
-from peftkit.training import features, sharding
-from peftkit.training import folder as folders
-from peftkit.training.checkpoints import Checkpoint
+from peftkit.runs import folder as folders
+from peftkit.runs.checkpoints import Checkpoint
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import Recipe, replace
+from peftkit.training import features, results
 from peftkit.training.first_batches import FirstBatches
-from peftkit.training.guard import guarded
+from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, Watch
-from peftkit.training.session import Session, open_session
 from peftkit.training.step import TaskModule
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Run:
 
     def predict(self, texts: Any, **options: Any) -> Any:
         """Predictions of the trained model; see ``peftkit.load``."""
-        from peftkit.inference import load
+        from peftkit.inference.trained_model import load
 
         return load(self.path).predict(texts, **options)
 
@@ -89,7 +89,7 @@ def train(
         Interrupted: stopped by a signal or the time limit; resumable.
         TrainingError: loss or gradients were not finite, storage or memory gave out, or a process was lost.
     """
-    policy.quiet()
+    dtypes.quiet()
     session = open_session(recipe)
     with guarded(session):
         recipe, tokenizer, prepared, encoded, loaded = _data_and_model(recipe, session)

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 from tests import tiny
 
 TOPICS = {

@@ -11,31 +11,22 @@ import peftkit
 
 ROOT = Path(peftkit.__file__).parent
 LAYERS = [
-    {"errors", "registry", "parts"},
-    {"recipe", "recipe_yaml", "overrides", "catalog"},
-    {"data", "models", "methods", "tasks"},
-    {"training", "evaluation", "planning", "export"},
+    {"errors", "registry"},
+    {"schema"},
+    {"system", "data"},
+    {"models"},
+    {"heads", "methods", "tasks", "evaluation", "review"},
+    {"distributed", "runs", "training", "planning", "export", "quantize"},
+    {"inference"},
     {"reporting"},
-    {
-        "results",
-        "run",
-        "inference",
-        "predictions",
-        "embeddings",
-        "prompts",
-        "output",
-        "scoring",
-        "chat",
-        "processes",
-        "quantize",
-    },
+    {"run"},
     {"experiments"},
-    {"launch", "doctor", "cli", "cli_experiments", "cli_models", "__init__", "__main__"},
+    {"cli", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 UPWARDS = {("tasks", "evaluation.figures")}
 """A task says which figures it is scored by, and calls for them; figures.py itself imports nothing of a task."""
-KNOWS = {"bitsandbytes": {"models"}, "peft": {"methods", "export"}}
+KNOWS = {"bitsandbytes": {"models", "quantize", "training"}, "peft": {"methods", "export"}}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "_recipes" not in path.parts)
 
 

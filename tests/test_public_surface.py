@@ -29,16 +29,16 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_recipe_is_the_decorator_although_a_module_has_that_name():
-    import peftkit.recipe
+    import peftkit.schema.recipe
 
     assert callable(peftkit.recipe)
-    assert peftkit.recipe.__module__ == "peftkit.catalog"
+    assert peftkit.recipe.__module__ == "peftkit.schema.catalog"
 
 
 LIGHT = """
 import json, sys
 sys.argv = ["peftkit", *json.loads(sys.argv[1])]
-from peftkit.cli import main
+from peftkit.cli.app import main
 try:
     main()
 except SystemExit as stop:

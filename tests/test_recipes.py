@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from peftkit import catalog, get_recipe
+from peftkit import get_recipe
+from peftkit.schema import catalog
 
 FILES = catalog.built_in()
 

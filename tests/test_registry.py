@@ -9,8 +9,8 @@ import pytest
 
 from peftkit import registry as module
 from peftkit.errors import RecipeError
-from peftkit.recipe import METHODS, TASKS
 from peftkit.registry import Registry
+from peftkit.schema.recipe import METHODS, TASKS
 
 
 def one():

@@ -9,7 +9,7 @@ import pytest
 import peftkit
 from peftkit import replace
 from peftkit.evaluation import generation
-from peftkit.recipe import GenerationConfig, Recipe
+from peftkit.schema.recipe import GenerationConfig, Recipe
 
 
 @pytest.fixture

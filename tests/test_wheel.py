@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkit import catalog
+from peftkit.schema import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_CHECKOUT = """
@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv[1])
 sys.argv = ["peftkit", *sys.argv[2:]]
 import peftkit
 assert peftkit.__file__.startswith(sys.path[0]), peftkit.__file__
-from peftkit.cli import main
+from peftkit.cli.app import main
 main()
 """
 

@@ -79,7 +79,7 @@ def tiny_llama(folder: str | Path, **config: Any) -> Path:
 
 def tiny_recipe(folder: str | Path, **parts: Any) -> Any:
     """A recipe on a model folder, in fp32 and without tracking; parts are merged over it."""
-    from peftkit.recipe import Recipe, replace
+    from peftkit.schema.recipe import Recipe, replace
 
     base = {"name": "tiny", "model": {"source": str(folder), "dtype": "float32"}, "data": {"source": "none.csv"}}
     return replace(Recipe.parse({**base, "tracking": []}), **parts)

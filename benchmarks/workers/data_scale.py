@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 FIELDS = {"RssAnon": "anonymous_mb", "RssFile": "mapped_mb", "VmRSS": "rss_mb"}
 STEPS = 20
@@ -66,7 +66,7 @@ def _calibrate() -> None:
 
 def _recipe(folder: Path, work: str) -> tuple[Recipe, Any]:
     from peftkit.models.tokenizer import load_tokenizer
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
     recipe = Recipe.parse(
         {

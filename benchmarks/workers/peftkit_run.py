@@ -39,7 +39,7 @@ def chosen_cache(given: list[str]) -> list[str]:
 def main() -> None:
     """Trains, evaluates on the test rows, and prints what was measured."""
     import peftkit
-    from peftkit.overrides import apply
+    from peftkit.schema.overrides import apply
 
     overrides = chosen_cache(sys.argv[2:])
     threads = os.environ.get("BENCH_THREADS")

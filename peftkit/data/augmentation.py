@@ -16,8 +16,8 @@ import numpy as np
 
 from peftkit.data.mapping import PLACE
 from peftkit.data.tables import iterate
-from peftkit.parts import Row, Task
-from peftkit.recipe import AugmentationConfig
+from peftkit.schema.parts import Row, Task
+from peftkit.schema.recipe import AugmentationConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

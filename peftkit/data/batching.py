@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftkit.recipe import TrainingConfig
+from peftkit.schema.recipe import TrainingConfig
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import Literal
 
 from peftkit.data.readers import READERS, Reader, read_sections, read_text
 from peftkit.errors import DataError, did_you_mean
-from peftkit.recipe import DataConfig
+from peftkit.schema.recipe import DataConfig
 
 Split = Literal["train", "validation", "test"]
 ALIASES: dict[str, Split] = {

@@ -17,8 +17,8 @@ from peftkit.data.problems import Problems, located
 from peftkit.data.steps import CleaningStep, StepLog
 from peftkit.data.tables import iterate, write_rows
 from peftkit.errors import DataError
-from peftkit.parts import Row, Task, TaskInfo
-from peftkit.recipe import DataConfig
+from peftkit.schema.parts import Row, Task, TaskInfo
+from peftkit.schema.recipe import DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

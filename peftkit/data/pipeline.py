@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftkit.data import cleaning, parallel, splitting
+from peftkit.data import cleaning, splitting
 from peftkit.data.augmentation import augmented
 from peftkit.data.batching import collate
-from peftkit.data.cache import atomic_folder, cache_folder, entry_lock, is_intact
 from peftkit.data.mapping import PARTS, Rows, canonical_rows, describe
 from peftkit.data.sources import Source, find, read
 from peftkit.data.steps import CleaningStep
 from peftkit.data.tables import BATCH, open_table, release, write_rows
 from peftkit.errors import DataError
-from peftkit.parts import Batch, Row, Task, TaskInfo
-from peftkit.recipe import Recipe
+from peftkit.schema.parts import Batch, Row, Task, TaskInfo
+from peftkit.schema.recipe import Recipe
+from peftkit.system import parallel
+from peftkit.system.cache import atomic_folder, cache_folder, entry_lock, is_intact
 
 if TYPE_CHECKING:
     from datasets import Dataset

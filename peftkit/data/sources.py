@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.data import hub
-from peftkit.data.cache import file_digest
 from peftkit.data.folders import ALIASES, Layout, layout_of, nearest
 from peftkit.data.packages import PREFIX, layout_of_package
 from peftkit.data.problems import Problems
 from peftkit.data.readers import READERS, class_names, read_parquet
 from peftkit.data.tables import write_rows
 from peftkit.errors import DataError, did_you_mean
-from peftkit.parts import Row
-from peftkit.recipe import DataConfig
+from peftkit.schema.parts import Row
+from peftkit.schema.recipe import DataConfig
+from peftkit.system.cache import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,7 @@ import numpy as np
 from peftkit.data.mapping import PARTS, Rows
 from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.errors import DataError
-from peftkit.recipe import DataConfig
+from peftkit.schema.recipe import DataConfig
 
 TEST, VALIDATION, LIMIT, MIX = 1, 2, 3, 4
 """What a random stream is for: each has its own, so that one choice does not move another."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from peftkit.data.problems import shorten
 from peftkit.errors import DataError
-from peftkit.parts import Row
+from peftkit.schema.parts import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset

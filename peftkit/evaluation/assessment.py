@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.evaluation import figures, intervals, resampling
-from peftkit.evaluation.calibration import reliability
+from peftkit.evaluation import decisions, intervals, resampling
+from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE, Decisions
 from peftkit.evaluation.direction import greater_is_better
-from peftkit.evaluation.figures import MULTI, REGRESSION, SINGLE, Decisions
 from peftkit.evaluation.mistakes import worst
-from peftkit.parts import Task, TaskInfo
-from peftkit.recipe import EvaluationConfig
+from peftkit.evaluation.reliability import reliability
+from peftkit.schema.parts import Task, TaskInfo
+from peftkit.schema.recipe import EvaluationConfig
 
 Assessment = dict[str, Any]
 PAIRS = 1000
@@ -52,15 +52,15 @@ def assess(
         "labels": list(info.labels),
         "confidence": evaluation.confidence,
     }
-    if info.problem_type not in figures.HOLDS:
+    if info.problem_type not in decisions.HOLDS:
         limits = intervals.bootstrap(
             resampling.of_loss(outputs["loss"], outputs["weight"]), made["rows"], confidence=evaluation.confidence
         )
         return made | {
             "metrics": _with_intervals(values, {name: (*pair, "bootstrap") for name, pair in limits.items()})
         }
-    found = figures.decide(outputs["logits"], info, getattr(task, "threshold", 0.5))
-    gold = figures.references(outputs, info)
+    found = decisions.decide(outputs["logits"], info, getattr(task, "threshold", 0.5))
+    gold = decisions.references(outputs, info)
     made["metrics"] = _with_intervals(values, _intervals(outputs, found, gold, info, evaluation.confidence, seed))
     made |= _details(found, gold, info)
     made["mistakes"] = worst(found, gold, columns(rows), info, evaluation.worst)

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.evaluation import figures, zero_shot_scores
-from peftkit.evaluation.comparison import mcnemar, paired, verdict, verdict_on_loss
-from peftkit.evaluation.figures import MULTI, REGRESSION, SINGLE
+from peftkit.evaluation import decisions, zero_shot_scores
+from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE
+from peftkit.evaluation.paired_tests import mcnemar, paired, verdict, verdict_on_loss
 from peftkit.evaluation.resampling import of_loss
-from peftkit.parts import TaskInfo
-from peftkit.recipe import EvaluationConfig
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import EvaluationConfig
 
 Kept = Callable[[Sequence[str], Callable[[], np.ndarray]], np.ndarray]
 DECODER_ROWS = 200
@@ -62,7 +62,7 @@ def majority(
         said = f"always '{info.labels[int(counts.argmax())]}', the commonest class of training"
     outputs = _outputs(np.tile(logits, (len(labels), 1)), labels, task, info)
     scored = task.metrics(outputs, info, evaluation)
-    predicted = figures.decide(outputs["logits"], info, task.threshold).predicted
+    predicted = decisions.decide(outputs["logits"], info, task.threshold).predicted
     return Baseline("majority", scored, predicted, note=said)
 
 
@@ -112,9 +112,9 @@ def zero_shot(
 
     scores = kept(chosen, compute) if kept else compute()
     outputs = {"logits": scores, "labels": np.asarray([labels[row] for row in rows])}
-    wanted = [*(evaluation.metrics or figures.DEFAULTS[SINGLE]), "accuracy"]
+    wanted = [*(evaluation.metrics or decisions.DEFAULTS[SINGLE]), "accuracy"]
     named = [name for name in wanted if name not in ("loss", "calibration_error")]
-    return Baseline("zero_shot", figures.compute(outputs, info, named), scores.argmax(axis=1), rows, note)
+    return Baseline("zero_shot", decisions.compute(outputs, info, named), scores.argmax(axis=1), rows, note)
 
 
 def beside(

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from peftkit.errors import ModelError
-from peftkit.models import chat_template, packing, policy
-from peftkit.recipe import GenerationConfig
+from peftkit.models import chat_template, dtypes, packing
+from peftkit.schema.recipe import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,7 +199,7 @@ def _ready(model: Any, embedding: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(packing.still(model))
-        stack.enter_context(policy.autocast(embedding.dtype, embedding.device))
+        stack.enter_context(dtypes.autocast(embedding.dtype, embedding.device))
         yield
 
 

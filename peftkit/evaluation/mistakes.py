@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.evaluation.figures import MULTI, REGRESSION, Decisions
-from peftkit.parts import TaskInfo
+from peftkit.evaluation.decisions import MULTI, REGRESSION, Decisions
+from peftkit.schema.parts import TaskInfo
 
 TEXT_CHARACTERS = 500
 """Characters of a text that are kept in a report."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from peftkit.evaluation.calibration import of_surplus, places
 from peftkit.evaluation.intervals import Statistics
+from peftkit.evaluation.reliability import of_surplus, places
 
 
 def confusion(gold: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from peftkit.evaluation import generation, text_metrics
-from peftkit.evaluation.generations import GenerationRow
-from peftkit.recipe import GenerationConfig
+from peftkit.review.generations import GenerationRow
+from peftkit.schema.recipe import GenerationConfig
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit import catalog
-from peftkit.data.parallel import cores
+from peftkit.distributed.session import flat
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs as working
 from peftkit.experiments.jobs import DONE, Here, Job, Outcome, Processes, Runner
 from peftkit.experiments.table import Group, check_names, tabulate
 from peftkit.experiments.variants import Variant, parse_vary, variants
-from peftkit.recipe import Recipe, replace
 from peftkit.reporting import comparison as reporting
-from peftkit.training import folder as folders
-from peftkit.training.session import flat
+from peftkit.runs import folder as folders
+from peftkit.schema import catalog
+from peftkit.schema.recipe import Recipe, replace
+from peftkit.system.parallel import cores
 
 Given = str | Path | Recipe
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from peftkit.errors import RunError
-from peftkit.evaluation import comparison, resampling
-from peftkit.evaluation.comparison import Figure
-from peftkit.evaluation.figures import MULTI, REGRESSION, SINGLE
-from peftkit.training import folder as folders
+from peftkit.evaluation import paired_tests, resampling
+from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE
+from peftkit.evaluation.paired_tests import Figure
+from peftkit.runs import folder as folders
 
 SAME_ROWS = "are compared row by row, so all must be scored on the same rows"
 
@@ -97,11 +97,11 @@ def compare(first: Sequence[Scored], second: Sequence[Scored], metric: str, conf
         return None
     if metric in {"accuracy", "exact_match"} and len(first) == len(second) == 1 and first[0].problem_type == SINGLE:
         right = [one[0].gold == one[0].predicted for one in (first, second)]
-        return {**comparison.mcnemar(right[0], right[1], confidence), "test": "McNemar"}
+        return {**paired_tests.mcnemar(right[0], right[1], confidence), "test": "McNemar"}
     figures = [[figure_of(one, metric) for one in runs] for runs in (first, second)]
     if any(figure is None for side in figures for figure in side):
         return None
-    found = comparison.paired(figures[0], figures[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
+    found = paired_tests.paired(figures[0], figures[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
     return {**found, "test": "paired bootstrap"}
 
 
@@ -110,6 +110,6 @@ def interval(runs: Sequence[Scored], metric: str, confidence: float) -> tuple[fl
     figures = [figure_of(one, metric) for one in runs]
     if any(figure is None for figure in figures):
         return None
-    drawn = comparison.resampled([figures], len(runs[0].rows))[0]  # type: ignore[list-item]
+    drawn = paired_tests.resampled([figures], len(runs[0].rows))[0]  # type: ignore[list-item]
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)

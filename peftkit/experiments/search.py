@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.experiments.space import Choices, Dimension, Range, Space, has_field, is_swap
 from peftkit.experiments.variants import RATE, with_values
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 JOURNAL = "study.journal"
 SAMPLERS = ("grid", "random", "bayesian")

@@ -19,10 +19,10 @@ import yaml
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.experiments.variants import with_values
-from peftkit.overrides import BY_KIND
-from peftkit.parts import Part
-from peftkit.recipe import Recipe
-from peftkit.recipe_yaml import value_of
+from peftkit.schema.overrides import BY_KIND
+from peftkit.schema.parts import Part
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.recipe_yaml import value_of
 
 SEARCHED_DATA = ("data.max_length", "data.augmentation")
 """What may vary of the data: everything else would change the rows that trials are judged by."""

@@ -18,10 +18,10 @@ from peftkit.evaluation.direction import greater_is_better
 from peftkit.evaluation.intervals import wilson
 from peftkit.experiments import scores
 from peftkit.experiments.scores import Scored
-from peftkit.parts import TaskInfo
-from peftkit.recipe import Recipe
-from peftkit.reporting import shown
-from peftkit.training import folder as folders
+from peftkit.reporting import formatting
+from peftkit.runs import folder as folders
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import Recipe
 
 COSTS = {
     "parameters": "trained_parameters",
@@ -215,7 +215,7 @@ def _baselines(best: Measured, metric: str, confidence: float, label: str) -> li
     made = []
     for entry in _json(file) if file.is_file() else []:
         value, compared = entry["metrics"].get(metric), entry["comparison"] or {}
-        row = {"variant": shown.name(entry["name"]), "value": value, "note": entry["note"], "of": label}
+        row = {"variant": formatting.name(entry["name"]), "value": value, "note": entry["note"], "of": label}
         row |= dict.fromkeys(("low", "high", "difference", "p_value"))
         if metric in {"accuracy", "loss"} and compared:
             row |= {"difference": -compared["difference"], "p_value": compared["p_value"]}
@@ -230,10 +230,10 @@ def _pick(candidates: Mapping[str, Row], best: Row, metric: str, cost: str) -> s
     key = COSTS[cost]
     row = min(candidates.values(), key=lambda one: (one[key], one["seconds"]))
     price = f"{row['trained_parameters']:,} trained parameters, {row['seconds']:.1f} s of training"
-    figure = f"{shown.name(metric)} {shown.figure(row['value'])}"
+    figure = f"{formatting.name(metric)} {formatting.figure(row['value'])}"
     if row["variant"] == best["variant"]:
         return f"Pick {row['variant']} ({price}): {figure} is the best, and nothing cheaper comes as close as chance."
     return (
         f"Pick {row['variant']} ({price}): {figure} is not significantly worse than "
-        f"{shown.figure(best['value'])} of {best['variant']}, the best."
+        f"{formatting.figure(best['value'])} of {best['variant']}, the best."
     )

@@ -21,17 +21,17 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from peftkit import catalog, overrides
 from peftkit.errors import Interrupted, PeftkitError, RecipeError, RunError, UserError, did_you_mean
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.experiments import jobs as working
 from peftkit.experiments import search
 from peftkit.experiments.jobs import DONE, FAILED, PRUNED, Here, Job, Outcome, Processes, Runner
 from peftkit.experiments.space import Space, parse
-from peftkit.recipe import Recipe, replace
 from peftkit.reporting import search as reporting
 from peftkit.run import Run
-from peftkit.training import folder as folders
+from peftkit.runs import folder as folders
+from peftkit.schema import catalog, overrides
+from peftkit.schema.recipe import Recipe, replace
 
 BEST, STUDY = "best.yaml", "study.json"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -252,7 +252,7 @@ class Searching:
 def _judged_by(recipe: Recipe) -> str:
     """The validation figure; reads the data, whose kind of label decides, so that wrong data end here as well."""
     from peftkit.data.pipeline import prepare
-    from peftkit.evaluation.figures import DEFAULTS
+    from peftkit.evaluation.decisions import DEFAULTS
 
     info = prepare(recipe).info
     name = recipe.training.best_metric or str(recipe.task.best_metric(info))

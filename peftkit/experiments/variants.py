@@ -14,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from peftkit import overrides
 from peftkit.errors import RecipeError, did_you_mean
-from peftkit.parts import Part
-from peftkit.recipe import METHODS, Recipe, replace
-from peftkit.recipe_yaml import value_of
+from peftkit.schema import overrides
+from peftkit.schema.parts import Part
+from peftkit.schema.recipe import METHODS, Recipe, replace
+from peftkit.schema.recipe_yaml import value_of
 
 RATE = "training.learning_rate"
 

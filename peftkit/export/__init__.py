@@ -17,6 +17,6 @@ def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_forma
         RunError: ``run`` is not a finished run, or ``to`` holds something already.
         ExportError: the export does not reproduce the trained model.
     """
-    from peftkit.export.delivery import deliver
+    from peftkit.export.command import deliver
 
     return deliver(Path(run), Path(to), merge=merge, to_format=to_format)

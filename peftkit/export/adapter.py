@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ExportError
-from peftkit.export import card, delta, description
-from peftkit.export.description import Description
-from peftkit.models import policy
-from peftkit.parts import LoadedModel
-from peftkit.recipe import Recipe
+from peftkit.export import card, manifest, own_format
+from peftkit.export.manifest import Description
+from peftkit.models import dtypes
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import Recipe
 
 Figures = Mapping[str, Mapping[str, float]]
 UNPROVEN = "-unproven"
@@ -43,8 +43,8 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
     """
     from peftkit.export import merge, proof
 
-    dtype = str(policy.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
-    about = description.describe(loaded, recipe, prepared.info, dtype)
+    dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
+    about = manifest.describe(loaded, recipe, prepared.info, dtype)
     target = path / about.saves
     with staged(target) as stage:
         save(stage, loaded, recipe, about, metrics)
@@ -74,7 +74,7 @@ def save(folder: Path, loaded: LoadedModel, recipe: Recipe, about: Description, 
         config.dtype = "float32"
     config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    description.write(folder, about)
+    manifest.write(folder, about)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
@@ -99,7 +99,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 def _save_adapter(folder: Path, loaded: LoadedModel, about: Description) -> None:
     if not hasattr(loaded.model, "peft_config"):
-        delta.save(folder, loaded.model, about.method, about.base, about.revision)
+        own_format.save(folder, loaded.model, about.method, about.base, about.revision)
         return
     for config in loaded.model.peft_config.values():
         config.base_model_name_or_path = about.base

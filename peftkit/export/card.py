@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 
 from peftkit.export import proof
-from peftkit.export.description import Description
+from peftkit.export.manifest import Description
 from peftkit.models.quantization.checkpoint import KERNELS
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 FILE, ONNX = "README.md", "onnx"
 SOFTWARE = ("peftkit", "torch", "transformers", "peft")

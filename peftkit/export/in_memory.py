@@ -20,7 +20,7 @@ from torch import nn
 
 from peftkit.errors import MethodError
 from peftkit.export import switching
-from peftkit.models.delta import deltas_of
+from peftkit.export.weight_changes import deltas_of
 
 Merge = Literal["auto"] | bool
 LOST = 0.5

@@ -10,15 +10,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from peftkit.errors import ModelError, RunError
-from peftkit.export import delta, description
-from peftkit.export.description import Description
-from peftkit.models import first_token, policy
+from peftkit.export import manifest, own_format
+from peftkit.export.manifest import Description
+from peftkit.models import dtypes
+from peftkit.models.kernels import first_token
 from peftkit.models.loading import load_base, settle_dtypes
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.models.sources import PICKLED, check_config, read_json
 from peftkit.models.tokenizer import tokenizer_in
-from peftkit.parts import LoadedModel
-from peftkit.recipe import Recipe, replace
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import Recipe, replace
 
 MAX_RANK = 1 << 14
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -39,13 +40,13 @@ def find_export(path: Path) -> Path:
     if not path.is_dir():
         raise RunError(f"{path}: there is no such folder; expected a run, or its adapter/ or model/")
     for folder in (path, path / "adapter", path / "model"):
-        if (folder / description.FILE).is_file():
+        if (folder / manifest.FILE).is_file():
             return folder
     if (path / "checkpoints").is_dir():
         raise RunError(f"{path}: this run has not finished, so there is nothing to load; go on with --resume {path}")
     if (path / ADAPTER_CONFIG).is_file():
         raise RunError(f"{path}: an adapter that peftkit did not write; load it with peft.PeftModel.from_pretrained")
-    raise RunError(f"{path}: not a run of peftkit: neither it nor adapter/ or model/ in it holds {description.FILE}")
+    raise RunError(f"{path}: not a run of peftkit: neither it nor adapter/ or model/ in it holds {manifest.FILE}")
 
 
 def load_exported(
@@ -66,7 +67,7 @@ def load_exported(
     import torch
 
     folder = find_export(Path(path))
-    about = description.read(folder)
+    about = manifest.read(folder)
     refuse_pickles(folder)
     if about.saves == "onnx":
         from peftkit.export.onnx import load_onnx
@@ -80,9 +81,9 @@ def load_exported(
     if about.saves == "adapter":
         _check_base(loaded, about)
         names = check_head(folder / ADAPTER_WEIGHTS, about)
-        if delta.is_delta(folder):
+        if own_format.is_delta(folder):
             check_adapter_config(folder)
-            delta.put_on(loaded.model.requires_grad_(False), folder)
+            own_format.put_on(loaded.model.requires_grad_(False), folder)
             for name in names:
                 loaded.model.get_parameter(name).requires_grad_(True)
         else:
@@ -90,7 +91,7 @@ def load_exported(
             mark_adapter(loaded.model, "default")
     else:
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
-    settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
+    settle_dtypes(loaded.model, dtypes.dtype_for(recipe.model, device))
     loaded.model.requires_grad_(False).eval()
     if about.heads and about.pooling == "own":
         first_token.prepare(loaded.model)
@@ -126,7 +127,7 @@ def check_head(weights: Path, about: Description) -> list[str]:
     if expected not in rows:
         raise ModelError(
             f"{weights}: expected a head for {expected} labels ({', '.join(about.info.labels[:6])}), found "
-            f"{', '.join(map(str, sorted(rows))) or 'none'}: {description.FILE} and weights do not belong together"
+            f"{', '.join(map(str, sorted(rows))) or 'none'}: {manifest.FILE} and weights do not belong together"
         )
     return names
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from peftkit.errors import ExportError, MethodError
-from peftkit.export import card, description
+from peftkit.export import card, manifest
 from peftkit.export.adapter import staged
 from peftkit.export.in_memory import with_heads
-from peftkit.models.delta import deltas_of
-from peftkit.recipe import Recipe
+from peftkit.export.weight_changes import deltas_of
+from peftkit.schema.recipe import Recipe
 
 SAMPLE = "The quick brown fox jumps over the lazy dog."
 
@@ -37,7 +37,7 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
     """
     from dataclasses import replace
 
-    about = description.read(adapter)
+    about = manifest.read(adapter)
     model, tokenizer = _load_fp32(adapter)
     batch, before = _outputs(model, tokenizer, about)
     try:
@@ -48,7 +48,7 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
         merged.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         whole = replace(about, saves="model", quantization=None, dtype="float32")
-        description.write(stage, whole)
+        manifest.write(stage, whole)
         for name in ("recipe.yaml", "metrics.json"):
             shutil.copy2(adapter / name, stage / name)
         if tolerance is not None:
@@ -67,9 +67,7 @@ def _load_fp32(adapter: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _outputs(
-    model: Any, tokenizer: Any, about: description.Description
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _outputs(model: Any, tokenizer: Any, about: manifest.Description) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     from peftkit.models import classifier
 
     texts = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?"]
@@ -82,7 +80,7 @@ def _outputs(
 
 
 def _prove(
-    stage: Path, about: description.Description, batch: dict[str, torch.Tensor], before: torch.Tensor, tolerance: float
+    stage: Path, about: manifest.Description, batch: dict[str, torch.Tensor], before: torch.Tensor, tolerance: float
 ) -> None:
     from peftkit.export import proof
 

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ExportError, MethodError, ModelError
-from peftkit.export import card, description, onnx_int8
+from peftkit.export import card, manifest, onnx_int8
 from peftkit.export.adapter import staged
-from peftkit.export.description import Description
 from peftkit.export.in_memory import Merge, Merging, merge_in_memory
+from peftkit.export.manifest import Description
 from peftkit.models import classifier
-from peftkit.models.first_token import reading_first_token
-from peftkit.parts import LoadedModel
-from peftkit.recipe import Recipe
+from peftkit.models.kernels.first_token import reading_first_token
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import Recipe
 
 FILE = "model.onnx"
 WRITE, READ = ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)
@@ -56,7 +56,7 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = 
         ModelError: the packages for it are not installed, or the model cannot be traced.
         ExportError: ONNX Runtime's logits are not torch's.
     """
-    about = description.read(folder)
+    about = manifest.read(folder)
     if about.info.problem_type == "causal_lm":
         raise MethodError("ONNX is written for classifiers; a language model is exported as a plain model: --merge")
     need(WRITE)
@@ -72,7 +72,7 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = 
         classifier.unwrap(graph.model).config.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)
         about = replace(about, saves=KIND, quantization=None, dtype="int8" if int8 else "float32")
-        description.write(stage, about)
+        manifest.write(stage, about)
         for name in ("recipe.yaml", "metrics.json"):
             shutil.copy2(folder / name, stage / name)
         _prove(stage, rows, known, tolerance)

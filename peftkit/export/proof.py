@@ -25,15 +25,15 @@ from torch import Tensor
 
 from peftkit.data.batching import collate
 from peftkit.errors import ExportError
-from peftkit.export.description import Description
-from peftkit.methods._lora_kernel import plainly
-from peftkit.models import classifier, policy
-from peftkit.models.attention import torchs_own
+from peftkit.export.manifest import Description
+from peftkit.methods.layers.lora import plainly
+from peftkit.models import classifier, dtypes
+from peftkit.models.kernels.attention import torchs_own
 from peftkit.models.quantization.checkpoint import KERNELS
-from peftkit.parts import LoadedModel
+from peftkit.schema.parts import LoadedModel
 
 FILE = "proof.json"
-SCRIPT = Path(__file__).with_name("_verify.py")
+SCRIPT = Path(__file__).with_name("verify_worker.py")
 ROWS, CAUSAL_ROWS, CAUSAL_TOKENS = 16, 4, 64
 MINUTES = 20
 
@@ -146,7 +146,7 @@ def _trained_logits(loaded: LoadedModel, about: Description, batch: dict[str, Te
     quantized = _quantization(about) is not None
     dtype = getattr(torch, about.dtype) if quantized else torch.float32
     own_way = _plain_kernels(model) if quantized else _in_fp32(model)
-    with own_way, policy.autocast(dtype, device):
+    with own_way, dtypes.autocast(dtype, device):
         if about.heads:
             scores = classifier.plain_logits(model, moved, about.pooling)
         else:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ModelError, RunError, did_you_mean
-from peftkit.export import delta, description
-from peftkit.export.description import Description
+from peftkit.export import manifest, own_format
 from peftkit.export.loading import (
     ADAPTER_WEIGHTS,
     check_adapter_config,
@@ -27,9 +26,10 @@ from peftkit.export.loading import (
     find_export,
     refuse_pickles,
 )
-from peftkit.models.delta import deltas_of
+from peftkit.export.manifest import Description
+from peftkit.export.weight_changes import deltas_of
 from peftkit.models.tokenizer import tokenizer_in
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 FIRST = "default"
 """peft's name of the adapter that a run is loaded with."""
@@ -62,7 +62,7 @@ def read(path: Path, name: str, first: Description, taken: Iterable[str]) -> Add
     """
     check_name(name, taken)
     folder = find_export(path)
-    about = description.read(folder)
+    about = manifest.read(folder)
     _check_fits(folder, about, first)
     refuse_pickles(folder)
     check_adapter_config(folder)
@@ -96,7 +96,7 @@ def attach(model: Any, added: AddedAdapter) -> None:
 
     if deltas_of(model) is not None:
         check_head(added.folder / ADAPTER_WEIGHTS, added.about)
-        delta.put_on(model, added.folder, added.name)
+        own_format.put_on(model, added.folder, added.name)
         return
     _check_free(model, added.name)
     names = check_head(added.folder / ADAPTER_WEIGHTS, added.about)

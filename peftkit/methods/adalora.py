@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from peftkit.methods._targets import OnLinears, Rate, transposed
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.targets import OnLinears, Rate, transposed
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     import torch

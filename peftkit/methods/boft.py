@@ -12,9 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods._targets import OnLinears, Rate
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.targets import OnLinears, Rate
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 
 @METHODS.register("boft")

@@ -5,7 +5,7 @@ Houlsby et al. 2019, arXiv:1902.00751 (after attention and after feed-forward). 
 
     method: {kind: bottleneck, variant: pfeiffer, reduction_factor: 16}
 
-Where a branch ends is seen in a forward pass of a few tokens (``peftkit.models.residual``), so that any architecture
+Where a branch ends is seen in a forward pass of a few tokens (``methods.layers.residual``), so that any architecture
 takes them. In post-norm models Pfeiffer's adapter reads the feed-forward branch before the norm, as in pre-norm ones.
 """
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError, ModelError
-from peftkit.parts import LoadedModel, Method
-from peftkit.recipe import METHODS
+from peftkit.schema.parts import LoadedModel, Method
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +62,7 @@ class Bottleneck(Method):
 
     def apply(self, loaded: LoadedModel) -> None:
         """Puts the adapters in place; raises MethodError where the blocks show no such branch."""
-        from peftkit.models import bottleneck
+        from peftkit.methods.layers import bottleneck
 
         model = loaded.model
         model.requires_grad_(False)
@@ -74,9 +74,9 @@ class Bottleneck(Method):
                 parameter.requires_grad_(True)
 
     def shapes(self, model: nn.Module) -> list[Any]:
-        """The adapters that belong into a model, as ``peftkit.models.bottleneck.AdapterShape``."""
-        from peftkit.models.bottleneck import AdapterShape
-        from peftkit.models.residual import find_branches
+        """The adapters that belong into a model, as ``peftkit.methods.layers.bottleneck.AdapterShape``."""
+        from peftkit.methods.layers.bottleneck import AdapterShape
+        from peftkit.methods.layers.residual import find_branches
 
         try:
             branches = find_branches(model)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.parts import LoadedModel, Method
-from peftkit.recipe import METHODS
+from peftkit.schema.parts import LoadedModel, Method
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 NO_TARGET = "dummy-target-modules"
 """peft's own word for an adapter that wraps no module; the head travels as a module saved in full."""
@@ -41,7 +41,7 @@ class Frozen(Method):
         """Leaves gradients to the head, in peft's format so that the export is a small adapter."""
         from peft import LoraConfig, get_peft_model
 
-        from peftkit.methods._targets import task_type
+        from peftkit.methods.targets import task_type
 
         config = LoraConfig(
             task_type=task_type(loaded), target_modules=NO_TARGET, modules_to_save=list(loaded.head_names)

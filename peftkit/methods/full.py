@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.parts import LoadedModel, Method
-from peftkit.recipe import METHODS
+from peftkit.schema.parts import LoadedModel, Method
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 
 @METHODS.register("full")

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods._targets import ByPeft, Names, choose, linear_names, task_type, transposed
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.targets import ByPeft, Names, choose, linear_names, task_type, transposed
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     import torch

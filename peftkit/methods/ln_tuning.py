@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods._targets import ByPeft, task_type
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.targets import ByPeft, task_type
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 
 @METHODS.register("ln_tuning")

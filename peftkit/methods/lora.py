@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods import _loftq
-from peftkit.methods._lora_kernel import accelerate_lora
-from peftkit.methods._targets import Blocks, ByPeft, Names, Rate, check_patterns, choose_targets, task_type, transposed
+from peftkit.methods import loftq_init
+from peftkit.methods.layers.lora import accelerate_lora
+from peftkit.methods.targets import Blocks, ByPeft, Names, Rate, check_patterns, choose_targets, task_type, transposed
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import folder_of, resolve
-from peftkit.parts import Batch, LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.schema.parts import Batch, LoadedModel
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 Rank = Annotated[int, Field(ge=1)]
 NEED_WEIGHTS = ("pissa", "olora", "orthogonal")
@@ -112,10 +112,10 @@ class Lora(ByPeft):
             return
         if quantized_with(config) is None:
             raise MethodError(NEEDS_NF4)
-        if _loftq.rank_beside(folder_of(resolve(recipe.model), weights=False)) is None:
+        if loftq_init.rank_beside(folder_of(resolve(recipe.model), weights=False)) is None:
             raise MethodError(
                 f"method.init_lora_weights=loftq: {recipe.model.source} is quantized already, and has no folder "
-                f"{_loftq.FOLDER} beside its weights; let `peftkit quantize` write one for this recipe, or use default"
+                f"{loftq_init.FOLDER} next to its weights; write one with `peftkit quantize` for this recipe, or use default"
             )
 
     def why_not_over(self, kind: str) -> str | None:
@@ -164,15 +164,15 @@ class Lora(ByPeft):
         """Puts the update beside every target; raises MethodError when a name or pattern matches nothing."""
         super().apply(loaded)
         if self.init_lora_weights == "loftq":
-            _loftq.start(loaded)
-        elif note := _loftq.unused(loaded.model.get_base_model()):
+            loftq_init.start(loaded)
+        elif note := loftq_init.unused(loaded.model.get_base_model()):
             loaded.notes.append(note)
         accelerate_lora(loaded.model)
 
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
         """EVA looks at a few batches; every other start needs none."""
         if self.init_lora_weights == "eva":
-            from peftkit.methods._eva import eva
+            from peftkit.methods.eva_init import eva
 
             eva(loaded, batches)
             accelerate_lora(loaded.model)

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.methods._prompts import LearnedPrompt
-from peftkit.methods._targets import Rate, task_type
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.prompt_methods import LearnedPrompt
+from peftkit.methods.targets import Rate, task_type
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 
 @METHODS.register("p_tuning")

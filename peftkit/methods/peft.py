@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.methods._prompts import check_keys_and_values, check_last_token, check_pooling, check_room
-from peftkit.methods._targets import ByPeft, choose_targets, task_type
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.prompt_methods import check_keys_and_values, check_last_token, check_pooling, check_room
+from peftkit.methods.targets import ByPeft, choose_targets, task_type
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 OURS = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
         "inference_mode")  # fmt: skip

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.methods._prompts import LearnedPrompt, check_keys_and_values, check_room
-from peftkit.methods._targets import task_type
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.prompt_methods import LearnedPrompt, check_keys_and_values, check_room
+from peftkit.methods.targets import task_type
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 
 @METHODS.register("prefix_tuning")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from peftkit.methods._prompts import LearnedPrompt
-from peftkit.methods._targets import task_type
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.prompt_methods import LearnedPrompt
+from peftkit.methods.targets import task_type
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
     import torch

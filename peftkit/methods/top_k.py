@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.parts import LoadedModel, Method
-from peftkit.recipe import METHODS
+from peftkit.schema.parts import LoadedModel, Method
+from peftkit.schema.recipe import METHODS
 
 if TYPE_CHECKING:
-    from peftkit.recipe import Recipe
+    from peftkit.schema.recipe import Recipe
 
 
 @METHODS.register("top_k")

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.methods._targets import ByPeft, task_type
 from peftkit.methods.frozen import NO_TARGET
-from peftkit.parts import LoadedModel
-from peftkit.recipe import METHODS
+from peftkit.methods.targets import ByPeft, task_type
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import METHODS
 
 
 @METHODS.register("trainable_tokens")

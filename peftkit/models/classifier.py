@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.models.first_token import reading_first_token
+from peftkit.models.kernels.first_token import reading_first_token
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tensor:

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peftkit.data import cache
 from peftkit.errors import ModelError
+from peftkit.system import cache
 
 KIND = "gguf"
 MAGIC = b"GGUF"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from peftkit.errors import ModelError
-from peftkit.models import policy
+from peftkit.models import dtypes
 from peftkit.models.quantization import checkpoint, stored
-from peftkit.models.quantization.guard import keep_gradients
+from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
 from peftkit.models.tokenizer import pad_note
 from peftkit.models.training_options import prepare_for_training
-from peftkit.parts import LoadedModel, TaskInfo
-from peftkit.recipe import ModelConfig, Recipe
+from peftkit.schema.parts import LoadedModel, TaskInfo
+from peftkit.schema.recipe import ModelConfig, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,14 +44,14 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
     set_seed(recipe.training.seed)
     loaded = load_base(recipe, info, tokenizer, device)
     recipe.method.apply(loaded)
-    settle_dtypes(loaded.model, policy.dtype_for(recipe.model, device))
+    settle_dtypes(loaded.model, dtypes.dtype_for(recipe.model, device))
     prepare_for_training(loaded, recipe)
     return loaded
 
 
 def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
     """The base model with the task's head, on its device, before any method was applied."""
-    policy.quiet()
+    dtypes.quiet()
     source = resolve(recipe.model)
     folder = folder_of(source, weights=False)
     pooling = choose_pooling(recipe, folder)
@@ -59,7 +59,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     recipe.method.check_base(config, recipe)
     packed = checkpoint.check(config, recipe)
     folder = folder_of(source)  # the weights are fetched when nothing is left to be refused
-    dtype = torch.float32 if recipe.method.saves == "model" else policy.dtype_for(recipe.model, device)
+    dtype = torch.float32 if recipe.method.saves == "model" else dtypes.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:
         skipped = never_quantized(config, pooling, info, folder)
@@ -98,7 +98,7 @@ def load_plain(
     from transformers import AutoModel, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM if causal else AutoModel
-    dtype = policy.dtype_for(model, device)
+    dtype = dtypes.dtype_for(model, device)
     place = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
     try:
         loaded: Any = auto.from_pretrained(

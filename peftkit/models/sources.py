@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftkit.errors import ModelError
-from peftkit.recipe import ModelConfig
+from peftkit.schema.recipe import ModelConfig
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")

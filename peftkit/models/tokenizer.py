@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
-from peftkit.models import policy
+from peftkit.models import dtypes
 from peftkit.models.sources import check_config, folder_of, resolve
-from peftkit.recipe import ModelConfig
+from peftkit.schema.recipe import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder; see ``load_tokenizer``."""
-    policy.quiet()
+    dtypes.quiet()
     from transformers import AutoTokenizer
 
     try:

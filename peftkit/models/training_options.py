@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from peftkit.parts import LoadedModel
-from peftkit.recipe import Recipe
+from peftkit.schema.parts import LoadedModel
+from peftkit.schema.recipe import Recipe
 
 
 def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
     """Applies the recipe's training options to a model whose method has been applied."""
-    from peftkit.models import first_token
-    from peftkit.models.attention import cpu_attention
-    from peftkit.models.checkpointing import checkpoint_activations
-    from peftkit.models.compiled import compile_blocks
-    from peftkit.models.dropout import cpu_dropout
-    from peftkit.models.normalization import cpu_normalization
+    from peftkit.models.kernels import first_token
+    from peftkit.models.kernels.activation_checkpointing import checkpoint_activations
+    from peftkit.models.kernels.attention import cpu_attention
+    from peftkit.models.kernels.compile import compile_blocks
+    from peftkit.models.kernels.dropout import cpu_dropout
+    from peftkit.models.kernels.rms_norm import cpu_normalization
 
     if recipe.model.attention == "auto":
         cpu_attention(loaded.model)

@@ -24,17 +24,17 @@ def main() -> None:
     import datasets
     import torch
 
-    from peftkit.evaluation import figures
-    from peftkit.models import policy
+    from peftkit.evaluation import decisions
+    from peftkit.models import dtypes
+    from peftkit.system.memory import bound_kernel_cache
     from peftkit.training import loop
-    from peftkit.training.memory import bound_kernel_cache
 
     bound_kernel_cache()
-    taken = (accelerate, datasets, figures, loop)  # imported for the memory that they take
+    taken = (accelerate, datasets, decisions, loop)  # imported for the memory that they take
     assert all(taken)
-    policy.quiet()
+    dtypes.quiet()
     torch.set_num_threads(int(sys.argv[1]))
-    dtype = torch.bfloat16 if policy.native_bf16() else torch.float32
+    dtype = torch.bfloat16 if dtypes.native_bf16() else torch.float32
     tiny = _adapted({**SIZES, "num_hidden_layers": 2, "hidden_size": 72, "vocab_size": 128}, dtype)
     _train(tiny, dtype, ((2, 64), (4, 32)))
     found: dict[str, Any] = {"framework_bytes": _resident()}
@@ -55,15 +55,15 @@ def _adapted(sizes: dict[str, int], dtype: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from peftkit.parts import LoadedModel
-    from peftkit.recipe import METHODS
+    from peftkit.schema.parts import LoadedModel
+    from peftkit.schema.recipe import METHODS
 
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).to(dtype)  # type: ignore[arg-type]
     loaded = LoadedModel(model, None)  # type: ignore[arg-type]
     METHODS.get("lora").model_validate({"kind": "lora"}).apply(loaded)
-    from peftkit.models.attention import cpu_attention
+    from peftkit.models.kernels.attention import cpu_attention
+    from peftkit.models.kernels.rms_norm import cpu_normalization
     from peftkit.models.loading import settle_dtypes
-    from peftkit.models.normalization import cpu_normalization
 
     settle_dtypes(loaded.model, dtype)
     cpu_attention(loaded.model)
@@ -75,15 +75,16 @@ def _adapted(sizes: dict[str, int], dtype: Any) -> Any:
 def _train(model: Any, dtype: Any, shapes: Any) -> None:
     import torch
 
-    from peftkit.models import lm_head, policy
-    from peftkit.training.memory import give_back
+    from peftkit.models import dtypes
+    from peftkit.models.kernels import linear_cross_entropy
+    from peftkit.system.memory import give_back
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()
     for rows, tokens in shapes:
         ids = torch.randint(3, 100, (rows, tokens))
-        with policy.autocast(dtype):
-            loss = lm_head.loss(model, {"input_ids": ids, "labels": ids})
+        with dtypes.autocast(dtype):
+            loss = linear_cross_entropy.loss(model, {"input_ids": ids, "labels": ids})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,17 +96,17 @@ def _traced(dtype: Any) -> int:
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from peftkit.models.skeleton import move_to_fake
-    from peftkit.parts import LoadedModel, TaskInfo
+    from peftkit.models.meta_model import move_to_fake
     from peftkit.planning.passes import Shape, Subject
     from peftkit.planning.trace import without_data
-    from peftkit.recipe import TASKS
+    from peftkit.schema.parts import LoadedModel, TaskInfo
+    from peftkit.schema.recipe import TASKS
 
     with without_data():
         with unset_fake_temporarily(), torch.device("meta"):
             model = _adapted(SIZES, dtype)
         move_to_fake(model)
-        from peftkit.models.attention import cpu_attention
+        from peftkit.models.kernels.attention import cpu_attention
 
         cpu_attention(model)
         task = TASKS.get("style").model_validate({"kind": "style"})

@@ -13,7 +13,7 @@ from typing import Any
 from peftkit.errors import UserError
 from peftkit.planning.devices import Device
 from peftkit.planning.plan import Known, Plan, make_plan
-from peftkit.recipe import Recipe, replace
+from peftkit.schema.recipe import Recipe, replace
 
 SHORTEST = 64
 """Tokens below which rows are not cut."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from peftkit.data import cache
 from peftkit.errors import PeftkitError
+from peftkit.system import cache
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 CUDA_BYTES = 500_000_000

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftkit.models.quantization.skeleton import SCALES
+from peftkit.models.quantization.meta_layers import SCALES
 from peftkit.planning.trace import Traced
 
 BLOCK, SMALL = 256, 4096

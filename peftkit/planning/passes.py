@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from peftkit.errors import ModelError
-from peftkit.models import lm_head, packing
+from peftkit.models import packing
 from peftkit.models.blocks import find_blocks
-from peftkit.parts import LoadedModel, Task, TaskInfo
+from peftkit.models.kernels import linear_cross_entropy
 from peftkit.planning.trace import Traced, Tracer
+from peftkit.schema.parts import LoadedModel, Task, TaskInfo
 
 FEW, MORE = 3, 5
 """Blocks with which a long stack is run."""
@@ -52,7 +53,7 @@ class Subject:
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         if self.info.problem_type == "causal_lm":  # what trials on real weights would find
             packing._ABILITIES[base] = packing.Abilities(("positions", ""), True)
-            lm_head._SHAPING[base] = lm_head._declared(base.config.get_text_config())[-1]
+            linear_cross_entropy._SHAPING[base] = linear_cross_entropy._declared(base.config.get_text_config())[-1]
 
     def train(self, shape: Shape, passes: int = 1) -> Traced:
         """Forward and backward; with several passes, on the gradients that the first has left."""
@@ -153,12 +154,12 @@ def continued(few: Traced, more: Traced, count: int) -> Traced:
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """Passes go the way that they take on CUDA, for a while."""
-    token = lm_head.AS_ON_A_GPU.set(True)
+    token = linear_cross_entropy.AS_ON_A_GPU.set(True)
     try:
         with _gpu_kernels():
             yield
     finally:
-        lm_head.AS_ON_A_GPU.reset(token)
+        linear_cross_entropy.AS_ON_A_GPU.reset(token)
 
 
 class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is used

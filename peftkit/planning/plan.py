@@ -12,12 +12,11 @@ from typing import Any
 
 import psutil
 
-from peftkit.models import policy
+from peftkit.models import dtypes
 from peftkit.models.inventory import TablePart, trainable_table
-from peftkit.models.skeleton import build_skeleton, weight_file_bytes
+from peftkit.models.meta_model import build_skeleton, weight_file_bytes
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
 from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device, here
 from peftkit.planning.machine import Machine
@@ -25,8 +24,9 @@ from peftkit.planning.memory import Held, Phase, held_by, phases
 from peftkit.planning.passes import Shape, Subject
 from peftkit.planning.trace import Traced, without_data
 from peftkit.planning.workload import Workload, of_data
-from peftkit.recipe import Recipe
-from peftkit.training.memory import KERNELS
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import Recipe
+from peftkit.system.memory import KERNELS
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def look(recipe: Recipe) -> Known:
     import accelerate
     import datasets
 
-    from peftkit.data.parallel import cores
     from peftkit.data.pipeline import encode, prepare
-    from peftkit.evaluation import figures
+    from peftkit.evaluation import decisions
+    from peftkit.system.parallel import cores
     from peftkit.training import loop
 
-    taken = (accelerate, datasets, figures, loop)  # counted as the framework's; what grows from here on is the data's
+    taken = (accelerate, datasets, decisions, loop)  # counted as the framework's; what grows from here on is the data's
     assert all(taken)
     machine = machines.measured(recipe.training.threads or cores())
     before = psutil.Process().memory_info().rss
@@ -132,7 +132,7 @@ def make_plan(recipe: Recipe, device: Device | None = None, known: Known | None 
     Raises:
         UserError: the recipe, its data or its base model are wrong, as a run would say it.
     """
-    policy.quiet()
+    dtypes.quiet()
     known, device = known or look(recipe), device or here()
     workload = of_data(recipe, known.encoded, "cuda" if device.gpu else "cpu", packed=known.packed)
     return plan_workload(recipe, device, known, workload)
@@ -172,7 +172,7 @@ def _kernels(workload: Workload, train: Traced, evaluation: Traced) -> int:
 
 def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
     """Bytes that training takes on a CPU beside the model that is loaded: a pass, gradients and optimizer states."""
-    from peftkit.data.parallel import cores
+    from peftkit.system.parallel import cores
 
     machine = machines.measured(recipe.training.threads or cores())
     with without_data():
@@ -187,7 +187,7 @@ def planned_dtype(recipe: Recipe, device: Device) -> Any:
 
     if device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available():
         return torch.bfloat16
-    return policy.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
+    return dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
 
 
 def _time(

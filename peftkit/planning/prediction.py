@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftkit.data.pipeline import EncodedData
-from peftkit.parts import TaskInfo
 from peftkit.planning import machine as machines
-from peftkit.recipe import Recipe, replace
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import Recipe, replace
 
 if TYPE_CHECKING:
     from peftkit.planning.plan import Plan
@@ -35,7 +35,7 @@ def beside(
         device: where it ran, ``torch.device``.
         sharded: whether its weights were spread over processes, which is not planned.
     """
-    from peftkit.data.parallel import cores
+    from peftkit.system.parallel import cores
 
     threads = recipe.training.threads or cores()
     if sharded:
@@ -66,7 +66,7 @@ def _plan(
     recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, found: Mapping[str, Any], device: Any,
     world_size: int, threads: int,
 ) -> Plan:  # fmt: skip
-    from peftkit.models.skeleton import weight_file_bytes
+    from peftkit.models.meta_model import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
     from peftkit.planning.devices import here
     from peftkit.planning.plan import Known, plan_workload

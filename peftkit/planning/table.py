@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit.errors import UserError
-from peftkit.parts import TaskInfo
 from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device
 from peftkit.planning.plan import Known, plan_workload
 from peftkit.planning.workload import of_shape
-from peftkit.recipe import METHODS, Recipe
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import METHODS, Recipe
 
 PRECISIONS: dict[str, Any] = {
     "bf16": None,
@@ -40,11 +40,11 @@ def table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> l
     """
     from transformers import AutoConfig
 
-    from peftkit.data.parallel import cores
     from peftkit.models.loading import writes_text
-    from peftkit.models.skeleton import weight_file_bytes
+    from peftkit.models.meta_model import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
     from peftkit.models.tokenizer import load_tokenizer
+    from peftkit.system.parallel import cores
 
     values = {"name": "table", "model": {"source": source}, "data": {"source": "none.csv"}}
     model = Recipe.parse({**values, "method": "lora"}).model

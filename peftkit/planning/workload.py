@@ -10,7 +10,7 @@ import numpy as np
 
 from peftkit.data.batching import by_length, pass_tokens, plan, share, steps_per_epoch
 from peftkit.planning.passes import Shape
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 EVALUATION_ROWS = 32
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from peftkit.reporting import experiment, plots, shown
+from peftkit.reporting import experiment, formatting, plots
 from peftkit.reporting.experiment import Page
 
 Comparison = Mapping[str, Any]
@@ -26,7 +26,7 @@ def page(table: Comparison) -> Page:
         rows = [[row["variant"], row["status"]] for row in table["variants"]]
         return Page(f"Comparison {table['name']}", ["", "status"], rows, _remarks(table))
     level, split = f"{table['confidence']:.0%}", table["split"]
-    header = ["", f"{shown.name(table['metric'])} ({split})", f"{level} interval", "± seeds",
+    header = ["", f"{formatting.name(table['metric'])} ({split})", f"{level} interval", "± seeds",
               f"against {table['against']}", "p", "trained", "saved", "memory", "time"]  # fmt: skip
     rows = [_cells(row) for row in (*table["variants"], *table["baselines"])]
     title = f"Comparison {table['name']}: {table['rows']:,} {split} rows"
@@ -50,7 +50,7 @@ def fragment(table: Comparison) -> str:
 
 def write(table: Comparison, folder: Path) -> None:
     """Writes compare.json, compare.md, compare.html and compare.png."""
-    from peftkit.training.folder import write_json
+    from peftkit.runs.folder import write_json
 
     write_json(folder / "compare.json", table)
     experiment.write(page(table), folder, "compare")
@@ -70,7 +70,7 @@ def plot(table: Comparison) -> Figure:
         if all(row[key] > 0 for row in rows):
             axis.set_xscale("log")
         axis.margins(x=0.25, y=0.15)
-        plots.dress(axis, f"{shown.name(table['metric'])} by {said}", said)
+        plots.dress(axis, f"{formatting.name(table['metric'])} by {said}", said)
     return figure
 
 
@@ -80,7 +80,7 @@ def _points(axis: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
         below, above = (row["value"] - row["low"], row["high"] - row["value"]) if known else (0.0, 0.0)
         error = np.array([[max(0.0, below)], [max(0.0, above)]])
         axis.errorbar([row[key]], [row["value"]], yerr=error, fmt="o", color=plots.BLUE, capsize=3, markersize=6)
-        axis.annotate(shown.plain(row["variant"], 30), (row[key], row["value"]), textcoords="offset points",
+        axis.annotate(formatting.plain(row["variant"], 30), (row[key], row["value"]), textcoords="offset points",
                       xytext=(7, 5), fontsize=8, color=plots.INK, parse_math=False)  # fmt: skip
 
 
@@ -88,15 +88,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if "value" not in row:
         return [row["variant"], row["status"], *[""] * 8]
     known = row.get("low") is not None
-    cells = [row["variant"], shown.figure(row["value"])]
-    cells.append(f"{shown.figure(row['low'])} – {shown.figure(row['high'])}" if known else "")
-    cells.append(shown.figure(row["deviation"]) if row.get("deviation") is not None else "")
+    cells = [row["variant"], formatting.figure(row["value"])]
+    cells.append(f"{formatting.figure(row['low'])} – {formatting.figure(row['high'])}" if known else "")
+    cells.append(formatting.figure(row["deviation"]) if row.get("deviation") is not None else "")
     cells.append("" if row.get("difference") is None else f"{row['difference']:+.4f}")
     cells.append(_chance(row.get("p_value")))
     if "trained_parameters" not in row:
         return [*cells, *[""] * 4]
-    cells += [shown.count(row["trained_parameters"]), shown.size(row["saved_bytes"])]
-    return [*cells, shown.size(row["peak_memory_bytes"]), f"{row['seconds']:.1f} s"]
+    cells += [formatting.count(row["trained_parameters"]), formatting.size(row["saved_bytes"])]
+    return [*cells, formatting.size(row["peak_memory_bytes"]), f"{row['seconds']:.1f} s"]
 
 
 def _chance(value: float | None) -> str:
@@ -117,4 +117,4 @@ def _remarks(table: Comparison) -> list[str]:
 
 
 def _caption(table: Comparison) -> str:
-    return f"{shown.name(table['metric'])} with {table['confidence']:.0%} intervals against what it costs"
+    return f"{formatting.name(table['metric'])} with {table['confidence']:.0%} intervals against what it costs"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from peftkit.reporting import html, plots, shown
+from peftkit.reporting import formatting, html, plots
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def terminal(page: Page) -> Table:
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in page.rows:
         style = "bold" if row[0] == page.mark else ""
-        table.add_row(*(Text(shown.plain(cell), style=style) for cell in row))
+        table.add_row(*(Text(formatting.plain(cell), style=style) for cell in row))
     return table
 
 
@@ -72,5 +72,5 @@ def _line(cells: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     """Text that Markdown takes as it stands."""
-    plain = shown.plain(text)
+    plain = formatting.plain(text)
     return "".join(f"\\{letter}" if letter in "\\|*_`<>[]" else letter for letter in plain)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from peftkit.reporting import shown, tables
+from peftkit.reporting import formatting, tables
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )  # fmt: skip
     made.filters |= {
-        "figure": shown.figure, "interval": shown.with_interval, "words": shown.name, "count": shown.count,
-        "size": shown.size, "plain": shown.plain, "answer": tables.answer, "place": tables.place,
-        "quantity": lambda value, name: shown.quantity(name, value),
+        "figure": formatting.figure, "interval": formatting.with_interval, "words": formatting.name,
+        "count": formatting.count, "size": formatting.size, "plain": formatting.plain, "answer": tables.answer, "place": tables.place,
+        "quantity": lambda value, name: formatting.quantity(name, value),
     }  # fmt: skip
     return made

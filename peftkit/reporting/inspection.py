@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from peftkit.data.inspection import Example, Inspection, SplitView
+from peftkit.planning.inspection import Example, Inspection, SplitView
 
 BAR = 40
 SUPERVISED, SPECIAL, PLAIN = "bold green", "magenta", "dim"

@@ -21,7 +21,7 @@ from peftkit.planning.fitting import Suggestion, suggest
 from peftkit.planning.plan import Plan, look, make_plan
 from peftkit.planning.table import PRECISIONS, Cell
 from peftkit.planning.table import table as methods_table
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 
 def carry_out(recipe: Recipe | None, *, table: str | None, gpu: str | None, as_json: bool, apply: Path | None) -> str:

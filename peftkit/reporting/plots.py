@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from peftkit.reporting import shown
+from peftkit.reporting import formatting
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#2563eb", "#d97706", "#059669", "#dc2626"
@@ -62,7 +62,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None
         axis = axes[1]
         axis.plot(_column(scored, "step"), _column(scored, str(metric)), "-o", color=GREEN, markersize=5)
         _label_last(axis, scored, str(metric))
-        dress(axis, f"validation {shown.name(str(metric))}", "step")
+        dress(axis, f"validation {formatting.name(str(metric))}", "step")
     return figure
 
 
@@ -118,7 +118,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> 
 def _name_classes(axis: Axes, labels: Sequence[str]) -> None:
     """Class names along both axes, slanted while they are few; white lines between the cells."""
     classes, few = len(labels), len(labels) <= 12
-    names = [shown.plain(label, 20) for label in labels]
+    names = [formatting.plain(label, 20) for label in labels]
     # a class may be called "$5_": that is no formula
     font: dict[str, Any] = {"fontsize": float(np.clip(11 - classes * 0.14, 4.5, 10)), "parse_math": False}
     slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
@@ -181,7 +181,7 @@ def scatter(pairs: Sequence[Sequence[float]], name: str = "value") -> Figure:
         axis.plot([low, high], [low, high], linestyle="--", color=FAINT, linewidth=1.2, label="perfect")
         axis.legend(frameon=False, fontsize=9)
     axis.scatter(points[:, 0], points[:, 1], s=14, color=BLUE, alpha=0.45, linewidths=0)
-    dress(axis, f"predicted against gold {shown.plain(name, 30)}", "gold")
+    dress(axis, f"predicted against gold {formatting.plain(name, 30)}", "gold")
     axis.set_ylabel("predicted", color=INK)
     return figure
 
@@ -200,8 +200,8 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 def _label_last(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
     last = rows[-1]
     if last[name] is not None:
-        axis.annotate(shown.figure(last[name]), (last["step"], last[name]), textcoords="offset points", xytext=(0, 8),
-                      ha="right", fontsize=9, color=INK)  # fmt: skip
+        axis.annotate(formatting.figure(last[name]), (last["step"], last[name]), textcoords="offset points",
+                      xytext=(0, 8), ha="right", fontsize=9, color=INK)  # fmt: skip
     axis.margins(y=0.15)
 
 

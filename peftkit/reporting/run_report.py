@@ -14,8 +14,8 @@ from rich.console import Console
 from peftkit.data.batching import padding_share, pass_tokens, plan, share
 from peftkit.models.inventory import trainable_table
 from peftkit.planning import prediction
-from peftkit.recipe import Recipe
 from peftkit.reporting import html, tables
+from peftkit.schema.recipe import Recipe
 
 ABOUT = "about.json"
 """What was shown before training, kept for the report."""
@@ -126,7 +126,7 @@ def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
 
 def read(path: Path) -> html.Report:
     """A run's folder as a report."""
-    from peftkit.training.folder import ENVIRONMENT, LOG, METRICS, RECIPE
+    from peftkit.runs.folder import ENVIRONMENT, LOG, METRICS, RECIPE
 
     recipe = Recipe.from_yaml(path / RECIPE)
     about = _json(path / ABOUT, {})

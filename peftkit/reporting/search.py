@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from peftkit.reporting import experiment, plots, shown
+from peftkit.reporting import experiment, formatting, plots
 from peftkit.reporting.experiment import Page
 
 Search = Mapping[str, Any]
@@ -21,10 +21,10 @@ Search = Mapping[str, Any]
 def page(table: Search) -> Page:
     """What is shown of a search."""
     paths = list(dict.fromkeys(path for trial in table["trials"] for path in trial["values"]))
-    header = ["trial", f"{shown.name(table['metric'])} (validation)", *paths, "", "time"]
+    header = ["trial", f"{formatting.name(table['metric'])} (validation)", *paths, "", "time"]
     best = table["best"]["number"] if table["best"] else None
     rows = [
-        [str(trial["number"]), shown.figure(trial["value"]) if trial["value"] is not None else "",
+        [str(trial["number"]), formatting.figure(trial["value"]) if trial["value"] is not None else "",
          *(_value(trial["values"].get(path)) for path in paths), "" if trial["state"] == "complete" else trial["state"],
          f"{trial['seconds']:.1f} s" if trial["seconds"] else ""]
         for trial in table["trials"]
@@ -54,7 +54,7 @@ def fragment(table: Search) -> str:
 
 def write(table: Search, folder: Path) -> None:
     """Writes tune.json, tune.md, tune.html and the plots."""
-    from peftkit.training.folder import write_json
+    from peftkit.runs.folder import write_json
 
     write_json(folder / "tune.json", table)
     experiment.write(page(table), folder, "tune")
@@ -74,7 +74,7 @@ def history(table: Search) -> Figure:
                      color=plots.FAINT, marker="x", zorder=3, label="pruned there")  # fmt: skip
     axis.legend(frameon=False, fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plots.dress(axis, f"validation {shown.name(table['metric'])}", "trial")
+    plots.dress(axis, f"validation {formatting.name(table['metric'])}", "trial")
     return figure
 
 
@@ -82,9 +82,9 @@ def importances(table: Search) -> Figure:
     """optuna's importances as bars."""
     figure, (axis,) = plots.panels(1)
     names = sorted(table["importances"], key=table["importances"].get)
-    axis.barh([shown.plain(name, 40) for name in names], [table["importances"][name] for name in names],
+    axis.barh([formatting.plain(name, 40) for name in names], [table["importances"][name] for name in names],
               color=plots.BLUE)  # fmt: skip
-    plots.dress(axis, f"importance for validation {shown.name(table['metric'])}", "share")
+    plots.dress(axis, f"importance for validation {formatting.name(table['metric'])}", "share")
     return figure
 
 
@@ -93,13 +93,13 @@ def _said(table: Search) -> list[str]:
     if best is None:
         return ["No trial has finished."]
     values = ", ".join(f"{path}={_value(value)}" for path, value in best["values"].items())
-    made = [f"Best: trial {best['number']}, {shown.name(table['metric'])} {shown.figure(best['value'])} "
+    made = [f"Best: trial {best['number']}, {formatting.name(table['metric'])} {formatting.figure(best['value'])} "
             f"on validation: {values}"]  # fmt: skip
     if table["rows"]:
         made[0] += f" (searched on {table['rows']:,} training rows)"
     if table["test"]:
         value = table["test"].get(table["metric"])
-        made.append(f"Its test {shown.name(table['metric'])}, computed once: {shown.figure(value)}.")
+        made.append(f"Its test {formatting.name(table['metric'])}, computed once: {formatting.figure(value)}.")
     made += [f"Trial {one['number']} failed: {one['said']}" for one in table["trials"] if one["state"] == "fail"]
     return made
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftkit.reporting import shown
+from peftkit.reporting import formatting
 
 
 def metrics(assessments: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -25,7 +25,7 @@ def metrics(assessments: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(f"{split} ({one['rows']:,} rows)", justify="right")
     for name in dict.fromkeys(name for one in assessments.values() for name in one["metrics"]):
         cells = [one["metrics"].get(name) for one in assessments.values()]
-        table.add_row(shown.name(name), *(shown.with_interval(cell) if cell else "–" for cell in cells))
+        table.add_row(formatting.name(name), *(formatting.with_interval(cell) if cell else "–" for cell in cells))
     return table
 
 
@@ -40,16 +40,16 @@ def baselines(assessment: Mapping[str, Any], entries: Sequence[Mapping[str, Any]
     table.add_column("finetuned", justify="right", style="bold")
     used = [entry for entry in entries if entry["metrics"]]
     for entry in used:
-        table.add_column(shown.name(entry["name"]), justify="right")
+        table.add_column(formatting.name(entry["name"]), justify="right")
     for name, own in assessment["metrics"].items():
         others = [entry["metrics"].get(name) for entry in used]
         if any(other is not None for other in others):
-            table.add_row(shown.name(name), shown.figure(own["value"]), *map(shown.figure, others))
+            table.add_row(formatting.name(name), formatting.figure(own["value"]), *map(formatting.figure, others))
     lines: list[RenderableType] = [table] if used else []
     for entry in entries:
         said = "; ".join(filter(None, (entry["verdict"], entry["note"])))
         if said:
-            lines.append(Text(f"  {shown.name(entry['name'])}: {shown.plain(said)}"))
+            lines.append(Text(f"  {formatting.name(entry['name'])}: {formatting.plain(said)}"))
     return Group(*lines)
 
 
@@ -60,9 +60,12 @@ def per_class(assessment: Mapping[str, Any]) -> Table:
     for heading in ("precision", "recall", "f1", "rows", "predicted"):
         table.add_column(heading, justify="right")
     for row in assessment["per_class"]:
-        scores = (shown.figure(row[name]) for name in ("precision", "recall", "f1"))
+        scores = (formatting.figure(row[name]) for name in ("precision", "recall", "f1"))
         table.add_row(
-            Text(shown.plain(row["label"], 40)), *scores, shown.count(row["rows"]), shown.count(row["predicted"])
+            Text(formatting.plain(row["label"], 40)),
+            *scores,
+            formatting.count(row["rows"]),
+            formatting.count(row["predicted"]),
         )
     return table
 
@@ -75,12 +78,13 @@ def confusion(assessment: Mapping[str, Any], most: int = 12) -> Table | None:
     table = _table(f"Confusion ({assessment['split']}): gold in rows, predicted in columns")
     table.add_column("")
     for label in labels:
-        table.add_column(Text(shown.plain(label, 14)), justify="right")
+        table.add_column(Text(formatting.plain(label, 14)), justify="right")
     for number, (label, counts) in enumerate(zip(labels, assessment["confusion"])):
         cells = [
-            Text(shown.count(value), style="bold" if column == number else "") for column, value in enumerate(counts)
+            Text(formatting.count(value), style="bold" if column == number else "")
+            for column, value in enumerate(counts)
         ]
-        table.add_row(Text(shown.plain(label, 24)), *cells)
+        table.add_row(Text(formatting.plain(label, 24)), *cells)
     return table
 
 
@@ -91,9 +95,9 @@ def mistakes(assessment: Mapping[str, Any], most: int = 5) -> Table:
     for heading in ("gold", "predicted", "error" if numbers else "sure", "where", "text"):
         table.add_column(heading, overflow="fold" if heading == "text" else "ellipsis")
     for row in assessment["mistakes"][:most]:
-        sure = shown.figure(row["error"]) if numbers else f"{row['confidence']:.0%}"
+        sure = formatting.figure(row["error"]) if numbers else f"{row['confidence']:.0%}"
         table.add_row(Text(answer(row["gold"])), Text(answer(row["predicted"])), sure, Text(place(row)),
-                      Text(shown.plain(row["text"], 120)))  # fmt: skip
+                      Text(formatting.plain(row["text"], 120)))  # fmt: skip
     return table
 
 
@@ -113,7 +117,9 @@ def trainable(parts: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("")
     for part in parts:
         state = Text("trained", style="bold green") if part["trainable"] else Text("frozen", style="dim")
-        table.add_row(part["part"], shown.count(part["parameters"]), part["dtype"], shown.size(part["bytes"]), state)
+        table.add_row(
+            part["part"], formatting.count(part["parameters"]), part["dtype"], formatting.size(part["bytes"]), state
+        )
     return table
 
 
@@ -124,15 +130,15 @@ def plan(made: Mapping[str, Any]) -> RenderableType:
         made: what ``planning.prediction.beside`` returns.
     """
     if "beside" not in made:
-        return Text(f"  not planned: {shown.plain(made['reason'])}", style="dim")
+        return Text(f"  not planned: {formatting.plain(made['reason'])}", style="dim")
     table = _table(f"Planned and measured (peak planned in {made['plan']['peak']['phase']})")
     table.add_column("")
     for heading in ("planned", "measured", "off"):
         table.add_column(heading, justify="right")
     for row in made["beside"]:
-        cells = (shown.quantity(row["figure"], row[name]) for name in ("planned", "measured"))
+        cells = (formatting.quantity(row["figure"], row[name]) for name in ("planned", "measured"))
         off = "–" if row["off"] is None else f"{row['off']:+.1%}"
-        table.add_row(shown.name(row["figure"].removesuffix("_bytes")), *cells, off)
+        table.add_row(formatting.name(row["figure"].removesuffix("_bytes")), *cells, off)
     return table
 
 
@@ -148,9 +154,9 @@ def cleaning(steps: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("rows", justify="right")
     table.add_column("such as", overflow="fold")
     for step in steps:
-        examples = "; ".join(shown.plain(example, 60) for example in step["examples"][:2])
-        action = f"{shown.count(step['rows'])} {step['action']}" if step["rows"] else "none"
-        table.add_row(shown.name(step["name"]), step["split"], action, Text(examples))
+        examples = "; ".join(formatting.plain(example, 60) for example in step["examples"][:2])
+        action = f"{formatting.count(step['rows'])} {step['action']}" if step["rows"] else "none"
+        table.add_row(formatting.name(step["name"]), step["split"], action, Text(examples))
     return table
 
 
@@ -158,10 +164,13 @@ def splits(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows, tokens and truncation of every split, from mappings that share their keys."""
     table = _table("Data")
     for number, heading in enumerate(rows[0] if rows else ()):
-        table.add_column(shown.name(heading), justify="right" if number else "left")
+        table.add_column(formatting.name(heading), justify="right" if number else "left")
     for row in rows:
         table.add_row(
-            *(Text(shown.count(cell) if isinstance(cell, int) else shown.plain(cell)) for cell in row.values())
+            *(
+                Text(formatting.count(cell) if isinstance(cell, int) else formatting.plain(cell))
+                for cell in row.values()
+            )
         )
     return table
 
@@ -183,11 +192,11 @@ def next_commands(commands: Sequence[tuple[str, str]]) -> Table:
 def answer(value: Any) -> str:
     """A label, a list of labels or a number as one cell."""
     if isinstance(value, float):
-        return shown.figure(value)
+        return formatting.figure(value)
     return (
-        ", ".join(shown.plain(item, 24) for item in value) or "none"
+        ", ".join(formatting.plain(item, 24) for item in value) or "none"
         if isinstance(value, list)
-        else shown.plain(value, 24)
+        else formatting.plain(value, 24)
     )
 
 
@@ -196,7 +205,7 @@ def place(row: Mapping[str, Any]) -> str:
     if not row.get("file"):
         return ""
     file = str(row["file"]).replace("\\", "/").rpartition("/")[2]
-    return shown.plain(f"{file}:{row['line']}" if row.get("line") else file)
+    return formatting.plain(f"{file}:{row['line']}" if row.get("line") else file)
 
 
 def _table(title: str) -> Table:

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import DataError, RecipeError, did_you_mean
-from peftkit.parts import Batch, LoadedModel, Row, Task, TaskInfo
-from peftkit.recipe import TASKS
-from peftkit.tasks import _label_column as reading
-from peftkit.tasks._tokens import tokenize
+from peftkit.schema.parts import Batch, LoadedModel, Row, Task, TaskInfo
+from peftkit.schema.recipe import TASKS
+from peftkit.tasks import label_column as reading
+from peftkit.tasks.tokens import tokenize
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from peftkit.recipe import DataConfig, EvaluationConfig
+    from peftkit.schema.recipe import DataConfig, EvaluationConfig
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -233,9 +233,9 @@ class Classification(Task):
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
         """Starts a head of cosines from rows; raises RecipeError where there is none that could be."""
         if self.cosine_temperature is not None:
-            from peftkit.models import cosine_head
+            from peftkit.heads import cosine
 
-            cosine_head.start(loaded, batches, info, self.cosine_temperature)
+            cosine.start(loaded, batches, info, self.cosine_temperature)
 
     def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
@@ -270,7 +270,7 @@ class Classification(Task):
         self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
     ) -> dict[str, float]:
         """The figures of ``evaluation.metrics``, or the usual ones of the problem type, and ``loss``."""
-        from peftkit.evaluation.figures import compute
+        from peftkit.evaluation.decisions import compute
 
         return compute(outputs, info, evaluation.metrics, threshold=self.threshold, always=(self.best_metric(info),))
 

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.errors import DataError
 from peftkit.models import chat_template
-from peftkit.parts import Row, TaskInfo
-from peftkit.recipe import TASKS
-from peftkit.tasks._conversation import Message, format_of, read_row
-from peftkit.tasks._labels import Labelled, TrainOn, fit, pieces_of, tokenize
-from peftkit.tasks._language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
-from peftkit.tasks._windows import Stretch, columns, pack
+from peftkit.schema.parts import Row, TaskInfo
+from peftkit.schema.recipe import TASKS
+from peftkit.tasks.conversation import Message, format_of, read_row
+from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
+from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize
+from peftkit.tasks.windows import Stretch, columns, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from peftkit.recipe import DataConfig
+    from peftkit.schema.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 SHOWN = 5

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from peftkit.errors import DataError, ModelError, did_you_mean
-from peftkit.parts import Row, TaskInfo
-from peftkit.recipe import TASKS
-from peftkit.tasks._language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
-from peftkit.tasks._windows import Stretch, columns, stream
+from peftkit.schema.parts import Row, TaskInfo
+from peftkit.schema.recipe import TASKS
+from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
+from peftkit.tasks.windows import Stretch, columns, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from peftkit.recipe import DataConfig
+    from peftkit.schema.recipe import DataConfig
 
 
 @TASKS.register("style")

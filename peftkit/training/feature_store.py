@@ -18,25 +18,25 @@ import torch
 from torch import Tensor
 
 from peftkit.data.batching import MODEL_INPUTS, collate
-from peftkit.data.cache import cache_folder
 from peftkit.data.pipeline import EncodedSplit
-from peftkit.models import stem as stems
+from peftkit.system.cache import cache_folder
+from peftkit.training import frozen_trunk as stems
 
 FILE = "features.npy"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 """numpy has no bf16: its bits are kept as whole numbers."""
 CODE = (
-    "stem.py",
-    "classifier.py",
-    "first_token.py",
-    "attention.py",
-    "normalization.py",
-    "packing.py",
-    "loading.py",
-    "../training/feature_store.py",
+    "models/classifier.py",
+    "models/kernels/attention.py",
+    "models/kernels/first_token.py",
+    "models/kernels/rms_norm.py",
+    "models/loading.py",
+    "models/packing.py",
+    "training/feature_store.py",
+    "training/frozen_trunk.py",
 )
-"""Files between tokens and features, from ``models/``: no other version's features are taken for this one's."""
+"""Files between tokens and features, under the package: no other version's features are taken for this one's."""
 GB = 10**9
 
 
@@ -111,9 +111,9 @@ def versions() -> dict[str, str]:
 
 def code_digest() -> str:
     """Digest of the code between tokens and features."""
-    digest, models = hashlib.sha256(), Path(stems.__file__).parent
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for name in CODE:
-        digest.update((models / name).read_bytes())
+        digest.update((package / name).read_bytes())
     return digest.hexdigest()
 
 

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from peftkit.data.batching import by_length, pass_tokens, steps_per_epoch
-from peftkit.data.cache import atomic_folder, cache_folder, entry_lock, is_intact
 from peftkit.data.pipeline import EncodedData, EncodedSplit
-from peftkit.models import stem as stems
-from peftkit.models.stem import Stem
-from peftkit.recipe import Recipe
+from peftkit.distributed.session import Session
+from peftkit.models import classifier
+from peftkit.schema.recipe import Recipe
+from peftkit.system.cache import atomic_folder, cache_folder, entry_lock, is_intact
 from peftkit.training import feature_store as store
+from peftkit.training import frozen_trunk as stems
 from peftkit.training.feature_store import FeatureSplit
+from peftkit.training.frozen_trunk import Stem
 from peftkit.training.log import bar
-from peftkit.training.session import Session
 from peftkit.training.step import TaskModule
 
 PROBE_ROWS = 4
@@ -230,7 +231,7 @@ def _key(made: Plan, split: EncodedSplit) -> str:
     """Everything that a split's features depend on."""
     stem, recipe = made.stem, made.recipe
     assert stem is not None
-    inner = stems.classifier.unwrap(made.module.model)
+    inner = classifier.unwrap(made.module.model)
     parts = {
         "base": made.base,
         "class": type(inner).__name__,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from peftkit.data.pipeline import EncodedSplit
-from peftkit.training.session import Session
+from peftkit.distributed.session import Session
 
 ROWS, COUNT = 32, 8
 

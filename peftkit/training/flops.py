@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftkit.data.cache import cache_folder, entry_lock
-from peftkit.models import compiled
-from peftkit.training.memory import give_back
+from peftkit.models.kernels import compile
+from peftkit.system.cache import cache_folder, entry_lock
+from peftkit.system.memory import give_back
 
 if TYPE_CHECKING:
     from peftkit.training.loop import Loop
@@ -53,7 +53,7 @@ def flops_per_token(loop: Loop) -> float:
     batch = loop.stepper.batch(rows)
     loop.module.train()
     counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
-    with torch.random.fork_rng(devices=[]), compiled.without(), counter:  # inside compiled code nobody can count
+    with torch.random.fork_rng(devices=[]), compile.without(), counter:  # inside compiled code nobody can count
         with loop.session.accelerator.autocast():
             loss = loop.module(batch)
         loss.backward()

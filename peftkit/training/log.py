@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from peftkit.training.session import Session
+from peftkit.distributed.session import Session
 
 console = Console(stderr=True, highlight=False)
 

@@ -18,22 +18,18 @@ import torch
 
 from peftkit.data.batching import pass_tokens, plan, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
+from peftkit.distributed.session import Session
 from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingError, did_you_mean
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.evaluation.runner import Stopped, predict
-from peftkit.recipe import Recipe
-from peftkit.training import automatic, checkpoints
-from peftkit.training.checkpoints import Checkpoint
+from peftkit.runs import checkpoints
+from peftkit.runs.checkpoints import Checkpoint
+from peftkit.schema.recipe import Recipe
+from peftkit.system.memory import give_back, give_back_after
+from peftkit.training import auto_micro_batch
+from peftkit.training.checkpoint_writer import Content, Saver
 from peftkit.training.log import RunLog
-from peftkit.training.memory import give_back, give_back_after
-from peftkit.training.optimization import (
-    build_optimizer,
-    build_scheduler,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
-from peftkit.training.saving import Content, Saver
-from peftkit.training.session import Session
+from peftkit.training.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from peftkit.training.state import TrainingState
 from peftkit.training.step import Stepper, StepResult, TaskModule
 from peftkit.training.stopping import StopRequest
@@ -119,9 +115,9 @@ class Loop:
 
     def _epochs(self) -> None:
         state = self.state
-        if self.recipe.training.micro_batch == automatic.AUTO:
+        if self.recipe.training.micro_batch == auto_micro_batch.AUTO:
             self.stepper.tell = lambda said: self.log.event(self.state.step, "micro_batch", said)
-            automatic.begin(self.stepper)
+            auto_micro_batch.begin(self.stepper)
         if state.step:
             self._finish_step()  # a run stopped before its validation makes up for it
         while state.step < self.total and not state.stopped_early:

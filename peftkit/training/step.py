@@ -13,13 +13,13 @@ import torch
 
 from peftkit.data.batching import MicroBatch, pass_tokens, share
 from peftkit.data.pipeline import EncodedSplit
-from peftkit.models.stem import FEATURES, Stem
-from peftkit.parts import LoadedModel, Task, TaskInfo
-from peftkit.recipe import Recipe
-from peftkit.training.automatic import AUTO, fitting
+from peftkit.distributed.session import Session
+from peftkit.distributed.sharding import whole
+from peftkit.schema.parts import LoadedModel, Task, TaskInfo
+from peftkit.schema.recipe import Recipe
+from peftkit.training.auto_micro_batch import AUTO, fitting
+from peftkit.training.frozen_trunk import FEATURES, Stem
 from peftkit.training.randomness import seed_micro_batch
-from peftkit.training.session import Session
-from peftkit.training.sharding import whole
 
 
 class TaskModule(torch.nn.Module):

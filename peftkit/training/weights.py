@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from peftkit.distributed import sharding, zero
+from peftkit.distributed.session import Session
 from peftkit.errors import CheckpointError
-from peftkit.recipe import Recipe
-from peftkit.training import sharding, zero
-from peftkit.training.averaging import WeightAverage
-from peftkit.training.session import Session
+from peftkit.schema.recipe import Recipe
+from peftkit.training.ema import WeightAverage
 from peftkit.training.step import TaskModule
 
 METHOD, AVERAGE = "method/", "average/"

@@ -11,7 +11,7 @@ import pytest
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import DataError
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.recipe import Recipe, replace
+from peftkit.schema.recipe import Recipe, replace
 
 GOOD = [f"{word} number {index},{label}" for index, (word, label) in enumerate([("alpha", "a"), ("beta", "b")] * 10)]
 

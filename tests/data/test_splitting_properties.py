@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peftkit.data.pipeline import prepare
 from peftkit.data.splitting import apportion, hold_out
 from peftkit.errors import DataError
-from peftkit.recipe import Recipe
+from peftkit.schema.recipe import Recipe
 
 
 def rng(seed=0):

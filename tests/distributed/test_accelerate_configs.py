@@ -39,7 +39,7 @@ def test_zero_is_set_up_as_the_loop_takes_it(monkeypatch, small_recipe, stage):
     from accelerate.utils import DeepSpeedPlugin
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    from peftkit.training import zero
+    from peftkit.distributed import zero
 
     config = load_config_from_file(str(next(path for path in CONFIGS if path.stem == f"zero{stage}")))
     given = launch_command_parser().parse_args(["--use_deepspeed", "--num_processes", "2", "train.py"])
@@ -71,8 +71,8 @@ def test_a_key_that_accelerate_does_not_know_is_noticed(tmp_path):
 def test_what_the_loop_cannot_train_with_is_refused_before_any_work(small_recipe, kind, version, said):
     from types import SimpleNamespace
 
+    from peftkit.distributed import sharding
     from peftkit.errors import RecipeError
-    from peftkit.training import sharding
 
     with pytest.raises(RecipeError, match=said):
         sharding.check(SimpleNamespace(distributed_type=SimpleNamespace(value=kind), is_fsdp2=version), small_recipe)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from peftkit import launch, processes, replace
+from peftkit import replace
+from peftkit.cli import launch
+from peftkit.distributed import process_group
+from peftkit.distributed.launched import asked_processes
+from peftkit.distributed.session import open_session
 from peftkit.errors import CheckpointError
-from peftkit.training.launched import asked_processes
-from peftkit.training.session import open_session
 from tests.distributed import launching
 from tests.faults import runs
 
@@ -82,8 +84,8 @@ def test_one_process_where_two_were_asked_for_is_told_with_the_line_that_works(t
 
 
 def test_commands_that_would_share_rows_tell_it_too(monkeypatch, capsys):
-    monkeypatch.setattr(processes, "missing_processes", lambda running: f"2 asked for and {running} runs")
-    with processes.joined() as team:
+    monkeypatch.setattr(process_group, "missing_processes", lambda running: f"2 asked for and {running} runs")
+    with process_group.joined() as team:
         assert (team.rank, team.world_size) == (0, 1)
     assert capsys.readouterr().err == "peftkit: 2 asked for and 1 runs\n"
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from peftkit import replace
+from peftkit.distributed import sharding, zero
 from peftkit.errors import RecipeError
-from peftkit.training import sharding, zero
 from tests.faults import runs
 
 ADAPTER = "adapter/adapter_model.safetensors"

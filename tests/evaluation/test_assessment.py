@@ -11,10 +11,10 @@ from datasets import Dataset
 from sklearn import metrics as sk
 from sklearn.dummy import DummyClassifier
 
-from peftkit.evaluation import baselines, figures, zero_shot_scores
+from peftkit.evaluation import baselines, decisions, zero_shot_scores
 from peftkit.evaluation.assessment import assess
-from peftkit.parts import TaskInfo
-from peftkit.recipe import EvaluationConfig
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import EvaluationConfig
 from peftkit.tasks.classification import Classification
 from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -220,7 +220,7 @@ def test_zero_shot_is_skipped_with_a_reason(info, said):
 
 
 def test_a_baseline_of_some_rows_is_compared_on_those(classes):
-    gold, found = figures.references(classes, SINGLE), classes["logits"].argmax(1)
+    gold, found = decisions.references(classes, SINGLE), classes["logits"].argmax(1)
     rows = np.arange(0, 120, 2)
     other = baselines.Baseline("zero_shot", {"accuracy": 0.0}, (gold[rows] + 1) % 3, rows, "half")
     made = baselines.beside(other, found, gold, SINGLE)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.errors import ModelError
 from peftkit.evaluation import generation
-from peftkit.recipe import GenerationConfig
+from peftkit.schema.recipe import GenerationConfig
 from tests.tiny import tiny_gpt2, tiny_llama
 
 PROMPTS = ["the king", "a good movie about the world and the team that was best", "one", "sports game player match"]

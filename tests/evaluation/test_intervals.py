@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from peftkit.evaluation import calibration, comparison, intervals, resampling
+from peftkit.evaluation import intervals, paired_tests, reliability, resampling
 
 RANDOM = np.random.default_rng(1)
 
@@ -116,8 +116,8 @@ def test_resampled_figures_of_numbers_are_scipys():
 def test_calibration_error_by_hand():
     # bins (0.6, 0.8] and (0.8, 1]: |1/2 − 0.7| · 2/4 + |1 − 0.95| · 2/4
     confidence, correct = np.array([0.65, 0.75, 0.9, 1.0]), np.array([True, False, True, True])
-    assert calibration.expected_calibration_error(confidence, correct, bins=5) == pytest.approx(0.125)
-    bins = calibration.reliability(confidence, correct, 5)
+    assert reliability.expected_calibration_error(confidence, correct, bins=5) == pytest.approx(0.125)
+    bins = reliability.reliability(confidence, correct, 5)
     assert [(round(one.low, 1), round(one.high, 1), one.count) for one in bins] == [(0.6, 0.8, 2), (0.8, 1.0, 2)]
 
 
@@ -126,33 +126,33 @@ def test_calibrated_predictions_have_the_curve_of_scikit_learn():
 
     confidence = RANDOM.uniform(0, 1, 4000)
     correct = RANDOM.uniform(0, 1, 4000) < confidence
-    bins = calibration.reliability(confidence, correct, 10)
+    bins = reliability.reliability(confidence, correct, 10)
     share, mean = calibration_curve(correct, confidence, n_bins=10)
     np.testing.assert_allclose([one.accuracy for one in bins], share)
     np.testing.assert_allclose([one.confidence for one in bins], mean)
-    assert calibration.expected_calibration_error(confidence, correct) < 0.03
+    assert reliability.expected_calibration_error(confidence, correct) < 0.03
 
 
 def test_an_edge_belongs_to_the_bin_below():
-    assert [one.high for one in calibration.reliability(np.array([0.0, 0.5]), np.array([True, True]), 2)] == [0.5]
+    assert [one.high for one in reliability.reliability(np.array([0.0, 0.5]), np.array([True, True]), 2)] == [0.5]
 
 
 def test_mcnemar_by_hand():
     # 10 rows only the first has right, 2 only the second: P(X ≤ 2 or X ≥ 10 | 12, ½) = 2 · 79/4096
     first = np.array([True] * 10 + [False] * 2 + [True] * 8)
     second = np.array([False] * 10 + [True] * 2 + [True] * 8)
-    found = comparison.mcnemar(first, second)
+    found = paired_tests.mcnemar(first, second)
     assert found["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 4096)
     assert (found["only_first"], found["only_second"], found["difference"]) == (10, 2, 0.4)
     assert found["low"] < 0.4 < found["high"]
-    assert comparison.verdict(found, "zero_shot") == "finetuning helped: +40.0 points against zero shot (p = 0.039)"
+    assert paired_tests.verdict(found, "zero_shot") == "finetuning helped: +40.0 points against zero shot (p = 0.039)"
 
 
 def test_mcnemar_of_equals_finds_nothing():
     same = np.array([True, False, True])
-    found = comparison.mcnemar(same, same)
+    found = paired_tests.mcnemar(same, same)
     assert (found["p_value"], found["low"], found["high"]) == (1.0, 0.0, 0.0)
-    assert comparison.verdict(found, "majority").startswith("no difference")
+    assert paired_tests.verdict(found, "majority").startswith("no difference")
 
 
 def test_the_interval_of_the_difference_covers_as_often_as_it_says():
@@ -160,6 +160,6 @@ def test_the_interval_of_the_difference_covers_as_often_as_it_says():
     for trial in range(300):
         generator = np.random.default_rng(trial)
         first, second = generator.random(400) < 0.8, generator.random(400) < 0.7
-        found = comparison.mcnemar(first, second, 0.9)
+        found = paired_tests.mcnemar(first, second, 0.9)
         covered += found["low"] <= 0.1 <= found["high"]
     assert 0.85 <= covered / 300 <= 0.95

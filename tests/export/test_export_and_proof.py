@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftkit.errors import ExportError, MethodError, RunError
-from peftkit.export import card, description, proof, run_export
+from peftkit.export import card, manifest, proof, run_export
 from peftkit.export.adapter import staged
-from peftkit.models import classifier
-from peftkit.parts import TaskInfo
+from peftkit.schema.parts import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, export, exported, trained
 
@@ -69,7 +68,7 @@ def test_changed_weights_are_caught(tmp_path):
     name = next(name for name in weights if "lora_B" in name)
     weights[name][0] += 0.5  # one row: a layer norm would take back what is added to all
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    about, rows = description.read(folder), proof.choose_rows(made.encoded, causal=False)
+    about, rows = manifest.read(folder), proof.choose_rows(made.encoded, causal=False)
     found = proof.prove(folder, made.loaded, about, rows, tolerance=1e-3)
     assert not found.passed
     assert found.relative > 1e-3
@@ -96,7 +95,7 @@ def test_nan_never_passes(tmp_path, monkeypatch):
 def test_a_fresh_process_that_cannot_load_is_an_error(tmp_path):
     folder, made = exported(tmp_path / "run", tiny.tiny_bert(tmp_path / "base"), export={"prove": False})
     (folder / "adapter_config.json").unlink()
-    about, rows = description.read(folder), proof.choose_rows(made.encoded, causal=False)
+    about, rows = manifest.read(folder), proof.choose_rows(made.encoded, causal=False)
     with pytest.raises(ExportError, match="cannot load the export in a fresh process"):
         proof.prove(folder, made.loaded, about, rows, tolerance=1e-3)
 
@@ -119,7 +118,7 @@ def test_the_cards_code_gives_the_trained_models_answers(pooling, tmp_path):
     made.loaded.model.eval()
     with torch.no_grad():
         batch = dict(made.tokenizer(texts, padding=True, return_tensors="pt"))
-        expected = classifier.logits(made.loaded.model, batch, made.loaded.pooling)
+        expected = pooling.logits(made.loaded.model, batch, made.loaded.pooling)
     torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=1e-4, atol=1e-5)
     assert labels == str([("cat", "dog", "eel")[index] for index in expected.argmax(-1).tolist()])
 
@@ -136,20 +135,20 @@ def test_the_card_says_what_a_reader_needs(tmp_path):
 def test_description_round_trips(tmp_path):
     info = TaskInfo("multi_label_classification", ("a", "b"), (1.0, 2.0))
     folder, _ = exported(tmp_path / "run", tiny.tiny_bert(tmp_path / "base"), info, export={"prove": False})
-    about = description.read(folder)
+    about = manifest.read(folder)
     assert about.info == info
     assert about.heads == ("classifier",)
-    description.write(folder, about)
-    assert description.read(folder) == about
-    (folder / description.FILE).write_text(json.dumps({"format": 99}))
+    manifest.write(folder, about)
+    assert manifest.read(folder) == about
+    (folder / manifest.FILE).write_text(json.dumps({"format": 99}))
     with pytest.raises(RunError, match="newer peftkit"):
-        description.read(folder)
-    (folder / description.FILE).write_text("{")
+        manifest.read(folder)
+    (folder / manifest.FILE).write_text("{")
     with pytest.raises(RunError, match="expected JSON"):
-        description.read(folder)
-    (folder / description.FILE).write_text("{}")
+        manifest.read(folder)
+    (folder / manifest.FILE).write_text("{}")
     with pytest.raises(RunError, match="not as peftkit writes it"):
-        description.read(folder)
+        manifest.read(folder)
 
 
 @pytest.mark.parametrize("maker", [tiny.tiny_bert, tiny.tiny_gpt2])

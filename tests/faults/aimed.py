@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftkit.recipe import Recipe
-from peftkit.training import checkpoints
+from peftkit.runs import checkpoints
+from peftkit.schema.recipe import Recipe
 from tests.faults import runs
 
 STEP, VALIDATION, SAVE = PHASES = ("step", "validation", "save")

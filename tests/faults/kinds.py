@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from peftkit.errors import CheckpointError
-from peftkit.recipe import Recipe, replace
-from peftkit.training import checkpoints
+from peftkit.runs import checkpoints
+from peftkit.schema.recipe import Recipe, replace
 from tests.faults import aimed, runs
 from tests.faults.injection import FAULTS, Faults, damage
 

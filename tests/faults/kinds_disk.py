@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peftkit.recipe import Recipe, replace
-from peftkit.training import checkpoints
+from peftkit.runs import checkpoints
+from peftkit.schema.recipe import Recipe, replace
 from tests.faults import disks, runs
 from tests.faults.injection import Faults
 from tests.faults.kinds import Outcome, Reference, begin, finished

@@ -14,10 +14,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftkit import overrides
 from peftkit.data.pipeline import prepare
 from peftkit.errors import DataError, PeftkitError, RecipeError
-from peftkit.recipe import Recipe, replace
+from peftkit.schema import overrides
+from peftkit.schema.recipe import Recipe, replace
 from tests.faults import runs
 from tests.faults.kinds import Outcome, Reference, begin
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peftkit.recipe import Recipe, replace
+from peftkit.schema.recipe import Recipe, replace
 from tests.faults import runs
 from tests.faults.kinds import Outcome, Reference, finished
 
@@ -82,7 +82,8 @@ def _telling(recipe: Recipe, mark: Path, step: int, inside: str) -> Callable[[in
     train = runs.train(recipe)
 
     def work(rank: int) -> None:
-        from peftkit.training import checkpoints, loop
+        from peftkit.runs import checkpoints
+        from peftkit.training import loop
         from peftkit.training.step import Stepper
 
         where, name = {

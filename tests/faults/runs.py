@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peftkit.recipe import Recipe, replace
+from peftkit.schema.recipe import Recipe, replace
 from tests import tiny
 
 TIMED = {"rows_per_second", "tokens_per_second", "seconds"}
@@ -42,13 +42,13 @@ def warm_up() -> None:
     import transformers.trainer_pt_utils
     import transformers.trainer_utils  # noqa: F401
 
+    import peftkit.cli.launch
     import peftkit.export.loading
     import peftkit.export.merge
     import peftkit.export.switching
-    import peftkit.launch
-    import peftkit.models.attention
-    import peftkit.models.checkpointing
-    import peftkit.models.low_rank
+    import peftkit.models.kernels.activation_checkpointing
+    import peftkit.models.kernels.attention
+    import peftkit.models.kernels.lora_linear
     import peftkit.run  # noqa: F401
 
     torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow: tuple[str, ...] = ()) 
 
     def work() -> None:
         import peftkit
-        from peftkit import launch
+        from peftkit.cli import launch
 
         _spare()
         with launch.one_message():
@@ -184,7 +184,7 @@ def fresh(recipe: Recipe, said: Path, *, resume: Path | None = None) -> int:
     file = said.with_suffix(".yaml")
     file.write_text(recipe.to_yaml())
     place = ["--resume", str(resume)] if resume else [str(file)]
-    command = [sys.executable, "-c", "from peftkit.cli import main; main()", "train", *place]
+    command = [sys.executable, "-c", "from peftkit.cli.app import main; main()", "train", *place]
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     path = os.pathsep.join([str(Path(__file__).parents[2]), *given])
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkit import catalog
+from peftkit.schema import catalog
 from tests.hub.conftest import TOPICS, Runner
 from tests.hub.stand_in import HubStandIn, Repository
 

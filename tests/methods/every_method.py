@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftkit.export import _verify, adapter, description, proof
-from peftkit.models import policy
+from peftkit.export import adapter, manifest, proof, verify_worker
+from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
-from peftkit.training.optimization import build_optimizer
+from peftkit.schema.parts import TaskInfo
+from peftkit.training.optimizer import build_optimizer
 from peftkit.training.step import TaskModule
 from tests import tiny
 
@@ -161,7 +161,7 @@ def made_batch(tokenizer: Any, model: str) -> dict[str, torch.Tensor]:
 def save(made: SimpleNamespace, folder: Path) -> dict[str, Any]:
     """Writes the adapter as a run does; what a fresh process is told, and the logits that it must give."""
     folder.mkdir(parents=True)
-    about = description.describe(made.loaded, made.recipe, made.info, "float32")
+    about = manifest.describe(made.loaded, made.recipe, made.info, "float32")
     adapter.save(folder, made.loaded, made.recipe, about, {})
     batch = {name: made.batch[name] for name in ("input_ids", "attention_mask")}
     logits = proof._trained_logits(made.loaded, about, batch, torch.device("cpu"))
@@ -182,13 +182,13 @@ def reload(saved: dict[str, dict[str, Any]], work: Path) -> dict[str, torch.Tens
 
 def main(work: Path) -> None:
     """Loads every job of a folder with the script that exports are proven by."""
-    policy.quiet()
+    dtypes.quiet()
     torch.set_num_threads(1)
     for file in sorted(work.glob("*.json")):
         job = json.loads(file.read_text(encoding="utf-8"))
-        model = _verify.load(job).eval()
+        model = verify_worker.load(job).eval()
         with torch.no_grad():
-            found = _verify.logits(model, load_file(file.with_suffix(".inputs")), job["pooling"])
+            found = verify_worker.logits(model, load_file(file.with_suffix(".inputs")), job["pooling"])
         save_file({"logits": found.contiguous()}, file.with_suffix(".logits"))
 
 

@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peftkit.errors import MethodError
-from peftkit.models import bottleneck
+from peftkit.methods.layers import bottleneck
+from peftkit.methods.layers.residual import find_branches
 from peftkit.models.loading import build
-from peftkit.models.residual import find_branches
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import LoadedModel, TaskInfo
-from peftkit.recipe import METHODS
+from peftkit.schema.parts import LoadedModel, TaskInfo
+from peftkit.schema.recipe import METHODS
 from tests import tiny
 
 LABELS = TaskInfo("single_label_classification", ("cat", "dog"))

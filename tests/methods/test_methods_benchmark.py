@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from peftkit.experiments import jobs
-from peftkit.recipe import METHODS
+from peftkit.schema.recipe import METHODS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DONE = {

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 import peftkit
 from peftkit.errors import UserError
 from peftkit.evaluation.generation import generate
-from peftkit.models import lm_head, loading, packing
+from peftkit.models import loading, packing
+from peftkit.models.kernels import linear_cross_entropy
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
-from peftkit.recipe import GenerationConfig
-from peftkit.training.optimization import build_optimizer, parameter_groups
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import GenerationConfig
+from peftkit.training.optimizer import build_optimizer, parameter_groups
 from tests import tiny
 from tests.methods import every_method
 from tests.methods.every_method import Cell
@@ -172,8 +173,8 @@ def test_our_loss_and_gradients_are_those_of_the_model_itself(llama, kind):
     batch["labels"][:, 0] = -100  # peft scores a row's first token after a prompt; without one it cannot be scored
     trained = [p for p in model.parameters() if p.requires_grad]
     theirs = model(**batch).loss
-    scored = (lm_head.scored(batch) != -100).sum()
-    ours = lm_head.loss(model, batch) / scored
+    scored = (linear_cross_entropy.scored(batch) != -100).sum()
+    ours = linear_cross_entropy.loss(model, batch) / scored
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for one, two in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(theirs, trained), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
@@ -361,7 +362,7 @@ def test_adalora_phases_are_shares_of_the_run(llama):
 
 
 def test_any_method_of_peft_by_name_and_override(bert):
-    from peftkit import overrides
+    from peftkit.schema import overrides
 
     recipe = overrides.apply(
         tiny.tiny_recipe(bert), ["method.kind=peft", "method.peft_type=hra", "method.arguments={r: 4}"]

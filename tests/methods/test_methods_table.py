@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftkit.methods import _table
+from peftkit.methods import table
 from tests.methods.test_every_method import CELLS, WORKING
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def test_the_committed_page_is_the_generated_one():
     assert module.TARGET.read_text(encoding="utf-8") == module.page(), "run python docs/generate_methods.py"
 
 
-@pytest.mark.parametrize("row", _table.rows(), ids=lambda row: row.kind)
+@pytest.mark.parametrize("row", table.rows(), ids=lambda row: row.kind)
 def test_every_mark_is_a_cell_that_works(row):
     if row.kind in ELSEWHERE:
         assert list(ROOT.glob(f"tests/methods/test_*{row.kind}*.py"))
@@ -38,7 +38,7 @@ def test_every_mark_is_a_cell_that_works(row):
 
 
 def test_no_cell_is_refused_that_the_table_marks():
-    marks = {row.kind: {None, *row.quantizations} for row in _table.rows()}
+    marks = {row.kind: {None, *row.quantizations} for row in table.rows()}
     outside = set(CELLS) - set(WORKING)
     refused = {cell.example for cell in outside if cell.quantization in marks[cell.example.partition("-")[0]]}
     narrowed = {"lora-pissa", "lora-olora", "lora-orthogonal", "lora-loftq", "lora-dora", "miss", "peft-LOHA"}
@@ -55,4 +55,4 @@ def test_the_list_is_printed_without_torch_or_peft():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     listed, _, slow = done.stdout.strip().rpartition("\n")
     assert slow == "[]"
-    assert {row["kind"] for row in json.loads(listed)} == {row.kind for row in _table.rows()}
+    assert {row["kind"] for row in json.loads(listed)} == {row.kind for row in table.rows()}

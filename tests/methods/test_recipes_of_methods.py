@@ -7,7 +7,9 @@ import json
 import pytest
 
 import peftkit
-from peftkit import catalog, get_recipe, launch, overrides
+from peftkit import get_recipe
+from peftkit.cli import launch
+from peftkit.schema import catalog, overrides
 from tests import tiny
 from tests.methods.every_method import TEXTS
 
@@ -79,7 +81,7 @@ def test_a_language_model_s_recipe_runs_and_writes(name, folder, tmp_path):
 
 
 def test_every_kind_of_method_has_a_recipe():
-    from peftkit.recipe import METHODS
+    from peftkit.schema.recipe import METHODS
 
     named = {get_recipe(name).method.kind for name in catalog.built_in()}
     assert set(METHODS.names()) - named == {"peft"}  # any other of peft's, by name

@@ -16,11 +16,11 @@ import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted, UserError
 from peftkit.models.loading import build
-from peftkit.models.skeleton import build_skeleton
+from peftkit.models.meta_model import build_skeleton
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
 from peftkit.planning.memory import held_by
 from peftkit.planning.trace import without_data
+from peftkit.schema.parts import TaskInfo
 from tests import tiny
 from tests.conftest import topic_rows
 

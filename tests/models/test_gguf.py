@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from peftkit.data import cache
 from peftkit.errors import ModelError
 from peftkit.models import gguf as subject
+from peftkit.system import cache
 from tests.tiny import CHATML, tiny_llama
 
 gguf = pytest.importorskip("gguf")

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftkit.errors import ModelError
-from peftkit.models import policy
+from peftkit.models import dtypes
 from peftkit.models.loading import build, choose_pooling
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
+from peftkit.schema.parts import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("cat", "dog", "eel"))
@@ -140,16 +140,16 @@ def test_base_is_named_for_adapters_and_cards(bert):
 def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
     model = tiny.tiny_recipe("x", model={"dtype": "auto"}).model
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(policy, "native_bf16", lambda device, native=native: native)
-        assert policy.dtype_for(model, "cpu") == expected
-    assert policy.dtype_for(tiny.tiny_recipe("x", model={"dtype": "float16"}).model) == torch.float16
+        monkeypatch.setattr(dtypes, "native_bf16", lambda device, native=native: native)
+        assert dtypes.dtype_for(model, "cpu") == expected
+    assert dtypes.dtype_for(tiny.tiny_recipe("x", model={"dtype": "float16"}).model) == torch.float16
     policy_flags = {"avx512_bf16": True, "avx2": False}
     monkeypatch.undo()
     for flag, expected_native in policy_flags.items():
-        policy.native_bf16.cache_clear()
-        monkeypatch.setattr(policy, "_cpu_flags", lambda flag=flag: frozenset({flag}))
-        assert policy.native_bf16("cpu") is expected_native
-    policy.native_bf16.cache_clear()
+        dtypes.native_bf16.cache_clear()
+        monkeypatch.setattr(dtypes, "_cpu_flags", lambda flag=flag: frozenset({flag}))
+        assert dtypes.native_bf16("cpu") is expected_native
+    dtypes.native_bf16.cache_clear()
 
 
 def test_loading_says_nothing(bert, capfd):

@@ -11,7 +11,7 @@ import pytest
 from peftkit.errors import HubError, ModelError
 from peftkit.models import sources
 from peftkit.models.sources import check_weights, fingerprint, folder_of, resolve
-from peftkit.recipe import ModelConfig
+from peftkit.schema.recipe import ModelConfig
 
 
 def find(source: str, **fields):

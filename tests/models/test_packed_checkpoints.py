@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftkit
-from peftkit.models import lm_head, policy
+from peftkit.models import dtypes
+from peftkit.models.kernels import linear_cross_entropy
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
+from peftkit.schema.parts import TaskInfo
 from tests import tiny
 
 CAUSAL = TaskInfo("causal_lm")
@@ -106,14 +107,14 @@ def test_gradients_reach_every_adapter_before_and_after_an_evaluation(kind, dtyp
     def gradients():
         model.train()
         model.zero_grad()
-        with policy.autocast(held):
-            lm_head.loss(model, {"input_ids": ids, "labels": ids}).backward()
+        with dtypes.autocast(held):
+            linear_cross_entropy.loss(model, {"input_ids": ids, "labels": ids}).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     def evaluated():
         model.eval()
-        with torch.no_grad(), policy.autocast(held):
-            lm_head.loss(model, {"input_ids": ids, "labels": ids})
+        with torch.no_grad(), dtypes.autocast(held):
+            linear_cross_entropy.loss(model, {"input_ids": ids, "labels": ids})
 
     evaluated()  # the first pass of all, as the trials of a run are
     first = gradients()
@@ -134,7 +135,7 @@ def against_whole_weights(model, gradients, dtype):
         base = getattr(module, "base_layer", None)
         if base is None:
             continue
-        with torch.no_grad(), policy.autocast(torch.float32):
+        with torch.no_grad(), dtypes.autocast(torch.float32):
             weight = base(torch.eye(base.in_features)).T.float()
         plain = torch.nn.Linear(base.in_features, base.out_features, bias=False)
         plain.weight = torch.nn.Parameter(weight.clone().to(dtype), requires_grad=False)

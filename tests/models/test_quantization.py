@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from peftkit.errors import MethodError, ModelError, RecipeError
-from peftkit.models import classifier, policy
+from peftkit.models import classifier, dtypes
 from peftkit.models.loading import build
-from peftkit.models.quantization import guard
+from peftkit.models.quantization import bitsandbytes_support
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
-from peftkit.recipe import QUANTIZATIONS
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import QUANTIZATIONS
 from tests import tiny
 
 pytest.importorskip("bitsandbytes", reason="the quantization extra is not installed")
@@ -38,7 +38,7 @@ def made(folder, quantization, dtype="bfloat16", info=INFO):
 def gradients(loaded, batch, dtype):
     loaded.model.train()
     loaded.model.zero_grad()
-    with policy.autocast(dtype):
+    with dtypes.autocast(dtype):
         classifier.logits(loaded.model, batch, "own").square().mean().backward()
     return {name: p.grad.clone() for name, p in loaded.model.named_parameters() if p.grad is not None}
 
@@ -52,7 +52,7 @@ def test_gradients_are_equal_bit_for_bit_after_an_evaluation(maker, quantization
     held = getattr(torch, dtype)
     before = gradients(loaded, batch, held)
     loaded.model.eval()
-    with torch.no_grad(), policy.autocast(held):
+    with torch.no_grad(), dtypes.autocast(held):
         classifier.logits(loaded.model, batch, "own")
     after = gradients(loaded, batch, held)
     assert before.keys() == after.keys()
@@ -68,9 +68,9 @@ def test_the_guard_turns_off_every_layer_that_would_repack(tmp_path):
     model = made(tiny.tiny_bert(tmp_path, **WIDE[tiny.tiny_bert]), {"kind": "nf4"}).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * 6
-    assert not any(getattr(layer, guard.SWITCH) for layer in layers)
-    setattr(layers[0], guard.SWITCH, True)
-    assert guard.keep_gradients(model) == 1
+    assert not any(getattr(layer, bitsandbytes_support.SWITCH) for layer in layers)
+    setattr(layers[0], bitsandbytes_support.SWITCH, True)
+    assert bitsandbytes_support.keep_gradients(model) == 1
 
 
 @pytest.mark.parametrize("quantization", KINDS[::2], ids=["nf4", "int8"])
@@ -103,7 +103,7 @@ def test_double_quantization_and_threshold_arrive(tmp_path):
 
 
 def test_missing_bitsandbytes_says_the_install_line(monkeypatch):
-    monkeypatch.setattr(guard, "find_spec", lambda name: None)
+    monkeypatch.setattr(bitsandbytes_support, "find_spec", lambda name: None)
     for kind in ("nf4", "int8"):
         with pytest.raises(ModelError, match=r"pip install 'peftkit\[quantization\]'"):
             QUANTIZATIONS.get(kind)().load_arguments(tiny.tiny_recipe("x").model, ())

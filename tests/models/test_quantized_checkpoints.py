@@ -10,11 +10,11 @@ import torch
 from peftkit.errors import MethodError, ModelError
 from peftkit.models import loading
 from peftkit.models.loading import build
+from peftkit.models.meta_model import build_skeleton
 from peftkit.models.quantization import checkpoint
-from peftkit.models.skeleton import build_skeleton
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
 from peftkit.planning.trace import without_data
+from peftkit.schema.parts import TaskInfo
 from tests import tiny
 
 CAUSAL = TaskInfo("causal_lm")

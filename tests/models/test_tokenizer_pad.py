@@ -8,7 +8,7 @@ import pytest
 
 from peftkit.errors import ModelError
 from peftkit.models.tokenizer import load_tokenizer, pad_note, tokenizer_fingerprint, tokenizer_in
-from peftkit.recipe import ModelConfig
+from peftkit.schema.recipe import ModelConfig
 from tests import tiny
 
 

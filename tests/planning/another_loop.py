@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftkit.models.quantization.skeleton import SCALES, Held
+from peftkit.models.quantization.meta_layers import SCALES, Held
 from peftkit.planning.memory import held_by
 from peftkit.planning.passes import FEW, MORE, continued
 from peftkit.planning.trace import Tracer, without_data

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import torch
 
-from peftkit.models.quantization.skeleton import Held as HeldMatrix
-from peftkit.models.skeleton import build_skeleton
-from peftkit.parts import TaskInfo
+from peftkit.models.meta_model import build_skeleton
+from peftkit.models.quantization.meta_layers import Held as HeldMatrix
 from peftkit.planning.passes import Subject
 from peftkit.planning.trace import without_data
-from peftkit.recipe import Recipe
+from peftkit.schema.parts import TaskInfo
+from peftkit.schema.recipe import Recipe
 
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
          "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkit.models.skeleton import build_skeleton
+from peftkit.models.meta_model import build_skeleton
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.parts import TaskInfo
 from peftkit.planning import passes
 from peftkit.planning.passes import Shape, Subject
 from peftkit.planning.trace import without_data
+from peftkit.schema.parts import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("a", "b"))

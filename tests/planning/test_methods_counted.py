@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from peftkit.models import policy
+from peftkit.models import dtypes
 from peftkit.models.loading import build
-from peftkit.models.skeleton import build_skeleton
+from peftkit.models.meta_model import build_skeleton
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.memory import held_by
 from peftkit.planning.trace import without_data
@@ -34,7 +34,7 @@ def both(cell, bases):
     tokenizer = load_tokenizer(recipe.model)
     real = build(recipe, info, tokenizer).model
     with without_data():
-        planned = build_skeleton(recipe, info, tokenizer, policy.dtype_for(recipe.model)).model
+        planned = build_skeleton(recipe, info, tokenizer, dtypes.dtype_for(recipe.model)).model
         return planned, real, held_by(planned, "adamw")
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from peftkit import Recipe, overrides, replace
+from peftkit import Recipe, replace
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import MethodError, RecipeError
 from peftkit.models.loading import build
@@ -20,8 +20,9 @@ from peftkit.planning.memory import held_by, state_bytes
 from peftkit.planning.plan import Known, make_plan
 from peftkit.planning.trace import Tracer, without_data
 from peftkit.reporting.planning import carry_out
-from peftkit.training.averaging import WeightAverage
-from peftkit.training.optimization import build_optimizer
+from peftkit.schema import overrides
+from peftkit.training.ema import WeightAverage
+from peftkit.training.optimizer import build_optimizer
 
 MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from peftkit import Recipe, cli, overrides
+from peftkit import Recipe
+from peftkit.cli import app
 from peftkit.planning import plan as planning
 from peftkit.planning.devices import shown
 from peftkit.planning.machine import Machine
 from peftkit.planning.table import PRECISIONS, Cell
+from peftkit.schema import overrides
 
 MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6, cuda_bytes=1_000_000)
 
@@ -25,7 +27,7 @@ def call(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["peftkit", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         shown = capsys.readouterr()
         return int(stop.value.code or 0), shown.out, shown.err
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from peftkit.reporting import html, plots
-from tests.reporting.test_shown_tables import ASSESSMENT, BASELINES
+from tests.reporting.test_formatting import ASSESSMENT, BASELINES
 
 LOG = [{"step": step, "epoch": step / 100, "loss": 2.0 / step, "learning_rate": 1e-3} for step in range(10, 410, 10)]
 LOG += [{"step": 200, "epoch": 2, "split": "validation", "loss": 0.4, "accuracy": 0.8},

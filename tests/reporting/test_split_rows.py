@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from peftkit.recipe import Recipe
 from peftkit.reporting.run_report import split_rows
+from peftkit.schema.recipe import Recipe
 
 
 def padding(**training) -> float:

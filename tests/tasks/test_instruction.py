@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.data.batching import collate
 from peftkit.errors import DataError, ModelError, RecipeError
-from peftkit.recipe import TASKS, DataConfig, EvaluationConfig
-from peftkit.tasks._windows import Stretch, pack
+from peftkit.schema.recipe import TASKS, DataConfig, EvaluationConfig
 from peftkit.tasks.instruction import Instruction
+from peftkit.tasks.windows import Stretch, pack
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ASKED = {"role": "user", "content": "Hi"}
@@ -307,7 +307,7 @@ def test_tasks_are_registered_without_loading_torch():
     import sys
 
     code = (
-        "import sys; from peftkit.recipe import TASKS; names = TASKS.names(); "
+        "import sys; from peftkit.schema.recipe import TASKS; names = TASKS.names(); "
         "slow = {'torch', 'transformers', 'datasets', 'jinja2', 'numpy'} & set(sys.modules); print(names, slow)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

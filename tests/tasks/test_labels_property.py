@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peftkit.errors import DataError
 from peftkit.models import chat_template
-from peftkit.recipe import DataConfig
+from peftkit.schema.recipe import DataConfig
 from peftkit.tasks.instruction import Instruction
 from tests.tiny import CHATML, WORDS, tiny_tokenizer
 

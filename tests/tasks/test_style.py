@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.data.batching import collate
 from peftkit.errors import DataError, ModelError, RecipeError
-from peftkit.recipe import DataConfig, EvaluationConfig
-from peftkit.tasks._windows import stream
+from peftkit.schema.recipe import DataConfig, EvaluationConfig
 from peftkit.tasks.style import Style, tokens_of
+from peftkit.tasks.windows import stream
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 

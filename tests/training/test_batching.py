@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.data.batching import by_length, collate, padding_share, pass_tokens, plan, share, steps_per_epoch
-from peftkit.recipe import TrainingConfig
+from peftkit.schema.recipe import TrainingConfig
 
 LENGTHS = np.random.default_rng(0).integers(4, 129, size=3000).astype(np.int32)
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import peftkit
 from peftkit import replace
-from peftkit.data.cache import cache_folder
-from peftkit.models.stem import FEATURES, Stem
+from peftkit.system.cache import cache_folder
 from peftkit.training import feature_store, features
+from peftkit.training.frozen_trunk import FEATURES, Stem
 from tests import tiny
 
 FROZEN = {"method": {"kind": "frozen"}}
@@ -78,9 +78,9 @@ def test_the_same_weights_and_figures_as_without_the_cache(recipe, method):
 def test_bit_for_bit_where_the_batches_are_the_same(bert, topics_csv):
     """One pass over all rows, in the batches in which they are trained: not one bit differs."""
     from peftkit.data.pipeline import encode, prepare
+    from peftkit.distributed.session import open_session
     from peftkit.models.loading import build
     from peftkit.models.tokenizer import load_tokenizer
-    from peftkit.training.session import open_session
     from peftkit.training.step import TaskModule
 
     recipe = tiny.tiny_recipe(bert, method={"kind": "lora", "layers": -1}, data={"source": str(topics_csv)})
@@ -162,7 +162,7 @@ def feature_store_write(path):
     """Writes an entry anew, sealed as if it were right."""
     from contextlib import contextmanager
 
-    from peftkit.data.cache import seal
+    from peftkit.system.cache import seal
 
     @contextmanager
     def writing():

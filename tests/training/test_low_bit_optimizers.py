@@ -11,8 +11,8 @@ import torch
 import peftkit
 from peftkit import replace
 from peftkit.errors import RecipeError
-from peftkit.models import low_bit_optimizers
-from peftkit.training.optimization import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from peftkit.training import low_bit_optimizers
+from peftkit.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tests import tiny
 
 WIDE = (96, 128)

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from peftkit import replace
+from peftkit.distributed.watchdog import Watch
 from peftkit.errors import CheckpointError, Interrupted, RunError, TrainingError
-from peftkit.training import checkpoints, folder, guard
+from peftkit.runs import checkpoints, folder
+from peftkit.training import interruptions
 from peftkit.training.log import RunLog
 from peftkit.training.stopping import at_once
-from peftkit.training.watch import Watch
 from tests.faults.injection import Faults
 from tests.tiny import tiny_recipe
 
@@ -157,15 +158,15 @@ def test_outside_the_loop_a_signal_ends_at_once(number):
 )
 def test_failures_of_the_machine_are_one_line_and_others_are_left_alone(failure, said, tmp_path):
     session = SimpleNamespace(watch=Watch(0, 1, None), folder=None, rank=0)
-    with pytest.raises(TrainingError) as told, guard.guarded(session):
+    with pytest.raises(TrainingError) as told, interruptions.guarded(session):
         raise failure
     assert said in str(told.value)
     assert "there is no checkpoint yet" in str(told.value)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     session.folder = tmp_path
-    with pytest.raises(TrainingError, match=f"peftkit train --resume {tmp_path}"), guard.guarded(session):
+    with pytest.raises(TrainingError, match=f"peftkit train --resume {tmp_path}"), interruptions.guarded(session):
         raise failure
     for own in (FileNotFoundError(errno.ENOENT, "no such file"), RuntimeError("shapes differ"), CheckpointError("x")):
-        with pytest.raises(type(own)) as same, guard.guarded(session):
+        with pytest.raises(type(own)) as same, interruptions.guarded(session):
             raise own
         assert same.value is own

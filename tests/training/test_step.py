@@ -11,10 +11,10 @@ import torch
 
 from peftkit import replace
 from peftkit.data.pipeline import encode, prepare
+from peftkit.distributed.session import open_session
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.training.optimization import parameter_groups
-from peftkit.training.session import open_session
+from peftkit.training.optimizer import parameter_groups
 from peftkit.training.step import Stepper, TaskModule
 
 

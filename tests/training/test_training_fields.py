@@ -11,7 +11,7 @@ import torch
 import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted
-from peftkit.training import checkpoints
+from peftkit.runs import checkpoints
 
 
 @pytest.fixture

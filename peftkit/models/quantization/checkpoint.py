@@ -17,7 +17,7 @@ from peftkit.models.quantization import stored
 if TYPE_CHECKING:
     import torch
 
-    from peftkit.recipe import ModelConfig, Recipe
+    from peftkit.schema.recipe import ModelConfig, Recipe
 
 
 @dataclass(frozen=True)

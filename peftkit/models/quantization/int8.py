@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from peftkit.parts import Quantization
-from peftkit.recipe import QUANTIZATIONS
+from peftkit.schema.parts import Quantization
+from peftkit.schema.recipe import QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from peftkit.recipe import ModelConfig
+    from peftkit.schema.recipe import ModelConfig
 
 
 @QUANTIZATIONS.register("int8")
@@ -30,7 +30,7 @@ class Int8(Quantization):
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
         from transformers import BitsAndBytesConfig
 
-        from peftkit.models.quantization.guard import require_bitsandbytes
+        from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 
         require_bitsandbytes(self.kind)
         config = BitsAndBytesConfig(

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftkit.parts import Quantization
-from peftkit.recipe import QUANTIZATIONS
+from peftkit.schema.parts import Quantization
+from peftkit.schema.recipe import QUANTIZATIONS
 
 if TYPE_CHECKING:
-    from peftkit.recipe import ModelConfig
+    from peftkit.schema.recipe import ModelConfig
 
 
 @QUANTIZATIONS.register("nf4")
@@ -28,7 +28,7 @@ class NF4(Quantization):
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
         from transformers import BitsAndBytesConfig
 
-        from peftkit.models.quantization.guard import compute_dtype, require_bitsandbytes
+        from peftkit.models.quantization.bitsandbytes_support import compute_dtype, require_bitsandbytes
 
         require_bitsandbytes(self.kind)
         config = BitsAndBytesConfig(

@@ -1,0 +1,117 @@
+"""A finished run scored again: on a split of its own data, or on a file of rows with labels.
+
+peftkit.evaluate("runs/bbc_news_lora-…")["accuracy"]
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.distributed.process_group import Team
+from peftkit.errors import RunError, did_you_mean
+from peftkit.schema.recipe import replace
+
+if TYPE_CHECKING:
+    from peftkit.data.pipeline import EncodedSplit
+    from peftkit.export.in_memory import Merge
+    from peftkit.inference.trained_model import LoadedRun
+    from peftkit.schema.parts import Row
+
+
+ALONE = Team()
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    split: str = "test",
+    file: str | Path | None = None,
+    merge: Merge = "auto",
+    team: Team = ALONE,
+) -> dict[str, float]:
+    """Figures by name, as in the run's metrics.json.
+
+    Args:
+        run: a run's folder, or an exported one.
+        split: train, validation or test of the run's own data, read, cleaned and split as for the training.
+        file: rows with the recipe's columns, in place of a split; their labels must be the run's.
+        merge: as for ``peftkit.load``; False scores base and adapter apart, as in training.
+        team: processes that share the rows; all of them call this, and all get the figures.
+
+    Raises:
+        RunError: not a finished run, no such split, or the data no longer have the run's labels.
+        DataError: the file's rows are wrong.
+    """
+    from peftkit.evaluation.assessment import assess
+    from peftkit.inference.trained_model import load
+
+    model = team.main_first(lambda: load(run, merge=merge, device=team.device))
+    rows = team.main_only(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
+    outputs = _outputs(model, rows, team)
+    found = team.main_only(
+        lambda: assess(model.recipe.task, outputs, rows, model.info, model.recipe.evaluation, split=split)
+    )
+    return {name: figure["value"] for name, figure in found["metrics"].items()}
+
+
+def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
+    from peftkit.data.pipeline import prepare
+
+    prepared = prepare(model.recipe)
+    if prepared.info.labels != model.info.labels:
+        now, then = (", ".join(info.labels) for info in (prepared.info, model.info))
+        raise RunError(f"{model.path}: its data have other labels now ({now}) than when it was trained ({then})")
+    if split not in prepared.splits:
+        raise RunError(f"{model.path}: no split '{split}': {did_you_mean(split, prepared.splits)}")
+    return list(prepared.splits[split])
+
+
+def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
+    """Canonical rows of a file, under the label names and the cleaning of texts that the run had."""
+    from peftkit.data.mapping import canonical_rows
+    from peftkit.data.sources import find, read
+
+    task = model.recipe.task
+    data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None}).data
+    with tempfile.TemporaryDirectory() as folder:
+        raw = [read(source, data, Path(folder), f"raw{number}") for number, source in enumerate(find(data))]
+        rows, _ = canonical_rows(raw, task, data, model.info, Path(folder))
+        return list(rows.data)
+
+
+def _outputs(model: LoadedRun, rows: list[Row], team: Team) -> dict[str, Any]:
+    """Outputs of every example in order; each process of the team takes every so manyth of them."""
+    import numpy as np
+
+    from peftkit.data.pipeline import EncodedSplit, encode_rows
+    from peftkit.evaluation.runner import in_order
+
+    split = team.tried(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
+    mine = np.arange(team.rank, len(split.lengths), team.world_size)
+    part = split
+    if team.world_size > 1:
+        part = EncodedSplit(split.examples.select(mine), split.lengths[mine], split.weights[mine])
+    pieces = team.gather(lambda: (mine, _predicted(model, part)))
+    return in_order([piece for piece in pieces if len(piece[0])], len(split.lengths))
+
+
+def _predicted(model: LoadedRun, split: EncodedSplit) -> dict[str, Any]:
+    from peftkit.data.batching import pass_tokens
+    from peftkit.evaluation import runner
+    from peftkit.models import dtypes
+    from peftkit.training.step import TaskModule
+
+    model.merge()
+    device = next(model.model.parameters()).device
+    dtype = dtypes.dtype_for(model.recipe.model, device)
+    return runner.predict(
+        TaskModule(model.loaded, model.recipe.task, model.info),
+        split,
+        model.tokenizer,
+        device=device,
+        batch_size=model.recipe.evaluation.batch_size,
+        tokens=pass_tokens(model.recipe.training, device.type),
+        autocast=lambda: dtypes.autocast(dtype, device),
+    )

@@ -1,0 +1,261 @@
+"""The data as the model will see it: rows, classes, lengths, truncation, padding, and examples token by token.
+
+found = inspect(recipe)   # loads the tokenizer, no model
+json.dumps(found.as_dict())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peftkit.data.pipeline import EncodedSplit, PreparedData, encode, prepare
+from peftkit.data.steps import CleaningStep
+from peftkit.data.tables import iterate
+from peftkit.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+BINS = 20
+EXAMPLES = 3
+STRETCH = 64
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A bar of the length histogram: examples with ``low`` to ``high`` tokens, both included."""
+
+    low: int
+    high: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an example as text, and what the model learns of it."""
+
+    text: str
+    special: bool
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded example; ``label`` is its class, or empty where every token has a label of its own."""
+
+    place: str
+    label: str
+    tokens: tuple[Token, ...]
+    truncated: int
+
+
+@dataclass(frozen=True)
+class SplitView:
+    """Statistics of one split."""
+
+    name: str
+    rows: int
+    examples: int
+    classes: dict[str, int]
+    """Rows of each class, in id order; empty where there are none."""
+    tokens: int
+    quantiles: dict[str, int]
+    """"0%" … "100%" → tokens of an example."""
+    histogram: tuple[Bin, ...]
+    truncated_examples: int
+    truncated_tokens: int
+    padding: float
+    """Share of padding in the first epoch's batches at the recipe's batch size."""
+    padding_unsorted: float
+    """The same if batches were made of rows in random order."""
+    supervised: float | None
+    """Share of tokens that have a label; None where a row has one label as a whole."""
+    shown: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``peftkit inspect`` shows."""
+
+    name: str
+    sources: tuple[str, ...]
+    task: str
+    problem_type: str
+    labels: tuple[str, ...]
+    max_length: int
+    batch_size: int
+    fingerprint: str
+    steps: tuple[CleaningStep, ...]
+    splits: tuple[SplitView, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return asdict(self)
+
+
+def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
+    """Prepares and encodes the recipe's data, and looks at them.
+
+    Args:
+        examples: encoded examples shown of each split.
+
+    Raises:
+        DataError, HubError, ModelError: what ``prepare``, ``encode`` and the tokenizer raise.
+    """
+    from peftkit.models.tokenizer import load_tokenizer
+
+    prepared = prepare(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    encoded = encode(prepared, tokenizer, recipe)
+    views = tuple(
+        view_split(name, prepared, encoded.splits[name], tokenizer, recipe, examples) for name in prepared.splits
+    )
+    return Inspection(
+        recipe.name,
+        prepared.sources,
+        recipe.task.kind,
+        prepared.info.problem_type,
+        prepared.info.labels,
+        recipe.data.max_length,
+        recipe.training.batch_size,
+        encoded.fingerprint,
+        prepared.steps,
+        views,
+    )
+
+
+def view_split(
+    name: str,
+    prepared: PreparedData,
+    encoded: EncodedSplit,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    examples: int = EXAMPLES,
+) -> SplitView:
+    """Statistics of one split, and its first examples."""
+    rows, lengths = prepared.splits[name], encoded.lengths
+    cut = np.array(encoded.examples["truncated"]) if "truncated" in encoded.examples.column_names else np.zeros(1, int)
+    return SplitView(
+        name=name,
+        rows=len(rows),
+        examples=len(lengths),
+        classes=_classes(rows, prepared, recipe),
+        tokens=int(lengths.sum()),
+        quantiles={f"{share:.0%}": int(np.quantile(lengths, share, method="lower")) for share in QUANTILES},
+        histogram=histogram(lengths),
+        truncated_examples=int((cut > 0).sum()),
+        truncated_tokens=int(cut.sum()),
+        padding=_padding(lengths, recipe, recipe.training.batching),
+        padding_unsorted=_padding(lengths, recipe, "random"),
+        supervised=_supervised_share(encoded),
+        shown=tuple(
+            _example(encoded.examples[index], rows, prepared, tokenizer) for index in range(min(examples, len(lengths)))
+        ),
+    )
+
+
+def histogram(lengths: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
+    """Bars of equal width over the lengths; every example stands in exactly one."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = np.bincount((lengths - low) // width)
+    return tuple(
+        Bin(low + number * width, min(high, low + (number + 1) * width - 1), int(count))
+        for number, count in enumerate(counts)
+    )
+
+
+def _classes(rows: Dataset, prepared: PreparedData, recipe: Recipe) -> dict[str, int]:
+    """Rows of each class; with several labels a row, those that have the label."""
+    labels = prepared.info.labels
+    if "label" not in rows.column_names or prepared.info.problem_type == "regression" or not labels:
+        return {}
+    counts = np.zeros(len(labels), dtype=np.int64)
+    for row in iterate(rows, ["label"]):
+        counts += np.array(row["label"], dtype=np.int64) if isinstance(row["label"], list) else 0
+        if not isinstance(row["label"], list):
+            counts[row["label"]] += 1
+    return dict(zip(labels, counts.tolist()))
+
+
+def _padding(lengths: np.ndarray, recipe: Recipe, batching: str) -> float:
+    from peftkit.data.batching import plan
+
+    training = recipe.training.model_copy(update={"batching": batching})
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in plan(lengths, training, 0))
+    return 1 - float(lengths.sum()) / padded
+
+
+def _supervised_share(encoded: EncodedSplit) -> float | None:
+    if not _per_token(encoded.examples[0]):
+        return None
+    labelled = sum(
+        sum(label != IGNORE for label in example["labels"]) for example in iterate(encoded.examples, ["labels"])
+    )
+    return labelled / max(1, int(encoded.lengths.sum()))
+
+
+def _per_token(example: dict[str, Any]) -> bool:
+    """Whether labels are token ids: a list of integers as long as the input."""
+    labels = example["labels"]
+    same = isinstance(labels, list) and len(labels) == len(example["input_ids"])
+    return same and all(isinstance(label, int) for label in labels)
+
+
+def _example(
+    example: dict[str, Any], rows: Dataset, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> Example:
+    row = rows[example["row"]]
+    special = set(tokenizer.all_special_ids)
+    supervised = [label != IGNORE for label in example["labels"]] if _per_token(example) else []
+    texts = token_texts(example["input_ids"], tokenizer)
+    tokens = tuple(
+        Token(text, token in special, bool(supervised and supervised[place]))
+        for place, (token, text) in enumerate(zip(example["input_ids"], texts))
+    )
+    label = "" if supervised else label_name(example["labels"], prepared.info.labels, prepared.info.problem_type)
+    return Example(f"{row['_file']}:{row['_line']}", label, tokens, int(example.get("truncated") or 0))
+
+
+def label_name(label: Any, labels: Sequence[str], problem_type: str) -> str:
+    """A label in words: the class, the classes, or the number."""
+    if problem_type == "regression":
+        return f"{label[0] if isinstance(label, list) else label:g}"
+    if isinstance(label, list):
+        return ", ".join(name for name, held in zip(labels, label) if held) or "none"
+    return labels[label] if labels and 0 <= label < len(labels) else str(label)
+
+
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the decoded text; joined, they are the decoded text.
+
+    A character that is made of several tokens appears with the last of them.
+    """
+
+    def decoded(wanted: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(wanted), clean_up_tokenization_spaces=False))
+
+    texts: list[str] = []
+    special = set(tokenizer.all_special_ids)
+    start, said = 0, ""
+    for place, token in enumerate(ids):
+        if token in special:
+            texts.append(decoded([token]))
+            start, said = place + 1, ""
+            continue
+        now = decoded(ids[start : place + 1])
+        if now.endswith("\ufffd") and place + 1 < len(ids):
+            texts.append("")
+            continue
+        texts.append(now[len(said) :])
+        said, alone = now, decoded([token])
+        if place - start > STRETCH and "\ufffd" not in alone:
+            start, said = place, alone  # so that the work does not grow with the square of the length
+    return texts

@@ -1,0 +1,68 @@
+"""Dotted overrides: ``training.epochs=1`` → a new validated Recipe.
+
+Values are read as YAML, so that ``evaluation.metrics=[accuracy, f1]`` and ``quantization=null`` mean what they say;
+``method.kind=frozen`` (or ``method=frozen``) swaps the part, which then starts from its own defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.schema.parts import Part
+from peftkit.schema.recipe import Recipe, merge
+from peftkit.schema.recipe_yaml import value_of
+
+BY_KIND = ("method", "task", "quantization")
+
+
+def apply(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A new recipe with the overrides applied in order; raises RecipeError naming the override and the field."""
+    values = recipe.model_dump()
+    overrides = list(overrides)
+    # a swapped part or source loses what belonged to the old: swaps go first, so that the order does not matter
+    for override in sorted(overrides, key=lambda text: not _is_swap(text)):
+        path, value = parse(override)
+        _set(values, path, value, override, recipe)
+    return Recipe.parse(values, origin=f"override {' '.join(overrides)}" if overrides else f"recipe '{recipe.name}'")
+
+
+def parse(override: str) -> tuple[list[str], Any]:
+    """``"training.epochs=1"`` → ``(["training", "epochs"], 1)``; raises RecipeError where there is no ``=``."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"override '{override}': expected part.field=value, such as training.epochs=1")
+    try:
+        value = value_of(text) if text.strip() else ""
+    except (yaml.YAMLError, RecursionError):
+        raise RecipeError(f"override '{override}': '{text}' is not a value that YAML can read; quote it") from None
+    return path.strip().split("."), value
+
+
+def _is_swap(override: str) -> bool:
+    path = override.partition("=")[0].strip()
+    part, _, field = path.partition(".")
+    return (part in BY_KIND and field in {"", "kind"}) or field == "source"
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any, override: str, recipe: Recipe) -> None:
+    part, *fields = path
+    if part not in Recipe.model_fields:
+        raise RecipeError(f"override '{override}': no field '{part}': {_hint(part, recipe)}")
+    if part in BY_KIND and not fields and isinstance(value, str):
+        value = {"kind": value}
+    for field in reversed(fields):
+        value = {field: value}
+    values[part] = merge(values.get(part), value)
+
+
+def _hint(name: str, recipe: Recipe) -> str:
+    """Points ``epochs`` to ``training.epochs``: the part that has such a field, else the nearest part."""
+    for part in Recipe.model_fields:
+        held = getattr(recipe, part)
+        if isinstance(held, Part) and name in type(held).model_fields:
+            return f"did you mean '{part}.{name}'?"
+    return did_you_mean(name, Recipe.model_fields)

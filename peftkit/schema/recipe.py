@@ -1,0 +1,411 @@
+"""The recipe: one immutable, validated description of a whole run. Imports pydantic only.
+
+recipe = Recipe(name="mine", model={"source": "./model"}, data={"source": "reviews.csv"}, method={"kind": "lora"})
+other = replace(recipe, name="other", method={"kind": "frozen"})
+"""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.registry import Registry
+from peftkit.schema.parts import ByKind, Method, Part, Quantization, Task
+
+METHODS: Registry[type[Method]] = Registry("method", package="peftkit.methods", group="peftkit.methods")
+TASKS: Registry[type[Task]] = Registry("task", package="peftkit.tasks", group="peftkit.tasks")
+QUANTIZATIONS: Registry[type[Quantization]] = Registry(
+    "quantization", package="peftkit.models.quantization", group="peftkit.quantizations"
+)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rows = Annotated[int, Field(ge=1)]
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+
+BOUND_TO_SOURCE = ("revision", "subset")
+
+
+def _as_mode(value: Any) -> Any:
+    """A switch written as a truth value, which YAML's ``off`` is, too."""
+    return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class ModelConfig(Part):
+    """The base model: where it comes from and how it is held."""
+
+    source: str
+    """Hub id, ./folder, file.gguf, or package:NAME for a model inside an installed distribution."""
+    revision: str | None = None
+    """Hub commit, tag or branch; pin a commit to make a recipe repeatable."""
+    pooling: Literal["auto", "own", "mean", "cls"] = "auto"
+    """How a classifier reads the tokens: the architecture's own way, their mean, or the first. auto: a
+    sentence encoder's own (its mean) under a backbone that is frozen or hardly changed, else the architecture's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of frozen weights and of the products; trained weights are always held in fp32. auto: bf16 where it is native."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation; auto leaves the choice to transformers."""
+    dropout: Fraction | None = None
+    """Dropout inside the base and its head; None keeps the base's own."""
+    chat_template: str | None = None
+    """A named chat template (chatml, llama2, zephyr, plain) for a base that has none."""
+
+
+class CleaningConfig(Part):
+    """What is done about bad rows. Each step is reported with counts and examples; 'error' stops before training."""
+
+    empty: Literal["error", "drop"] = "error"
+    """Rows whose text is empty, blank or null."""
+    control_characters: Literal["strip", "report", "off"] = "strip"
+    """Characters below U+0020 but tab and newline, U+007F, zero-width marks and stray byte-order marks."""
+    duplicates: Literal["drop", "report", "off"] = "drop"
+    """Rows of one split with the same text (case and spaces aside): the first stays."""
+    near_duplicates: Literal["drop", "report", "off"] = "report"
+    """Rows of the training split whose word 3-gram sets have an (estimated) Jaccard similarity over the threshold."""
+    near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Jaccard similarity from which two texts are near duplicates."""
+    leakage: Literal["drop", "error", "report", "off"] = "drop"
+    """Training rows whose text also stands in validation or test; validation rows that stand in test."""
+    conflicts: Literal["drop", "report", "off"] = "report"
+    """Equal texts with different labels; drop removes all of them."""
+
+
+class AugmentationConfig(Part):
+    """Easy data augmentation (Wei & Zou 2019, arXiv:1901.11196) of the training split; other splits stay as read."""
+
+    copies: Annotated[int, Field(ge=1, le=16)] = 1
+    """Changed copies added for each training row."""
+    swap: Fraction = 0.1
+    """Share of words exchanged with another."""
+    delete: Fraction = 0.1
+    """Share of words removed."""
+    typo: Fraction = 0.0
+    """Share of words in which two neighbouring letters are exchanged."""
+
+
+class DataConfig(Part):
+    """The data set: where it comes from, which columns matter, how it is cleaned, split and cut."""
+
+    source: str | tuple[str, ...]
+    """Hub id, a file (csv, tsv, json, jsonl, parquet, txt), a folder (train/validation/test files, or one folder of
+    texts a label), or package:NAME; several sources are mixed."""
+    revision: str | None = None
+    """Hub commit, tag or branch."""
+    subset: str | None = None
+    """Configuration name of a hub data set that has several."""
+    splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
+    """Which split of the source plays which part, where the names differ: {validation: dev}."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of a second text (entailment, similarity)."""
+    label: str | tuple[str, ...] = "label"
+    """Column of the label; several 0/1 columns make a multi-label task."""
+    labels: tuple[str, ...] | None = None
+    """Label names, in id order; None takes them from the source. A label that is not among them is an error."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
+    """Shape of instruction rows; auto recognises it from the columns."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames for instruction rows: {instruction: question, output: answer}."""
+    system: str | None = None
+    """System prompt put before conversations that have none."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Share of each source in the training split when several are mixed; None takes all rows of each."""
+    streaming: bool = False
+    """Tokenize to disk in pieces, so that the source need not fit in memory."""
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens kept of a row; longer rows are truncated, and reported."""
+    validation_size: Annotated[float, Field(gt=0)] = 0.1
+    """Share (below 1) or rows of the training split held out when the source has no validation split."""
+    test_size: Annotated[float, Field(ge=0)] = 0.2
+    """Share (below 1) or rows held out when the source has no test split; 0 for none."""
+    split_seed: int = 0
+    """Seed of the splits, apart from training.seed so that runs over seeds see the same test rows."""
+    stratify: bool = True
+    """Keep the classes' shares in every split that is made here."""
+    limit: Rows | dict[Literal["train", "validation", "test"], Rows] | None = None
+    """Rows kept of each split (seeded choice), for a quick look; None keeps all."""
+    cleaning: CleaningConfig = CleaningConfig()
+    """What is done about bad rows."""
+    augmentation: AugmentationConfig | None = None
+    """Augmentation of the training split; None for none."""
+
+    @model_validator(mode="after")
+    def _weights_match_sources(self) -> DataConfig:
+        sources = 1 if isinstance(self.source, str) else len(self.source)
+        if self.weights is not None and len(self.weights) != sources:
+            raise ValueError(f"data.weights has {len(self.weights)} values for {sources} sources; give one each")
+        return self
+
+
+class EarlyStopping(Part):
+    """Stop when validation no longer improves."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Validations without improvement after which training stops."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Improvement below which a validation counts as none."""
+
+
+class TrainingConfig(Part):
+    """How long, in which steps, and in what order the model learns."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training split; a fraction is allowed."""
+    max_steps: Rows | None = None
+    """Optimizer steps after which training ends, if that is earlier."""
+    max_time: Annotated[float, Field(gt=0)] | None = None
+    """Minutes of training after which a checkpoint is written and the run ends, resumable."""
+    batch_size: Rows = 16
+    """Rows in an optimizer step, over all processes and micro-batches."""
+    batch_tokens: Rows | None = None
+    """Padded tokens in an optimizer step, in place of batch_size: short rows make larger batches."""
+    micro_batch: Rows | Literal["auto"] | None = None
+    """Rows in one forward pass of a process; None takes its whole share of the batch; auto begins so, and halves when
+    memory runs out. Gradients do not depend on it."""
+    micro_batch_tokens: Rows | None = None
+    """Padded tokens in one forward pass, in training and evaluation; None takes 1,024 on a CPU, where more is no
+    faster, and 32,768 elsewhere. Gradients do not depend on it."""
+    batching: Literal["length", "random"] = "length"
+    """length: batches of rows of like length (little padding), shuffled; random: plain shuffling, for answers to
+    instructions, whose tokens would weigh more in a batch of short ones. Passes within a batch go by length anyway."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; None takes the method's default."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd", "adafactor"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), SGD with momentum 0.9, or Adafactor (Shazeer & Stern 2018). adamw_8bit keeps
+    AdamW's moments in 8 bits (arXiv:2110.02861); the paged ones move them out of a full GPU's memory."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay; biases and normalization weights are exempt."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; None leaves them."""
+    scheduler: Literal[SCHEDULERS] = "linear"  # type: ignore[valid-type]
+    """Learning-rate schedule after warmup, by transformers' name."""
+    warmup: Annotated[float, Field(ge=0)] = 0.06
+    """Share (below 1) or number of steps over which the learning rate rises from 0."""
+    gradient_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(_as_mode)] = "off"
+    """Form activations again in the backward pass in place of keeping them. full: all of a block, about a third more
+    time; selective: all but matrix products, which are kept; true and false mean full and off."""
+    compile: bool = False
+    """Compile the blocks' training passes with torch.compile: one compilation of a minute or so, then faster steps
+    where many small kernels are what takes the time. Needs Triton on a GPU, a C++ compiler on a CPU."""
+    feature_cache_gb: Annotated[float, Field(ge=0)] = 8.0
+    """GB of disk for what frozen blocks give, computed once for all epochs and runs; what was used longest ago makes
+    room. 0 computes it in every epoch."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on the input embeddings while training (NEFTune, arXiv:2310.05914)."""
+    weight_averaging: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the trained weights, which is validated, chosen and exported in place
+    of the weights of one step (arXiv:1703.01780): 0.999 or 0.99 steady what a high learning rate scatters."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when validation no longer improves; None trains to the end."""
+    best_metric: str | None = None
+    """Validation figure by which the best checkpoint is chosen and restored at the end; None takes the task's own."""
+    evaluate_every: Literal["epoch"] | Rows = "epoch"
+    """Steps between validations, or every epoch."""
+    save_every: Literal["epoch"] | Rows = "epoch"
+    """Steps between checkpoints, or every epoch; a validation that is the best so far is saved as well."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept, besides the best."""
+    log_every: Rows = 10
+    """Steps between lines of the log."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does: stop the run, or skip the step and count it."""
+    seed: int = 0
+    """Seeds the new weights, the batch order, dropout and augmentation."""
+    threads: Rows | None = None
+    """CPU threads a process; None takes cores ÷ processes."""
+
+    @field_validator("epochs")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if value == float("inf"):
+            raise ValueError("expected a finite number; use max_steps or max_time to bound a run")
+        return value
+
+
+class GenerationConfig(Part):
+    """How text is generated, in evaluation and from the command line."""
+
+    max_new_tokens: Rows = 128
+    """Tokens generated at most."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy; higher is more varied."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling (Holtzman et al. 2020): the smallest set of tokens with this probability."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample among the k likeliest tokens; 0 for all."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the scores of tokens already there (CTRL, arXiv:1909.05858)."""
+    seed: int = 0
+    """Seed of the sampling."""
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Held-out rows generated before and after training; 0 for none."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of your own to be continued before and after training."""
+
+
+class EvaluationConfig(Part):
+    """How the result is scored, and what it is compared with."""
+
+    metrics: tuple[str, ...] | None = None
+    """Names of evaluate modules (accuracy, f1, …, or one from the hub); None takes the task's own."""
+    baselines: tuple[Literal["majority", "zero_shot"], ...] | None = None
+    """What stands beside the result; None takes the task's own."""
+    batch_size: Rows | None = None
+    """Rows in one evaluation pass, which training.micro_batch_tokens bounds too; None takes 32."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Level of the confidence intervals."""
+    worst: Annotated[int, Field(ge=0)] = 20
+    """Worst mistakes listed."""
+    generation: GenerationConfig = GenerationConfig()
+    """How text is generated."""
+
+
+class ExportConfig(Part):
+    """What is made of the trained model besides its adapter."""
+
+    merge: bool = False
+    """Also write the base with the adapter merged into it."""
+    prove: bool = True
+    """Reload the export in a fresh process and compare its outputs with the trained model's."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest difference of logits, relative to their spread, that the proof lets pass."""
+
+
+class Recipe(Part):
+    """One whole run: model, quantization, method, task, data, training, evaluation, export."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    """Names the run's folder: letters, digits, '_', '-' and '.'."""
+    model: ModelConfig
+    quantization: Annotated[Any, ByKind(QUANTIZATIONS)] | None = None
+    method: Annotated[Any, ByKind(METHODS)] = Field(default="lora", validate_default=True)
+    task: Annotated[Any, ByKind(TASKS)] = Field(default="classification", validate_default=True)
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    tracking: tuple[str, ...] = ("tensorboard",)
+    """Trackers of Accelerate by name (tensorboard, wandb, mlflow, …); empty for none."""
+    output_dir: str = "runs"
+    """Folder that holds the run's folder."""
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Recipe:
+        self.method.check(self)
+        return self
+
+    @classmethod
+    def parse(cls, values: Any, *, origin: str = "recipe") -> Recipe:
+        """A recipe from plain values; raises RecipeError that names every wrong field."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(describe(error, origin)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """A recipe from a YAML file; raises RecipeError with file, line and column."""
+        from peftkit.schema.recipe_yaml import read
+
+        return read(Path(path))
+
+    def to_yaml(self, *, defaults: bool = True) -> str:
+        """The recipe as YAML; ``defaults=False`` leaves out what is at its default."""
+        from peftkit.schema.recipe_yaml import write
+
+        return write(self, defaults=defaults)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the recipe's, or the method's default."""
+        return self.training.learning_rate or self.method.default_learning_rate
+
+
+def replace(recipe: Recipe, **parts: Any) -> Recipe:
+    """A new validated recipe with parts, or some fields of a part, replaced.
+
+    A mapping changes the fields it names and keeps the rest; one with another ``kind`` swaps the whole part.
+
+    >>> replace(recipe, name="quick", training={"epochs": 1}, method={"kind": "frozen"})  # doctest: +SKIP
+    """
+    unknown = set(parts) - set(Recipe.model_fields)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise RecipeError(f"recipe has no part '{name}': {did_you_mean(name, Recipe.model_fields)}")
+    values = recipe.model_dump(exclude_unset=False)
+    for name, value in parts.items():
+        values[name] = merge(values.get(name), value)
+    return Recipe.parse(values, origin=f"recipe '{values.get('name')}'")
+
+
+def merge(old: Any, new: Any) -> Any:
+    """``old`` with the fields of ``new`` put over it, part by part; a new ``kind`` starts from its own defaults.
+
+    A new ``source`` drops what belonged to the old one: a revision pinned there means nothing here.
+    """
+    if isinstance(new, Part):
+        return new
+    if not isinstance(new, dict) or not isinstance(old, dict) or new.get("kind", old.get("kind")) != old.get("kind"):
+        return new
+    if new.get("source", old.get("source")) != old.get("source"):
+        old = {key: value for key, value in old.items() if key not in BOUND_TO_SOURCE}
+    return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}}
+
+
+def flatten(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], str, Any]]:
+    """(location, message, input) of every complaint, those of parts chosen by kind included."""
+    found = []
+    for item in error.errors(include_url=False):
+        inner = item.get("ctx", {}).get("error")
+        loc = prefix + tuple(part for part in item["loc"] if not _is_union_tag(part))
+        if isinstance(inner, ValidationError):
+            found += flatten(inner, loc)
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found.append((loc, message, item.get("input")))
+    return found
+
+
+def describe(error: ValidationError, origin: str) -> str:
+    """One line for one complaint, a short list for several."""
+    lines = [complaint(loc, message, value) for loc, message, value in flatten(error)]
+    lines = list(dict.fromkeys(lines))
+    return (
+        f"{origin}: {lines[0]}"
+        if len(lines) == 1
+        else "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
+    )
+
+
+_SHORT = reprlib.Repr()  # bounded: aliases can make a small file stand for an endless value
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 61
+
+
+def complaint(loc: tuple[Any, ...], message: str, value: Any) -> str:
+    """``training.epochs: input should be greater than 0, found -1``."""
+    message = message[:1].lower() + message[1:]
+    shown = _SHORT.repr(value)
+    found = (
+        f", found {shown}"
+        if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message
+        else ""
+    )
+    where = ".".join(str(part) for part in loc)
+    return f"{where}: {message}{found}" if where else f"{message}{found}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    """pydantic puts the tried type of a union into the location; users know fields only."""
+    return isinstance(part, str) and (
+        not part.isidentifier() or part in {"int", "str", "float", "none", "tuple", "dict"}
+    )

@@ -1,0 +1,191 @@
+"""Which tokens of a conversation are the assistant's: known from how it is rendered, never searched for.
+
+For the assistant turn i, the template renders the conversation before it with its generation prompt (what the model
+will be given) and the conversation up to and including it; the second continues the first, and what it adds is the
+turn: the answer and its stop token. Where the template writes an earlier turn differently once others follow (it drops
+their reasoning, or moves the system prompt), every turn becomes an example of its own, in which the model reads
+exactly what it will read when it is used.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftkit.errors import DataError, ModelError
+from peftkit.models.chat_template import TurnStyle, render
+from peftkit.tasks.windows import IGNORE, Stretch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+TrainOn = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of rendered text that is scored as a whole, or not at all."""
+
+    text: str
+    scored: bool
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One conversation as tokens."""
+
+    ids: list[int]
+    labels: list[int]
+    ends: list[int]
+    """Where each scored turn ends: the number of tokens up to and including its stop token."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first that is scored."""
+        return next((index for index, label in enumerate(self.labels) if label != IGNORE), len(self.labels))
+
+
+def pieces_of(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: TurnStyle, train_on: TrainOn
+) -> list[list[Piece]]:
+    """The examples that a conversation makes, as pieces of text; what follows the last assistant turn is left out.
+
+    Raises:
+        DataError: the template fails on this conversation, or rewrites a turn so that it cannot be told apart.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = turns[-1:] if train_on == "last" else turns
+    rendered = [_turn(messages, index, tokenizer, style) for index in turns]
+    whole = rendered[-1][0] + rendered[-1][1]
+    if (style.stop or len(turns) == 1) and all(whole.startswith(prompt + answer) for prompt, answer in rendered):
+        spans = [(len(prompt), len(prompt + answer)) for prompt, answer in rendered]
+        return [_cut(whole, [span for turn, span in zip(turns, spans, strict=True) if turn in wanted], train_on)]
+    chosen = [turn for index, turn in zip(turns, rendered, strict=True) if index in wanted]
+    return [_cut(prompt + answer, [(len(prompt), len(prompt + answer))], train_on) for prompt, answer in chosen]
+
+
+def _turn(
+    messages: Sequence[Message], index: int, tokenizer: PreTrainedTokenizerBase, style: TurnStyle
+) -> tuple[str, str]:
+    """What stands before the answer at ``index``, and the answer with its stop token."""
+    try:
+        prompt = render(tokenizer, messages[:index], generate=True)
+        whole = render(tokenizer, messages[: index + 1])
+    except ModelError as error:
+        raise DataError(f"turn {index + 1}: {error}") from None
+    if not whole.startswith(prompt):
+        raise DataError(
+            f"turn {index + 1}: the chat template writes what comes before this answer differently once it is there; "
+            "a conversation should begin with the user's turn"
+        )
+    answer = whole[len(prompt) :]
+    if not answer.endswith(style.tail) or _solid(messages[index]["content"]) not in _solid(answer):
+        raise DataError(f"turn {index + 1}: the chat template does not keep this answer's text, it writes {answer!r}")
+    return prompt, answer[: len(answer) - len(style.after)]
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]], train_on: TrainOn) -> list[Piece]:
+    """``text`` with the spans scored; whatever follows the last one is left out."""
+    pieces, done = [], 0
+    for start, end in spans:
+        pieces += [Piece(text[done:start], train_on == "all"), Piece(text[start:end], True)]
+        done = end
+    return pieces
+
+
+def _solid(text: str) -> str:
+    """Without white space, which templates trim and add around what they keep."""
+    return "".join(text.split())
+
+
+def tokenize(
+    examples: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase, style: TurnStyle
+) -> Iterator[Labelled]:
+    """Pieces of text → tokens and labels, example by example; the end of a piece is always the end of a token.
+
+    The pieces are tokenized one by one, so that a prompt's tokens are those that it has when it is all there is; a
+    tokenizer that puts a space before each text reads the whole, whose tokens are then shared out by their offsets.
+
+    Raises:
+        DataError: the tokenizer joins the end of a prompt and the beginning of an answer into one token, and
+            cannot read them apart.
+    """
+    texts = [piece.text for example in examples for piece in example]
+    wholes = ["".join(piece.text for piece in example) for example in examples]
+    encoded = _ids(tokenizer, texts + wholes)
+    parts, full = iter(encoded[: len(texts)]), iter(encoded[len(texts) :])
+    for example, text in zip(examples, wholes, strict=True):
+        split, whole = [next(parts) for _ in example], next(full)
+        joined = list(chain.from_iterable(split))
+        if joined != whole and not _same_text(tokenizer, joined, whole):
+            split = _by_offsets(example, text, tokenizer)
+        yield _label(example, split, style)
+
+
+def _label(example: Sequence[Piece], split: Sequence[Sequence[int]], style: TurnStyle) -> Labelled:
+    ids: list[int] = []
+    labels: list[int] = []
+    ends: list[int] = []
+    for number, (piece, part) in enumerate(zip(example, split, strict=True)):
+        answer = number % 2 == 1
+        part = [*part, style.stop_id] if answer and not style.stop else list(part)
+        ids += part
+        labels += part if piece.scored else [IGNORE] * len(part)
+        if answer:
+            ends.append(len(ids))
+    return Labelled(ids, [IGNORE, *labels[1:]], ends)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text; special tokens are in the text already."""
+    if not texts:
+        return []
+    found: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return found["input_ids"]
+
+
+def _same_text(tokenizer: PreTrainedTokenizerBase, one: list[int], other: list[int]) -> bool:
+    """Whether the pieces read one by one spell the whole: they do not where a tokenizer puts a space before each."""
+    spelled = [
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (one, other)
+    ]
+    return spelled[0] == spelled[1]
+
+
+def _by_offsets(example: Sequence[Piece], text: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Divides the tokens of the whole text among the pieces by the characters that they stand for."""
+    if not tokenizer.is_fast:
+        raise ModelError("expected a tokenizer that gives the place of each token in the text (a 'fast' one)")
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    cuts = list(accumulate(len(piece.text) for piece in example))[:-1]
+    split: list[list[int]] = [[] for _ in example]
+    reached = 0
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # offsets leave out the spaces that belong to a token: what no token covers goes with the one after it
+        start = min(start, reached) if text[reached:start].isspace() else start
+        if any(start < cut < end for cut in cuts):
+            raise DataError(
+                "the tokenizer joins the end of a prompt and the beginning of an answer in one token, "
+                f"{text[start:end]!r}; choose another template with model.chat_template"
+            )
+        split[bisect_right(cuts, start)].append(token)
+        reached = max(reached, end)
+    return split
+
+
+def fit(labelled: Labelled, row: int, max_length: int, train_on: TrainOn) -> Stretch | None:
+    """At most ``max_length`` tokens of it; None when no scored token would be left.
+
+    Whole turns are kept where at least one fits; else the first answer is cut, and its stop token with it.
+    """
+    length = len(labelled.ids)
+    cut = length
+    if length > max_length:
+        whole_turns = [end for end in labelled.ends if end <= max_length]
+        cut = whole_turns[-1] if whole_turns and train_on != "all" else max_length
+    kept = Stretch(labelled.ids[:cut], labelled.labels[:cut], row, length - cut)
+    return kept if kept.weight else None
