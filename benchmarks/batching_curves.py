@@ -127,12 +127,12 @@ def padding(changes: Sequence[str]) -> dict[str, float]:
 
     recipe = overrides.apply(get_recipe("agnews_lora"), list(changes))
     lengths = encode(prepare(recipe), load_tokenizer(recipe.model), recipe).splits["train"].lengths
-    batches = batching.plan(lengths, recipe.training, 0)
+    batches = batching.epoch_batches(lengths, recipe.training, 0)
     tokens = batching.pass_tokens(recipe.training, "cpu")
     passes = [
         micro.rows
         for batch in batches
-        for micro in batching.share(batch, lengths, rank=0, world_size=1, micro_tokens=tokens)
+        for micro in batching.shard_batch(batch, lengths, rank=0, world_size=1, micro_tokens=tokens)
     ]
     return {
         "padding_share": batching.padding_share(lengths, passes),

@@ -130,11 +130,11 @@ def _recipe(name: str, args: argparse.Namespace) -> Any:
 def _row(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Trains a method in a process of its own; what it came to, or why it failed."""
     from peftkit.errors import PeftkitError
-    from peftkit.experiments.jobs import DONE, Job, Processes
+    from peftkit.experiments.jobs import DONE, Job, SubprocessRunner
 
     try:
         recipe = _recipe(name, args)
-        outcome = Processes().carry_out(Job(folder, recipe))
+        outcome = SubprocessRunner().run(Job(folder, recipe))
     except PeftkitError as error:
         return {"status": "failed", "said": str(error)}
     if outcome.status != DONE:

@@ -73,7 +73,7 @@ def linear_bytes(held: str, base: str | None = None) -> dict[str, float]:
     from peftkit import get_recipe, replace
     from peftkit.models.loading import build
     from peftkit.models.tokenizer import load_tokenizer
-    from peftkit.schema.parts import TaskInfo
+    from peftkit.schema.types import TaskInfo
 
     recipe = get_recipe(RECIPES[held])
     if base:

@@ -25,12 +25,12 @@ from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import run_report
 from peftkit.runs import folder as folders
 from peftkit.runs.checkpoints import Checkpoint
-from peftkit.schema.parts import LoadedModel
 from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.types import LoadedModel
 from peftkit.training import features, results
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
-from peftkit.training.loop import Loop, Watch
+from peftkit.training.loop import Loop, ValidationCallback
 from peftkit.training.step import TaskModule
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def train(
     resume: str | Path | bool | None = None,
     allow: tuple[str, ...] = (),
     quiet: bool = False,
-    watch: Watch | None = None,
+    on_validation: ValidationCallback | None = None,
     final: bool = True,
 ) -> Run:
     """Carries out a recipe, from data to exported adapter.
@@ -80,7 +80,7 @@ def train(
         resume: a run's folder to go on with, or True for the newest of this recipe's name.
         allow: what may differ from the resumed run's checkpoint, by name ("data", "training.epochs").
         quiet: print no tables.
-        watch: told the step and the figures of every validation; what it raises ends the run.
+        on_validation: told the step and the figures of every validation; what it raises ends the run.
         final: False stops after training and validation: the test split stays unread, and nothing is exported.
             Resumed with True, such a run is finished without being trained again.
 
@@ -89,29 +89,31 @@ def train(
         Interrupted: stopped by a signal or the time limit; resumable.
         TrainingError: loss or gradients were not finite, storage or memory gave out, or a process was lost.
     """
-    dtypes.quiet()
+    dtypes.silence_libraries()
     session = open_session(recipe)
     with guarded(session):
         recipe, tokenizer, prepared, encoded, loaded = _data_and_model(recipe, session)
         module = TaskModule(loaded, recipe.task, prepared.info)
         frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
         loaded.notes += [frozen.note] if frozen.note else []
-        say = run_report.speaker(session, quiet=quiet)
+        say = run_report.console_reporter(session, quiet=quiet)
         about = say.start(recipe, session, prepared, encoded, loaded)
 
         path = _folder(recipe, session, resume)
         session.folder = path
-        marks = folders.fingerprints(
+        fingerprints = folders.fingerprints(
             recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
             world_size=session.world_size,
         )  # fmt: skip
-        rows = frozen.carry_out(final=final)
-        loop = Loop(recipe, session, module, tokenizer, rows, path, marks, watch, prepared.splits["train"])
+        rows = frozen.run(final=final)
+        loop = Loop(
+            recipe, session, module, tokenizer, rows, path, fingerprints, on_validation, prepared.splits["train"]
+        )
         with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
-            checkpoint = _go_on_from(path, marks, allow, session, say) if resume else None
+            checkpoint = _go_on_from(path, fingerprints, allow, session, say) if resume else None
             folders.describe_run(path, recipe, prepared.info, session)
             session.start_trackers(recipe, path)
-            before = results.before_training(loop, loaded, prepared) if final else results.Before()
+            before = results.before_training(loop, loaded, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
             splits = results.HELD_OUT if final else ("validation",)
             found = results.after_training(loop, loaded, prepared, before, splits)
@@ -150,7 +152,7 @@ def _data_and_model(
 def _folder(recipe: Recipe, session: Session, resume: str | Path | bool | None) -> Path:
     """The folder of the run to go on with, or a new one."""
     if resume:
-        return session.main_only(lambda: folders.find_run(recipe, resume))
+        return session.run_on_main(lambda: folders.find_run(recipe, resume))
     return folders.new_folder(recipe, session)
 
 
@@ -166,9 +168,9 @@ def _whole(loaded: LoadedModel, loop: Loop, make: Callable[[], LoadedModel]) -> 
     return made
 
 
-def _go_on_from(path: Path, marks: Any, allow: tuple[str, ...], session: Session, say: Any) -> Checkpoint | None:
+def _go_on_from(path: Path, fingerprints: Any, allow: tuple[str, ...], session: Session, say: Any) -> Checkpoint | None:
     """The checkpoint to go on from; says what is not as it was. Only the main process reads."""
-    checkpoint, said = session.main_only(lambda: folders.resumable(path, marks, allow))
+    checkpoint, said = session.run_on_main(lambda: folders.resumable(path, fingerprints, allow))
     for line in [*said, *folders.other_surroundings(path, session)]:
         say.warn(line)
     return checkpoint  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peftkit.export.adapter import export_run
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("cat", "dog", "eel"))

@@ -10,7 +10,7 @@ import pytest
 from peftkit import registry as module
 from peftkit.errors import RecipeError
 from peftkit.registry import Registry
-from peftkit.schema.recipe import METHODS, TASKS
+from peftkit.schema.registries import METHODS, TASKS
 
 
 def one():

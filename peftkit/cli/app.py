@@ -175,7 +175,7 @@ def plan(
     chosen = _recipe(recipe, changes) if recipe else None
     from peftkit.reporting import planning
 
-    print(planning.carry_out(chosen, table=table, gpu=gpu, as_json=as_json, apply=apply), end="")
+    print(planning.plan_command(chosen, table=table, gpu=gpu, as_json=as_json, apply=apply), end="")
 
 
 @command("train")
@@ -215,8 +215,8 @@ def evaluate(
     from peftkit.distributed import process_group
     from peftkit.inference import evaluate
 
-    with process_group.joined() as team:
-        figures = evaluate.evaluate(run, split=split, file=file, merge=_merge(merge), team=team)
+    with process_group.init_process_group() as group:
+        figures = evaluate.evaluate(run, split=split, file=file, merge=_merge(merge), group=group)
     if launch.is_main_rank():
         _show(figures, as_json)
 
@@ -234,7 +234,7 @@ def predict(
     """Give texts their labels, with the probability of every label."""
     from peftkit.inference import predict_file
 
-    count = predict_file.carry_out(run, file=file, column=column, out=out, merge=_merge(merge))
+    count = predict_file.predict_file(run, file=file, column=column, out=out, merge=_merge(merge))
     if out:
         _say(f"wrote {count} rows to {out}")
 
@@ -259,7 +259,7 @@ def embed(
     """Give texts their vectors, pooled as the model pools."""
     from peftkit.inference import embeddings
 
-    count = embeddings.carry_out(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
+    count = embeddings.embed_file(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
     if out:
         _say(f"wrote {count} vectors to {out}")
 
@@ -282,7 +282,7 @@ def generate(
     from peftkit.inference import generate_file
 
     options = _given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    count = generate_file.carry_out(run, file=file, out=out, options=options, merge=_merge(merge))
+    count = generate_file.generate_file(run, file=file, out=out, options=options, merge=_merge(merge))
     if out:
         _say(f"wrote {count} rows to {out}")
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from peftkit.data.mapping import PLACE
 from peftkit.data.tables import iterate
-from peftkit.schema.parts import Row, Task
 from peftkit.schema.recipe import AugmentationConfig
+from peftkit.schema.task import Task
+from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset

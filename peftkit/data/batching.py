@@ -36,7 +36,7 @@ class MicroBatch:
     counts: bool = True
 
 
-def plan(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.ndarray]:
     """The epoch's global batches as arrays of row numbers; every row stands in exactly one.
 
     Args:
@@ -59,17 +59,17 @@ def plan(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.n
 
 def _batches(rows: np.ndarray, lengths: np.ndarray, training: TrainingConfig) -> list[np.ndarray]:
     """Cuts an ordered list of rows into global batches, by row count or by token budget."""
-    return cut(rows, lengths, None if training.batch_tokens else training.batch_size, training.batch_tokens)
+    return split_by_budget(rows, lengths, None if training.batch_tokens else training.batch_size, training.batch_tokens)
 
 
 def steps_per_epoch(lengths: np.ndarray, training: TrainingConfig) -> int:
     """Optimizer steps in one pass; with a token budget, those of the first epoch's plan."""
     if training.batch_tokens:
-        return len(plan(lengths, training, 0))
+        return len(epoch_batches(lengths, training, 0))
     return math.ceil(len(lengths) / training.batch_size)
 
 
-def share(
+def shard_batch(
     batch: np.ndarray,
     lengths: np.ndarray,
     *,
@@ -84,12 +84,14 @@ def share(
     micro-batch has more than ``micro_batch`` rows or, having several, more than ``micro_tokens`` padded tokens.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
-    shares = [cut(order[each::world_size], lengths, micro_batch, micro_tokens) for each in range(world_size)]
+    shares = [
+        split_by_budget(order[each::world_size], lengths, micro_batch, micro_tokens) for each in range(world_size)
+    ]
     micro = [MicroBatch(piece) for piece in shares[rank]]
     return micro + [MicroBatch(order[:1], counts=False)] * (max(map(len, shares)) - len(micro))
 
 
-def cut(rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None) -> list[np.ndarray]:
+def split_by_budget(rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None) -> list[np.ndarray]:
     """Cuts an ordered list of rows into pieces of at most ``most`` rows and ``tokens`` padded tokens (or one row)."""
     pieces, start, longest = [], 0, 0
     for end, row in enumerate(rows):
@@ -108,7 +110,7 @@ def pass_tokens(training: TrainingConfig, device: str) -> int:
 
 def by_length(lengths: np.ndarray, size: int, tokens: int | None = None) -> list[np.ndarray]:
     """Batches for evaluation: longest first (too large a batch fails at once), ``size`` rows or ``tokens`` each."""
-    return cut(np.argsort(-lengths, kind="stable"), lengths, size, tokens)
+    return split_by_budget(np.argsort(-lengths, kind="stable"), lengths, size, tokens)
 
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:

@@ -15,8 +15,8 @@ from peftkit.data.near_duplicates import find_pairs, words_of
 from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.data.tables import iterate
 from peftkit.errors import DataError
-from peftkit.schema.parts import Task
 from peftkit.schema.recipe import CleaningConfig
+from peftkit.schema.task import Task
 
 
 def drop_conflicts(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningStep]:

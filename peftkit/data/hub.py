@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import DataError, HubError, did_you_mean
-from peftkit.schema.parts import Row
 from peftkit.schema.recipe import DataConfig
+from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

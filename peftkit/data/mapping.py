@@ -17,8 +17,9 @@ from peftkit.data.problems import Problems, located
 from peftkit.data.steps import CleaningStep, StepLog
 from peftkit.data.tables import iterate, write_rows
 from peftkit.errors import DataError
-from peftkit.schema.parts import Row, Task, TaskInfo
 from peftkit.schema.recipe import DataConfig
+from peftkit.schema.task import Task
+from peftkit.schema.types import Row, TaskInfo
 
 if TYPE_CHECKING:
     from datasets import Dataset

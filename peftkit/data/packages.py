@@ -22,8 +22,8 @@ from peftkit.data.folders import SUFFIXES, File, Layout, by_label
 from peftkit.data.problems import Problems
 from peftkit.data.readers import read_csv, read_sections, read_text
 from peftkit.errors import DataError
-from peftkit.schema.parts import Row
 from peftkit.schema.recipe import DataConfig
+from peftkit.schema.types import Row
 
 PREFIX = "package:"
 

@@ -25,8 +25,9 @@ from peftkit.data.sources import Source, find, read
 from peftkit.data.steps import CleaningStep
 from peftkit.data.tables import BATCH, open_table, release, write_rows
 from peftkit.errors import DataError
-from peftkit.schema.parts import Batch, Row, Task, TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.task import Task
+from peftkit.schema.types import Batch, Row, TaskInfo
 from peftkit.system import parallel
 from peftkit.system.cache import atomic_folder, cache_folder, entry_lock, is_intact
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from peftkit.data.problems import Problems, shorten
 from peftkit.errors import DataError
-from peftkit.schema.parts import Row
+from peftkit.schema.types import Row
 
 Reader = Callable[[Path, Problems], Iterator[Row]]
 LARGEST_FIELD = 1 << 24

@@ -18,8 +18,8 @@ from peftkit.data.problems import Problems
 from peftkit.data.readers import READERS, class_names, read_parquet
 from peftkit.data.tables import write_rows
 from peftkit.errors import DataError, did_you_mean
-from peftkit.schema.parts import Row
 from peftkit.schema.recipe import DataConfig
+from peftkit.schema.types import Row
 from peftkit.system.cache import file_digest
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from peftkit.data.problems import shorten
 from peftkit.errors import DataError
-from peftkit.schema.parts import Row
+from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,9 +1,9 @@
 """Rows of one command shared between the processes that a launcher started: each does its part, the main one writes.
 
-    with processes.joined() as team:
-        model = team.main_first(lambda: load(run, device=team.device))
-        for chunk in team.chunks(rows, 512):                    # read by the main process alone
-            labels = team.share(chunk, model.predict)           # in the chunk's order, on every process
+    with processes.joined() as group:
+        model = group.main_first(lambda: load(run, device=group.device))
+        for chunk in group.chunks(rows, 512):                    # read by the main process alone
+            labels = group.map_sharded(chunk, model.predict)           # in the chunk's order, on every process
 
 All processes run the same lines. Item i of a list is rank ``i % world_size``'s, so that no item is lost or done twice
 however they divide, and a rank may have none. Every process holds the whole model. An error of one is raised on all,
@@ -33,7 +33,7 @@ PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """One process's view of those that share the rows."""
 
     rank: int = 0
@@ -46,7 +46,7 @@ class Team:
         """Whether this is the one process that reads, writes and speaks."""
         return self.rank == 0
 
-    def tried(self, work: Callable[[], Result]) -> Result:
+    def run_collectively(self, work: Callable[[], Result]) -> Result:
         """What this process's work gives, once all have done theirs.
 
         Raises:
@@ -73,11 +73,11 @@ class Team:
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
         """What every process's work gives, by rank, on every process; an error of one is raised on all."""
-        return self._gathered(self.tried(work))
+        return self._gathered(self.run_collectively(work))
 
-    def main_only(self, work: Callable[[], Result]) -> Result:
+    def run_on_main(self, work: Callable[[], Result]) -> Result:
         """What the main process's work gives, on every process."""
-        made = self.tried(work if self.is_main else _nothing)
+        made = self.run_collectively(work if self.is_main else _nothing)
         if self.world_size > 1:
             import torch.distributed as dist
 
@@ -89,14 +89,14 @@ class Team:
     def main_first(self, work: Callable[[], Result]) -> Result:
         """What this process's own work gives; the others begin when the main one has filled the caches."""
         if self.is_main:
-            made = self.tried(work)
-            self.tried(_nothing)
+            made = self.run_collectively(work)
+            self.run_collectively(_nothing)
         else:
-            self.tried(_nothing)
-            made = self.tried(work)
+            self.run_collectively(_nothing)
+            made = self.run_collectively(work)
         return made
 
-    def share(self, items: Sequence[Item], work: Callable[[list[Item]], Iterable[Result]]) -> list[Result]:
+    def map_sharded(self, items: Sequence[Item], work: Callable[[list[Item]], Iterable[Result]]) -> list[Result]:
         """A result for each item, in their order, on every process; ``work`` gives those of some, in their order."""
         if self.world_size == 1:
             return list(work(list(items)))
@@ -109,7 +109,7 @@ class Team:
 
     def chunks(self, rows: Iterator[Item], size: int) -> Iterator[list[Item]]:
         """Rows that the main process reads, on every process: at most ``size`` for each of them at a time."""
-        while chunk := self.main_only(lambda: list(itertools.islice(rows, size * self.world_size))):
+        while chunk := self.run_on_main(lambda: list(itertools.islice(rows, size * self.world_size))):
             yield chunk
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -123,8 +123,8 @@ class Team:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Team]:
-    """Brings the launched processes together while a command runs; without a launcher a team of one.
+def init_process_group() -> Iterator[ProcessGroup]:
+    """Brings the launched processes together while a command runs; without a launcher a group of one.
 
     Each takes the GPU of its local rank where there are any, and its share of the CPU's cores. That more processes were
     asked for than run is told on stderr.
@@ -137,37 +137,37 @@ def joined() -> Iterator[Team]:
         note = missing_processes(1)
         if note:
             print(f"peftkit: {note}", file=sys.stderr)
-        yield Team()
+        yield ProcessGroup()
         return
     import torch.distributed as dist
 
-    from peftkit.distributed.watchdog import Watch, address
+    from peftkit.distributed.watchdog import Watchdog, address
     from peftkit.system.parallel import local_processes
 
-    team, ours = _meet()
+    group, ours = _meet()
     try:
-        where = address(team.world_size, local_processes())
+        where = address(group.world_size, local_processes())
         # a pipe that is read may be silent for as long as it likes
-        with Watch(
-            team.rank, team.world_size, lambda value: team.main_only(lambda: value), address=where,
+        with Watchdog(
+            group.rank, group.world_size, lambda value: group.run_on_main(lambda: value), address=where,
             outside=math.inf, then="Run it again",
         ) as watch:  # fmt: skip
             try:
-                yield team
+                yield group
             except RuntimeError as error:  # a collective that another process left
                 lost = watch.lost(wait=PATIENCE)
                 if not lost:
                     raise
                 told = TrainingError(f"{lost}; run it again")
                 speaker = 1 if lost.startswith("rank 0") and "failed" not in lost else 0
-                told.shared = team.rank != speaker
+                told.shared = group.rank != speaker
                 raise told from error
     finally:
         if ours:
             dist.destroy_process_group()
 
 
-def _meet() -> tuple[Team, bool]:
+def _meet() -> tuple[ProcessGroup, bool]:
     """This process's place among the launched ones, and whether it was made here; sets its device and threads."""
     import torch
     import torch.distributed as dist
@@ -189,7 +189,7 @@ def _meet() -> tuple[Team, bool]:
     if ours:  # objects go over the CPU, whatever the models are on
         dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=session.PATIENCE)
     torch.set_num_threads(parallel.share_of_cores(None))
-    return Team(dist.get_rank(), dist.get_world_size(), device), ours
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), device), ours
 
 
 def _nothing() -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.distributed import sharding, zero
 from peftkit.distributed.launched import missing_processes
-from peftkit.distributed.watchdog import Watch, address
+from peftkit.distributed.watchdog import Watchdog, address
 from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.schema.recipe import Recipe
 from peftkit.system.memory import bound_kernel_cache
@@ -36,12 +36,12 @@ class Session:
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
     """The run's folder, once it is known."""
-    watch: Watch = field(init=False)
+    watchdog: Watchdog = field(init=False)
     """Notices other processes that die or hang, while it is entered."""
 
     def __post_init__(self) -> None:
         where = address(self.world_size, local_processes())
-        self.watch = Watch(self.rank, self.world_size, self.agree, address=where)
+        self.watchdog = Watchdog(self.rank, self.world_size, self.broadcast_object, address=where)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +87,7 @@ class Session:
         else:
             self.accelerator.backward(loss)
 
-    def agree(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.world_size == 1:
             return value
@@ -95,7 +95,7 @@ class Session:
 
         return broadcast_object_list([value])[0]
 
-    def main_only(self, work: Callable[[], Any]) -> Any:
+    def run_on_main(self, work: Callable[[], Any]) -> Any:
         """What the main process's work gives, on every process; an error raised on purpose there is raised on all."""
         if self.world_size == 1:
             return work()
@@ -105,13 +105,13 @@ class Session:
                 result = work()
             except PeftkitError as raised:
                 error = raised
-        result, error = self.agree((result, error))
+        result, error = self.broadcast_object((result, error))
         if error:
             error.shared = True
             raise error
         return result
 
-    def share(self, read: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def broadcast_tensors(self, read: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Tensors that the main process reads, on every process's CPU; one after the other is sent."""
         if self.world_size == 1:
             return dict(read())
@@ -124,13 +124,13 @@ class Session:
             return {name: (held.shape, held.dtype) for name, held in tensors.items()}
 
         found = {}
-        for name, (shape, dtype) in self.main_only(shapes).items():
+        for name, (shape, dtype) in self.run_on_main(shapes).items():
             held = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(self.device)
             torch.distributed.broadcast(held, src=0)
             found[name] = held.cpu()
         return found
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of the processes' values."""
         if self.world_size == 1:
             return value

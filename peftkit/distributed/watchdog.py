@@ -54,7 +54,7 @@ UNWOKEN = 5
 
 
 @dataclass
-class Pulse:
+class Heartbeat:
     """How far a process has come, as it says in every line."""
 
     marks: int = 0
@@ -73,7 +73,7 @@ class Pulse:
 
 
 @dataclass
-class Member:
+class Peer:
     """Another process, as seen from here."""
 
     rank: int
@@ -81,7 +81,7 @@ class Member:
     host: str = "?"
     pid: int = 0
     heard: float = field(default_factory=time.monotonic)
-    pulse: Pulse = field(default_factory=Pulse)
+    pulse: Heartbeat = field(default_factory=Heartbeat)
     done: bool = False
     received: bytes = b""
 
@@ -110,7 +110,7 @@ class Member:
             self.connection.sendall((json.dumps(message) + "\n").encode())
 
 
-class Watch:
+class Watchdog:
     """Watches the other processes of a run from a thread; does nothing in a run of one process.
 
     Args:
@@ -134,7 +134,7 @@ class Watch:
         self._silence = SILENCE if silence is None else silence
         self._stall = STALL if stall is None else stall
         self._first = FIRST if first is None else first
-        self._members: dict[int, Member] = {}
+        self._members: dict[int, Peer] = {}
         self._closing = threading.Event()
         self._lost = threading.Event()
         self._why = ""
@@ -144,7 +144,7 @@ class Watch:
         self._activity = Activity()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if self.world_size > 1:
             server = socket.create_server((self._address, 0), backlog=self.world_size) if self.rank == 0 else None
             here = (_host(), os.getpid())
@@ -237,7 +237,7 @@ class Watch:
 
     def _add(self, rank: int, connection: socket.socket, host: str, pid: int, received: bytes = b"") -> None:
         connection.settimeout(0.0)
-        self._members[rank] = Member(rank, connection, host, pid, received=received)
+        self._members[rank] = Peer(rank, connection, host, pid, received=received)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -262,10 +262,10 @@ class Watch:
         for member in self._members.values():
             member.heard += seconds
 
-    def _pulse(self) -> Pulse:
+    def _pulse(self) -> Heartbeat:
         place, waits = whereabouts()
         since = time.monotonic() - self._marked
-        return Pulse(self._marks, self._passing, since, self._activity.look(), self._quiet, place, waits)
+        return Heartbeat(self._marks, self._passing, since, self._activity.look(), self._quiet, place, waits)
 
     def _listen(self) -> tuple[int, str] | None:
         """The rank that was lost, and how that shows."""
@@ -277,7 +277,7 @@ class Watch:
                     if "failed" in message:
                         return member.rank, f"failed: {message['failed']}"
                     member.done = member.done or "bye" in message
-                    member.pulse = member.pulse if member.done else Pulse(**message)
+                    member.pulse = member.pulse if member.done else Heartbeat(**message)
             except (EOFError, ValueError, TypeError):
                 if not member.done:
                     return member.rank, "ended without a word: it was killed, or ran out of memory"
@@ -285,7 +285,7 @@ class Watch:
                 return member.rank, f"has not been heard of for {self._silence:.0f} s: it was stopped, or cut off"
         return None
 
-    def _hanging(self, mine: Pulse) -> tuple[int, str] | None:
+    def _hanging(self, mine: Heartbeat) -> tuple[int, str] | None:
         """The process that has done least, when nobody gets on; a process by itself is not judged."""
         pulses = {0: mine} | {rank: member.pulse for rank, member in self._members.items() if not member.done}
         limit = max(self._stall, SLOWER * self._longest) if self._longest else self._first

@@ -19,7 +19,7 @@ import torch
 
 from peftkit.errors import RecipeError
 from peftkit.models.quantization import checkpoint
-from peftkit.schema.parts import Method
+from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe
 
 STAGES = (2, 3)

@@ -13,8 +13,9 @@ from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE, Decisions
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.evaluation.mistakes import worst
 from peftkit.evaluation.reliability import reliability
-from peftkit.schema.parts import Task, TaskInfo
 from peftkit.schema.recipe import EvaluationConfig
+from peftkit.schema.task import Task
+from peftkit.schema.types import TaskInfo
 
 Assessment = dict[str, Any]
 PAIRS = 1000

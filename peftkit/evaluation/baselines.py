@@ -18,8 +18,8 @@ from peftkit.evaluation import decisions, zero_shot_scores
 from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE
 from peftkit.evaluation.paired_tests import mcnemar, paired, verdict, verdict_on_loss
 from peftkit.evaluation.resampling import of_loss
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import EvaluationConfig
+from peftkit.schema.types import TaskInfo
 
 Kept = Callable[[Sequence[str], Callable[[], np.ndarray]], np.ndarray]
 DECODER_ROWS = 200
@@ -114,10 +114,10 @@ def zero_shot(
     outputs = {"logits": scores, "labels": np.asarray([labels[row] for row in rows])}
     wanted = [*(evaluation.metrics or decisions.DEFAULTS[SINGLE]), "accuracy"]
     named = [name for name in wanted if name not in ("loss", "calibration_error")]
-    return Baseline("zero_shot", decisions.compute(outputs, info, named), scores.argmax(axis=1), rows, note)
+    return Baseline("zero_shot", decisions.compute_metrics(outputs, info, named), scores.argmax(axis=1), rows, note)
 
 
-def beside(
+def compare_predictions(
     baseline: Baseline, predicted: np.ndarray, gold: np.ndarray, info: TaskInfo, confidence: float = 0.95
 ) -> dict[str, Any]:
     """A baseline as JSON, compared with the trained model's predictions of the same rows.
@@ -142,7 +142,9 @@ def beside(
     return made
 
 
-def beside_losses(baseline: Baseline, loss: np.ndarray, weight: np.ndarray, confidence: float = 0.95) -> dict[str, Any]:
+def compare_losses(
+    baseline: Baseline, loss: np.ndarray, weight: np.ndarray, confidence: float = 0.95
+) -> dict[str, Any]:
     """A language model's baseline as JSON, in the form of ``beside``.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 from peftkit.errors import RecipeError
 from peftkit.evaluation import metrics
 from peftkit.evaluation.reliability import expected_calibration_error
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 HOLDS: dict[str, metrics.Holds] = {SINGLE: "classes", MULTI: "sets", REGRESSION: "numbers"}
@@ -70,7 +70,7 @@ def mean_loss(outputs: Mapping[str, np.ndarray]) -> float:
     return float(np.sum(outputs["loss"], dtype=np.float64)) / weight if weight else float("nan")
 
 
-def compute(
+def compute_metrics(
     outputs: Mapping[str, np.ndarray],
     info: TaskInfo,
     names: Iterable[str] | None = None,
@@ -117,4 +117,4 @@ def _one(name: str, gold: np.ndarray, predicted: np.ndarray, holds: metrics.Hold
     """What a metric says; NaN without rows."""
     if not len(gold):
         return {name: float("nan")}
-    return metrics.figures(name, predicted, gold, holds)
+    return metrics.compute_metric(name, predicted, gold, holds)

@@ -198,7 +198,7 @@ def _ready(model: Any, embedding: Tensor) -> Iterator[None]:
     """No gradient, no dropout, and products in the precision in which the weights are held."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(packing.still(model))
+        stack.enter_context(packing.eval_modules(model))
         stack.enter_context(dtypes.autocast(embedding.dtype, embedding.device))
         yield
 

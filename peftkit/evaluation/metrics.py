@@ -42,7 +42,9 @@ class Score:
         raise NotImplementedError
 
 
-def figures(name: str, predictions: Any, references: Any, holds: Holds = "classes", **options: Any) -> dict[str, float]:
+def compute_metric(
+    name: str, predictions: Any, references: Any, holds: Holds = "classes", **options: Any
+) -> dict[str, float]:
     """What the metric of that name says of all rows; a hub module may return several figures.
 
     Args:
@@ -87,7 +89,7 @@ def load(name: str, holds: Holds = "classes", **options: Any) -> evaluate.Evalua
     from peftkit.evaluation.evaluate_modules import Module
 
     def named(found: Any, gold: Any, **options: Any) -> dict[str, float]:
-        return figures(name, found, gold, holds, **options)
+        return compute_metric(name, found, gold, holds, **options)
 
     return Module(named, holds, type(own).__doc__ or "", own.paper, **{"keep_in_memory": True, **options})
 

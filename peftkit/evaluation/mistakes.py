@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peftkit.evaluation.decisions import MULTI, REGRESSION, Decisions
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 
 TEXT_CHARACTERS = 500
 """Characters of a text that are kept in a report."""

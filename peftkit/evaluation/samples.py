@@ -50,7 +50,7 @@ def side_by_side(samples: Sequence[Sample], before: Sequence[str], after: Sequen
     ]
 
 
-def figures(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+def generation_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
     """ROUGE, BLEU and the like of the texts whose reference is known."""
     known = [(text, sample.reference) for sample, text in zip(samples, texts, strict=True) if sample.reference]
     if not known:

@@ -18,7 +18,7 @@ from typing import Any
 from peftkit.distributed.session import flat
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs as working
-from peftkit.experiments.jobs import DONE, Here, Job, Outcome, Processes, Runner
+from peftkit.experiments.jobs import DONE, InProcessRunner, Job, Outcome, Runner, SubprocessRunner
 from peftkit.experiments.table import Group, check_names, tabulate
 from peftkit.experiments.variants import Variant, parse_vary, variants
 from peftkit.reporting import comparison as reporting
@@ -105,11 +105,11 @@ def compare(
     check_names([Group(variant.label) for variant in made], against=against, cost=cost)
     _refuse_other_rows(made)
     folder = Path(out) if out else Path(chosen[0].output_dir) / f"compare-{chosen[0].name}"
-    runner: Runner = _processes(jobs) if isolated else Here()
+    runner: Runner = _processes(jobs) if isolated else InProcessRunner()
     counted = _seeds(seeds, chosen[0])
     with working.in_use(folder):
-        work = Work(folder, made, counted, runner, 1 if isinstance(runner, Here) else jobs, quiet)
-        stopped = work.carry_out()
+        work = ComparisonRun(folder, made, counted, runner, 1 if isinstance(runner, InProcessRunner) else jobs, quiet)
+        stopped = work.run()
         table = tabulate(chosen[0].name, work.groups(), metric=metric, against=against, cost=cost)
         reporting.write(table, folder)
     if stopped:
@@ -125,18 +125,18 @@ def _seeds(seeds: int | Sequence[int], recipe: Recipe) -> list[int]:
     return [recipe.training.seed + number for number in range(seeds)]
 
 
-def _processes(jobs: int) -> Processes:
+def _processes(jobs: int) -> SubprocessRunner:
     if jobs < 1:
         raise RecipeError(f"--jobs: expected 1 or more, found {jobs}")
     if jobs == 1:
-        return Processes()
+        return SubprocessRunner()
     import torch
 
-    return Processes(threads=max(1, cores() // jobs), devices=torch.cuda.device_count())
+    return SubprocessRunner(threads=max(1, cores() // jobs), devices=torch.cuda.device_count())
 
 
 @dataclass
-class Work:
+class ComparisonRun:
     """The runs of a comparison, those that are done already among them."""
 
     folder: Path
@@ -160,7 +160,7 @@ class Work:
                 )
             self.outcomes[variant.label, seed] = done
 
-    def carry_out(self) -> bool:
+    def run(self) -> bool:
         """Trains what is missing; returns whether it was stopped."""
         left = [pair for pair in self._all() if (pair[0].label, pair[1]) not in self.outcomes]
         try:
@@ -213,12 +213,12 @@ class Work:
         self._say(f"[{place}] {name}: started")
         metric = variant.recipe.training.best_metric
 
-        def watch(step: int, figures: Mapping[str, float]) -> bool:
+        def on_validation(step: int, figures: Mapping[str, float]) -> bool:
             wanted = [metric] if metric and metric in figures else list(figures)[:2]
             self._say(f"[{place}] {name}: step {step}: {', '.join(f'{one} {figures[one]:.4f}' for one in wanted)}")
             return True
 
-        outcome = self.runner.carry_out(self._job(variant, seed), watch)
+        outcome = self.runner.run(self._job(variant, seed), on_validation)
         self.outcomes[variant.label, seed] = outcome
         self._say(f"[{place}] {name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.message}".rstrip())
 

@@ -1,7 +1,7 @@
 """One run of many: carried out in a process of its own, so that neither a crash nor a leak reaches the next.
 
 job = Job(folder, recipe)
-outcome = Processes().carry_out(job, watch)      # outcome.status, outcome.message, outcome.run
+outcome = Processes().carry_out(job, on_validation)      # outcome.status, outcome.message, outcome.run
 
 A job's folder holds ``recipe.yaml``, the run's own folder, ``log.txt`` (all that the run printed) and, once it ended,
 ``outcome.json``. A job that was stopped goes on from its checkpoint.
@@ -39,7 +39,7 @@ NOT_LEARNED = ("output_dir", "training.threads")
 
 
 class Pruned(Exception):
-    """A run was ended because its watch said so."""
+    """A run was ended because its on_validation said so."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def prepare_folder(job: Job, threads: int | None = None) -> None:
     (job.folder / folders.RECIPE).write_text(job.placed(threads).to_yaml(), encoding="utf-8")
 
 
-def carry_out(folder: Path, *, final: bool, watch: Watch | None = None) -> Outcome:
+def run_job(folder: Path, *, final: bool, on_validation: Watch | None = None) -> Outcome:
     """Trains the recipe of a prepared folder in this process; whatever goes wrong is the outcome's message."""
     recipe, started = Recipe.from_yaml(folder / folders.RECIPE), time.monotonic()
     try:
-        status, said = _train(recipe, folder, final=final, watch=watch)
+        status, said = _train(recipe, folder, final=final, on_validation=on_validation)
     except Pruned:
         status, said = PRUNED, {}
     except Interrupted as error:
@@ -149,15 +149,15 @@ def carry_out(folder: Path, *, final: bool, watch: Watch | None = None) -> Outco
     return outcome
 
 
-def _train(recipe: Recipe, folder: Path, *, final: bool, watch: Watch | None) -> tuple[str, dict[str, Any]]:
+def _train(recipe: Recipe, folder: Path, *, final: bool, on_validation: Watch | None) -> tuple[str, dict[str, Any]]:
     from peftkit import run
 
     def asked(step: int, figures: Mapping[str, float]) -> None:
-        if watch is not None and not watch(step, figures):
+        if on_validation is not None and not on_validation(step, figures):
             raise Pruned
 
     done = run.train(
-        recipe, resume=newest_run(recipe), allow=("training.threads",), quiet=True, watch=asked, final=final
+        recipe, resume=newest_run(recipe), allow=("training.threads",), quiet=True, on_validation=asked, final=final
     )
     return DONE, {"run": str(done.path)}
 
@@ -182,7 +182,7 @@ def _release() -> None:
 
 
 @dataclass
-class Processes:
+class SubprocessRunner:
     """Carries out jobs in processes of their own, several at a time where it is called from several threads.
 
     A worker hears through its standard input: an answer to every validation, and the end of the pipe, whether closed
@@ -197,14 +197,14 @@ class Processes:
     _live: dict[subprocess.Popen[str], int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def carry_out(self, job: Job, watch: Watch | None = None) -> Outcome:
+    def run(self, job: Job, on_validation: Watch | None = None) -> Outcome:
         """Waits for the job's end; a process that dies is an outcome like any other."""
         prepare_folder(job, self.threads)
         started, process = time.monotonic(), self._start(job)
         if process is None:
             return Outcome(STOPPED)
         try:
-            self._talk(process, watch)
+            self._talk(process, on_validation)
             code = process.wait()
         except BaseException:  # Ctrl-C in this thread
             self.stop()
@@ -243,12 +243,12 @@ class Processes:
             self._live[process] = slot
             return process
 
-    def _talk(self, process: subprocess.Popen[str], watch: Watch | None) -> None:
+    def _talk(self, process: subprocess.Popen[str], on_validation: Watch | None) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         for line in process.stdout:
             said = json.loads(line)
-            go_on = watch is None or watch(said["step"], said["figures"])
+            go_on = on_validation is None or on_validation(said["step"], said["figures"])
             with contextlib.suppress(OSError, ValueError):  # it has ended, or was asked to
                 process.stdin.write("go\n" if go_on else "end\n")
                 process.stdin.flush()
@@ -264,15 +264,15 @@ class Processes:
         return outcome
 
 
-class Here:
+class InProcessRunner:
     """Carries out jobs in this process: at once for tiny models; a crash ends everything, and memory adds up."""
 
     threads: int | None = None
 
-    def carry_out(self, job: Job, watch: Watch | None = None) -> Outcome:
+    def run(self, job: Job, on_validation: Watch | None = None) -> Outcome:
         """Waits for the job's end."""
         prepare_folder(job, self.threads)
-        outcome = carry_out(job.folder, final=job.final, watch=watch)
+        outcome = run_job(job.folder, final=job.final, on_validation=on_validation)
         if outcome.status == STOPPED and "stopped by SIG" in outcome.message:  # the signal was for all of us
             raise KeyboardInterrupt
         return outcome
@@ -281,7 +281,7 @@ class Here:
         """Nothing runs beside this thread."""
 
 
-Runner = Processes | Here
+Runner = SubprocessRunner | InProcessRunner
 
 
 def _visible(number: int) -> str:

@@ -20,9 +20,9 @@ import yaml
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.experiments.variants import with_values
 from peftkit.schema.overrides import BY_KIND
-from peftkit.schema.parts import Part
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.recipe_yaml import value_of
+from peftkit.schema.sections import ConfigSection
 
 SEARCHED_DATA = ("data.max_length", "data.augmentation")
 """What may vary of the data: everything else would change the rows that trials are judged by."""
@@ -122,7 +122,7 @@ def has_field(recipe: Recipe, path: str) -> bool:
     return (
         part not in BY_KIND
         or is_swap(path)
-        or (isinstance(held, Part) and field.partition(".")[0] in type(held).model_fields)
+        or (isinstance(held, ConfigSection) and field.partition(".")[0] in type(held).model_fields)
     )
 
 

@@ -20,8 +20,8 @@ from peftkit.experiments import scores
 from peftkit.experiments.scores import Scored
 from peftkit.reporting import formatting
 from peftkit.runs import folder as folders
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import TaskInfo
 
 COSTS = {
     "parameters": "trained_parameters",

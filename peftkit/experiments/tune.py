@@ -25,7 +25,7 @@ from peftkit.errors import Interrupted, PeftkitError, RecipeError, RunError, Use
 from peftkit.evaluation.direction import greater_is_better
 from peftkit.experiments import jobs as working
 from peftkit.experiments import search
-from peftkit.experiments.jobs import DONE, FAILED, PRUNED, Here, Job, Outcome, Processes, Runner
+from peftkit.experiments.jobs import DONE, FAILED, PRUNED, InProcessRunner, Job, Outcome, Runner, SubprocessRunner
 from peftkit.experiments.space import Space, parse
 from peftkit.reporting import search as reporting
 from peftkit.run import Run
@@ -116,10 +116,10 @@ def tune(
         study = search.open_study(
             folder, known, sampler=sampler, pruner=pruner, maximize=greater_is_better(judged), seed=seed
         )
-        runner: Runner = Processes() if isolated else Here()
-        searching = Searching(folder, base, known, judged, rows, study, runner, pruner, quiet)
+        runner: Runner = SubprocessRunner() if isolated else InProcessRunner()
+        searching = StudyRunner(folder, base, known, judged, rows, study, runner, pruner, quiet)
         try:
-            searching.carry_out(trials, seconds)
+            searching.run(trials, seconds)
             return searching.finish()
         except KeyboardInterrupt:
             reporting.write(searching.table(), folder)
@@ -128,7 +128,7 @@ def tune(
 
 
 @dataclass
-class Searching:
+class StudyRunner:
     """A study under way."""
 
     folder: Path
@@ -141,7 +141,7 @@ class Searching:
     pruner: str | None
     quiet: bool
 
-    def carry_out(self, trials: int, seconds: float | None) -> None:
+    def run(self, trials: int, seconds: float | None) -> None:
         """Runs trials until there are enough, time is up, or the grid is searched whole."""
         ends = time.monotonic() + seconds if seconds else math.inf
         while len(search.counted(self.study)) < trials and not search.exhausted(self.study):
@@ -164,7 +164,7 @@ class Searching:
         run = _finished(job)
         if run is None:
             self._say(f"finishing trial {best.number}: {_shown(values)}")
-            outcome = self.runner.carry_out(job)
+            outcome = self.runner.run(job)
             if outcome.status != DONE:
                 raise PeftkitError(f"the best trial could not be finished: {outcome.message}")
             run = Path(str(outcome.run))
@@ -215,7 +215,7 @@ class Searching:
     def _run(self, trial: Trial, values: Mapping[str, Any]) -> Outcome:
         seen = len(self.study.trials[trial.number].intermediate_values)
 
-        def watch(step: int, figures: Mapping[str, float]) -> bool:
+        def on_validation(step: int, figures: Mapping[str, float]) -> bool:
             nonlocal seen
             if self.metric not in figures:
                 return True  # the run itself says what is wrong
@@ -227,7 +227,7 @@ class Searching:
         recipe = replace(search.with_swaps(self.recipe, values, self.space), tracking=())
         if self.rows:
             recipe = replace(recipe, data={"limit": _limited(recipe.data.limit, self.rows)})
-        return self.runner.carry_out(Job(self._place(trial), recipe, final=False, keep=True), watch)
+        return self.runner.run(Job(self._place(trial), recipe, final=False, keep=True), on_validation)
 
     def _best(self) -> FrozenTrial | None:
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

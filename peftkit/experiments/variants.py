@@ -16,9 +16,10 @@ import yaml
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import overrides
-from peftkit.schema.parts import Part
-from peftkit.schema.recipe import METHODS, Recipe, replace
+from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.recipe_yaml import value_of
+from peftkit.schema.registries import METHODS
+from peftkit.schema.sections import ConfigSection
 
 RATE = "training.learning_rate"
 
@@ -115,7 +116,7 @@ def _has(recipe: Recipe, path: str) -> bool:
     """Whether the recipe has such a field, whatever it takes."""
     held: Any = recipe
     for name in path.split("."):
-        if isinstance(held, Part):
+        if isinstance(held, ConfigSection):
             if name not in type(held).model_fields:
                 return False
             held = getattr(held, name)

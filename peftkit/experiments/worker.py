@@ -26,11 +26,11 @@ def main() -> None:
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(answers,), daemon=True).start()
 
-    def watch(step: int, figures: Mapping[str, float]) -> bool:
+    def on_validation(step: int, figures: Mapping[str, float]) -> bool:
         print(json.dumps({"step": step, "figures": dict(figures)}), file=talk, flush=True)
         return answers.get() != "end"
 
-    jobs.carry_out(folder, final=final, watch=watch)
+    jobs.run_job(folder, final=final, on_validation=on_validation)
 
 
 def _keep_stdout(log: Path) -> IO[str]:

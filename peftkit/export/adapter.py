@@ -20,10 +20,10 @@ from typing import Any
 
 from peftkit.errors import ExportError
 from peftkit.export import card, manifest, own_format
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
-from peftkit.schema.parts import LoadedModel
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import LoadedModel
 
 Figures = Mapping[str, Mapping[str, float]]
 UNPROVEN = "-unproven"
@@ -44,7 +44,7 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
     from peftkit.export import merge, proof
 
     dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
-    about = manifest.describe(loaded, recipe, prepared.info, dtype)
+    about = manifest.build_manifest(loaded, recipe, prepared.info, dtype)
     target = path / about.saves
     with staged(target) as stage:
         save(stage, loaded, recipe, about, metrics)
@@ -58,7 +58,7 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
     return target
 
 
-def save(folder: Path, loaded: LoadedModel, recipe: Recipe, about: Description, metrics: Figures) -> None:
+def save(folder: Path, loaded: LoadedModel, recipe: Recipe, about: Manifest, metrics: Figures) -> None:
     """Writes weights, configs, tokenizer, recipe and figures into an existing folder."""
     from peftkit.models.classifier import unwrap
 
@@ -97,7 +97,7 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _save_adapter(folder: Path, loaded: LoadedModel, about: Description) -> None:
+def _save_adapter(folder: Path, loaded: LoadedModel, about: Manifest) -> None:
     if not hasattr(loaded.model, "peft_config"):
         own_format.save(folder, loaded.model, about.method, about.base, about.revision)
         return

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from peftkit.export import proof
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.recipe import Recipe
 
@@ -75,12 +75,12 @@ None was made (`export.prove` was off).
 {% endfor %}"""
 
 
-def write(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+def write(folder: Path, about: Manifest, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes README.md into an exported folder; the proof's figures are read from it."""
     (folder / FILE).write_text(render(folder, about, recipe, metrics), encoding="utf-8")
 
 
-def render(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def render(folder: Path, about: Manifest, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """The card as Markdown."""
     environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     columns, results = _results(metrics)
@@ -104,7 +104,7 @@ def render(folder: Path, about: Description, recipe: Recipe, metrics: Mapping[st
     )
 
 
-def code(about: Description) -> str:
+def code(about: Manifest) -> str:
     """Python that loads the export without peftkit and gives logits, pooling included."""
     if _reader(about) == "peftkit":
         return _peftkit_code(about)
@@ -133,7 +133,7 @@ def code(about: Description) -> str:
     return "\n".join(lines + (_generation_code() if not about.heads else _classifier_code(about)))
 
 
-def _reader(about: Description) -> str:
+def _reader(about: Manifest) -> str:
     """What the lines under "Use" need: peft has no format for bottleneck adapters, and biases need none."""
     if about.saves == ONNX:
         return "onnxruntime and transformers' tokenizer"
@@ -144,11 +144,11 @@ def _reader(about: Description) -> str:
     return "transformers alone"
 
 
-def _is_local(about: Description) -> bool:
+def _is_local(about: Manifest) -> bool:
     return about.saves == "adapter" and Path(about.base).is_absolute()
 
 
-def _peftkit_code(about: Description) -> str:
+def _peftkit_code(about: Manifest) -> str:
     use = (
         ['for one in model.predict(["a text", "another text"]):', "    print(one.label, one.probability)"]
         if about.heads
@@ -158,7 +158,7 @@ def _peftkit_code(about: Description) -> str:
     return "\n".join(load + use)
 
 
-def _onnx_code(about: Description) -> list[str]:
+def _onnx_code(about: Manifest) -> list[str]:
     answers = {
         "regression": "print(logits[:, 0].tolist())",
         "multi_label_classification": "print((1 / (1 + np.exp(-logits))).tolist())",
@@ -206,7 +206,7 @@ def _generation_code() -> list[str]:
     ]
 
 
-def _classifier_code(about: Description) -> list[str]:
+def _classifier_code(about: Manifest) -> list[str]:
     lines = [
         "inputs = tokenizer(",
         f'    ["a text", "another text"], truncation=True, max_length={about.max_length}, padding=True, '
@@ -233,7 +233,7 @@ def _answer(problem_type: str) -> str:
     return "print([model.config.id2label[index] for index in logits.argmax(-1).tolist()])"
 
 
-def _metadata(about: Description) -> str:
+def _metadata(about: Manifest) -> str:
     """The hub's front matter; JSON is YAML, and leaves nothing to quote by hand."""
     values: dict[str, Any] = {
         "library_name": _reader(about).split()[0],
@@ -245,7 +245,7 @@ def _metadata(about: Description) -> str:
     return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
 
 
-def _opening(about: Description, recipe: Recipe) -> str:
+def _opening(about: Manifest, recipe: Recipe) -> str:
     sources = recipe.data.source if isinstance(recipe.data.source, str) else ", ".join(recipe.data.source)
     what = {
         "single_label_classification": f"chooses one of {len(about.info.labels)} labels for a text",
@@ -256,7 +256,7 @@ def _opening(about: Description, recipe: Recipe) -> str:
     return f"Finetuned from `{about.source}` with `{about.method}` on `{sources}`. It {what}."
 
 
-def _training(about: Description, recipe: Recipe) -> list[tuple[str, Any]]:
+def _training(about: Manifest, recipe: Recipe) -> list[tuple[str, Any]]:
     method = recipe.method.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
     options = ", ".join(f"{name} {value}" for name, value in method.items())
     size = (
@@ -297,7 +297,7 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[
     return columns, rows
 
 
-def _limits(about: Description, recipe: Recipe) -> list[str]:
+def _limits(about: Manifest, recipe: Recipe) -> list[str]:
     limits = [
         f"Texts were cut after {about.max_length} tokens in training; longer ones are cut in `predict`, too.",
         "The figures hold for texts like those of the data set; nothing was tested on others.",

@@ -27,7 +27,7 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
         recipe = Recipe.from_yaml(folder / "recipe.yaml")
         if merge and about.saves == "model":
             raise MethodError(f"method '{about.method}' trained the base itself: nothing to merge; leave --merge out")
-        if merge and (reason := recipe.method.why_not_merged()):
+        if merge and (reason := recipe.method.unmergeable_reason()):
             raise MethodError(f"{reason}; leave --merge out")
         wanted: Merge = True if merge else "auto"
         export_onnx(folder, to, tolerance=recipe.export.tolerance, merge=wanted, int8=to_format == "onnx-int8")
@@ -41,7 +41,7 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
             f"method '{about.method}' trained the base itself, so there is nothing to merge; leave --merge out"
         )
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
-    if reason := recipe.method.why_not_merged():
+    if reason := recipe.method.unmergeable_reason():
         raise MethodError(f"{reason}; leave --merge out")
     merge_adapter(folder, to, tolerance=recipe.export.tolerance)
     return f"wrote the merged model to {to}{_proven(to)}"

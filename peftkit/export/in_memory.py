@@ -43,7 +43,7 @@ class Merging:
 
     def check(self, model: Any, *, quantized: bool) -> None:
         """Notes what stands against merging; raises MethodError where merging was insisted on."""
-        self.reason = why_not(model, quantized=quantized)
+        self.reason = unmergeable_reason(model, quantized=quantized)
         self._insist()
 
     def refuse(self, reason: str) -> None:
@@ -56,7 +56,7 @@ class Merging:
             raise MethodError(f"this run cannot be merged for inference: {self.reason}; leave merge at 'auto'")
 
 
-def why_not(model: Any, *, quantized: bool) -> str:
+def unmergeable_reason(model: Any, *, quantized: bool) -> str:
     """Why a model's one adapter cannot be merged in memory; empty where it can."""
     if quantized:
         return "its base is quantized"

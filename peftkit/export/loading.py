@@ -11,15 +11,15 @@ from safetensors import SafetensorError, safe_open
 
 from peftkit.errors import ModelError, RunError
 from peftkit.export import manifest, own_format
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
 from peftkit.models.kernels import first_token
-from peftkit.models.loading import load_base, settle_dtypes
+from peftkit.models.loading import cast_parameters, load_base
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.models.sources import PICKLED, check_config, read_json
 from peftkit.models.tokenizer import tokenizer_in
-from peftkit.schema.parts import LoadedModel
 from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.types import LoadedModel
 
 MAX_RANK = 1 << 14
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -31,7 +31,7 @@ class Exported:
 
     loaded: LoadedModel
     recipe: Recipe
-    about: Description
+    about: Manifest
     folder: Path
 
 
@@ -91,7 +91,7 @@ def load_exported(
             mark_adapter(loaded.model, "default")
     else:
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
-    settle_dtypes(loaded.model, dtypes.dtype_for(recipe.model, device))
+    cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
     loaded.model.requires_grad_(False).eval()
     if about.heads and about.pooling == "own":
         first_token.prepare(loaded.model)
@@ -108,7 +108,7 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
-def check_head(weights: Path, about: Description) -> list[str]:
+def check_head(weights: Path, about: Manifest) -> list[str]:
     """Names of the adapter's weights; raises ModelError when they cannot be read or the head has other labels."""
     if not weights.is_file():
         raise ModelError(f"{weights.parent}: expected {weights.name}, found none; export the run again")
@@ -132,7 +132,7 @@ def check_head(weights: Path, about: Description) -> list[str]:
     return names
 
 
-def _recipe(folder: Path, about: Description, dtype: str | None, quantized: bool) -> Recipe:
+def _recipe(folder: Path, about: Manifest, dtype: str | None, quantized: bool) -> Recipe:
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
     changes: dict[str, Any] = {"model": {"pooling": about.pooling}}
     if dtype is not None:
@@ -155,7 +155,7 @@ def _recipe(folder: Path, about: Description, dtype: str | None, quantized: bool
     return replace(recipe, **changes)
 
 
-def _source(source: str, about: Description) -> str:
+def _source(source: str, about: Manifest) -> str:
     """A relative folder of the recipe is looked for where training found it, when it is not here."""
     is_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
     if is_path and not Path(source).expanduser().exists() and Path(about.base).is_dir():
@@ -163,7 +163,7 @@ def _source(source: str, about: Description) -> str:
     return source
 
 
-def _check_base(loaded: LoadedModel, about: Description) -> None:
+def _check_base(loaded: LoadedModel, about: Manifest) -> None:
     if loaded.fingerprint != about.fingerprint:
         raise ModelError(
             f"this adapter was trained on {about.source} (fingerprint {about.fingerprint[:12]}), and the base found at "

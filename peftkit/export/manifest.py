@@ -14,8 +14,8 @@ from typing import Any
 from peftkit.errors import ModelError, RunError
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import read_json, resolve
-from peftkit.schema.parts import LoadedModel, TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import LoadedModel, TaskInfo
 
 FILE = "peftkit.json"
 FORMAT = 1
@@ -24,7 +24,7 @@ PROBLEMS = ("single_label_classification", "multi_label_classification", "regres
 
 
 @dataclass(frozen=True)
-class Description:
+class Manifest:
     """The contents of peftkit.json."""
 
     recipe: str
@@ -53,13 +53,13 @@ class Description:
     format: int = FORMAT
 
 
-def describe(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str) -> Description:
+def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str) -> Manifest:
     """The description of a trained model."""
     from peftkit.models.classifier import unwrap
 
     source = resolve(recipe.model)
     inner = unwrap(loaded.model)
-    return Description(
+    return Manifest(
         recipe=recipe.name,
         method=recipe.method.kind,
         saves=recipe.method.saves,
@@ -85,12 +85,12 @@ def _quantization(recipe: Recipe, model: Any) -> dict[str, Any] | None:
     return {"kind": kind} if kind else None
 
 
-def write(folder: Path, description: Description) -> None:
+def write(folder: Path, description: Manifest) -> None:
     """Writes peftkit.json."""
     (folder / FILE).write_text(json.dumps(asdict(description), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> Description:
+def read(folder: Path) -> Manifest:
     """Reads peftkit.json; raises RunError when it is missing, unreadable or of a newer format."""
     file = folder / FILE
     if not file.is_file():
@@ -102,7 +102,7 @@ def read(folder: Path) -> Description:
         info = values["info"] | {"labels": tuple(values["info"]["labels"])}
         if info.get("class_weights") is not None:
             info["class_weights"] = tuple(info["class_weights"])
-        about = Description(**{**values, "info": TaskInfo(**info), "heads": tuple(values["heads"])})
+        about = Manifest(**{**values, "info": TaskInfo(**info), "heads": tuple(values["heads"])})
         _check(about)
         return about
     except ModelError as error:
@@ -113,7 +113,7 @@ def read(folder: Path) -> Description:
         raise RunError(f"{file}: not as peftkit writes it ({type(error).__name__}: {str(error)[:200]})") from None
 
 
-def _check(about: Description) -> None:
+def _check(about: Manifest) -> None:
     """Raises TypeError or ValueError where a value is of another kind than we write."""
     texts = [getattr(about, name) for name in ("recipe", "method", "task", "auto_class", "source", "base", "dtype")]
     texts += [about.fingerprint, *about.heads, *about.info.labels, about.revision or ""]

@@ -67,7 +67,7 @@ def _load_fp32(adapter: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _outputs(model: Any, tokenizer: Any, about: manifest.Description) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _outputs(model: Any, tokenizer: Any, about: manifest.Manifest) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     from peftkit.models import classifier
 
     texts = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?"]
@@ -80,7 +80,7 @@ def _outputs(model: Any, tokenizer: Any, about: manifest.Description) -> tuple[d
 
 
 def _prove(
-    stage: Path, about: manifest.Description, batch: dict[str, torch.Tensor], before: torch.Tensor, tolerance: float
+    stage: Path, about: manifest.Manifest, batch: dict[str, torch.Tensor], before: torch.Tensor, tolerance: float
 ) -> None:
     from peftkit.export import proof
 

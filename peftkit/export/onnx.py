@@ -28,11 +28,11 @@ from peftkit.errors import ExportError, MethodError, ModelError
 from peftkit.export import card, manifest, onnx_int8
 from peftkit.export.adapter import staged
 from peftkit.export.in_memory import Merge, Merging, merge_in_memory
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.models import classifier
 from peftkit.models.kernels.first_token import reading_first_token
-from peftkit.schema.parts import LoadedModel
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import LoadedModel
 
 FILE = "model.onnx"
 WRITE, READ = ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)
@@ -199,7 +199,7 @@ def _prove(stage: Path, rows: list[dict[str, Tensor]], known: Tensor, tolerance:
         )
 
 
-def load_onnx(folder: Path, about: Description, recipe: Any, tokenizer: Any) -> Any:
+def load_onnx(folder: Path, about: Manifest, recipe: Any, tokenizer: Any) -> Any:
     """An exported ONNX folder as ``load_exported`` gives other exports."""
     from peftkit.export.loading import Exported
 

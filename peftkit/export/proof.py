@@ -25,12 +25,12 @@ from torch import Tensor
 
 from peftkit.data.batching import collate
 from peftkit.errors import ExportError
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.methods.layers.lora import plainly
 from peftkit.models import classifier, dtypes
 from peftkit.models.kernels.attention import torchs_own
 from peftkit.models.quantization.checkpoint import KERNELS
-from peftkit.schema.parts import LoadedModel
+from peftkit.schema.types import LoadedModel
 
 FILE = "proof.json"
 SCRIPT = Path(__file__).with_name("verify_worker.py")
@@ -72,7 +72,7 @@ def choose_rows(encoded: Any, *, causal: bool) -> list[dict[str, Any]]:
 
 
 def prove(
-    folder: Path, loaded: LoadedModel, about: Description, rows: Sequence[dict[str, Any]], tolerance: float
+    folder: Path, loaded: LoadedModel, about: Manifest, rows: Sequence[dict[str, Any]], tolerance: float
 ) -> Proof:
     """Compares the export in ``folder`` with the trained model and writes proof.json into it.
 
@@ -85,7 +85,7 @@ def prove(
     return compare(folder, job_for(about, folder, device), batch, trained, tolerance)
 
 
-def job_for(about: Description, folder: Path, device: torch.device, **changes: Any) -> dict[str, Any]:
+def job_for(about: Manifest, folder: Path, device: torch.device, **changes: Any) -> dict[str, Any]:
     """What the fresh process is told: everything that the card tells a reader."""
     job = {
         "folder": str(folder.resolve()),
@@ -138,7 +138,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def _trained_logits(loaded: LoadedModel, about: Description, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+def _trained_logits(loaded: LoadedModel, about: Manifest, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     model = loaded.model
     was_training = model.training
     model.eval()
@@ -199,7 +199,7 @@ def _fresh_logits(job: dict[str, Any], batch: dict[str, Tensor]) -> tuple[Tensor
         return load_file(work / "logits.safetensors")["logits"], versions
 
 
-def _quantization(about: Description) -> dict[str, Any] | None:
+def _quantization(about: Manifest) -> dict[str, Any] | None:
     """The recipe's quantization in transformers' own words."""
     if about.quantization is None or about.saves == "model":
         return None

@@ -26,7 +26,7 @@ from peftkit.export.loading import (
     find_export,
     refuse_pickles,
 )
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.export.weight_changes import deltas_of
 from peftkit.models.tokenizer import tokenizer_in
 from peftkit.schema.recipe import Recipe
@@ -42,12 +42,12 @@ class AddedAdapter:
 
     name: str
     folder: Path
-    about: Description
+    about: Manifest
     recipe: Recipe
     tokenizer: Any
 
 
-def read(path: Path, name: str, first: Description, taken: Iterable[str]) -> AddedAdapter:
+def read(path: Path, name: str, first: Manifest, taken: Iterable[str]) -> AddedAdapter:
     """Checks that a run's adapter can stand beside the first one, and reads all of it but the weights.
 
     Args:
@@ -162,7 +162,7 @@ def disabled(model: Any) -> Iterator[None]:
         model.requires_grad_(False)
 
 
-def _check_fits(folder: Path, about: Description, first: Description) -> None:
+def _check_fits(folder: Path, about: Manifest, first: Manifest) -> None:
     if about.saves != "adapter" or first.saves != "adapter":
         method = about.method if about.saves != "adapter" else first.method
         raise ModelError(f"{folder}: method '{method}' trained the base itself; only adapters can share a base")
@@ -183,11 +183,11 @@ def _check_fits(folder: Path, about: Description, first: Description) -> None:
         )
 
 
-def _head(about: Description) -> tuple[Any, ...]:
+def _head(about: Manifest) -> tuple[Any, ...]:
     return about.auto_class, about.info.problem_type, about.info.labels, about.pooling
 
 
-def _named(about: Description) -> str:
+def _named(about: Manifest) -> str:
     labels = f" ({', '.join(about.info.labels[:6])})" if about.info.labels else ""
     return f"{about.info.problem_type.replace('_', ' ')}{labels}"
 

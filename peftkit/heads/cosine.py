@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import RecipeError
 from peftkit.models import classifier
-from peftkit.schema.parts import Batch, LoadedModel, TaskInfo
+from peftkit.schema.types import Batch, LoadedModel, TaskInfo
 
 
 def start(loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo, temperature: float) -> None:

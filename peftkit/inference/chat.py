@@ -19,7 +19,7 @@ from peftkit.errors import PeftkitError, did_you_mean
 Message = dict[str, str]
 
 
-class Speaker(Protocol):
+class ChatModel(Protocol):
     """What answers: anything that streams."""
 
     def stream(self, messages: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -42,7 +42,7 @@ class SeveralAdapters(Protocol):
 class Chat:
     """A running conversation."""
 
-    speaker: Speaker
+    speaker: ChatModel
     output: TextIO
     notices: TextIO
     """Where everything but answers goes, so that a pipe carries answers only."""
@@ -104,7 +104,7 @@ class Chat:
 
 
 def chat(
-    speaker: Speaker,
+    speaker: ChatModel,
     *,
     source: TextIO | None = None,
     output: TextIO | None = None,

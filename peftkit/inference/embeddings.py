@@ -24,13 +24,13 @@ import torch
 from peftkit.data.batching import by_length, collate, pass_tokens
 from peftkit.data.problems import Problems
 from peftkit.distributed import process_group
-from peftkit.distributed.process_group import Team
+from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, ModelError, RunError
 from peftkit.models import classifier, dtypes
 from peftkit.models.loading import writes_text
 from peftkit.models.sources import folder_of, resolve
-from peftkit.schema.parts import Row
 from peftkit.schema.recipe import ModelConfig, Recipe, TrainingConfig
+from peftkit.schema.types import Row
 from peftkit.system import output_file
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def of_model(source: str, *, max_length: int = 512, device: str | None = None) -
 
     from peftkit.models.tokenizer import load_tokenizer
 
-    dtypes.quiet()
+    dtypes.silence_libraries()
     config = ModelConfig(source=source)
     folder, tokenizer = folder_of(resolve(config)), load_tokenizer(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,7 +166,7 @@ def open_embedder(source: str, device: str | None = None) -> Embedder:
     return of_run(load(source, device=device))
 
 
-def carry_out(
+def embed_file(
     source: str, *, file: Path | None, column: str | None, out: Path | None, normalize: bool, pair: str | None = None
 ) -> int:
     """Embeds the rows of ``file`` (or lines of stdin) into ``out``, or as JSON lines on stdout; returns how many.
@@ -184,12 +184,12 @@ def carry_out(
     """
     from peftkit.inference import predict_file
 
-    with process_group.joined() as team:
-        names = team.main_only(lambda: _checked(source, file, column, out, pair))
-        model = team.main_first(lambda: open_embedder(source, team.device))
+    with process_group.init_process_group() as group:
+        names = group.run_on_main(lambda: _checked(source, file, column, out, pair))
+        model = group.main_first(lambda: open_embedder(source, group.device))
         rows = predict_file.read_rows(file, names, Problems()) if file else predict_file.lines(sys.stdin, names[0])
-        chunks = _embedded(model, team, team.chunks(rows, ROWS), names, normalize)
-        return _write(chunks, out) if team.is_main else sum(len(held) for held, _ in chunks)
+        chunks = _embedded(model, group, group.chunks(rows, ROWS), names, normalize)
+        return _write(chunks, out) if group.is_main else sum(len(held) for held, _ in chunks)
 
 
 def _checked(source: str, file: Path | None, column: str | None, out: Path | None, pair: str | None) -> list[str]:
@@ -242,13 +242,13 @@ def _check(given: list[Any]) -> None:
 
 
 def _embedded(
-    model: Embedder, team: Team, chunks: Iterator[list[Row]], columns: list[str], normalize: bool
+    model: Embedder, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], normalize: bool
 ) -> Iterator[Chunk]:
     for chunk in chunks:
         texts: list[Any] = [
             row[columns[0]] if len(columns) == 1 else tuple(row[column] for column in columns) for row in chunk
         ]
-        yield chunk, np.stack(team.share(texts, lambda part: model.embed(part, normalize=normalize)))
+        yield chunk, np.stack(group.map_sharded(texts, lambda part: model.embed(part, normalize=normalize)))
 
 
 def _write_lines(chunks: Iterator[Chunk], stream: IO[str]) -> int:

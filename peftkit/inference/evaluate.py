@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.distributed.process_group import Team
+from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError, did_you_mean
 from peftkit.schema.recipe import replace
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from peftkit.data.pipeline import EncodedSplit
     from peftkit.export.in_memory import Merge
     from peftkit.inference.trained_model import LoadedRun
-    from peftkit.schema.parts import Row
+    from peftkit.schema.types import Row
 
 
-ALONE = Team()
+ALONE = ProcessGroup()
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     split: str = "test",
     file: str | Path | None = None,
     merge: Merge = "auto",
-    team: Team = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> dict[str, float]:
     """Figures by name, as in the run's metrics.json.
 
@@ -38,7 +38,7 @@ def evaluate(
         split: train, validation or test of the run's own data, read, cleaned and split as for the training.
         file: rows with the recipe's columns, in place of a split; their labels must be the run's.
         merge: as for ``peftkit.load``; False scores base and adapter apart, as in training.
-        team: processes that share the rows; all of them call this, and all get the figures.
+        group: processes that share the rows; all of them call this, and all get the figures.
 
     Raises:
         RunError: not a finished run, no such split, or the data no longer have the run's labels.
@@ -47,10 +47,10 @@ def evaluate(
     from peftkit.evaluation.assessment import assess
     from peftkit.inference.trained_model import load
 
-    model = team.main_first(lambda: load(run, merge=merge, device=team.device))
-    rows = team.main_only(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
-    outputs = _outputs(model, rows, team)
-    found = team.main_only(
+    model = group.main_first(lambda: load(run, merge=merge, device=group.device))
+    rows = group.run_on_main(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
+    outputs = _outputs(model, rows, group)
+    found = group.run_on_main(
         lambda: assess(model.recipe.task, outputs, rows, model.info, model.recipe.evaluation, split=split)
     )
     return {name: figure["value"] for name, figure in found["metrics"].items()}
@@ -81,19 +81,19 @@ def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
         return list(rows.data)
 
 
-def _outputs(model: LoadedRun, rows: list[Row], team: Team) -> dict[str, Any]:
-    """Outputs of every example in order; each process of the team takes every so manyth of them."""
+def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str, Any]:
+    """Outputs of every example in order; each process of the group takes every so manyth of them."""
     import numpy as np
 
     from peftkit.data.pipeline import EncodedSplit, encode_rows
     from peftkit.evaluation.runner import in_order
 
-    split = team.tried(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
-    mine = np.arange(team.rank, len(split.lengths), team.world_size)
+    split = group.run_collectively(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
+    mine = np.arange(group.rank, len(split.lengths), group.world_size)
     part = split
-    if team.world_size > 1:
+    if group.world_size > 1:
         part = EncodedSplit(split.examples.select(mine), split.lengths[mine], split.weights[mine])
-    pieces = team.gather(lambda: (mine, _predicted(model, part)))
+    pieces = group.gather(lambda: (mine, _predicted(model, part)))
     return in_order([piece for piece in pieces if len(piece[0])], len(split.lengths))
 
 

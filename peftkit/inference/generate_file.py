@@ -18,10 +18,10 @@ from typing import IO, TYPE_CHECKING, Any
 from peftkit.data.problems import Problems
 from peftkit.data.readers import READERS
 from peftkit.distributed import process_group
-from peftkit.distributed.process_group import Team
+from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, ModelError, RunError, did_you_mean
-from peftkit.schema.parts import Row
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import Row
 from peftkit.system import output_file
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ STDIN = "stdin"
 WRITTEN = "generated"
 
 
-def carry_out(
+def generate_file(
     run: Path, *, file: Path | None, out: Path | None, options: Mapping[str, Any], merge: Merge = "auto"
 ) -> int:
     """Writes a text for each row of ``file`` (or line of stdin) to ``out`` (or stdout) as JSON lines; returns how many.
@@ -45,11 +45,11 @@ def carry_out(
         RecipeError: an option of generation that there is none of.
         DataError: a file that cannot be read, or rows without a prompt; names file, line and column.
     """
-    with process_group.joined() as team:
-        rows = team.main_only(lambda: _checked(run, file, out, options))
-        texts = _texts(run, team, [row["prompt"] for row in rows], options, merge) if rows else []
+    with process_group.init_process_group() as group:
+        rows = group.run_on_main(lambda: _checked(run, file, out, options))
+        texts = _texts(run, group, [row["prompt"] for row in rows], options, merge) if rows else []
         lines = [{**_input(row), "prompt": row["prompt"], WRITTEN: text} for row, text in zip(rows, texts, strict=True)]
-        if not team.is_main:
+        if not group.is_main:
             return len(lines)
         if out is None:
             return _write(lines, sys.stdout)
@@ -72,11 +72,11 @@ def _checked(run: Path, file: Path | None, out: Path | None, options: Mapping[st
     return rows
 
 
-def _texts(run: Path, team: Team, prompts: list[Any], options: Mapping[str, Any], merge: Merge) -> list[str]:
+def _texts(run: Path, group: ProcessGroup, prompts: list[Any], options: Mapping[str, Any], merge: Merge) -> list[str]:
     from peftkit.inference.trained_model import load
 
-    model = team.main_first(lambda: load(run, merge=merge, device=team.device))
-    return team.share(
+    model = group.main_first(lambda: load(run, merge=merge, device=group.device))
+    return group.map_sharded(
         range(len(prompts)),
         lambda mine: model.generate([prompts[number] for number in mine], numbers=mine, **options),
     )

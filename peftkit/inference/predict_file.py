@@ -16,10 +16,10 @@ from typing import IO, TYPE_CHECKING, Any
 from peftkit.data.problems import Problems, missing_column, shorten
 from peftkit.data.readers import READERS
 from peftkit.distributed import process_group
-from peftkit.distributed.process_group import Team
+from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, RunError, did_you_mean
-from peftkit.schema.parts import Row
 from peftkit.schema.recipe import DataConfig, Recipe
+from peftkit.schema.types import Row
 from peftkit.system import output_file
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CHUNK = 512
 WRITERS = (".csv", ".tsv", ".jsonl")
 
 
-def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | None, merge: Merge = "auto") -> int:
+def predict_file(run: Path, *, file: Path | None, column: str | None, out: Path | None, merge: Merge = "auto") -> int:
     """Predicts the rows of ``file`` (or lines of stdin) into ``out`` (or as JSON lines to stdout); returns how many.
 
     The whole file is checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
@@ -43,12 +43,12 @@ def carry_out(run: Path, *, file: Path | None, column: str | None, out: Path | N
     """
     from peftkit.inference.trained_model import load
 
-    with process_group.joined() as team:
-        columns, names = team.main_only(lambda: _checked(run, file, column, out))
-        model = team.main_first(lambda: load(run, merge=merge, device=team.device))
+    with process_group.init_process_group() as group:
+        columns, names = group.run_on_main(lambda: _checked(run, file, column, out))
+        model = group.main_first(lambda: load(run, merge=merge, device=group.device))
         rows = read_rows(file, columns, Problems()) if file else lines(sys.stdin, columns[0])
-        answers = _answers(model, team, team.chunks(rows, CHUNK), columns, set(names))
-        if not team.is_main:
+        answers = _answers(model, group, group.chunks(rows, CHUNK), columns, set(names))
+        if not group.is_main:
             return sum(1 for _ in answers)
         if out is None:
             return _write_lines(answers, sys.stdout)
@@ -127,11 +127,11 @@ def lines(stream: Iterable[str], column: str) -> Iterator[Row]:
 
 
 def _answers(
-    model: LoadedRun, team: Team, chunks: Iterator[list[Row]], columns: list[str], taken: set[str]
+    model: LoadedRun, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], taken: set[str]
 ) -> Iterator[Row]:
     for chunk in chunks:
         texts = [tuple(row[column] for column in columns) if len(columns) > 1 else row[columns[0]] for row in chunk]
-        for row, prediction in zip(chunk, team.share(texts, model.predict), strict=True):
+        for row, prediction in zip(chunk, group.map_sharded(texts, model.predict), strict=True):
             yield {**row, **_answer(prediction, taken)}
 
 

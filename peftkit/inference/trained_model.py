@@ -24,12 +24,13 @@ from peftkit.errors import DataError, MethodError, RecipeError, RunError, did_yo
 from peftkit.export import manifest, switching
 from peftkit.export.in_memory import LOST, Merge, Merging, merge_in_memory
 from peftkit.export.loading import find_export, load_exported
-from peftkit.export.manifest import Description
+from peftkit.export.manifest import Manifest
 from peftkit.export.switching import AddedAdapter
 from peftkit.models import dtypes
 from peftkit.models.sources import read_json
-from peftkit.schema.parts import LoadedModel, Row, TaskInfo
-from peftkit.schema.recipe import GenerationConfig, Recipe, describe
+from peftkit.schema.recipe import GenerationConfig, Recipe
+from peftkit.schema.types import LoadedModel, Row, TaskInfo
+from peftkit.schema.validation import describe
 
 BATCH_SIZE = 32
 Text = str | tuple[str, str]
@@ -59,7 +60,7 @@ class LoadedRun:
     loaded: LoadedModel
     recipe: Recipe
     info: TaskInfo
-    about: Description
+    about: Manifest
     metrics: dict[str, Any]
     """Final figures by split."""
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -211,7 +212,7 @@ class LoadedRun:
             ModelError: the adapter is not for this base, has another head or method, or is damaged.
         """
         added = switching.read(Path(path), name, self.about, self.adapters)
-        self.separate()
+        self.unmerge()
         switching.attach(self.model, added)
         self.others[name] = added
 
@@ -230,7 +231,7 @@ class LoadedRun:
         """
         if not self.adapters:
             raise RunError(f"{self.path}: method '{self.about.method}' trained the base itself; there is no adapter")
-        self.separate()
+        self.unmerge()
         with switching.disabled(self.model):
             yield self
 
@@ -249,22 +250,22 @@ class LoadedRun:
         try:
             merged, lost = merge_in_memory(self.model)
         except MethodError as error:
-            self._read_again()
+            self._reload_base()
             merging.refuse(str(error))
             return
         if lost > LOST and merging.wanted == "auto":
-            self._read_again()
+            self._reload_base()
             merging.refuse(f"rounding would take {lost:.0%} of what was learned")
             return
         self.loaded.model, merging.done = merged, True
 
-    def separate(self) -> None:
+    def unmerge(self) -> None:
         """Takes base and adapter apart again, by reading them anew; from now on they stay so."""
         if self.merging.done:
-            self._read_again()
+            self._reload_base()
         self.merging.done, self.merging.wanted = False, False
 
-    def _read_again(self) -> None:
+    def _reload_base(self) -> None:
         device = str(next(self.model.parameters()).device)
         self.loaded.model = load_exported(self.path, device=device).loaded.model
 

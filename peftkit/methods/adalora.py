@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from peftkit.methods.targets import OnLinears, Rate, transposed
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import LinearLayerMethod, Rate, transposed
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ PATTERN, IMPORTANCE = "rank_pattern", ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 @METHODS.register("adalora")
-class AdaLora(OnLinears):
+class AdaLora(LinearLayerMethod):
     """LoRA whose ranks are learned (Zhang et al. 2023, arXiv:2303.10512)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.schema.parts import LoadedModel, Method
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.method import Method
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,13 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import OnLinears, Rate
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import LinearLayerMethod, Rate
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 
 @METHODS.register("boft")
-class Boft(OnLinears):
+class Boft(LinearLayerMethod):
     """Butterfly orthogonal finetuning (Liu et al. 2023, arXiv:2311.06243)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"

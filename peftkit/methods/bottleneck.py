@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError, ModelError
-from peftkit.schema.parts import LoadedModel, Method
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.method import Method
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +54,7 @@ class Bottleneck(Method):
     layers: int | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Blocks that get adapters: their numbers from 0, or -2 for the last two; None for all."""
 
-    def why_not_merged(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """A nonlinearity stands between the two layers."""
         return (
             "method 'bottleneck' cannot be merged: its adapters are not linear, so that no weights of the base could "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import MethodError
-from peftkit.schema.parts import Batch, LoadedModel
+from peftkit.schema.types import Batch, LoadedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +31,10 @@ def eva(loaded: LoadedModel, batches: Sequence[Batch]) -> None:
     from peft import initialize_lora_eva_weights
 
     from peftkit.models import packing
-    from peftkit.models.loading import settle_dtypes
+    from peftkit.models.loading import cast_parameters
 
     frozen = next((p.dtype for p in loaded.model.parameters() if not p.requires_grad and p.is_floating_point()), None)
-    with packing.still(loaded.model), contextlib.redirect_stdout(io.StringIO()) as said:
+    with packing.eval_modules(loaded.model), contextlib.redirect_stdout(io.StringIO()) as said:
         try:
             initialize_lora_eva_weights(
                 loaded.model,
@@ -45,12 +45,12 @@ def eva(loaded: LoadedModel, batches: Sequence[Batch]) -> None:
                 gather_distributed_inputs=False,
                 show_progress_bar=False,
             )
-        except _Restless:
+        except _DidNotConverge:
             raise MethodError(_why_restless(said.getvalue())) from None
-    settle_dtypes(loaded.model, frozen or torch.float32)
+    cast_parameters(loaded.model, frozen or torch.float32)
 
 
-class _Restless(Exception):
+class _DidNotConverge(Exception):
     """The batches were gone through too often."""
 
 
@@ -66,7 +66,7 @@ class _Passes:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(PASSES):
             yield from self.batches
-        raise _Restless
+        raise _DidNotConverge
 
 
 def _why_restless(said: str) -> str:

@@ -10,16 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import ByPeft, Names, choose, linear_names, task_type, transposed
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import Names, PeftMethod, choose, linear_names, task_type, transposed
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     import torch
 
 
 @METHODS.register("ia3")
-class Ia3(ByPeft):
+class Ia3(PeftMethod):
     """Scaled keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.05638"

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import ByPeft, task_type
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import PeftMethod, task_type
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 
 @METHODS.register("ln_tuning")
-class LnTuning(ByPeft):
+class LnTuning(PeftMethod):
     """Normalization layers only (Zhao et al. 2023, arXiv:2312.11420)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11420"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import MethodError
-from peftkit.schema.parts import LoadedModel
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from torch import Tensor

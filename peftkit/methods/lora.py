@@ -19,11 +19,20 @@ from pydantic import Field, model_validator
 from peftkit.errors import MethodError
 from peftkit.methods import loftq_init
 from peftkit.methods.layers.lora import accelerate_lora
-from peftkit.methods.targets import Blocks, ByPeft, Names, Rate, check_patterns, choose_targets, task_type, transposed
+from peftkit.methods.targets import (
+    Blocks,
+    Names,
+    PeftMethod,
+    Rate,
+    check_patterns,
+    choose_targets,
+    task_type,
+    transposed,
+)
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import folder_of, resolve
-from peftkit.schema.parts import Batch, LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import Batch, LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,7 +51,7 @@ NEEDS_NF4 = (
 
 
 @METHODS.register("lora")
-class Lora(ByPeft):
+class Lora(PeftMethod):
     """Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
@@ -115,23 +124,23 @@ class Lora(ByPeft):
         if loftq_init.rank_beside(folder_of(resolve(recipe.model), weights=False)) is None:
             raise MethodError(
                 f"method.init_lora_weights=loftq: {recipe.model.source} is quantized already, and has no folder "
-                f"{loftq_init.FOLDER} next to its weights; write one with `peftkit quantize` for this recipe, or use default"
+                f"{loftq_init.FOLDER} next to its weights; let `peftkit quantize` write one, or use default"
             )
 
-    def why_not_over(self, kind: str) -> str | None:
+    def unsupported_checkpoint_reason(self, kind: str) -> str | None:
         """Starts that are made from the base's weights need whole ones, and DoRA their norms."""
         start = self.init_lora_weights
         if start in NEED_WEIGHTS or (start == "loftq" and kind != "bitsandbytes"):
             return f"method.init_lora_weights={start} is made from whole weights; use default, gaussian or eva"
         if self.use_dora and kind != "bitsandbytes":
             return "method.use_dora needs the norms of the base's weights at every step; set method.use_dora=false"
-        return super().why_not_over(kind)
+        return super().unsupported_checkpoint_reason(kind)
 
-    def why_not_merged(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """LoftQ's update makes up for a quantized base, so it is wrong on the whole one."""
         if self.init_lora_weights == "loftq":
             return "an adapter that started from LoftQ holds what NF4 rounded off, and belongs to the NF4 base"
-        return super().why_not_merged()
+        return super().unmergeable_reason()
 
     def config(self, loaded: LoadedModel) -> Any:
         """peft's LoraConfig; raises MethodError when a name or pattern matches nothing."""

@@ -10,13 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import OnLinears, Rate
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS, Recipe
+from peftkit.methods.targets import LinearLayerMethod, Rate
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 
 @METHODS.register("miss")
-class Miss(OnLinears):
+class Miss(LinearLayerMethod):
     """Matrix shard sharing (Kang & Yin 2024, arXiv:2409.15371)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"

@@ -12,13 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.methods.targets import OnLinears
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import LinearLayerMethod
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 
 @METHODS.register("oft")
-class Oft(OnLinears):
+class Oft(LinearLayerMethod):
     """Orthogonal finetuning (Qiu et al. 2023, arXiv:2306.07280)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"

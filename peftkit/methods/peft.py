@@ -15,9 +15,9 @@ from pydantic import Field
 
 from peftkit.errors import MethodError, did_you_mean
 from peftkit.methods.prompt_methods import check_keys_and_values, check_last_token, check_pooling, check_room
-from peftkit.methods.targets import ByPeft, choose_targets, task_type
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import PeftMethod, choose_targets, task_type
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,7 +44,7 @@ IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 @METHODS.register("peft")
-class Peft(ByPeft):
+class Peft(PeftMethod):
     """Any method that peft registers, by name (https://huggingface.co/docs/peft)."""
 
     paper: ClassVar[str] = "https://huggingface.co/docs/peft"
@@ -87,7 +87,7 @@ class Peft(ByPeft):
         else:
             check_last_token(self.kind, config, recipe)
 
-    def why_not_over(self, kind: str) -> str | None:
+    def unsupported_checkpoint_reason(self, kind: str) -> str | None:
         """Types without layers of their own over linear ones stand on all; others on what peft has layers for."""
         name = self._name()
         if self._learns_prompt() or name in {"LORA", "LN_TUNING", "TRAINABLE_TOKENS"}:
@@ -96,7 +96,7 @@ class Peft(ByPeft):
             return None
         return f"method.peft_type={name} reads the weights of the layers below it; use method.kind=lora"
 
-    def why_not_merged(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """Prompts are no weights; other types say so themselves when they are asked to merge."""
         if self._learns_prompt():
             return f"peft's {self._name()} changes no weight that it could be merged into"

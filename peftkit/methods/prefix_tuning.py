@@ -11,8 +11,8 @@ from pydantic import Field
 
 from peftkit.methods.prompt_methods import LearnedPrompt, check_keys_and_values, check_room
 from peftkit.methods.targets import task_type
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

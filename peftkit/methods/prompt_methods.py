@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import ByPeft
+from peftkit.methods.targets import PeftMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peftkit.schema.recipe import Recipe
 
 
-class LearnedPrompt(ByPeft):
+class LearnedPrompt(PeftMethod):
     """A method that trains a prompt."""
 
     merges: ClassVar[bool] = False

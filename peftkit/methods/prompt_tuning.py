@@ -11,8 +11,8 @@ from pydantic import model_validator
 
 from peftkit.methods.prompt_methods import LearnedPrompt
 from peftkit.methods.targets import task_type
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftkit.schema.recipe import METHODS, QUANTIZATIONS
+from peftkit.schema.registries import METHODS, QUANTIZATIONS
 
 HEADS = ("classifier", "decoder's classifier", "language model")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.schema.parts import LoadedModel, Method
+from peftkit.schema.method import Method
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +35,7 @@ Blocks = int | tuple[Annotated[int, Field(ge=0)], ...]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ByPeft(Method):
+class PeftMethod(Method):
     """A method that peft carries out."""
 
     @abstractmethod
@@ -46,7 +47,7 @@ class ByPeft(Method):
         wrap(loaded, self.config(loaded), self.kind)
 
 
-class OnLinears(ByPeft):
+class LinearLayerMethod(PeftMethod):
     """A method over linear layers that are chosen by name, pattern and block."""
 
     packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)

@@ -14,13 +14,13 @@ from pydantic import field_validator
 
 from peftkit.errors import MethodError, did_you_mean
 from peftkit.methods.frozen import NO_TARGET
-from peftkit.methods.targets import ByPeft, task_type
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import PeftMethod, task_type
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 
 @METHODS.register("trainable_tokens")
-class TrainableTokens(ByPeft):
+class TrainableTokens(PeftMethod):
     """The embeddings of chosen tokens (peft's trainable tokens)."""
 
     paper: ClassVar[str] = "https://huggingface.co/docs/peft/package_reference/trainable_tokens"

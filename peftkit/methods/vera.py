@@ -11,13 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.methods.targets import OnLinears, Rate, transposed
-from peftkit.schema.parts import LoadedModel
-from peftkit.schema.recipe import METHODS
+from peftkit.methods.targets import LinearLayerMethod, Rate, transposed
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 
 @METHODS.register("vera")
-class Vera(OnLinears):
+class Vera(LinearLayerMethod):
     """Trained vectors around shared random matrices (Kopiczko et al. 2023, arXiv:2310.11454)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.11454"

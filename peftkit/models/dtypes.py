@@ -41,7 +41,7 @@ def dtype_for(model: ModelConfig, device: torch.device | str | None = None) -> t
     return torch.bfloat16 if native_bf16(kind) else torch.float32
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silences what users cannot act on: load reports, weight progress bars, hints about packages that are not needed.
 
     Errors stay. ``TRANSFORMERS_VERBOSITY``, where it is set, is left to have its way.
@@ -49,7 +49,7 @@ def quiet() -> None:
     for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import_bitsandbytes()
-    leave_quickly()
+    skip_exit_gc()
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
@@ -85,7 +85,7 @@ def import_bitsandbytes() -> None:
 
 
 @functools.cache
-def leave_quickly() -> None:
+def skip_exit_gc() -> None:
     """Spares the end of the process a search for cycles among all that torch and transformers made: over a second.
 
     What is registered with ``atexit`` runs as ever, and reference counts still close what is open.

@@ -19,8 +19,8 @@ from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
 from peftkit.models.tokenizer import pad_note
 from peftkit.models.training_options import prepare_for_training
-from peftkit.schema.parts import LoadedModel, TaskInfo
 from peftkit.schema.recipe import ModelConfig, Recipe
+from peftkit.schema.types import LoadedModel, TaskInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,14 +44,14 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
     set_seed(recipe.training.seed)
     loaded = load_base(recipe, info, tokenizer, device)
     recipe.method.apply(loaded)
-    settle_dtypes(loaded.model, dtypes.dtype_for(recipe.model, device))
+    cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
     prepare_for_training(loaded, recipe)
     return loaded
 
 
 def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
     """The base model with the task's head, on its device, before any method was applied."""
-    dtypes.quiet()
+    dtypes.silence_libraries()
     source = resolve(recipe.model)
     folder = folder_of(source, weights=False)
     pooling = choose_pooling(recipe, folder)
@@ -180,7 +180,7 @@ def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo, 
     return tuple(dict.fromkeys([*others, *heads]))
 
 
-def settle_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Frozen floating-point weights in ``dtype``, trainable ones in fp32; quantized weights stay as they are.
 
     A norm of which a part is trained is fp32 as a whole: it computes in one precision.

@@ -20,11 +20,11 @@ from peftkit.models.quantization.checkpoint import check_recipe, quantized_with
 from peftkit.models.quantization.meta_layers import OUTER_BLOCK, Held, replace_linear
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.training_options import prepare_for_training
-from peftkit.schema.parts import LoadedModel, TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import LoadedModel, TaskInfo
 
 
-def build_skeleton(
+def build_meta_model(
     recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: torch.dtype, *, held: Held | None = None, gpu: bool = False
 ) -> LoadedModel:
     """The recipe's model as it will be trained, on tensors without data; call it inside a ``FakeTensorMode``.
@@ -61,7 +61,7 @@ def build_skeleton(
         if held is not None:
             replace_linear(model, held, dtype, skipped)
         recipe.method.apply(loaded)
-        loading.settle_dtypes(loaded.model, dtype)
+        loading.cast_parameters(loaded.model, dtype)
     move_to_fake(loaded.model)
     prepare_for_training(loaded, recipe)
     if gpu and recipe.model.attention == "auto":

@@ -124,7 +124,7 @@ def _packing(model: Any) -> tuple[Strategy | None, str]:
     known = _abilities(model)
     if known.packing is None:
         _padding_is_unseen(model)  # processes that share a model's layers try it together, before rows differ
-        with still(model):
+        with eval_modules(model):
             known.packing = _try_packing(model, underlying(model).config.model_type)
     return known.packing
 
@@ -132,7 +132,7 @@ def _packing(model: Any) -> tuple[Strategy | None, str]:
 def _padding_is_unseen(model: Any) -> bool:
     known = _abilities(model)
     if known.padding_is_unseen is None:
-        with still(model):  # with a learned prompt, peft needs the row's attention mask, to widen it
+        with eval_modules(model):  # with a learned prompt, peft needs the row's attention mask, to widen it
             known.padding_is_unseen = not learned_tokens(model) and _try_padding(model)
     return known.padding_is_unseen
 
@@ -226,7 +226,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def still(model: nn.Module) -> Iterator[None]:
+def eval_modules(model: nn.Module) -> Iterator[None]:
     """No dropout and no noise inside, and each module's mode restored afterwards.
 
     4-bit layers keep their mode: bitsandbytes repacks their weights for inference, without a backward pass, as soon

@@ -37,7 +37,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder; see ``load_tokenizer``."""
-    dtypes.quiet()
+    dtypes.silence_libraries()
     from transformers import AutoTokenizer
 
     try:

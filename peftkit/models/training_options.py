@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from peftkit.schema.parts import LoadedModel
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import LoadedModel
 
 
 def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:

@@ -32,7 +32,7 @@ def main() -> None:
     bound_kernel_cache()
     taken = (accelerate, datasets, decisions, loop)  # imported for the memory that they take
     assert all(taken)
-    dtypes.quiet()
+    dtypes.silence_libraries()
     torch.set_num_threads(int(sys.argv[1]))
     dtype = torch.bfloat16 if dtypes.native_bf16() else torch.float32
     tiny = _adapted({**SIZES, "num_hidden_layers": 2, "hidden_size": 72, "vocab_size": 128}, dtype)
@@ -55,17 +55,17 @@ def _adapted(sizes: dict[str, int], dtype: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from peftkit.schema.parts import LoadedModel
-    from peftkit.schema.recipe import METHODS
+    from peftkit.schema.registries import METHODS
+    from peftkit.schema.types import LoadedModel
 
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).to(dtype)  # type: ignore[arg-type]
     loaded = LoadedModel(model, None)  # type: ignore[arg-type]
     METHODS.get("lora").model_validate({"kind": "lora"}).apply(loaded)
     from peftkit.models.kernels.attention import cpu_attention
     from peftkit.models.kernels.rms_norm import cpu_normalization
-    from peftkit.models.loading import settle_dtypes
+    from peftkit.models.loading import cast_parameters
 
-    settle_dtypes(loaded.model, dtype)
+    cast_parameters(loaded.model, dtype)
     cpu_attention(loaded.model)
     cpu_normalization(loaded.model)
     assert isinstance(loaded.model, torch.nn.Module)
@@ -77,7 +77,7 @@ def _train(model: Any, dtype: Any, shapes: Any) -> None:
 
     from peftkit.models import dtypes
     from peftkit.models.kernels import linear_cross_entropy
-    from peftkit.system.memory import give_back
+    from peftkit.system.memory import trim_heap
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()
@@ -88,7 +88,7 @@ def _train(model: Any, dtype: Any, shapes: Any) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        give_back()  # as the loop does
+        trim_heap()  # as the loop does
 
 
 def _traced(dtype: Any) -> int:
@@ -97,12 +97,12 @@ def _traced(dtype: Any) -> int:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from peftkit.models.meta_model import move_to_fake
-    from peftkit.planning.passes import Shape, Subject
-    from peftkit.planning.trace import without_data
-    from peftkit.schema.parts import LoadedModel, TaskInfo
-    from peftkit.schema.recipe import TASKS
+    from peftkit.planning.passes import Shape, TracedModel
+    from peftkit.planning.trace import fake_tensor_mode
+    from peftkit.schema.registries import TASKS
+    from peftkit.schema.types import LoadedModel, TaskInfo
 
-    with without_data():
+    with fake_tensor_mode():
         with unset_fake_temporarily(), torch.device("meta"):
             model = _adapted(SIZES, dtype)
         move_to_fake(model)
@@ -111,7 +111,7 @@ def _traced(dtype: Any) -> int:
         cpu_attention(model)
         task = TASKS.get("style").model_validate({"kind": "style"})
         loaded = LoadedModel(model, None)  # type: ignore[arg-type]
-        subject = Subject(loaded, task, TaskInfo("causal_lm"), dtype)
+        subject = TracedModel(loaded, task, TaskInfo("causal_lm"), dtype)
         return max(subject.train(Shape(rows, tokens, rows * (tokens - 1))).peak for rows, tokens in PASSES)
 
 

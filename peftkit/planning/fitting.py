@@ -12,7 +12,7 @@ from typing import Any
 
 from peftkit.errors import UserError
 from peftkit.planning.devices import Device
-from peftkit.planning.plan import Known, Plan, make_plan
+from peftkit.planning.plan import Plan, PlanInputs, make_plan
 from peftkit.schema.recipe import Recipe, replace
 
 SHORTEST = 64
@@ -31,7 +31,7 @@ class Suggestion:
     """Its time by that of the recipe as it was."""
 
 
-def suggest(plan: Plan, known: Known) -> Suggestion | None:
+def suggest(plan: Plan, known: PlanInputs) -> Suggestion | None:
     """The fewest changes that fit, the quickest among equals; None where none does."""
     if plan.fits:
         return None
@@ -71,7 +71,7 @@ def _moves(plan: Plan) -> dict[str, list[Change]]:
     return moves
 
 
-def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], known: Known) -> Suggestion | None:
+def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], known: PlanInputs) -> Suggestion | None:
     """The mildest of some kinds of change that fits; the strongest is tried first, for where it fails none will do."""
     strongest = _try(plan.recipe, [steps[-1] for steps in kinds], plan.device, known)
     if strongest is None or not strongest.fits:
@@ -84,7 +84,7 @@ def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], known: Known) 
     return None
 
 
-def _try(recipe: Recipe, changes: list[Change], device: Device, known: Known) -> Plan | None:
+def _try(recipe: Recipe, changes: list[Change], device: Device, known: PlanInputs) -> Plan | None:
     """The plan of a changed recipe; None where its method does not allow the change."""
     values: Change = {}
     for change in changes:

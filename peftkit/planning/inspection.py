@@ -186,10 +186,10 @@ def _classes(rows: Dataset, prepared: PreparedData, recipe: Recipe) -> dict[str,
 
 
 def _padding(lengths: np.ndarray, recipe: Recipe, batching: str) -> float:
-    from peftkit.data.batching import plan
+    from peftkit.data.batching import epoch_batches
 
     training = recipe.training.model_copy(update={"batching": batching})
-    padded = sum(len(batch) * int(lengths[batch].max()) for batch in plan(lengths, training, 0))
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in epoch_batches(lengths, training, 0))
     return 1 - float(lengths.sum()) / padded
 
 

@@ -20,7 +20,8 @@ from peftkit.models import packing
 from peftkit.models.blocks import find_blocks
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.planning.trace import Traced, Tracer
-from peftkit.schema.parts import LoadedModel, Task, TaskInfo
+from peftkit.schema.task import Task
+from peftkit.schema.types import LoadedModel, TaskInfo
 
 FEW, MORE = 3, 5
 """Blocks with which a long stack is run."""
@@ -39,7 +40,7 @@ class Shape:
 
 
 @dataclass
-class Subject:
+class TracedModel:
     """The model that is run, with what its task needs."""
 
     loaded: LoadedModel

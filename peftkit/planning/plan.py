@@ -14,18 +14,18 @@ import psutil
 
 from peftkit.models import dtypes
 from peftkit.models.inventory import TablePart, trainable_table
-from peftkit.models.meta_model import build_skeleton, weight_file_bytes
+from peftkit.models.meta_model import build_meta_model, weight_file_bytes
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device, here
 from peftkit.planning.machine import Machine
 from peftkit.planning.memory import Held, Phase, held_by, phases
-from peftkit.planning.passes import Shape, Subject
-from peftkit.planning.trace import Traced, without_data
+from peftkit.planning.passes import Shape, TracedModel
+from peftkit.planning.trace import Traced, fake_tensor_mode
 from peftkit.planning.workload import Workload, of_data
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import TaskInfo
 from peftkit.system.memory import KERNELS
 
 
@@ -84,7 +84,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Known:
+class PlanInputs:
     """What planning needs besides the recipe, found once for all changes of it."""
 
     tokenizer: Any
@@ -100,7 +100,7 @@ class Known:
         return "position_ids" in self.encoded.splits["train"].examples.column_names
 
 
-def look(recipe: Recipe) -> Known:
+def collect_inputs(recipe: Recipe) -> PlanInputs:
     """Reads tokenizer, data and machine; no weight is loaded."""
     import accelerate
     import datasets
@@ -119,10 +119,10 @@ def look(recipe: Recipe) -> Known:
     encoded = encode(prepared, tokenizer, recipe)
     grown = max(0, psutil.Process().memory_info().rss - before)
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
-    return Known(tokenizer, prepared.info, encoded, machine, grown, files)
+    return PlanInputs(tokenizer, prepared.info, encoded, machine, grown, files)
 
 
-def make_plan(recipe: Recipe, device: Device | None = None, known: Known | None = None) -> Plan:
+def make_plan(recipe: Recipe, device: Device | None = None, known: PlanInputs | None = None) -> Plan:
     """The plan of a recipe.
 
     Args:
@@ -132,21 +132,21 @@ def make_plan(recipe: Recipe, device: Device | None = None, known: Known | None 
     Raises:
         UserError: the recipe, its data or its base model are wrong, as a run would say it.
     """
-    dtypes.quiet()
-    known, device = known or look(recipe), device or here()
+    dtypes.silence_libraries()
+    known, device = known or collect_inputs(recipe), device or here()
     workload = of_data(recipe, known.encoded, "cuda" if device.gpu else "cpu", packed=known.packed)
     return plan_workload(recipe, device, known, workload)
 
 
-def plan_workload(recipe: Recipe, device: Device, known: Known, workload: Workload) -> Plan:
+def plan_workload(recipe: Recipe, device: Device, known: PlanInputs, workload: Workload) -> Plan:
     """The plan of given passes."""
     import torch
 
     dtype = planned_dtype(recipe, device)
     machine = machines.of_gpu(known.machine) if device.gpu else known.machine
-    with without_data():
-        loaded = build_skeleton(recipe, known.info, known.tokenizer, dtype, gpu=device.gpu)
-        subject = Subject(loaded, recipe.task, known.info, dtype, device.gpu)
+    with fake_tensor_mode():
+        loaded = build_meta_model(recipe, known.info, known.tokenizer, dtype, gpu=device.gpu)
+        subject = TracedModel(loaded, recipe.task, known.info, dtype, device.gpu)
         held = held_by(loaded.model, recipe.training.optimizer, averaged=bool(recipe.training.weight_averaging))
         parameters = tuple(trainable_table(loaded.model))
         train = subject.train(workload.largest, 2 if workload.accumulates else 1)
@@ -175,8 +175,8 @@ def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape
     from peftkit.system.parallel import cores
 
     machine = machines.measured(recipe.training.threads or cores())
-    with without_data():
-        subject = Subject(build_skeleton(recipe, info, tokenizer, dtype), recipe.task, info, dtype)
+    with fake_tensor_mode():
+        subject = TracedModel(build_meta_model(recipe, info, tokenizer, dtype), recipe.task, info, dtype)
         held = held_by(subject.loaded.model, recipe.training.optimizer)
         return sum(subject.train(shape, 2).resident(machine.allocator_ratio).values()) + held.states
 
@@ -191,7 +191,7 @@ def planned_dtype(recipe: Recipe, device: Device) -> Any:
 
 
 def _time(
-    subject: Subject, workload: Workload, train: Traced, evaluation: Traced, machine: Machine
+    subject: TracedModel, workload: Workload, train: Traced, evaluation: Traced, machine: Machine
 ) -> tuple[float, float, float]:
     """(seconds of all steps, of all validations, products a real token): a row costs a·tokens + b·tokens²."""
     largest = workload.largest

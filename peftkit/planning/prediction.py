@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.data.pipeline import EncodedData
 from peftkit.planning import machine as machines
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.types import TaskInfo
 
 if TYPE_CHECKING:
     from peftkit.planning.plan import Plan
@@ -24,7 +24,7 @@ LONG = 300.0
 """Seconds of training from which on half a minute more is spent on measuring the machine."""
 
 
-def beside(
+def compare_with_measured(
     recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, found: Mapping[str, Any], *, device: Any,
     world_size: int = 1, sharded: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -57,7 +57,7 @@ def beside(
     }
 
 
-def figures(made: Mapping[str, Any]) -> dict[str, float]:
+def plan_error_metrics(made: Mapping[str, Any]) -> dict[str, float]:
     """The planned figures for ``metrics.json``: ``planned_peak_memory_bytes`` and ``planned_seconds``."""
     return {f"planned_{row['figure']}": row["planned"] for row in made.get("beside", [])}
 
@@ -69,13 +69,13 @@ def _plan(
     from peftkit.models.meta_model import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
     from peftkit.planning.devices import here
-    from peftkit.planning.plan import Known, plan_workload
+    from peftkit.planning.plan import PlanInputs, plan_workload
     from peftkit.planning.workload import of_data
 
     chosen = replace(recipe, training={"micro_batch": found.get("micro_batch")})
     tables = sum(int(split.examples.data.nbytes) for split in encoded.splits.values())
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
-    known = Known(tokenizer, info, encoded, machines.measured(threads), tables, files)
+    known = PlanInputs(tokenizer, info, encoded, machines.measured(threads), tables, files)
     work = of_data(chosen, encoded, device.type, packed=known.packed, world_size=world_size)
     return plan_workload(chosen, here(gpu=device.type == "cuda"), known, work)
 

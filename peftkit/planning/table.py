@@ -8,10 +8,11 @@ from typing import Any
 from peftkit.errors import UserError
 from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device
-from peftkit.planning.plan import Known, plan_workload
+from peftkit.planning.plan import PlanInputs, plan_workload
 from peftkit.planning.workload import of_shape
-from peftkit.schema.parts import TaskInfo
-from peftkit.schema.recipe import METHODS, Recipe
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import TaskInfo
 
 PRECISIONS: dict[str, Any] = {
     "bf16": None,
@@ -55,7 +56,7 @@ def table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> l
     values["task"] = "instruction" if causal else "classification"
     info = TaskInfo("causal_lm") if causal else TaskInfo("single_label_classification", ("a", "b"))
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", 0) or tokens))
-    known = Known(tokenizer, info, None, machines.measured(cores()), 0, weight_file_bytes(folder))
+    known = PlanInputs(tokenizer, info, None, machines.measured(cores()), 0, weight_file_bytes(folder))
     cells = []
     for method in METHODS.names():
         for precision, quantization in PRECISIONS.items():
@@ -64,7 +65,7 @@ def table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> l
     return cells
 
 
-def _cell(values: dict[str, Any], method: str, precision: str, device: Device, known: Known, work: Any) -> Cell:
+def _cell(values: dict[str, Any], method: str, precision: str, device: Device, known: PlanInputs, work: Any) -> Cell:
     try:
         plan = plan_workload(Recipe.parse(values), device, known, work)
     except UserError as error:

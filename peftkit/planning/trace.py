@@ -169,7 +169,7 @@ def _plausible(dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def without_data() -> Iterator[FakeTensorMode]:
+def fake_tensor_mode() -> Iterator[FakeTensorMode]:
     """Tensors made inside have shapes and no data; random generators are left as they are."""
     state = _GET()
     try:

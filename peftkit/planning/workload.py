@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.data.batching import by_length, pass_tokens, plan, share, steps_per_epoch
+from peftkit.data.batching import by_length, epoch_batches, pass_tokens, shard_batch, steps_per_epoch
 from peftkit.planning.passes import Shape
 from peftkit.schema.recipe import Recipe
 
@@ -56,8 +56,8 @@ def of_data(recipe: Recipe, encoded: Any, device: str, *, packed: bool, world_si
         return Shape(len(index), width, min(scored, len(index) * (width - 1)), packed)
 
     passes, several = [], False
-    for batch in plan(lengths, training, 0):
-        pieces = share(batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens)
+    for batch in epoch_batches(lengths, training, 0):
+        pieces = shard_batch(batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens)
         several = several or len(pieces) > 1
         passes += [shape(piece.rows, lengths, train.weights) for piece in pieces]
     held = encoded.splits["validation"]

@@ -37,11 +37,11 @@ from peftkit.models.quantization import checkpoint
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import ResolvedSource, folder_of, resolve
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.quantize.distillation import targets, tune
-from peftkit.quantize.gptq import calibrate
+from peftkit.quantize.distillation import distill, targets
+from peftkit.quantize.gptq import quantize_blocks
 from peftkit.quantize.low_rank_fit import Factors, completed
-from peftkit.schema.parts import Batch, LoadedModel
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import Batch, LoadedModel
 from peftkit.training.log import bar
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def quantize(
         RunError: ``to`` holds something.
         ExportError: what was written does not load as what was measured.
     """
-    dtypes.quiet()
+    dtypes.silence_libraries()
     _check(recipe, to, rows, tune_rows, block_size)
     source = resolve(recipe.model)
     folder = folder_of(source)
@@ -146,7 +146,7 @@ def _fit(
     wanted = [targets(whole, one, _forward, causal) for one in learned]
     with bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
         loss = linear_cross_entropy.loss if causal else None
-        found = calibrate(whole, quantized, chosen, _forward, loss, block_size, ranks, advance)
+        found = quantize_blocks(whole, quantized, chosen, _forward, loss, block_size, ranks, advance)
     lost["calibrated nf4"] = judge.figures(quantized)
     starts = {name: both for name, both in found.items() if name in ranks}
     with completed(quantized, starts):
@@ -154,7 +154,7 @@ def _fit(
             lost["and LoRA's start"] = judge.figures(quantized)
         if learned:
             with bar("batches to train scales on", len(learned)) as advance:
-                tune(quantized, learned, wanted, _forward, causal, advance)
+                distill(quantized, learned, wanted, _forward, causal, advance)
             lost["tuned nf4"] = judge.figures(quantized)
     return _Fitted(len(found), starts, lost)
 
@@ -241,7 +241,7 @@ class _Judge:
 
     def hidden(self, model: Any) -> list[Tensor]:
         """The last hidden states of each row."""
-        with packing.still(model), torch.no_grad():
+        with packing.eval_modules(model), torch.no_grad():
             return [_forward(model, batch) for batch in self._batches]
 
     def figures(self, model: Any) -> dict[str, float]:
@@ -254,7 +254,7 @@ class _Judge:
         return figures | ({"loss": self._loss(model)} if self.causal else {})
 
     def _loss(self, model: Any) -> float:
-        with packing.still(model):
+        with packing.eval_modules(model):
             outputs = [linear_cross_entropy.row_outputs(model, batch) for batch in self._batches]
         weight = sum(float(one["weight"].sum()) for one in outputs)
         return sum(float(one["loss"].sum()) for one in outputs) / weight if weight else float("nan")

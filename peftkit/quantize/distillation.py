@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.models.kernels.linear_cross_entropy import IGNORE, scored
-from peftkit.models.packing import still
+from peftkit.models.packing import eval_modules
 from peftkit.quantize.nf4_rounding import as_blocks, double_quantized, scales_of
 
 Batch = dict[str, Tensor]
@@ -32,11 +32,11 @@ CHUNK = 256
 
 def targets(model: Any, batch: Batch, forward: Forward, causal: bool) -> Tensor:
     """What ``tune`` aims at: the last hidden states [tokens, width] of the whole model, where they count."""
-    with still(model), torch.no_grad():
+    with eval_modules(model), torch.no_grad():
         return forward(model, batch)[_counted(batch, causal)]
 
 
-def tune(
+def distill(
     packed: Any, batches: Sequence[Batch], wanted: Sequence[Tensor], forward: Forward, causal: bool,
     advance: Callable[[int], None] = lambda batches: None,
 ) -> None:  # fmt: skip
@@ -62,7 +62,7 @@ def tune(
     head = packed.get_output_embeddings() if causal else None
     for weight in flat:
         weight.requires_grad_(True)
-    with still(packed), _multiplying_by(layers, scales):
+    with eval_modules(packed), _multiplying_by(layers, scales):
         for step, (batch, target) in enumerate(zip(batches, wanted, strict=True)):
             with torch.enable_grad():
                 hidden = forward(packed, batch)[_counted(batch, causal)]

@@ -50,7 +50,7 @@ class _Reached(Exception):
     """The layer that is looked at was reached; what comes after it need not run."""
 
 
-def calibrate(
+def quantize_blocks(
     whole: nn.Module, packed: nn.Module, batches: Sequence[Batch], forward: Forward, loss: Loss | None = None,
     block_size: int = 64, ranks: Mapping[str, int] | None = None,
     advance: Callable[[int], None] = lambda blocks: None,

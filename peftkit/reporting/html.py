@@ -106,7 +106,8 @@ def environment() -> Environment:
     )  # fmt: skip
     made.filters |= {
         "figure": formatting.figure, "interval": formatting.with_interval, "words": formatting.name,
-        "count": formatting.count, "size": formatting.size, "plain": formatting.plain, "answer": tables.answer, "place": tables.place,
+        "count": formatting.count, "size": formatting.size, "plain": formatting.plain,
+        "answer": tables.answer, "place": tables.place,
         "quantity": lambda value, name: formatting.quantity(name, value),
     }  # fmt: skip
     return made

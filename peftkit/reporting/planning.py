@@ -18,13 +18,15 @@ from peftkit.errors import RecipeError
 from peftkit.planning import devices
 from peftkit.planning.devices import shown
 from peftkit.planning.fitting import Suggestion, suggest
-from peftkit.planning.plan import Plan, look, make_plan
+from peftkit.planning.plan import Plan, collect_inputs, make_plan
 from peftkit.planning.table import PRECISIONS, Cell
 from peftkit.planning.table import table as methods_table
 from peftkit.schema.recipe import Recipe
 
 
-def carry_out(recipe: Recipe | None, *, table: str | None, gpu: str | None, as_json: bool, apply: Path | None) -> str:
+def plan_command(
+    recipe: Recipe | None, *, table: str | None, gpu: str | None, as_json: bool, apply: Path | None
+) -> str:
     """What ``peftkit plan`` prints: the plan of a recipe, or the table of a base model.
 
     Args:
@@ -40,7 +42,7 @@ def carry_out(recipe: Recipe | None, *, table: str | None, gpu: str | None, as_j
         cells = methods_table(table, device)
         return json.dumps([asdict(cell) for cell in cells], indent=2) + "\n" if as_json else _table_text(cells, table)
     assert recipe is not None
-    known = look(recipe)
+    known = collect_inputs(recipe)
     plan = make_plan(recipe, device, known)
     suggestion = suggest(plan, known)
     if apply is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from peftkit.data.batching import padding_share, pass_tokens, plan, share
+from peftkit.data.batching import epoch_batches, padding_share, pass_tokens, shard_batch
 from peftkit.models.inventory import trainable_table
 from peftkit.planning import prediction
 from peftkit.reporting import html, tables
@@ -21,7 +21,7 @@ ABOUT = "about.json"
 """What was shown before training, kept for the report."""
 
 
-class Speaker:
+class ConsoleReporter:
     """Prints on the main process; tables go to stdout, remarks to stderr."""
 
     def __init__(self, *, silent: bool) -> None:
@@ -69,9 +69,9 @@ class Speaker:
             self._out.print(f"      {said}", style="dim", markup=False)
 
 
-def speaker(session: Any, *, quiet: bool = False) -> Speaker:
+def console_reporter(session: Any, *, quiet: bool = False) -> ConsoleReporter:
     """A speaker for this process."""
-    return Speaker(silent=quiet or not session.is_main)
+    return ConsoleReporter(silent=quiet or not session.is_main)
 
 
 def summary(recipe: Recipe) -> str:
@@ -95,12 +95,12 @@ def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]
             "padding": "",
         }
         if name == "train":
-            batches = plan(split.lengths, recipe.training, 0)
+            batches = epoch_batches(split.lengths, recipe.training, 0)
             bounds = {
                 "micro_batch": recipe.training.micro_batch if isinstance(recipe.training.micro_batch, int) else None,
                 "micro_tokens": pass_tokens(recipe.training, device),
             }
-            pieces = [share(batch, split.lengths, rank=0, world_size=1, **bounds) for batch in batches]
+            pieces = [shard_batch(batch, split.lengths, rank=0, world_size=1, **bounds) for batch in batches]
             passes = [piece.rows for batch in pieces for piece in batch]
             row["padding"] = f"{padding_share(split.lengths, passes):.1%} in {len(batches)} batches"
         rows.append(row)

@@ -26,8 +26,8 @@ from peftkit.distributed.session import Session, flat
 from peftkit.errors import CheckpointError, RunError
 from peftkit.runs import checkpoints
 from peftkit.runs.checkpoints import Checkpoint
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import TaskInfo
 from peftkit.system import files
 from peftkit.system.parallel import cores
 
@@ -56,7 +56,7 @@ def new_folder(recipe: Recipe, session: Session) -> Path:
         except OSError as error:
             raise RunError(f"output_dir '{recipe.output_dir}' cannot be written: {error.strerror}") from None
 
-    return Path(session.main_only(make))
+    return Path(session.run_on_main(make))
 
 
 def _first_free(path: Path) -> Path:
@@ -95,7 +95,7 @@ def locked(folder: Path, session: Session) -> Iterator[None]:
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror}), so no run can go on in it") from None
 
-    session.main_only(acquire)
+    session.run_on_main(acquire)
     try:
         yield
     finally:

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.registry import Registry
-from peftkit.schema.recipe import Recipe, describe
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.validation import describe
 
 RecipeFunction = Callable[[], Recipe]
 RECIPES: Registry[RecipeFunction] = Registry("recipe", group="peftkit.recipes")

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from peftkit.errors import RecipeError, did_you_mean
-from peftkit.schema.parts import Part
 from peftkit.schema.recipe import Recipe, merge
 from peftkit.schema.recipe_yaml import value_of
+from peftkit.schema.sections import ConfigSection
 
 BY_KIND = ("method", "task", "quantization")
 
@@ -63,6 +63,6 @@ def _hint(name: str, recipe: Recipe) -> str:
     """Points ``epochs`` to ``training.epochs``: the part that has such a field, else the nearest part."""
     for part in Recipe.model_fields:
         held = getattr(recipe, part)
-        if isinstance(held, Part) and name in type(held).model_fields:
+        if isinstance(held, ConfigSection) and name in type(held).model_fields:
             return f"did you mean '{part}.{name}'?"
     return did_you_mean(name, Recipe.model_fields)

@@ -6,21 +6,16 @@ other = replace(recipe, name="other", method={"kind": "frozen"})
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from peftkit.errors import RecipeError, did_you_mean
-from peftkit.registry import Registry
-from peftkit.schema.parts import ByKind, Method, Part, Quantization, Task
-
-METHODS: Registry[type[Method]] = Registry("method", package="peftkit.methods", group="peftkit.methods")
-TASKS: Registry[type[Task]] = Registry("task", package="peftkit.tasks", group="peftkit.tasks")
-QUANTIZATIONS: Registry[type[Quantization]] = Registry(
-    "quantization", package="peftkit.models.quantization", group="peftkit.quantizations"
-)
+from peftkit.schema import recipe_yaml
+from peftkit.schema.registries import METHODS, QUANTIZATIONS, TASKS
+from peftkit.schema.sections import ConfigSection, DiscriminatedBy
+from peftkit.schema.validation import describe
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rows = Annotated[int, Field(ge=1)]
@@ -36,7 +31,7 @@ def _as_mode(value: Any) -> Any:
     return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
 
 
-class ModelConfig(Part):
+class ModelConfig(ConfigSection):
     """The base model: where it comes from and how it is held."""
 
     source: str
@@ -56,7 +51,7 @@ class ModelConfig(Part):
     """A named chat template (chatml, llama2, zephyr, plain) for a base that has none."""
 
 
-class CleaningConfig(Part):
+class CleaningConfig(ConfigSection):
     """What is done about bad rows. Each step is reported with counts and examples; 'error' stops before training."""
 
     empty: Literal["error", "drop"] = "error"
@@ -75,7 +70,7 @@ class CleaningConfig(Part):
     """Equal texts with different labels; drop removes all of them."""
 
 
-class AugmentationConfig(Part):
+class AugmentationConfig(ConfigSection):
     """Easy data augmentation (Wei & Zou 2019, arXiv:1901.11196) of the training split; other splits stay as read."""
 
     copies: Annotated[int, Field(ge=1, le=16)] = 1
@@ -88,7 +83,7 @@ class AugmentationConfig(Part):
     """Share of words in which two neighbouring letters are exchanged."""
 
 
-class DataConfig(Part):
+class DataConfig(ConfigSection):
     """The data set: where it comes from, which columns matter, how it is cleaned, split and cut."""
 
     source: str | tuple[str, ...]
@@ -143,7 +138,7 @@ class DataConfig(Part):
         return self
 
 
-class EarlyStopping(Part):
+class EarlyStopping(ConfigSection):
     """Stop when validation no longer improves."""
 
     patience: Annotated[int, Field(ge=1)] = 3
@@ -152,7 +147,7 @@ class EarlyStopping(Part):
     """Improvement below which a validation counts as none."""
 
 
-class TrainingConfig(Part):
+class TrainingConfig(ConfigSection):
     """How long, in which steps, and in what order the model learns."""
 
     epochs: Annotated[float, Field(gt=0)] = 3
@@ -232,7 +227,7 @@ class TrainingConfig(Part):
         return value
 
 
-class GenerationConfig(Part):
+class GenerationConfig(ConfigSection):
     """How text is generated, in evaluation and from the command line."""
 
     max_new_tokens: Rows = 128
@@ -253,7 +248,7 @@ class GenerationConfig(Part):
     """Prompts of your own to be continued before and after training."""
 
 
-class EvaluationConfig(Part):
+class EvaluationConfig(ConfigSection):
     """How the result is scored, and what it is compared with."""
 
     metrics: tuple[str, ...] | None = None
@@ -270,7 +265,7 @@ class EvaluationConfig(Part):
     """How text is generated."""
 
 
-class ExportConfig(Part):
+class ExportConfig(ConfigSection):
     """What is made of the trained model besides its adapter."""
 
     merge: bool = False
@@ -281,15 +276,15 @@ class ExportConfig(Part):
     """Largest difference of logits, relative to their spread, that the proof lets pass."""
 
 
-class Recipe(Part):
+class Recipe(ConfigSection):
     """One whole run: model, quantization, method, task, data, training, evaluation, export."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
     """Names the run's folder: letters, digits, '_', '-' and '.'."""
     model: ModelConfig
-    quantization: Annotated[Any, ByKind(QUANTIZATIONS)] | None = None
-    method: Annotated[Any, ByKind(METHODS)] = Field(default="lora", validate_default=True)
-    task: Annotated[Any, ByKind(TASKS)] = Field(default="classification", validate_default=True)
+    quantization: Annotated[Any, DiscriminatedBy(QUANTIZATIONS)] | None = None
+    method: Annotated[Any, DiscriminatedBy(METHODS)] = Field(default="lora", validate_default=True)
+    task: Annotated[Any, DiscriminatedBy(TASKS)] = Field(default="classification", validate_default=True)
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -315,15 +310,11 @@ class Recipe(Part):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """A recipe from a YAML file; raises RecipeError with file, line and column."""
-        from peftkit.schema.recipe_yaml import read
-
-        return read(Path(path))
+        return recipe_yaml.read(Path(path), cls.model_validate)
 
     def to_yaml(self, *, defaults: bool = True) -> str:
         """The recipe as YAML; ``defaults=False`` leaves out what is at its default."""
-        from peftkit.schema.recipe_yaml import write
-
-        return write(self, defaults=defaults)
+        return recipe_yaml.write(self, defaults=defaults)
 
     @property
     def learning_rate(self) -> float:
@@ -353,59 +344,10 @@ def merge(old: Any, new: Any) -> Any:
 
     A new ``source`` drops what belonged to the old one: a revision pinned there means nothing here.
     """
-    if isinstance(new, Part):
+    if isinstance(new, ConfigSection):
         return new
     if not isinstance(new, dict) or not isinstance(old, dict) or new.get("kind", old.get("kind")) != old.get("kind"):
         return new
     if new.get("source", old.get("source")) != old.get("source"):
         old = {key: value for key, value in old.items() if key not in BOUND_TO_SOURCE}
     return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}}
-
-
-def flatten(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], str, Any]]:
-    """(location, message, input) of every complaint, those of parts chosen by kind included."""
-    found = []
-    for item in error.errors(include_url=False):
-        inner = item.get("ctx", {}).get("error")
-        loc = prefix + tuple(part for part in item["loc"] if not _is_union_tag(part))
-        if isinstance(inner, ValidationError):
-            found += flatten(inner, loc)
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            found.append((loc, message, item.get("input")))
-    return found
-
-
-def describe(error: ValidationError, origin: str) -> str:
-    """One line for one complaint, a short list for several."""
-    lines = [complaint(loc, message, value) for loc, message, value in flatten(error)]
-    lines = list(dict.fromkeys(lines))
-    return (
-        f"{origin}: {lines[0]}"
-        if len(lines) == 1
-        else "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
-    )
-
-
-_SHORT = reprlib.Repr()  # bounded: aliases can make a small file stand for an endless value
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 61
-
-
-def complaint(loc: tuple[Any, ...], message: str, value: Any) -> str:
-    """``training.epochs: input should be greater than 0, found -1``."""
-    message = message[:1].lower() + message[1:]
-    shown = _SHORT.repr(value)
-    found = (
-        f", found {shown}"
-        if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message
-        else ""
-    )
-    where = ".".join(str(part) for part in loc)
-    return f"{where}: {message}{found}" if where else f"{message}{found}"
-
-
-def _is_union_tag(part: Any) -> bool:
-    """pydantic puts the tried type of a union into the location; users know fields only."""
-    return isinstance(part, str) and (
-        not part.isidentifier() or part in {"int", "str", "float", "none", "tuple", "dict"}
-    )

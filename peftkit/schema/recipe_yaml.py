@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from peftkit.errors import RecipeError
-from peftkit.schema.recipe import Recipe, complaint, flatten
+from peftkit.schema.validation import complaint, flatten
 
+Result = TypeVar("Result")
 MAX_BYTES = 1_000_000
 MAX_ALIASES = 100
 MAX_DEPTH = 20
@@ -61,8 +63,8 @@ def _construct(loader: Loader, node: yaml.Node) -> Any:
         ) from None
 
 
-def read(path: Path) -> Recipe:
-    """Reads and validates a recipe file; raises RecipeError naming file, line, column and field."""
+def read(path: Path, validate: Callable[[Any], Result]) -> Result:
+    """Reads a recipe file and validates its values; raises RecipeError naming file, line, column and field."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise RecipeError(f"{path}: a recipe is at most {MAX_BYTES:,} bytes; is this a data file?")
@@ -75,7 +77,7 @@ def read(path: Path) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a mapping of a recipe's parts, found {type(values).__name__}")
     try:
-        return Recipe.model_validate(values)
+        return validate(values)
     except ValidationError as error:
         lines = dict.fromkeys(
             f"{path}, {_position(node, loc, message)}: {complaint(loc, message, value)}"
@@ -84,7 +86,7 @@ def read(path: Path) -> Recipe:
         raise RecipeError("\n".join(lines)) from None
 
 
-def write(recipe: Recipe, *, defaults: bool = True) -> str:
+def write(recipe: BaseModel, *, defaults: bool = True) -> str:
     """The recipe as YAML that ``read`` gives back unchanged."""
     values = recipe.model_dump(mode="json")
     if not defaults:

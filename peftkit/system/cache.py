@@ -58,7 +58,7 @@ def entry_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def kept_array(kind: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_array(kind: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """An array that was made before under this key, or that ``make`` gives now and is kept."""
     path = cache_folder(kind) / key
     with entry_lock(path):

@@ -29,16 +29,16 @@ def bound_kernel_cache() -> None:
         os.environ.setdefault(setting, str(KERNELS))
 
 
-def give_back_after(step: int) -> None:
-    """``give_back`` after every ``STEPS`` steps, and after the 1st, 2nd and 4th, whose new shapes leave the most holes.
+def trim_heap_after(step: int) -> None:
+    """``trim_heap`` after every ``STEPS`` steps, and after the 1st, 2nd and 4th, whose new shapes leave the most holes.
 
     Not after each: what is given back has to be taken again, which costs the next step a twentieth of its time.
     """
     if step in (1, 2, 4) or step % STEPS == 0:
-        give_back()
+        trim_heap()
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Returns free pages of the heap (with glibc) and those of mapped tables to the system."""
     release()
     trim = _malloc_trim()

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import DataError, RecipeError, did_you_mean
-from peftkit.schema.parts import Batch, LoadedModel, Row, Task, TaskInfo
-from peftkit.schema.recipe import TASKS
+from peftkit.schema.registries import TASKS
+from peftkit.schema.task import Task
+from peftkit.schema.types import Batch, LoadedModel, Row, TaskInfo
 from peftkit.tasks import label_column as reading
 from peftkit.tasks.tokens import tokenize
 
@@ -270,9 +271,11 @@ class Classification(Task):
         self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
     ) -> dict[str, float]:
         """The figures of ``evaluation.metrics``, or the usual ones of the problem type, and ``loss``."""
-        from peftkit.evaluation.decisions import compute
+        from peftkit.evaluation.decisions import compute_metrics
 
-        return compute(outputs, info, evaluation.metrics, threshold=self.threshold, always=(self.best_metric(info),))
+        return compute_metrics(
+            outputs, info, evaluation.metrics, threshold=self.threshold, always=(self.best_metric(info),)
+        )
 
     def best_metric(self, info: TaskInfo) -> str:
         """Accuracy for one label, micro F1 for several, the squared error for a number."""

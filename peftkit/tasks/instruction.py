@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.errors import DataError
 from peftkit.models import chat_template
-from peftkit.schema.parts import Row, TaskInfo
-from peftkit.schema.recipe import TASKS
+from peftkit.schema.registries import TASKS
+from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.conversation import Message, format_of, read_row
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import RecipeError
-from peftkit.schema.parts import Batch, Task, TaskInfo
+from peftkit.schema.task import Task
+from peftkit.schema.types import Batch, TaskInfo
 
 if TYPE_CHECKING:
     import numpy as np

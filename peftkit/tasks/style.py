@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from peftkit.errors import DataError, ModelError, did_you_mean
-from peftkit.schema.parts import Row, TaskInfo
-from peftkit.schema.recipe import TASKS
+from peftkit.schema.registries import TASKS
+from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.windows import Stretch, columns, stream
 

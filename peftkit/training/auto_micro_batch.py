@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from peftkit.data.batching import MicroBatch, plan
+from peftkit.data.batching import MicroBatch, epoch_batches
 
 if TYPE_CHECKING:
     from peftkit.training.step import Stepper
@@ -32,27 +32,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
-def begin(stepper: Stepper) -> None:
+def find_micro_batch(stepper: Stepper) -> None:
     """Tries the heaviest pass of the first epoch; leaves no gradient, and random generators as they were."""
     batch = heaviest(stepper)
     if stepper.session.device.type == "cpu":
         _plan_for_cpu(stepper, batch)
     devices = [stepper.session.device] if stepper.session.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        fitting(stepper, batch, lambda: _try(stepper, batch))
+        retry_on_oom(stepper, batch, lambda: _probe(stepper, batch))
     _agree(stepper)
 
 
 def _agree(stepper: Stepper) -> None:
     """The fewest rows a pass of all processes."""
     own, unbounded = stepper.micro_batch, 2**31 - 1
-    fewest = -stepper.session.largest(-(own or unbounded))
+    fewest = -stepper.session.all_reduce_max(-(own or unbounded))
     if fewest != (own or unbounded):
         stepper.micro_batch = fewest
         stepper.tell(f"another process has memory for {fewest} rows a pass: going on with them, the global batch stays")
 
 
-def fitting(stepper: Stepper, batch: np.ndarray, work: Callable[[], Result]) -> Result:
+def retry_on_oom(stepper: Stepper, batch: np.ndarray, work: Callable[[], Result]) -> Result:
     """Does ``work`` on a global batch; where memory runs out and the recipe leaves it to us, halves and does it anew.
 
     With several processes only the trial before the first step is repeated: in a step the others already wait.
@@ -74,7 +74,7 @@ def fitting(stepper: Stepper, batch: np.ndarray, work: Callable[[], Result]) -> 
 
 def heaviest(stepper: Stepper) -> np.ndarray:
     """The global batch of the first epoch that holds the pass with the most padded tokens."""
-    batches = plan(stepper.split.lengths, stepper.recipe.training, 0)
+    batches = epoch_batches(stepper.split.lengths, stepper.recipe.training, 0)
     return max(batches, key=lambda batch: max(_padded(stepper, piece) for piece in stepper.share(batch)))
 
 
@@ -83,7 +83,7 @@ def _padded(stepper: Stepper, piece: MicroBatch) -> tuple[int, int]:
     return longest * len(piece.rows), longest
 
 
-def _try(stepper: Stepper, batch: np.ndarray) -> None:
+def _probe(stepper: Stepper, batch: np.ndarray) -> None:
     """Forward and backward of the heaviest pass, gradients discarded, no process waiting for another."""
     piece = max(stepper.share(batch), key=lambda piece: _padded(stepper, piece))
     session, module = stepper.session, stepper.module

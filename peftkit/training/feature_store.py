@@ -20,7 +20,7 @@ from torch import Tensor
 from peftkit.data.batching import MODEL_INPUTS, collate
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.system.cache import cache_folder
-from peftkit.training import frozen_trunk as stems
+from peftkit.training import frozen_trunk as trunks
 
 FILE = "features.npy"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
@@ -54,14 +54,14 @@ class FeatureSplit(EncodedSplit):
     """``labels`` and ``weight`` of all rows, where one vector a row is enough."""
 
     def batch(self, rows: np.ndarray, tokenizer: Any) -> dict[str, Tensor]:
-        """The rows as padded tensors, with what crosses the stem's seam."""
+        """The rows as padded tensors, with the trunk's output."""
         if self.per_row:
             ids = torch.zeros(len(rows), 1, dtype=torch.long)
             held = {name: values[torch.from_numpy(rows)] for name, values in self.columns.items()}
             features = self._tensor(self.stored[rows])
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **held, stems.FEATURES: features}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **held, trunks.FEATURES: features}
         batch = collate(self.examples[rows.tolist()], tokenizer)
-        return {**batch, stems.FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
+        return {**batch, trunks.FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
 
     def _padded(self, rows: np.ndarray, left: bool) -> Tensor:
         width = int(self.lengths[rows].max())

@@ -1,11 +1,11 @@
-"""Features of a frozen stem, computed once and kept on disk: every later epoch, run and sweep reads them.
+"""Features of a frozen trunk, computed once and kept on disk: every later epoch, run and sweep reads them.
 
     plan = features.plan(module, recipe, encoded, tokenizer, session, fingerprint)
-    data = plan.carry_out()                  # the same splits, whose batches carry what crosses the stem's seam
+    data = plan.run()                        # the same splits, whose batches carry the trunk's output
 
-An entry belongs to the base's files, the tokens of one split, the seam, dtype, device, versions and this code; what is
-trained above (head, learning rate, labels, smoothing, dropout, seed) does not matter to it. Linear probing on
-precomputed features is as old as the method (Alain & Bengio 2016, arXiv:1610.01644).
+The cache key covers the base's files, the tokens of one split, the cut point, dtype, device, versions and this code.
+What is trained above the cut (head, learning rate, labels, dropout, seed) is not part of it. Linear probing on
+precomputed features follows Alain & Bengio (2016, arXiv:1610.01644).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from peftkit.models import classifier
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cache import atomic_folder, cache_folder, entry_lock, is_intact
 from peftkit.training import feature_store as store
-from peftkit.training import frozen_trunk as stems
+from peftkit.training import frozen_trunk as trunks
 from peftkit.training.feature_store import FeatureSplit
-from peftkit.training.frozen_trunk import Stem
+from peftkit.training.frozen_trunk import FrozenTrunk
 from peftkit.training.log import bar
 from peftkit.training.step import TaskModule
 
@@ -50,7 +50,7 @@ class Plan:
     session: Session
     base: str
     """Fingerprint of the base model."""
-    stem: Stem | None = None
+    trunk: FrozenTrunk | None = None
     dtype: torch.dtype = torch.float32
     width: int = 0
     active: bool = False
@@ -61,11 +61,11 @@ class Plan:
 
     def bytes_of(self, split: EncodedSplit) -> int:
         """Size of a split's features on disk."""
-        assert self.stem is not None
-        count = len(split.lengths) if self.stem.per_row else int(split.lengths.sum())
+        assert self.trunk is not None
+        count = len(split.lengths) if self.trunk.per_row else int(split.lengths.sum())
         return count * self.width * torch.empty((), dtype=self.dtype).element_size()
 
-    def carry_out(self, *, final: bool = True) -> EncodedData:
+    def run(self, *, final: bool = True) -> EncodedData:
         """The data with features, computed where no earlier run left them; the data as they are where this is off.
 
         Args:
@@ -93,15 +93,15 @@ class Plan:
         return path
 
     def _compute(self, name: str, split: EncodedSplit, file: Path) -> None:
-        assert self.stem is not None
+        assert self.trunk is not None
         starts = store.starts(split.lengths)
-        rows = len(split.lengths) if self.stem.per_row else int(split.lengths.sum())
+        rows = len(split.lengths) if self.trunk.per_row else int(split.lengths.sum())
         out = np.lib.format.open_memmap(file, mode="w+", dtype=store.STORED[self.dtype], shape=(rows, self.width))
         tokens = pass_tokens(self.recipe.training, self.session.device.type)
         with bar(f"features of {name}", len(split.lengths), shown=self.session.is_main) as advance:
             for batch in by_length(split.lengths, BATCH_ROWS, tokens):
                 hidden, mask = self._captured(split, batch)
-                if self.stem.per_row:
+                if self.trunk.per_row:
                     out[batch] = store.as_array(hidden)
                 else:
                     for index, row in enumerate(batch):
@@ -111,13 +111,13 @@ class Plan:
         out.flush()
 
     def _captured(self, split: EncodedSplit, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What crosses the seam for some rows, and their attention mask, on the CPU."""
-        assert self.stem is not None
+        """What crosses the cut point for some rows, and their attention mask, on the CPU."""
+        assert self.trunk is not None
         device = self.session.device
         batch = {name: tensor.to(device) for name, tensor in split.batch(rows, self.tokenizer).items()}
         self.module.eval()
         with torch.no_grad(), self.session.accelerator.autocast():
-            hidden = self.stem.capture(lambda: self.module(batch, outputs=True), batch)
+            hidden = self.trunk.capture(lambda: self.module(batch, outputs=True), batch)
         return hidden.cpu(), batch["attention_mask"].bool().cpu()
 
     def _agrees(self, split: EncodedSplit, path: Path) -> bool:
@@ -125,24 +125,24 @@ class Plan:
         opened = self._open(split, path)
         rows = probe_rows(split)
         hidden, mask = self._captured(split, rows)
-        stored = opened.batch(rows, self.tokenizer)[stems.FEATURES]
-        assert self.stem is not None
-        if not self.stem.per_row:
+        stored = opened.batch(rows, self.tokenizer)[trunks.FEATURES]
+        assert self.trunk is not None
+        if not self.trunk.per_row:
             hidden = hidden * mask[:, :, None]
-        allowed = stems.TOLERANCE.get(self.dtype, stems.HALF_TOLERANCE)
+        allowed = trunks.TOLERANCE.get(self.dtype, trunks.HALF_TOLERANCE)
         difference = float((hidden.float() - stored.float()).abs().max())
         return hidden.shape == stored.shape and difference <= allowed * float(hidden.float().abs().max())
 
     def _open(self, split: EncodedSplit, path: Path) -> FeatureSplit:
-        assert self.stem is not None
-        return store.open_split(split, path, self.dtype, per_row=self.stem.per_row)
+        assert self.trunk is not None
+        return store.open_split(split, path, self.dtype, per_row=self.trunk.per_row)
 
 
 def plan(module: TaskModule, recipe: Recipe, encoded: EncodedData, tokenizer: Any, session: Session, base: str) -> Plan:
-    """Finds the model's frozen stem, holds it in evaluation mode from now on, and decides whether features are kept.
+    """Finds the model's frozen trunk, holds it in evaluation mode from now on, and decides whether features are kept.
 
     Args:
-        module: the model under its task, not wrapped; its ``stem`` is set.
+        module: the model under its task, not wrapped; its ``trunk`` is set.
         base: fingerprint of the base model.
     """
     made = Plan(module, recipe, encoded, tokenizer, session, base)
@@ -153,12 +153,12 @@ def plan(module: TaskModule, recipe: Recipe, encoded: EncodedData, tokenizer: An
     module.eval()
     with session.accelerator.autocast():
         forward = _forward(module)
-        found, reason = stems.find(module.model, forward, batch, module.pooling)
+        found, reason = trunks.find_frozen_trunk(module.model, forward, batch, module.pooling)
         if found is None:
             made.note = _unused(module, reason)
             return made
         module.hold(found)
-        made.stem = found
+        made.trunk = found
         with torch.no_grad():
             hidden = found.capture(lambda: forward(batch), batch)
     made.dtype, made.width = hidden.dtype, hidden.shape[-1]
@@ -209,9 +209,9 @@ def _decide(made: Plan) -> None:
 
 
 def _what(made: Plan) -> str:
-    assert made.stem is not None
-    if not made.stem.whole:
-        below = f"the first {made.stem.cut} of {len(made.stem.blocks)} blocks are frozen"
+    assert made.trunk is not None
+    if not made.trunk.whole:
+        below = f"the first {made.trunk.cut} of {len(made.trunk.blocks)} blocks are frozen"
         return f"{below}, and held without dropout; what leaves them is fixed"
     return "the backbone is frozen, and held without dropout; what leaves it is fixed"
 
@@ -229,8 +229,8 @@ def _passes(made: Plan) -> float:
 
 def _key(made: Plan, split: EncodedSplit) -> str:
     """Everything that a split's features depend on."""
-    stem, recipe = made.stem, made.recipe
-    assert stem is not None
+    trunk, recipe = made.trunk, made.recipe
+    assert trunk is not None
     inner = classifier.unwrap(made.module.model)
     parts = {
         "base": made.base,
@@ -240,8 +240,8 @@ def _key(made: Plan, split: EncodedSplit) -> str:
         "device": made.session.device.type,
         "processor": torch.backends.cpu.get_cpu_capability(),
         "attention": inner.config._attn_implementation,
-        "cut": stem.cut,
-        "kind": stem.kind,
+        "cut": trunk.cut,
+        "kind": trunk.kind,
         "inputs": store.inputs_digest(split),
         "versions": store.versions(),
         "code": store.code_digest(),

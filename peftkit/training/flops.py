@@ -16,7 +16,7 @@ import torch
 
 from peftkit.models.kernels import compile
 from peftkit.system.cache import cache_folder, entry_lock
-from peftkit.system.memory import give_back
+from peftkit.system.memory import trim_heap
 
 if TYPE_CHECKING:
     from peftkit.training.loop import Loop
@@ -62,7 +62,7 @@ def flops_per_token(loop: Loop) -> float:
     return counter.get_total_flops() / float(split.lengths[rows].sum())
 
 
-def figures(loop: Loop) -> dict[str, float]:
+def utilization_metrics(loop: Loop) -> dict[str, float]:
     """``flops_per_token``, ``flops_per_second`` of a process, ``matmul_flops_per_second``, and their ratio."""
     state, session = loop.state, loop.session
     if not state.seconds or getattr(session, "sharded", False):
@@ -79,7 +79,7 @@ def figures(loop: Loop) -> dict[str, float]:
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
     size = SIZES.get(device.type, OTHER_SIZE)
-    give_back()  # so that the run's peak stays training's own
+    trim_heap()  # so that the run's peak stays training's own
     one, other, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
     for _ in range(REPEATS):

@@ -1,14 +1,14 @@
 """The part of a model that training leaves as it is, and what leaves it: computed once, it can be put back at will.
 
-    stem = find(module.model, task_forward, batch)      # None where the first block is trained
-    hidden = stem.capture(lambda: forward(batch))       # runs the model up to the cut, and no further
-    with stem.replay(hidden):
-        forward(stem.reduced(batch))                    # the model's own forward, from the cut on
+    trunk = find(module.model, task_forward, batch)      # None where the first block is trained
+    hidden = trunk.capture(lambda: forward(batch))       # runs the model up to the cut, and no further
+    with trunk.replay(hidden):
+        forward(trunk.reduced(batch))                    # the model's own forward, from the cut on
 
 The cut lies below the lowest trained weight. Under a fully frozen backbone a classifier needs one vector a row (the
 mean, the first or the last token, or the pooler's output: whichever is tried and seen to give the same logits);
 between two blocks it needs every token. Nothing is assumed of an architecture: the order of calls is traced, and
-a seam is used only after a few rows went both ways with equal results.
+a cut point is used only after a few rows went both ways with equal results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftkit.models import classifier
 from peftkit.models.blocks import find_blocks
 
 FEATURES = "features"
-"""Under this name a batch carries what crosses the seam."""
+"""Under this name a batch carries the trunk's output."""
 TOKENS = "tokens"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF_TOLERANCE = 3e-2
@@ -43,37 +43,37 @@ class _Reached(Exception):
 
 
 @dataclass(frozen=True)
-class Stem:
-    """A frozen, deterministic lower part of a model, and the seam above it."""
+class FrozenTrunk:
+    """A frozen, deterministic lower part of a model, and the cut point above it."""
 
     backbone: nn.Module
     blocks: tuple[nn.Module, ...]
     cut: int
-    """Blocks below the seam; all of them when the whole backbone is frozen."""
+    """Blocks below the cut point; all of them when the whole backbone is frozen."""
     kind: str
-    """What crosses the seam: "tokens" [rows, tokens, width], or one vector a row: mean, cls, first, last, pooler."""
+    """The trunk's output: "tokens" [rows, tokens, width], or one vector a row: mean, cls, first, last, pooler."""
     pad_token_id: int | None = None
     wraps: int | None = None
     """Length of the tuple that a block returns; None where it returns the tensor itself."""
     output_type: type | None = None
     still: tuple[nn.Module, ...] = field(default=(), repr=False)
-    """Modules of the stem; kept in evaluation mode, so that no dropout below the seam changes what crosses it."""
+    """Modules of the trunk; kept in evaluation mode, so that no dropout below the cut point changes what crosses it."""
 
     @property
     def whole(self) -> bool:
-        """Whether the seam lies above the whole backbone."""
+        """Whether the cut point lies above the whole backbone."""
         return self.cut == len(self.blocks)
 
     @property
     def per_row(self) -> bool:
-        """Whether one vector a row crosses the seam."""
+        """Whether one vector a row crosses the cut point."""
         return self.kind != TOKENS
 
     def capture(self, forward: Callable[[], Any], batch: Mapping[str, Tensor]) -> Tensor:
-        """What crosses the seam for a batch: [rows, width], or [rows, tokens, width] with padding as it came.
+        """What crosses the cut point for a batch: [rows, width], or [rows, tokens, width] with padding as it came.
 
         Args:
-            forward: runs the model on ``batch``; it is left at the seam, so that nothing above costs anything.
+            forward: runs the model on ``batch``; it is left at the cut point, so that nothing above costs anything.
         """
         with self._stopping():
             try:
@@ -84,7 +84,7 @@ class Stem:
 
     @contextlib.contextmanager
     def replay(self, hidden: Tensor) -> Iterator[None]:
-        """Within it the model's own forward begins at the seam, with ``hidden`` in place of what the stem would give.
+        """Within it the model's own forward begins at the cut point, with ``hidden`` as the trunk's output.
 
         A block hands on its output, so that whatever runs a block again (gradient checkpointing) sees the same input.
         """
@@ -102,7 +102,7 @@ class Stem:
                     module.forward = forward
 
     def reduced(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch that goes with what crosses the seam: rows of a single token where one vector a row does."""
+        """The batch that goes with the trunk's output: rows of a single token where one vector a row does."""
         if not self.per_row:
             return dict(batch)
         ids = batch["input_ids"][:, :1]
@@ -163,10 +163,10 @@ class Stem:
 
 
 @torch.no_grad()
-def find(
+def find_frozen_trunk(
     model: nn.Module, forward: Callable[[Mapping[str, Tensor]], Outputs], batch: Mapping[str, Tensor], pooling: str
-) -> tuple[Stem | None, str]:
-    """The frozen stem of a model in evaluation mode, and, where there is none, why not in words.
+) -> tuple[FrozenTrunk | None, str]:
+    """The frozen trunk of a model in evaluation mode, and, where there is none, why not in words.
 
     Args:
         model: with ``requires_grad`` set everywhere.
@@ -187,14 +187,14 @@ def find(
     cut = 0 if first_is_trained else _cut(model, blocks, trace)
     if cut == 0:
         return None, "something is trained below the first block, or in it"
-    held = Stem(
+    held = FrozenTrunk(
         backbone, blocks, cut, TOKENS, inner.config.get_text_config().pad_token_id, trace.wraps,
         type(trace.output), _still(backbone, blocks, cut, trace),
     )  # fmt: skip
     for kind in _kinds(held, pooling, trace):
-        stem = replace(held, kind=kind)
-        if _same_both_ways(stem, forward, batch, trace.outputs):
-            return stem, ""
+        trunk = replace(held, kind=kind)
+        if _same_both_ways(trunk, forward, batch, trace.outputs):
+            return trunk, ""
     return None, f"{type(inner).__name__} gives other outputs when it is entered above its frozen blocks"
 
 
@@ -274,26 +274,26 @@ def _still(backbone: nn.Module, blocks: tuple[nn.Module, ...], cut: int, trace: 
     return tuple(found)
 
 
-def _kinds(stem: Stem, pooling: str, trace: _Trace) -> list[str]:
-    """What may cross the seam, the smallest first."""
-    if not stem.whole:
+def _kinds(trunk: FrozenTrunk, pooling: str, trace: _Trace) -> list[str]:
+    """What may cross the cut point, the smallest first."""
+    if not trunk.whole:
         return [TOKENS]
     if not hasattr(trace.output, "last_hidden_state"):
         return []
     if pooling != "own":
         return [pooling, TOKENS]
-    pooler = getattr(stem.backbone, "pooler", None)
+    pooler = getattr(trunk.backbone, "pooler", None)
     given = getattr(trace.output, "pooler_output", None) is not None
     frozen = pooler is None or not any(parameter.requires_grad for parameter in pooler.parameters())
     return [*(["pooler"] if given and frozen else []), "first", "last", TOKENS]
 
 
 def _same_both_ways(
-    stem: Stem, forward: Callable[[Mapping[str, Tensor]], Outputs], batch: Mapping[str, Tensor], real: Outputs
+    trunk: FrozenTrunk, forward: Callable[[Mapping[str, Tensor]], Outputs], batch: Mapping[str, Tensor], real: Outputs
 ) -> bool:
-    hidden = stem.capture(lambda: forward(batch), batch)
-    with stem.replay(hidden):
-        again = forward(stem.reduced(batch))
+    hidden = trunk.capture(lambda: forward(batch), batch)
+    with trunk.replay(hidden):
+        again = forward(trunk.reduced(batch))
     allowed = TOLERANCE.get(hidden.dtype, HALF_TOLERANCE)
     return all(
         found.shape == again[name].shape

@@ -25,7 +25,7 @@ def guarded(session: Session) -> Iterator[None]:
         Interrupted: SIGTERM, SIGINT or SIGUSR1 came where no step was under way.
         TrainingError: storage or memory gave out, or another process of the run was lost.
     """
-    with session.watch, at_once(lambda: _how_to_go_on(session)):
+    with session.watchdog, at_once(lambda: _how_to_go_on(session)):
         try:
             yield
         except PeftkitError:
@@ -47,7 +47,7 @@ def _said(error: BaseException, session: Session) -> str | None:
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in NO_MEMORY):
         first = text.splitlines()[0] if text else "no memory is left"
         return f"rank {session.rank} is out of memory ({first[:200]}): lower training.micro_batch or data.max_length"
-    lost = session.watch.lost(wait=PATIENCE) if isinstance(error, RuntimeError) else ""
+    lost = session.watchdog.lost(wait=PATIENCE) if isinstance(error, RuntimeError) else ""
     return lost or None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import pass_tokens, plan, steps_per_epoch
+from peftkit.data.batching import epoch_batches, pass_tokens, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingError, did_you_mean
@@ -25,7 +25,7 @@ from peftkit.evaluation.runner import Stopped, predict
 from peftkit.runs import checkpoints
 from peftkit.runs.checkpoints import Checkpoint
 from peftkit.schema.recipe import Recipe
-from peftkit.system.memory import give_back, give_back_after
+from peftkit.system.memory import trim_heap, trim_heap_after
 from peftkit.training import auto_micro_batch
 from peftkit.training.checkpoint_writer import Content, Saver
 from peftkit.training.log import RunLog
@@ -35,7 +35,7 @@ from peftkit.training.step import Stepper, StepResult, TaskModule
 from peftkit.training.stopping import StopRequest
 from peftkit.training.weights import TrainedWeights
 
-Watch = Callable[[int, Mapping[str, float]], None]
+ValidationCallback = Callable[[int, Mapping[str, float]], None]
 PROBE_ROWS = 2
 TIME_IS_UP = 1 << 10
 """Stands beside the signals' numbers for the time limit."""
@@ -55,7 +55,7 @@ class Loop:
     folder: Path
     fingerprints: Mapping[str, Any]
     """What a resumed run must share with the one that stopped; stored in every checkpoint."""
-    watch: Watch | None = None
+    on_validation: ValidationCallback | None = None
     """Told the step and the figures of every validation, on every process."""
     rows: Any = None
     """The training rows that the examples were made of, to name them by file and line."""
@@ -95,7 +95,7 @@ class Loop:
             self._check_metric_name()
         if resume_from:
             self._restore(resume_from)
-        give_back()  # what preparing the data and loading the weights left free
+        trim_heap()  # what preparing the data and loading the weights left free
         training = self.recipe.training
         if self.session.is_main:
             checkpoints.sweep(self.checkpoints)
@@ -103,7 +103,7 @@ class Loop:
             self.folder / "metrics.jsonl", self.session, self.total, offset=self.state.log_offset, step=self.state.step
         )
         try:
-            with StopRequest(training.max_time) as stop, self.session.watch.training():
+            with StopRequest(training.max_time) as stop, self.session.watchdog.training():
                 self._stop = stop
                 self._epochs()
         finally:
@@ -117,7 +117,7 @@ class Loop:
         state = self.state
         if self.recipe.training.micro_batch == auto_micro_batch.AUTO:
             self.stepper.tell = lambda said: self.log.event(self.state.step, "micro_batch", said)
-            auto_micro_batch.begin(self.stepper)
+            auto_micro_batch.find_micro_batch(self.stepper)
         if state.step:
             self._finish_step()  # a run stopped before its validation makes up for it
         while state.step < self.total and not state.stopped_early:
@@ -131,7 +131,7 @@ class Loop:
     def _epoch_from_here(self) -> None:
         """The rest of the current epoch's plan, or as much of it as the run still needs."""
         state = self.state
-        batches = plan(self.train_split.lengths, self.recipe.training, state.epoch)
+        batches = epoch_batches(self.train_split.lengths, self.recipe.training, state.epoch)
         for number in range(state.batch, len(batches)):
             self._step(batches[number], last=number + 1 == len(batches))
             self._stop_if_asked()
@@ -143,12 +143,12 @@ class Loop:
         state, started = self.state, time.perf_counter()
         result = self.stepper.run(batch, state.step)
         state.step += 1
-        self.weights.stepped(state.step)
+        self.weights.update_ema(state.step)
         state.epoch, state.batch = (state.epoch + 1, 0) if last else (state.epoch, state.batch + 1)
         state.rows, state.tokens = state.rows + result.rows, state.tokens + result.tokens
         seconds = time.perf_counter() - started
         state.seconds += seconds
-        give_back_after(state.step)
+        trim_heap_after(state.step)
         if not result.finite:
             self._not_finite(batch, result)
         self._flag_spike(result)
@@ -233,8 +233,8 @@ class Loop:
     def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
         """Outputs for every example of a split, gathered on every process."""
         self.module.eval()
-        self.session.watch.begin()
-        give_back()  # its passes are of other shapes than training's, and so are the holes that they leave
+        self.session.watchdog.begin()
+        trim_heap()  # its passes are of other shapes than training's, and so are the holes that they leave
         outputs = predict(
             self.module,
             split,
@@ -245,18 +245,18 @@ class Loop:
             autocast=self.session.accelerator.autocast,
             rank=self.session.rank,
             world_size=self.session.world_size,
-            progress=lambda _: self.session.watch.mark(),
+            progress=lambda _: self.session.watchdog.mark(),
             should_stop=(lambda: bool(self._asked_to_stop())) if hasattr(self, "_stop") else None,
         )
-        give_back()
-        self.session.watch.rest()
+        trim_heap()
+        self.session.watchdog.rest()
         return outputs
 
     def _validate(self) -> bool:
         """Validates, and says whether this is the best model so far."""
         state, training = self.state, self.recipe.training
         try:
-            with self.weights.averaged():
+            with self.weights.swap_ema():
                 outputs = self.evaluate(self.data.splits["validation"])
         except Stopped:
             self._stop_if_asked()
@@ -264,8 +264,8 @@ class Loop:
         figures = self.module.task.metrics(outputs, self.module.info, self.recipe.evaluation)
         state.evaluated = state.step
         self.log.evaluation(state.step, self._epoch(), "validation", figures)
-        if self.watch:
-            self.watch(state.step, figures)
+        if self.on_validation:
+            self.on_validation(state.step, figures)
         value, sign = figures[self.metric], 1 if greater_is_better(self.metric) else -1
         improvement = math.inf if state.best_value is None else sign * (value - state.best_value)
         stopping = training.early_stopping
@@ -294,12 +294,12 @@ class Loop:
 
     def _save(self, *, must: bool = False) -> None:
         """Writes a checkpoint; one that fails in mid-run is said and the run goes on with those before it."""
-        self.session.watch.rest()
+        self.session.watchdog.rest()
         model, optimizer = self.weights.tensors(), optimizer_tensors(self.module, self.optimizer)
         broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_kept()}")
-        error = self.session.main_only(lambda: self._write(model, optimizer))
+        error = self.session.run_on_main(lambda: self._write(model, optimizer))
         if error and must:
             raise CheckpointError(f"{error}; {self._last_kept()}")
         if error:
@@ -318,17 +318,17 @@ class Loop:
         return self._saver.write(Content(state.step, model, optimizer, held), state.best_step, self.log.flush)
 
     def _last_kept(self) -> str:
-        kept = self.session.main_only(lambda: checkpoints.newest(self.checkpoints)[0])
+        kept = self.session.run_on_main(lambda: checkpoints.newest(self.checkpoints)[0])
         return f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet"
 
     def _is_saved(self) -> bool:
-        newest = self.session.main_only(lambda: checkpoints.newest(self.checkpoints)[0])
+        newest = self.session.run_on_main(lambda: checkpoints.newest(self.checkpoints)[0])
         return newest is not None and newest.step == self.state.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._load_model(checkpoint)
         load_optimizer_tensors(self.module, self.optimizer, self._read(checkpoint, checkpoints.OPTIMIZER))
-        saved = self.session.main_only(checkpoint.state)
+        saved = self.session.run_on_main(checkpoint.state)
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **saved["scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, saved["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
@@ -339,20 +339,20 @@ class Loop:
 
     def _read(self, checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
         """A checkpoint's tensors on every process; only the main one reads, so that no file system need be shared."""
-        return self.session.share(lambda: checkpoint.tensors(name))
+        return self.session.broadcast_tensors(lambda: checkpoint.tensors(name))
 
     def _restore_best(self) -> None:
         best = self.state.best_step
         if best is not None and best != self.state.step:
             try:
-                self._load_model(self.session.main_only(lambda: checkpoints.at_step(self.checkpoints, best)))
+                self._load_model(self.session.run_on_main(lambda: checkpoints.at_step(self.checkpoints, best)))
             except CheckpointError as error:
                 error.args = (
                     f"{error}; it held the best weights, with which the run is to end. To train them again, from the "
                     f"checkpoint before it or from the beginning:\n  peftkit train --resume {self.folder}",
                 )
                 raise
-        self.weights.settle_on_average()
+        self.weights.load_ema()
 
     # -- stopping --------------------------------------------------------------------------------------------------
 
@@ -372,7 +372,7 @@ class Loop:
     def _asked_to_stop(self) -> int:
         """0, or what asks for an end on any process: a signal's number, or TIME_IS_UP; all get the same answer."""
         code = self._stop.code
-        return self.session.largest(code if code > 0 else (TIME_IS_UP if code else 0))
+        return self.session.all_reduce_max(code if code > 0 else (TIME_IS_UP if code else 0))
 
 
 def _plain_state(scheduler: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from peftkit.errors import RecipeError
-from peftkit.models.dtypes import quiet
+from peftkit.models.dtypes import silence_libraries
 
 CLASSES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 CONSTANT = ("qmap1", "qmap2")
@@ -61,7 +61,7 @@ def _failure(name: str, device: str) -> str | None:
 
 def build(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """The optimizer of that name over parameter groups; ``options`` are lr, betas and eps."""
-    quiet()
+    silence_libraries()
     from bitsandbytes import optim
 
     optimizer: torch.optim.Optimizer = getattr(optim, CLASSES[name])(groups, **options)

@@ -9,7 +9,7 @@ import torch
 
 from peftkit.distributed import zero
 from peftkit.distributed.sharding import like, whole
-from peftkit.schema.parts import Method
+from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe, TrainingConfig
 from peftkit.training import low_bit_optimizers
 

@@ -24,15 +24,15 @@ import numpy as np
 from peftkit.data.pipeline import EncodedSplit, PreparedData, tokenizer_fingerprint
 from peftkit.evaluation import decisions, samples, zero_shot_scores
 from peftkit.evaluation.assessment import assess
-from peftkit.evaluation.baselines import Baseline, beside, beside_losses, majority, zero_shot
+from peftkit.evaluation.baselines import Baseline, compare_losses, compare_predictions, majority, zero_shot
 from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
 from peftkit.planning import prediction
 from peftkit.review.generations import GenerationRow
 from peftkit.review.generations import write as write_generations
 from peftkit.runs import folder as folders
-from peftkit.schema.parts import LoadedModel
-from peftkit.system.cache import kept_array
+from peftkit.schema.types import LoadedModel
+from peftkit.system.cache import cached_array
 from peftkit.training import feature_store, flops
 from peftkit.training.loop import Loop
 
@@ -54,7 +54,7 @@ class Results:
 
 
 @dataclass
-class Before:
+class PreTrainingBaselines:
     """What must be asked of the model before its first step."""
 
     baselines: list[Baseline] = field(default_factory=list)
@@ -67,11 +67,11 @@ def scored_split(splits: Mapping[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> Before:
+def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> PreTrainingBaselines:
     """The baselines of the recipe, and the base model's texts: both need the model as it is before the first step."""
     recipe, split = loop.recipe, scored_split(prepared.splits)
     wanted = DEFAULT_BASELINES if recipe.evaluation.baselines is None else recipe.evaluation.baselines
-    rows, found = prepared.splits[split], Before()
+    rows, found = prepared.splits[split], PreTrainingBaselines()
     if recipe.task.head == "causal_lm":
         if "zero_shot" in wanted:
             with _as_base(loop, loaded):
@@ -113,7 +113,7 @@ def _zero_shot(loop: Loop, loaded: LoadedModel, rows: Any, prepared: PreparedDat
         model = functools.partial(load_language_model, recipe, loop.session.device)
 
     def kept(texts: Sequence[str], make: Callable[[], np.ndarray]) -> np.ndarray:
-        return kept_array("zero_shot", _scores_key(loop, loaded, texts, prepared.info.labels), make)
+        return cached_array("zero_shot", _scores_key(loop, loaded, texts, prepared.info.labels), make)
 
     with loop.session.accelerator.autocast():
         return zero_shot(
@@ -144,7 +144,11 @@ def _scores_key(loop: Loop, loaded: LoadedModel, texts: Sequence[str], labels: S
 
 
 def after_training(
-    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: Before, splits: Sequence[str] = HELD_OUT
+    loop: Loop,
+    loaded: LoadedModel,
+    prepared: PreparedData,
+    before: PreTrainingBaselines,
+    splits: Sequence[str] = HELD_OUT,
 ) -> Results:
     """Scores the trained model on held-out splits and sets the baselines beside it."""
     recipe, found = loop.recipe, Results()
@@ -167,18 +171,18 @@ def after_training(
     if before.samples:
         texts = _texts(loop, loaded, before.samples)
         found.generations = samples.side_by_side(before.samples, before.texts, texts)
-        found.metrics["generation"] = samples.figures(before.samples, texts)
-        found.metrics["generation_before"] = samples.figures(before.samples, before.texts)
+        found.metrics["generation"] = samples.generation_metrics(before.samples, texts)
+        found.metrics["generation_before"] = samples.generation_metrics(before.samples, before.texts)
     for baseline in before.baselines:
         found.metrics[baseline.name] = baseline.metrics
         found.baselines.append(_beside(baseline, loop, outputs, prepared))
-    training = found.metrics["training"] = training_figures(loop, seconds)
+    training = found.metrics["training"] = training_metrics(loop, seconds)
     if loop.session.is_main and tuple(splits) == HELD_OUT:
-        found.plan = prediction.beside(
+        found.plan = prediction.compare_with_measured(
             recipe, prepared.info, loop.tokenizer, loop.data, training, device=loop.session.device,
             world_size=loop.session.world_size, sharded=loop.session.sharded,
         )  # fmt: skip
-        training |= prediction.figures(found.plan)
+        training |= prediction.plan_error_metrics(found.plan)
     return found
 
 
@@ -193,10 +197,10 @@ def _beside(
 ) -> dict[str, Any]:
     recipe, info = loop.recipe, prepared.info
     if recipe.task.head == "causal_lm":
-        return beside_losses(baseline, outputs["loss"], outputs["weight"], recipe.evaluation.confidence)
+        return compare_losses(baseline, outputs["loss"], outputs["weight"], recipe.evaluation.confidence)
     predicted = decisions.decide(outputs["logits"], info, recipe.task.threshold).predicted
     gold = decisions.references(outputs, info)
-    return beside(baseline, predicted, gold, info, recipe.evaluation.confidence)
+    return compare_predictions(baseline, predicted, gold, info, recipe.evaluation.confidence)
 
 
 def predictions(task: Any, outputs: Mapping[str, np.ndarray], rows: Any, info: Any) -> list[dict[str, Any]]:
@@ -235,7 +239,7 @@ def _said(found: decisions.Decisions, gold: np.ndarray, number: int, info: Any) 
     }
 
 
-def training_figures(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dict[str, Any]:
+def training_metrics(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dict[str, Any]:
     """How the training itself went."""
     state = loop.state
     trained = sum(p.numel() for p in loop.module.parameters() if p.requires_grad)
@@ -254,7 +258,7 @@ def training_figures(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
         "micro_batch": loop.stepper.micro_batch,
         "trained_parameters": trained,
         "peak_memory_bytes": folders.peak_memory(),
-        **flops.figures(loop),
+        **flops.utilization_metrics(loop),
     }
     for split, seconds in evaluation_seconds.items():
         made[f"{split}_rows_per_second"] = len(loop.data.splits[split].lengths) / seconds if seconds else 0.0

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import MicroBatch, pass_tokens, share
+from peftkit.data.batching import MicroBatch, pass_tokens, shard_batch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import whole
-from peftkit.schema.parts import LoadedModel, Task, TaskInfo
 from peftkit.schema.recipe import Recipe
-from peftkit.training.auto_micro_batch import AUTO, fitting
-from peftkit.training.frozen_trunk import FEATURES, Stem
+from peftkit.schema.task import Task
+from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.training.auto_micro_batch import AUTO, retry_on_oom
+from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
 from peftkit.training.randomness import seed_micro_batch
 
 
@@ -34,7 +35,7 @@ class TaskModule(torch.nn.Module):
         self.task, self.info, self.pooling = task, info, loaded.pooling
         # the blocks that FSDP shards one by one
         self._no_split_modules = list(getattr(loaded.model, "_no_split_modules", None) or [])
-        self.stem: Stem | None = None
+        self.stem: FrozenTrunk | None = None
         """The part of the model that nothing changes; it stays in evaluation mode."""
         self._mode: bool | None = None
         """What ``train`` set last."""
@@ -52,7 +53,7 @@ class TaskModule(torch.nn.Module):
             rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
             return use(self.model, rest, self.info, self.pooling)
 
-    def hold(self, stem: Stem) -> None:
+    def hold(self, stem: FrozenTrunk) -> None:
         """Keeps a stem in evaluation mode from now on."""
         self.stem, self._mode = stem, None
 
@@ -119,9 +120,9 @@ class Stepper:
         session, training = self.session, self.recipe.training
         weight = float(self.split.weights[batch].sum())
         self.module.train()
-        session.watch.begin()
+        session.watchdog.begin()
         if training.micro_batch == AUTO and session.world_size == 1:
-            total = fitting(self, batch, lambda: self._accumulate(self.share(batch), weight, step))
+            total = retry_on_oom(self, batch, lambda: self._accumulate(self.share(batch), weight, step))
         else:
             total = self._accumulate(self.share(batch), weight, step)
         norm = self._grad_norm(training.max_grad_norm)
@@ -136,7 +137,7 @@ class Stepper:
 
     def share(self, batch: np.ndarray) -> list[MicroBatch]:
         """This process's passes of a global batch."""
-        return share(
+        return shard_batch(
             batch,
             self.split.lengths,
             rank=self.session.rank,
@@ -158,7 +159,7 @@ class Stepper:
                 loss = self._pass(batch, scale, last=last)
             if piece.counts:
                 total += whole(loss)
-            session.watch.mark()
+            session.watchdog.mark()
         return total
 
     def _pass(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
@@ -168,7 +169,7 @@ class Stepper:
         """
         with self.session.accelerator.autocast():
             loss: torch.Tensor = self.module(batch)
-        self.session.watch.mark()
+        self.session.watchdog.mark()
         objective = loss * scale
         if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
             objective = objective + penalty  # the same on every process, hence also their average

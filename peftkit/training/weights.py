@@ -54,16 +54,16 @@ class TrainedWeights:
         if self._average:
             self._average.load(_without(AVERAGE, tensors) or plain)  # averaging may be allowed to begin late
 
-    def stepped(self, step: int) -> None:
+    def update_ema(self, step: int) -> None:
         """Takes the weights after a step into the average."""
         if self._average:
             self._average.update(self.named(), step)
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    def swap_ema(self) -> contextlib.AbstractContextManager[None]:
         """The module with averaged weights for a while; as it is where no average is kept."""
         return self._average.installed(self.named()) if self._average else contextlib.nullcontext()
 
-    def settle_on_average(self) -> None:
+    def load_ema(self) -> None:
         """Leaves the averaged weights in the module for good."""
         if self._average:
             self._average.install(self.named())

@@ -77,13 +77,13 @@ def training(name, *, dies_at=None, resume=None):
     # a cache of its own, so that the rows have to stream anew
     os.environ["PEFTKIT_CACHE"] = str(Path.cwd() / f"cache-{name}-{bool(resume)}")
 
-    def watch(step, figures):
+    def on_validation(step, figures):
         if step == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work():
         runs._spare()
-        peftkit.train(peftkit.replace(recipe, output_dir=name), resume=resume, quiet=True, watch=watch)
+        peftkit.train(peftkit.replace(recipe, output_dir=name), resume=resume, quiet=True, on_validation=on_validation)
 
     code = runs.wait(runs.fork(work, Path("said.txt")))
     (folder,) = Path(name).iterdir()

@@ -85,8 +85,8 @@ def test_one_process_where_two_were_asked_for_is_told_with_the_line_that_works(t
 
 def test_commands_that_would_share_rows_tell_it_too(monkeypatch, capsys):
     monkeypatch.setattr(process_group, "missing_processes", lambda running: f"2 asked for and {running} runs")
-    with process_group.joined() as team:
-        assert (team.rank, team.world_size) == (0, 1)
+    with process_group.init_process_group() as group:
+        assert (group.rank, group.world_size) == (0, 1)
     assert capsys.readouterr().err == "peftkit: 2 asked for and 1 runs\n"
 
 
@@ -99,7 +99,7 @@ def test_an_error_of_the_main_process_s_work_is_told_once(tmp_path):
             raise CheckpointError("cannot be used")
 
         with launch.one_message():
-            open_session(recipe).main_only(fails)
+            open_session(recipe).run_on_main(fails)
 
     said = tmp_path / "said.txt"
     assert runs.wait_all(runs.fork_ranks(work, said)) == [1, 1]

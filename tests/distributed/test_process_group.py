@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from peftkit.cli import app
 from peftkit.distributed import process_group
-from peftkit.distributed.process_group import Team
+from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import TrainingError
 from peftkit.inference import embeddings, evaluate, generate_file, predict_file
 from peftkit.inference.trained_model import LoadedRun
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.distributed import launching
 from tests.exporting import INFO, exported
@@ -94,7 +94,7 @@ def test_predictions_of_two_processes_are_those_of_one(made, together, tmp_path,
     """Seven rows are a chunk of three for each process, and one that only one of them has."""
     monkeypatch.setattr(predict_file, "CHUNK", 3)
     file = write(tmp_path / "in.jsonl", [{"id": n, "text": text} for n, text in enumerate(texts(rows))])
-    count = predict_file.carry_out(made["classifier"], file=file, column=None, out=tmp_path / "one.jsonl")
+    count = predict_file.predict_file(made["classifier"], file=file, column=None, out=tmp_path / "one.jsonl")
     codes, printed, said = together("predict", made["classifier"], "--file", file, "--out", tmp_path / "two.jsonl")
     assert (codes, printed) == ([0, 0], ["", ""]), said
     assert said.count(f"wrote {rows} rows") == 1
@@ -123,7 +123,7 @@ def test_vectors_of_two_processes_are_those_of_one(made, together, tmp_path, mon
     monkeypatch.setattr(embeddings, "ROWS", 2)
     (tmp_path / "in.txt").write_text("\n".join(texts(rows)) + "\n", encoding="utf-8")
     arguments = {"file": tmp_path / "in.txt", "column": None, "normalize": True}
-    embeddings.carry_out(str(made["classifier"]), out=tmp_path / "one.npy", **arguments)
+    embeddings.embed_file(str(made["classifier"]), out=tmp_path / "one.npy", **arguments)
     codes, _, said = together(
         "embed", made["classifier"], "--file", tmp_path / "in.txt", "--normalize", "--out", tmp_path / "two.npy"
     )
@@ -149,7 +149,7 @@ def test_a_prompt_is_continued_alike_whoever_does_it(made, together, tmp_path):
     """Sampled, so that the noise must be each prompt's own."""
     asked = ["the king said", "who is the player", "oil", "a new computer", "red"]
     file, options = write(tmp_path / "in.jsonl", [{"prompt": text} for text in asked]), {"max_new_tokens": 6}
-    generate_file.carry_out(
+    generate_file.generate_file(
         made["chat"], file=file, out=tmp_path / "one.jsonl", options={**options, "temperature": 1.0, "seed": 5}
     )
     codes, _, said = together(
@@ -243,7 +243,7 @@ def test_however_they_divide_every_item_is_one_process_s(many, items):
     """Threads in place of processes, which lay what they made on one table."""
     table, barrier, done = [None] * many, threading.Barrier(many), []
 
-    class Member(Team):
+    class Member(ProcessGroup):
         def _gathered(self, value):
             table[self.rank] = value
             barrier.wait(timeout=20)
@@ -256,7 +256,7 @@ def test_however_they_divide_every_item_is_one_process_s(many, items):
         return [-item for item in mine]
 
     with ThreadPoolExecutor(many) as pool:
-        made = [pool.submit(Member(rank, many).share, range(items), work) for rank in range(many)]
+        made = [pool.submit(Member(rank, many).map_sharded, range(items), work) for rank in range(many)]
     assert [future.result() for future in made] == [[-item for item in range(items)]] * many
     assert sorted(done) == list(range(items))
 
@@ -289,6 +289,6 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, g
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
     monkeypatch.setattr(dist, "get_rank", lambda: 2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    assert process_group._meet() == (Team(2, 4, device), True)
+    assert process_group._meet() == (ProcessGroup(2, 4, device), True)
     assert chosen == [device] * (device != "cpu")
     assert "cpu:gloo" in backends[0] if chosen else backends == ["gloo"]

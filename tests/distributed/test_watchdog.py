@@ -14,7 +14,7 @@ import accelerate.state  # noqa: F401  # once here, not in every child
 import pytest
 
 from peftkit.distributed import watchdog
-from peftkit.distributed.watchdog import Watch
+from peftkit.distributed.watchdog import Watchdog
 from peftkit.errors import TrainingError
 from tests.faults import runs
 
@@ -31,7 +31,7 @@ def two(tmp_path, behaviour, **limits):
     said, place = tmp_path / "said.txt", tmp_path / "place.json"
 
     def agree_for(rank):
-        def agree(value):
+        def broadcast_object(value):
             if rank == 0:
                 staged = tmp_path / "staged.json"
                 staged.write_text(json.dumps(value))
@@ -41,10 +41,10 @@ def two(tmp_path, behaviour, **limits):
                 time.sleep(0.01)
             return json.loads(place.read_text())
 
-        return agree
+        return broadcast_object
 
     def work(rank):
-        with Watch(rank, 2, agree_for(rank), **limits) as mine:
+        with Watchdog(rank, 2, agree_for(rank), **limits) as mine:
             behaviour(rank, mine)
 
     started = time.monotonic()
@@ -183,21 +183,21 @@ def test_one_that_fails_is_heard_by_the_others(tmp_path):
 def test_a_stranger_is_not_let_in(monkeypatch):
     monkeypatch.setattr(watchdog, "HELLO_SECONDS", 2.0)
 
-    def agree(value):
+    def broadcast_object(value):
         strangers.append(socket.create_connection(value[:2]))
         strangers[0].sendall(json.dumps({"word": "guess", "rank": 1, "host": "x", "pid": 1}).encode() + b"\n")
         return value
 
     strangers = []
     with pytest.raises(TrainingError, match=r"rank \[1\] did not reach rank 0"):
-        Watch(0, 2, agree).__enter__()
+        Watchdog(0, 2, broadcast_object).__enter__()
     assert strangers[0].recv(10) == b"", "its connection is closed"
     strangers[0].close()
 
 
 def test_one_process_needs_no_watch():
     before = threading.active_count()
-    with Watch(0, 1, lambda value: value) as mine:
+    with Watchdog(0, 1, lambda value: value) as mine:
         mine.mark()
         assert threading.active_count() == before
         assert mine.lost() == ""

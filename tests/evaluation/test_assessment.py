@@ -13,8 +13,8 @@ from sklearn.dummy import DummyClassifier
 
 from peftkit.evaluation import baselines, decisions, zero_shot_scores
 from peftkit.evaluation.assessment import assess
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import EvaluationConfig
+from peftkit.schema.types import TaskInfo
 from peftkit.tasks.classification import Classification
 from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -215,7 +215,7 @@ def test_zero_shot_is_skipped_with_a_reason(info, said):
     found = baselines.zero_shot(None, None, TEXTS, [0] * 4, TASK, info, CONFIG)
     assert found.metrics == {}
     assert said in found.note
-    beside = baselines.beside(found, np.zeros(4), np.zeros(4), info)
+    beside = baselines.compare_predictions(found, np.zeros(4), np.zeros(4), info)
     assert (beside["comparison"], beside["verdict"]) == (None, "")
 
 
@@ -223,7 +223,7 @@ def test_a_baseline_of_some_rows_is_compared_on_those(classes):
     gold, found = decisions.references(classes, SINGLE), classes["logits"].argmax(1)
     rows = np.arange(0, 120, 2)
     other = baselines.Baseline("zero_shot", {"accuracy": 0.0}, (gold[rows] + 1) % 3, rows, "half")
-    made = baselines.beside(other, found, gold, SINGLE)
+    made = baselines.compare_predictions(other, found, gold, SINGLE)
     assert made["rows"] == 60
     assert made["comparison"]["difference"] == pytest.approx(np.mean(found[rows] == gold[rows]))
     assert made["verdict"].startswith("finetuning helped")

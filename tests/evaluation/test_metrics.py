@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 from peftkit.errors import HubError, RecipeError
 from peftkit.evaluation import decisions, metrics
 from peftkit.evaluation.direction import greater_is_better
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 
 SINGLE = TaskInfo("single_label_classification", ("a", "b", "c"))
 MULTI = TaskInfo("multi_label_classification", ("a", "b", "c"))
@@ -140,17 +140,17 @@ def test_decisions_are_torchs_softmax_and_sigmoid():
 
 def test_the_loss_is_weighted_as_in_training():
     outputs = {"logits": np.eye(3), "labels": np.arange(3.0), "loss": [1.0, 2.0, 6.0], "weight": [1.0, 2.0, 1.0]}
-    assert decisions.compute(outputs, SINGLE, ()) == {"loss": 9 / 4}
+    assert decisions.compute_metrics(outputs, SINGLE, ()) == {"loss": 9 / 4}
 
 
 def test_figures_without_rows_are_not_numbers_and_do_not_fail():
     outputs = {"logits": np.zeros((0, 3)), "labels": np.zeros(0), "loss": np.zeros(0), "weight": np.zeros(0)}
-    assert np.isnan(list(decisions.compute(outputs, SINGLE).values())).all()
+    assert np.isnan(list(decisions.compute_metrics(outputs, SINGLE).values())).all()
 
 
 def test_constant_predictions_have_no_correlation():
     outputs = {"logits": np.ones((5, 1)), "labels": np.arange(5.0)}
-    found = decisions.compute(outputs, NUMBER)
+    found = decisions.compute_metrics(outputs, NUMBER)
     assert np.isnan(found["pearsonr"])
     assert found["r2"] == pytest.approx(sk.r2_score(np.arange(5.0), np.ones(5)))
 

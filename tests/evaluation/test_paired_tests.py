@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from peftkit.evaluation import paired_tests
-from peftkit.evaluation.baselines import Baseline, beside_losses
+from peftkit.evaluation.baselines import Baseline, compare_losses
 
 
 def mean_of(values):
@@ -53,10 +53,10 @@ def test_a_language_model_is_set_beside_its_base():
     generator = np.random.default_rng(1)
     tokens = generator.integers(5, 50, 100).astype(float)
     before, after = 3.0 * tokens, (2.5 + generator.normal(0, 0.1, 100)) * tokens
-    found = beside_losses(Baseline("zero_shot", losses=(before, tokens)), after, tokens)
+    found = compare_losses(Baseline("zero_shot", losses=(before, tokens)), after, tokens)
     assert found["verdict"].startswith("finetuning helped: loss -0.")
-    worse = beside_losses(Baseline("zero_shot", losses=(after, tokens)), before, tokens)
+    worse = compare_losses(Baseline("zero_shot", losses=(after, tokens)), before, tokens)
     assert worse["verdict"].startswith("finetuning hurt: loss +0.")
-    same = beside_losses(Baseline("zero_shot", losses=(after, tokens)), after, tokens)
+    same = compare_losses(Baseline("zero_shot", losses=(after, tokens)), after, tokens)
     assert "no difference" in same["verdict"]
-    assert beside_losses(Baseline("zero_shot"), after, tokens)["comparison"] is None
+    assert compare_losses(Baseline("zero_shot"), after, tokens)["comparison"] is None

@@ -17,7 +17,7 @@ import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs
-from peftkit.experiments.jobs import Here, Outcome
+from peftkit.experiments.jobs import InProcessRunner, Outcome
 from peftkit.experiments.variants import parse_vary, variants
 
 
@@ -108,13 +108,13 @@ def test_the_cheapest_that_is_not_significantly_worse_is_picked(compared):
 
 
 def test_called_again_it_trains_only_what_is_missing(quick, tmp_path, monkeypatch):
-    trained, real = [], Here.carry_out
+    trained, real = [], InProcessRunner.run
 
-    def counted(self, job, watch=None):
+    def counted(self, job, on_validation=None):
         trained.append(job.folder.parent.name)
-        return real(self, job, watch)
+        return real(self, job, on_validation)
 
-    monkeypatch.setattr(Here, "carry_out", counted)
+    monkeypatch.setattr(InProcessRunner, "run", counted)
     here(quick, tmp_path / "out", methods=["frozen"])
     again = here(quick, tmp_path / "out", methods=["frozen"], vary={"training.batch_size": [8, 16]})
     assert trained == ["frozen", "frozen_batch_size=8", "frozen_batch_size=16"]
@@ -145,15 +145,15 @@ def test_a_variant_that_fails_is_a_row_that_says_so_and_the_rest_go_on(quick, tm
 
 
 def test_ctrl_c_leaves_what_is_done_and_the_same_call_goes_on(quick, tmp_path, monkeypatch):
-    real = Here.carry_out
+    real = InProcessRunner.run
 
-    def once(self, job, watch=None):
+    def once(self, job, on_validation=None):
         if job.recipe.method.kind == "frozen":
             raise KeyboardInterrupt
-        return real(self, job, watch)
+        return real(self, job, on_validation)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Here, "carry_out", once)
+        patch.setattr(InProcessRunner, "run", once)
         with pytest.raises(Interrupted, match="the same command goes on") as stopped:
             here(quick, tmp_path / "out", methods=["lora", "frozen"])
     assert stopped.value.exit_code == 130
@@ -167,12 +167,12 @@ def test_several_at_a_time_give_the_same_table(quick, tmp_path, monkeypatch):
     """The processes' place is taken by a stand-in; the threads are real."""
     started = []
 
-    def carry_out(self, job, watch=None):
+    def run(self, job, on_validation=None):
         started.append(job.folder)
-        watch(3, {"accuracy": 0.5})
+        on_validation(3, {"accuracy": 0.5})
         return Outcome("failed", message="stand-in")
 
-    monkeypatch.setattr(jobs.Processes, "carry_out", carry_out)
+    monkeypatch.setattr(jobs.SubprocessRunner, "run", run)
     found = peftkit.compare(quick, vary=["method.rank=2,4,8"], jobs=3, out=tmp_path / "out", quiet=True)
     assert len(started) == 3
     assert [row["said"] for row in found.table["variants"]] == [["stand-in"]] * 3

@@ -12,7 +12,7 @@ import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import search
-from peftkit.experiments.jobs import Here, Outcome
+from peftkit.experiments.jobs import InProcessRunner, Outcome
 from peftkit.experiments.space import Choices, Range, parse
 from peftkit.training.loop import Loop
 from tests.conftest import topic_rows
@@ -33,19 +33,19 @@ def stand_in(monkeypatch):
 
     seen = []
 
-    def carry_out(self, job, watch=None):
+    def run(self, job, on_validation=None):
         rate = job.recipe.training.learning_rate
         seen.append((job.folder.name, job.recipe, job.final))
         value = 1.0 / (1 + abs(rate - 0.01) * 100)
         for step in (1, 2, 3):
-            if not watch(step, {"accuracy": value * step / 3}):
+            if not on_validation(step, {"accuracy": value * step / 3}):
                 return Outcome("pruned")
         (job.folder / "metrics.json").parent.mkdir(parents=True, exist_ok=True)
         (job.folder / "metrics.json").write_text(json.dumps({"training": {"best_value": value}}))
         return Outcome("done", run=str(job.folder))
 
-    monkeypatch.setattr(Here, "carry_out", carry_out)
-    monkeypatch.setattr(module.Searching, "finish", lambda self: self.table())
+    monkeypatch.setattr(InProcessRunner, "run", run)
+    monkeypatch.setattr(module.StudyRunner, "finish", lambda self: self.table())
     return seen
 
 
@@ -88,16 +88,16 @@ def test_a_grid_is_searched_whole_and_once(quick, tmp_path, stand_in):
 
 def test_a_stopped_study_goes_on_with_the_trial_that_was_running(quick, tmp_path, stand_in, monkeypatch):
     space = {"training.learning_rate": [0.1, 0.01, 0.001]}
-    real = Here.carry_out
+    real = InProcessRunner.run
 
-    def stopped(self, job, watch=None):
+    def stopped(self, job, on_validation=None):
         if len(stand_in) == 1:
             stand_in.append((job.folder.name, job.recipe, job.final))
             raise KeyboardInterrupt
-        return real(self, job, watch)
+        return real(self, job, on_validation)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Here, "carry_out", stopped)
+        patch.setattr(InProcessRunner, "run", stopped)
         with pytest.raises(Interrupted, match="1 trials are kept"):
             here(quick, space, tmp_path / "out", sampler="grid", trials=3)
     table = here(quick, space, tmp_path / "out", sampler="grid", trials=3)

@@ -15,7 +15,7 @@ from peftkit import replace
 from peftkit.errors import Interrupted, MethodError, ModelError, RecipeError, RunError
 from peftkit.export import loading, run_export
 from peftkit.models.inventory import trainable_table
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, exported
 

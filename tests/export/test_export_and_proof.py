@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from peftkit.errors import ExportError, MethodError, RunError
 from peftkit.export import card, manifest, proof, run_export
 from peftkit.export.adapter import staged
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, export, exported, trained
 

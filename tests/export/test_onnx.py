@@ -10,7 +10,7 @@ import pytest
 import peftkit
 from peftkit.errors import ExportError, MethodError, ModelError
 from peftkit.export import onnx, onnx_int8, run_export
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, exported
 

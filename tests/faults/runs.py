@@ -174,9 +174,9 @@ def _spare() -> None:
     from peftkit.training import flops
 
     run_report.write = lambda path: None
-    run_report.Speaker.end = lambda *_: None  # type: ignore[method-assign]
+    run_report.ConsoleReporter.end = lambda *_: None  # type: ignore[method-assign]
     intervals.bootstrap = functools.partial(intervals.bootstrap, resamples=8, bca=False)
-    flops.figures = lambda loop: {}
+    flops.utilization_metrics = lambda loop: {}
 
 
 def fresh(recipe: Recipe, said: Path, *, resume: Path | None = None) -> int:

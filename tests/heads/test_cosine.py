@@ -118,7 +118,7 @@ def test_a_resumed_run_learns_the_same(small_recipe):
             raise Interrupted("enough", 15)
 
     with pytest.raises(Interrupted):
-        peftkit.train(recipe, quiet=True, watch=stop)
+        peftkit.train(recipe, quiet=True, on_validation=stop)
     resumed = peftkit.train(recipe, resume=True, quiet=True)
     first, second = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, resumed))
     assert first.keys() == second.keys()

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peftkit.errors import MethodError
-from peftkit.export.in_memory import merge_in_memory, why_not
+from peftkit.export.in_memory import merge_in_memory, unmergeable_reason
 from peftkit.export.loading import load_exported
 from peftkit.inference.trained_model import load
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, exported
 
@@ -133,9 +133,11 @@ def test_weights_that_layers_share_are_not_merged_into(tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(tiny.tiny_llama(tmp_path / "llama"))
     head = get_peft_model(base, LoraConfig(target_modules=["lm_head"]))
-    assert "shared" in why_not(head, quantized=False)
-    assert "quantized" in why_not(head, quantized=True)
-    assert why_not(get_peft_model(head.unload(), LoraConfig(target_modules=["q_proj"])), quantized=False) == ""
+    assert "shared" in unmergeable_reason(head, quantized=False)
+    assert "quantized" in unmergeable_reason(head, quantized=True)
+    assert (
+        unmergeable_reason(get_peft_model(head.unload(), LoraConfig(target_modules=["q_proj"])), quantized=False) == ""
+    )
 
 
 def test_a_language_model_writes_the_same(tmp_path):

@@ -15,7 +15,7 @@ from peftkit.errors import DataError, ModelError, RunError
 from peftkit.export import manifest
 from peftkit.inference.trained_model import load
 from peftkit.models import classifier
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, exported
 

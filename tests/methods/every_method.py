@@ -18,7 +18,7 @@ from peftkit.export import adapter, manifest, proof, verify_worker
 from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from peftkit.training.optimizer import build_optimizer
 from peftkit.training.step import TaskModule
 from tests import tiny
@@ -161,7 +161,7 @@ def made_batch(tokenizer: Any, model: str) -> dict[str, torch.Tensor]:
 def save(made: SimpleNamespace, folder: Path) -> dict[str, Any]:
     """Writes the adapter as a run does; what a fresh process is told, and the logits that it must give."""
     folder.mkdir(parents=True)
-    about = manifest.describe(made.loaded, made.recipe, made.info, "float32")
+    about = manifest.build_manifest(made.loaded, made.recipe, made.info, "float32")
     adapter.save(folder, made.loaded, made.recipe, about, {})
     batch = {name: made.batch[name] for name in ("input_ids", "attention_mask")}
     logits = proof._trained_logits(made.loaded, about, batch, torch.device("cpu"))
@@ -182,7 +182,7 @@ def reload(saved: dict[str, dict[str, Any]], work: Path) -> dict[str, torch.Tens
 
 def main(work: Path) -> None:
     """Loads every job of a folder with the script that exports are proven by."""
-    dtypes.quiet()
+    dtypes.silence_libraries()
     torch.set_num_threads(1)
     for file in sorted(work.glob("*.json")):
         job = json.loads(file.read_text(encoding="utf-8"))

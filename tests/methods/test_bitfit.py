@@ -9,8 +9,8 @@ from transformers import AutoConfig
 from peftkit.errors import MethodError, RecipeError
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 LABELS = TaskInfo("single_label_classification", ("cat", "dog"))

@@ -15,8 +15,8 @@ from peftkit.methods.layers import bottleneck
 from peftkit.methods.layers.residual import find_branches
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import LoadedModel, TaskInfo
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel, TaskInfo
 from tests import tiny
 
 LABELS = TaskInfo("single_label_classification", ("cat", "dog"))

@@ -91,7 +91,7 @@ def test_plain_peft_gives_the_same_logits_from_what_was_saved(saved, tmp_path):
 @pytest.mark.parametrize("cell", [cell for cell in WORKING if cell.quantization is None], ids=str)
 def test_merged_it_is_the_same_model_without_the_method(cell, made, saved, tmp_path):
     kept, method = saved(cell), made(cell).recipe.method
-    if method.why_not_merged():
+    if method.unmergeable_reason():
         with pytest.raises(UserError, match=r"export\.merge"):
             cell.recipe("nowhere", export={"merge": True})
         return

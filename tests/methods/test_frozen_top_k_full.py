@@ -8,8 +8,8 @@ from peftkit.errors import MethodError, RecipeError
 from peftkit.models.blocks import find_blocks
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
-from peftkit.schema.recipe import METHODS
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("a", "b", "c"))

@@ -17,8 +17,8 @@ from peftkit.models import loading, packing
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import GenerationConfig
+from peftkit.schema.types import TaskInfo
 from peftkit.training.optimizer import build_optimizer, parameter_groups
 from tests import tiny
 from tests.methods import every_method

@@ -81,7 +81,7 @@ def test_a_language_model_s_recipe_runs_and_writes(name, folder, tmp_path):
 
 
 def test_every_kind_of_method_has_a_recipe():
-    from peftkit.schema.recipe import METHODS
+    from peftkit.schema.registries import METHODS
 
     named = {get_recipe(name).method.kind for name in catalog.built_in()}
     assert set(METHODS.names()) - named == {"peft"}  # any other of peft's, by name

@@ -16,11 +16,11 @@ import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted, UserError
 from peftkit.models.loading import build
-from peftkit.models.meta_model import build_skeleton
+from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.memory import held_by
-from peftkit.planning.trace import without_data
-from peftkit.schema.parts import TaskInfo
+from peftkit.planning.trace import fake_tensor_mode
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.conftest import topic_rows
 
@@ -143,8 +143,8 @@ def test_planned_bytes_are_those_of_the_weights_that_are_loaded(kind, model, tas
 )
 def test_what_is_refused_in_training_is_refused_in_a_plan(parts, said, saved):
     recipe = tiny.tiny_recipe(saved["llama", "nf4"], task={"kind": "style"}, **parts)
-    with pytest.raises(UserError, match=said), without_data():
-        build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)
+    with pytest.raises(UserError, match=said), fake_tensor_mode():
+        build_meta_model(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)
 
 
 def test_where_no_weights_were_fetched_the_config_says_what_is_whole(saved, tmp_path):
@@ -155,8 +155,8 @@ def test_where_no_weights_were_fetched_the_config_says_what_is_whole(saved, tmp_
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "down_proj"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = tiny.tiny_recipe(tmp_path, task={"kind": "style"})
-    with without_data():
-        model = build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32).model
+    with fake_tensor_mode():
+        model = build_meta_model(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32).model
     packed = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
     assert len(packed) == 2 * 6
     assert not any("down_proj" in name for name in packed)
@@ -165,8 +165,8 @@ def test_where_no_weights_were_fetched_the_config_says_what_is_whole(saved, tmp_
 def both(folder, info, task):
     recipe = tiny.tiny_recipe(folder, task={"kind": task}, method={"kind": "lora", "rank": 4}, model={"pooling": "own"})
     tokenizer = load_tokenizer(recipe.model)
-    with without_data():
-        planned = build_skeleton(recipe, info, tokenizer, torch.float32).model
+    with fake_tensor_mode():
+        planned = build_meta_model(recipe, info, tokenizer, torch.float32).model
     return build(recipe, info, tokenizer).model, planned
 
 

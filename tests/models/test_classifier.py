@@ -8,7 +8,7 @@ import torch
 from peftkit.models import classifier
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("a", "b", "c"))

@@ -7,7 +7,7 @@ import torch
 from peftkit.models.inventory import counts, trainable_table
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("a", "b", "c"))

@@ -12,7 +12,7 @@ from peftkit.errors import ModelError
 from peftkit.models import dtypes
 from peftkit.models.loading import build, choose_pooling
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("cat", "dog", "eel"))

@@ -16,7 +16,7 @@ from peftkit.models import dtypes
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 CAUSAL = TaskInfo("causal_lm")

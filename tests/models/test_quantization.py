@@ -10,8 +10,8 @@ from peftkit.models import classifier, dtypes
 from peftkit.models.loading import build
 from peftkit.models.quantization import bitsandbytes_support
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
-from peftkit.schema.recipe import QUANTIZATIONS
+from peftkit.schema.registries import QUANTIZATIONS
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 pytest.importorskip("bitsandbytes", reason="the quantization extra is not installed")

@@ -10,11 +10,11 @@ import torch
 from peftkit.errors import MethodError, ModelError
 from peftkit.models import loading
 from peftkit.models.loading import build
-from peftkit.models.meta_model import build_skeleton
+from peftkit.models.meta_model import build_meta_model
 from peftkit.models.quantization import checkpoint
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.planning.trace import without_data
-from peftkit.schema.parts import TaskInfo
+from peftkit.planning.trace import fake_tensor_mode
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 CAUSAL = TaskInfo("causal_lm")
@@ -119,5 +119,5 @@ def test_a_whole_checkpoint_is_none_of_them(llama):
 
 def test_others_cannot_be_planned(llama):
     recipe = tiny.tiny_recipe(declared(llama, quant_method="gptq", bits=4), **STYLE)
-    with pytest.raises(ModelError, match="cannot be planned"), without_data():
-        build_skeleton(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)
+    with pytest.raises(ModelError, match="cannot be planned"), fake_tensor_mode():
+        build_meta_model(recipe, CAUSAL, load_tokenizer(recipe.model), torch.float32)

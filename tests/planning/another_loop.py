@@ -32,7 +32,7 @@ from torch import nn
 from peftkit.models.quantization.meta_layers import SCALES, Held
 from peftkit.planning.memory import held_by
 from peftkit.planning.passes import FEW, MORE, continued
-from peftkit.planning.trace import Tracer, without_data
+from peftkit.planning.trace import Tracer, fake_tensor_mode
 
 DTYPE, RANK, PIECE = torch.bfloat16, 8, 128
 
@@ -63,7 +63,7 @@ def planned_bytes(sizes: Sizes, held: Held | None, tokens: int, rows: int = 1) -
     """What stays, and the peak of a pass, from the planner's own counting."""
 
     def at(layers):
-        with without_data():
+        with fake_tensor_mode():
             network = Network(sizes, held, layers)
             tracer = Tracer(vocabulary=sizes.vocabulary)
             tracer.ignore([*network.parameters(), *network.buffers()])

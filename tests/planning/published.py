@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import torch
 
-from peftkit.models.meta_model import build_skeleton
+from peftkit.models.meta_model import build_meta_model
 from peftkit.models.quantization.meta_layers import Held as HeldMatrix
-from peftkit.planning.passes import Subject
-from peftkit.planning.trace import without_data
-from peftkit.schema.parts import TaskInfo
+from peftkit.planning.passes import TracedModel
+from peftkit.planning.trace import fake_tensor_mode
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import TaskInfo
 
 LLAMA = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
          "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -35,10 +35,10 @@ def recipe_of(name, folder, method):
 
 
 def subject_of(recipe, held):
-    """The model of a recipe, planned for a GPU; call it inside ``without_data()``."""
+    """The model of a recipe, planned for a GPU; call it inside ``fake_tensor_mode()``."""
     info = TaskInfo("causal_lm")
-    loaded = build_skeleton(recipe, info, TOKENIZER, torch.bfloat16, held=held, gpu=True)
-    return Subject(loaded, recipe.task, info, torch.bfloat16, True)
+    loaded = build_meta_model(recipe, info, TOKENIZER, torch.bfloat16, held=held, gpu=True)
+    return TracedModel(loaded, recipe.task, info, torch.bfloat16, True)
 
 
-__all__ = ["CONFIGS", "HELD", "recipe_of", "subject_of", "without_data"]
+__all__ = ["CONFIGS", "HELD", "fake_tensor_mode", "recipe_of", "subject_of"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkit.models.meta_model import build_skeleton
+from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import passes
-from peftkit.planning.passes import Shape, Subject
-from peftkit.planning.trace import without_data
-from peftkit.schema.parts import TaskInfo
+from peftkit.planning.passes import Shape, TracedModel
+from peftkit.planning.trace import fake_tensor_mode
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("a", "b"))
@@ -24,9 +24,9 @@ def eight_blocks(tmp_path_factory):
 
 def found(folder, pooling):
     recipe = tiny.tiny_recipe(folder, method={"kind": "lora"}, model={"pooling": pooling})
-    with without_data():
-        loaded = build_skeleton(recipe, INFO, load_tokenizer(recipe.model), torch.float32)
-        subject = Subject(loaded, recipe.task, INFO, torch.float32)
+    with fake_tensor_mode():
+        loaded = build_meta_model(recipe, INFO, load_tokenizer(recipe.model), torch.float32)
+        subject = TracedModel(loaded, recipe.task, INFO, torch.float32)
         return subject.train(SHAPE), subject.evaluate(SHAPE)
 
 

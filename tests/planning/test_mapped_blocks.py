@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from peftkit.planning.passes import continued
-from peftkit.planning.trace import MAPPED, OTHER, Tracer, without_data
+from peftkit.planning.trace import MAPPED, OTHER, Tracer, fake_tensor_mode
 
 
 @pytest.mark.parametrize(("size", "resident"), [(MAPPED - 4, 1.5), (MAPPED, 1.0)])
 def test_the_allocator_s_ratio_is_for_blocks_between_which_holes_are_left(size, resident):
-    with without_data(), Tracer() as tracer:
+    with fake_tensor_mode(), Tracer() as tracer:
         held = torch.empty(size, dtype=torch.uint8)
     found = tracer.finish()
     assert found.parts == {OTHER: held.numel()}

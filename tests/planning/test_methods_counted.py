@@ -6,10 +6,10 @@ import pytest
 
 from peftkit.models import dtypes
 from peftkit.models.loading import build
-from peftkit.models.meta_model import build_skeleton
+from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.memory import held_by
-from peftkit.planning.trace import without_data
+from peftkit.planning.trace import fake_tensor_mode
 from tests import tiny
 from tests.methods.every_method import EXAMPLES, INFOS, Cell
 
@@ -33,8 +33,8 @@ def both(cell, bases):
     recipe, info = cell.recipe(bases[cell.model]), INFOS[cell.model]
     tokenizer = load_tokenizer(recipe.model)
     real = build(recipe, info, tokenizer).model
-    with without_data():
-        planned = build_skeleton(recipe, info, tokenizer, dtypes.dtype_for(recipe.model)).model
+    with fake_tensor_mode():
+        planned = build_meta_model(recipe, info, tokenizer, dtypes.dtype_for(recipe.model)).model
         return planned, real, held_by(planned, "adamw")
 
 

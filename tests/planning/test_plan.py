@@ -17,9 +17,9 @@ from peftkit.planning.devices import Device, named
 from peftkit.planning.fitting import suggest
 from peftkit.planning.machine import Machine
 from peftkit.planning.memory import held_by, state_bytes
-from peftkit.planning.plan import Known, make_plan
-from peftkit.planning.trace import Tracer, without_data
-from peftkit.reporting.planning import carry_out
+from peftkit.planning.plan import PlanInputs, make_plan
+from peftkit.planning.trace import Tracer, fake_tensor_mode
+from peftkit.reporting.planning import plan_command
 from peftkit.schema import overrides
 from peftkit.training.ema import WeightAverage
 from peftkit.training.optimizer import build_optimizer
@@ -35,7 +35,7 @@ def _measured(monkeypatch):
 
 def known_of(recipe):
     tokenizer, prepared = load_tokenizer(recipe.model), prepare(recipe)
-    return Known(tokenizer, prepared.info, encode(prepared, tokenizer, recipe), MACHINE, 0, 0)
+    return PlanInputs(tokenizer, prepared.info, encode(prepared, tokenizer, recipe), MACHINE, 0, 0)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "frozen", {"kind": "top_k", "k": 1}])
@@ -59,7 +59,7 @@ def test_weights_gradients_and_states_are_those_of_the_real_model(small_recipe, 
 
 
 def test_a_traced_product_holds_what_torch_would_hold():
-    with without_data(), Tracer() as tracer:
+    with fake_tensor_mode(), Tracer() as tracer:
         x = torch.empty(1000, 1000, requires_grad=True)
         y = (x @ x).exp()
         alive = tracer.finish().end
@@ -99,7 +99,7 @@ def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_
     monkeypatch.setattr("peftkit.reporting.planning.devices.named", lambda _: tight)
     monkeypatch.setattr("peftkit.reporting.planning.look", lambda _: known)
     file = tmp_path / "fits.yaml"
-    said = json.loads(carry_out(recipe, table=None, gpu="tight", as_json=True, apply=file))
+    said = json.loads(plan_command(recipe, table=None, gpu="tight", as_json=True, apply=file))
     assert said["fits"] is False
     written = Recipe.from_yaml(file)
     assert written == overrides.apply(recipe, said["suggestion"]["changes"])
@@ -107,7 +107,7 @@ def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_
     nothing = Device("nothing", 1000, True)
     monkeypatch.setattr("peftkit.reporting.planning.devices.named", lambda _: nothing)
     with pytest.raises(RecipeError, match="cannot be made to fit"):
-        carry_out(recipe, table=None, gpu="nothing", as_json=True, apply=file)
+        plan_command(recipe, table=None, gpu="nothing", as_json=True, apply=file)
 
 
 def test_devices_by_name_and_size():
@@ -131,7 +131,7 @@ def test_a_decoder_is_planned_and_told_in_words(llama, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     values = {"name": "words", "model": {"source": str(llama), "dtype": "bfloat16"}, "task": "instruction"}
     recipe = Recipe.parse({**values, "data": {"source": str(tmp_path)}, "training": {"threads": 1}})
-    said = carry_out(recipe, table=None, gpu=None, as_json=False, apply=None)
+    said = plan_command(recipe, table=None, gpu=None, as_json=False, apply=None)
     assert "memory by phase" in said
     assert "fits CPU" in said
     plan = make_plan(recipe, named("1GB"), known_of(recipe))

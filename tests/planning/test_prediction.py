@@ -64,7 +64,7 @@ def test_a_run_does_not_wait_for_a_machine_to_be_measured_and_is_not_lost_by_its
 
     import torch
 
-    assert prediction.beside(*arguments, device=torch.device("cpu"))["beside"][0]["measured"] == 1
+    assert prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["beside"][0]["measured"] == 1
     assert asked, "a long run has the machine measured"
     monkeypatch.setattr("peftkit.planning.plan.plan_workload", broken)
-    assert "no shape for this" in prediction.beside(*arguments, device=torch.device("cpu"))["reason"]
+    assert "no shape for this" in prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["reason"]

@@ -8,7 +8,7 @@ import pytest
 
 from peftkit.planning.memory import held_by
 from tests.planning.another_loop import SIZES, planned_bytes
-from tests.planning.published import HELD, recipe_of, subject_of, without_data
+from tests.planning.published import HELD, fake_tensor_mode, recipe_of, subject_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -19,7 +19,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 )
 def test_persistent_memory(model, held, published, tmp_path):
     recipe = recipe_of(model, tmp_path, {"rank": 16, "target_modules": ATTENTION})
-    with without_data():
+    with fake_tensor_mode():
         subject = subject_of(recipe, HELD[held])
         persistent = held_by(subject.loaded.model, "adamw").persistent
     assert persistent / 1e9 == pytest.approx(published, rel=0.01)

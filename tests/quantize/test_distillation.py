@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftkit.quantize import distillation
-from peftkit.quantize.distillation import targets, tune
+from peftkit.quantize.distillation import distill, targets
 from peftkit.quantize.nf4_rounding import scales_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -92,7 +92,7 @@ def test_it_comes_nearer_to_the_whole_on_rows_that_it_has_not_seen(whole, double
     learned, held_out = batches[:40], batches[40:]
     codes = [layer.weight.data.clone() for layer in packed.layers]
     before, told = distance(whole, packed, held_out), []
-    tune(packed, learned, [targets(whole, one, forward, causal) for one in learned], forward, causal, told.append)
+    distill(packed, learned, [targets(whole, one, forward, causal) for one in learned], forward, causal, told.append)
     assert distance(whole, packed, held_out) < 0.9 * before
     assert all(torch.equal(layer.weight.data, code) for layer, code in zip(packed.layers, codes))
     assert torch.equal(packed.embed.weight, whole.embed.weight)
@@ -106,7 +106,7 @@ def test_scales_norms_and_biases_are_trained(whole):
     packed, batches = packed_of(whole), batches_of(12)
     before = {name: one.clone() for name, one in packed.named_parameters()}
     scales = [scales_of(layer.weight.quant_state) for layer in packed.layers]
-    tune(packed, batches, [targets(whole, one, forward, True) for one in batches], forward, True)
+    distill(packed, batches, [targets(whole, one, forward, True) for one in batches], forward, True)
     changed = {name for name, one in packed.named_parameters() if not torch.equal(one, before[name])}
     expected = {name for name, one in before.items() if one.dim() == 1 and one.abs().max() > 0}
     assert changed == expected

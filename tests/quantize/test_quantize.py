@@ -15,7 +15,7 @@ from peftkit.cli.app import app
 from peftkit.errors import ExportError, MethodError, ModelError, RecipeError, RunError
 from peftkit.quantize import command as quantization
 from peftkit.quantize.command import FIGURES, quantize
-from peftkit.quantize.gptq import calibrate
+from peftkit.quantize.gptq import quantize_blocks
 from peftkit.schema.recipe import replace
 from tests import tiny
 
@@ -247,7 +247,7 @@ def test_blocks_that_do_not_read_what_the_one_before_made_are_refused():
 
     model = Skipping()
     with pytest.raises(ModelError, match="does not read just what the one before it made"):
-        calibrate(model, model, [{"x": torch.ones(1, 4)}], lambda one, batch: one(**batch))
+        quantize_blocks(model, model, [{"x": torch.ones(1, 4)}], lambda one, batch: one(**batch))
 
 
 LOFTQ = {"kind": "lora", "rank": 6, "init_lora_weights": "loftq", "rank_pattern": {"o_proj": 3}}
@@ -286,7 +286,7 @@ def test_lora_starts_from_what_rounding_took(completed):
 def test_a_run_starts_from_the_factors_whatever_its_scale(completed, scaling):
     from peftkit.models.loading import build
     from peftkit.models.tokenizer import load_tokenizer
-    from peftkit.schema.parts import TaskInfo
+    from peftkit.schema.types import TaskInfo
 
     recipe, folder, _ = completed
     over = replace(recipe, model={"source": str(folder)}, quantization=None, method=scaling)

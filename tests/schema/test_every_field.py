@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peftkit.schema.parts import Part
-from peftkit.schema.recipe import METHODS, QUANTIZATIONS, TASKS, Recipe
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.registries import METHODS, QUANTIZATIONS, TASKS
+from peftkit.schema.sections import ConfigSection
 
 FIELDS = "training/test_training_fields.py::"
 WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
@@ -180,11 +181,11 @@ TESTS = {
 }  # fmt: skip
 
 
-def fields(part: type[Part], prefix: str = ""):
+def fields(part: type[ConfigSection], prefix: str = ""):
     """Dotted names of the leaves of a part."""
     for name, field in part.model_fields.items():
         held = (field.annotation, *typing.get_args(field.annotation))
-        inner = [kind for kind in held if isinstance(kind, type) and issubclass(kind, Part)]
+        inner = [kind for kind in held if isinstance(kind, type) and issubclass(kind, ConfigSection)]
         if inner:
             yield from fields(inner[0], f"{prefix}{name}.")
         else:

@@ -23,9 +23,9 @@ blocks = [bytes(100_000) for _ in range(2000)]  # below the size from which glib
 last = blocks[-1]
 del blocks
 before = resident()
-memory.give_back_after(memory.STEPS + 1)
+memory.trim_heap_after(memory.STEPS + 1)
 assert resident() > before - 10_000_000, "not due yet"
-memory.give_back_after(memory.STEPS)
+memory.trim_heap_after(memory.STEPS)
 print(before - resident())
 """
 

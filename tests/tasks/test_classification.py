@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from peftkit.errors import DataError, RecipeError
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import DataConfig, EvaluationConfig
+from peftkit.schema.types import TaskInfo
 from peftkit.tasks.classification import Classification
 from tests.tiny import tiny_bert, tiny_roberta, tiny_tokenizer
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.data.batching import collate
 from peftkit.errors import DataError, ModelError, RecipeError
-from peftkit.schema.recipe import TASKS, DataConfig, EvaluationConfig
+from peftkit.schema.recipe import DataConfig, EvaluationConfig
+from peftkit.schema.registries import TASKS
 from peftkit.tasks.instruction import Instruction
 from peftkit.tasks.windows import Stretch, pack
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -307,7 +308,7 @@ def test_tasks_are_registered_without_loading_torch():
     import sys
 
     code = (
-        "import sys; from peftkit.schema.recipe import TASKS; names = TASKS.names(); "
+        "import sys; from peftkit.schema.registries import TASKS; names = TASKS.names(); "
         "slow = {'torch', 'transformers', 'datasets', 'jinja2', 'numpy'} & set(sys.modules); print(names, slow)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -87,7 +87,7 @@ def test_the_trial_leaves_neither_gradients_nor_random_numbers(auto):
     small = Small(4)
     stepper.module.model.register_forward_pre_hook(small, with_kwargs=True)
     before = torch.get_rng_state()
-    auto_micro_batch.begin(stepper)
+    auto_micro_batch.find_micro_batch(stepper)
     assert small.seen == [8, 4]
     assert stepper.micro_batch == 4
     assert torch.equal(torch.get_rng_state(), before)
@@ -100,7 +100,7 @@ def test_what_cannot_be_halved_is_raised(auto):
     alone = stepper_of(auto)
     alone.module.model.register_forward_pre_hook(Small(0), with_kwargs=True)
     with pytest.raises(RuntimeError, match="can't allocate"):
-        auto_micro_batch.begin(alone)
+        auto_micro_batch.find_micro_batch(alone)
     given = stepper_of(replace(auto, training={"micro_batch": 4}))
     given.module.model.register_forward_pre_hook(Small(3), with_kwargs=True)
     with pytest.raises(RuntimeError, match="can't allocate"):
@@ -114,7 +114,7 @@ def test_a_cpu_is_asked_before_it_is_tried(auto, monkeypatch):
     sizes = iter([100, 40, 20])
     monkeypatch.setattr("peftkit.planning.plan.pass_bytes", lambda *_: next(sizes))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=30))
-    auto_micro_batch.begin(stepper)
+    auto_micro_batch.find_micro_batch(stepper)
     assert stepper.micro_batch == 2
 
 

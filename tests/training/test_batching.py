@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit.data.batching import by_length, collate, padding_share, pass_tokens, plan, share, steps_per_epoch
+from peftkit.data.batching import (
+    by_length,
+    collate,
+    epoch_batches,
+    padding_share,
+    pass_tokens,
+    shard_batch,
+    steps_per_epoch,
+)
 from peftkit.schema.recipe import TrainingConfig
 
 LENGTHS = np.random.default_rng(0).integers(4, 129, size=3000).astype(np.int32)
@@ -26,7 +34,7 @@ LENGTHS = np.random.default_rng(0).integers(4, 129, size=3000).astype(np.int32)
 def test_every_row_stands_in_exactly_one_batch(lengths, size, batching, budget, epoch):
     lengths = np.array(lengths, dtype=np.int32)
     training = TrainingConfig(batch_size=size, batching=batching, batch_tokens=budget)
-    batches = plan(lengths, training, epoch)
+    batches = epoch_batches(lengths, training, epoch)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for batch in batches:
         if budget:
@@ -36,22 +44,25 @@ def test_every_row_stands_in_exactly_one_batch(lengths, size, batching, budget, 
 
 
 def test_length_batches_pad_less_than_five_percent_and_random_ones_much_more():
-    by_size = plan(LENGTHS, TrainingConfig(batch_size=16), 0)
-    at_random = plan(LENGTHS, TrainingConfig(batch_size=16, batching="random"), 0)
+    by_size = epoch_batches(LENGTHS, TrainingConfig(batch_size=16), 0)
+    at_random = epoch_batches(LENGTHS, TrainingConfig(batch_size=16, batching="random"), 0)
     assert padding_share(LENGTHS, by_size) < 0.05
     assert padding_share(LENGTHS, at_random) > 0.3
 
 
 def test_the_plan_depends_on_seed_and_epoch_and_on_nothing_else():
     training = TrainingConfig(batch_size=16, seed=3)
-    once, again = plan(LENGTHS, training, 1), plan(LENGTHS, training, 1)
+    once, again = epoch_batches(LENGTHS, training, 1), epoch_batches(LENGTHS, training, 1)
     assert all((a == b).all() for a, b in zip(once, again, strict=True))
-    for other in (plan(LENGTHS, training, 2), plan(LENGTHS, TrainingConfig(batch_size=16, seed=4), 1)):
+    for other in (
+        epoch_batches(LENGTHS, training, 2),
+        epoch_batches(LENGTHS, TrainingConfig(batch_size=16, seed=4), 1),
+    ):
         assert any(len(a) != len(b) or (a != b).any() for a, b in zip(once, other, strict=False))
 
 
 def test_batches_do_not_come_in_the_order_of_their_lengths():
-    means = [LENGTHS[batch].mean() for batch in plan(LENGTHS, TrainingConfig(batch_size=16), 0)]
+    means = [LENGTHS[batch].mean() for batch in epoch_batches(LENGTHS, TrainingConfig(batch_size=16), 0)]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
 
 
@@ -61,7 +72,7 @@ def test_batches_do_not_come_in_the_order_of_their_lengths():
 def test_processes_share_a_batch_without_loss_in_equally_many_micro_batches(world_size, micro, rows):
     batch = np.arange(100, 100 + rows)
     lengths = np.random.default_rng(1).integers(1, 50, size=200)
-    shares = [share(batch, lengths, rank=r, world_size=world_size, micro_batch=micro) for r in range(world_size)]
+    shares = [shard_batch(batch, lengths, rank=r, world_size=world_size, micro_batch=micro) for r in range(world_size)]
     assert len({len(pieces) for pieces in shares}) == 1
     counted = [row for pieces in shares for piece in pieces if piece.counts for row in piece.rows]
     assert sorted(counted) == batch.tolist()
@@ -72,7 +83,9 @@ def test_processes_share_a_batch_without_loss_in_equally_many_micro_batches(worl
 @pytest.mark.parametrize("tokens", [1, 60, 200, 10_000])
 def test_passes_stay_within_their_tokens(world_size, tokens):
     batch, lengths = np.arange(30), np.random.default_rng(2).integers(1, 50, size=30)
-    shares = [share(batch, lengths, rank=r, world_size=world_size, micro_tokens=tokens) for r in range(world_size)]
+    shares = [
+        shard_batch(batch, lengths, rank=r, world_size=world_size, micro_tokens=tokens) for r in range(world_size)
+    ]
     assert len({len(pieces) for pieces in shares}) == 1
     pieces = [piece.rows for mine in shares for piece in mine if piece.counts]
     assert sorted(np.concatenate(pieces)) == batch.tolist()
@@ -87,7 +100,7 @@ def test_passes_stay_within_their_tokens(world_size, tokens):
 
 def test_steps_per_epoch_is_the_length_of_the_plan():
     for training in (TrainingConfig(batch_size=7), TrainingConfig(batch_tokens=900)):
-        assert steps_per_epoch(LENGTHS, training) == len(plan(LENGTHS, training, 0))
+        assert steps_per_epoch(LENGTHS, training) == len(epoch_batches(LENGTHS, training, 0))
 
 
 def test_evaluation_batches_start_with_the_longest():

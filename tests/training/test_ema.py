@@ -46,13 +46,13 @@ def test_the_mean_is_torchs_exponential_average():
 
 
 def test_what_is_validated_and_exported_is_the_mean_and_training_goes_on_from_the_weights(averaging, monkeypatch):
-    seen, real = [], TrainedWeights.stepped
+    seen, real = [], TrainedWeights.update_ema
 
-    def stepped(self, step):
+    def update_ema(self, step):
         seen.append({name: value.detach().clone() for name, value in self.named().items()})
         real(self, step)
 
-    monkeypatch.setattr(TrainedWeights, "stepped", stepped)
+    monkeypatch.setattr(TrainedWeights, "update_ema", update_ema)
     evaluated, start = [], WeightAverage.__init__
 
     def noting(self, parameters, decay):

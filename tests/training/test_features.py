@@ -15,7 +15,7 @@ import peftkit
 from peftkit import replace
 from peftkit.system.cache import cache_folder
 from peftkit.training import feature_store, features
-from peftkit.training.frozen_trunk import FEATURES, Stem
+from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
 from tests import tiny
 
 FROZEN = {"method": {"kind": "frozen"}}
@@ -41,8 +41,8 @@ def recipe(small_recipe):
 @pytest.fixture
 def captured(monkeypatch):
     """How often a batch was brought up to the seam."""
-    seen, real = [], Stem.capture
-    monkeypatch.setattr(Stem, "capture", lambda self, *given: (seen.append(1), real(self, *given))[1])
+    seen, real = [], FrozenTrunk.capture
+    monkeypatch.setattr(FrozenTrunk, "capture", lambda self, *given: (seen.append(1), real(self, *given))[1])
     return seen
 
 
@@ -88,7 +88,7 @@ def test_bit_for_bit_where_the_batches_are_the_same(bert, topics_csv):
     encoded = encode(prepared, tokenizer, recipe)
     module = TaskModule(build(recipe, prepared.info, tokenizer), recipe.task, prepared.info)
     made = features.plan(module, recipe, encoded, tokenizer, open_session(recipe), "base")
-    rows, split = np.arange(8), made.carry_out().splits["train"]
+    rows, split = np.arange(8), made.run().splits["train"]
     batch = split.batch(rows, tokenizer)
     plain = encoded.splits["train"].batch(rows, tokenizer)
     hidden, mask = made._captured(encoded.splits["train"], rows)

@@ -8,7 +8,7 @@ import torch
 from peftkit.data.batching import collate
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
+from peftkit.schema.types import TaskInfo
 from peftkit.training import frozen_trunk as stems
 from peftkit.training.step import TaskModule
 from tests import tiny
@@ -33,7 +33,7 @@ def batch_of(tokenizer, causal=False):
 
 def found(module, batch):
     module.eval()
-    stem, reason = stems.find(module.model, lambda b: module(dict(b), outputs=True), batch, module.pooling)
+    stem, reason = stems.find_frozen_trunk(module.model, lambda b: module(dict(b), outputs=True), batch, module.pooling)
     if stem:
         module.hold(stem)
     return stem, reason

@@ -43,14 +43,14 @@ def flip(file):
 def damaged_at_the_end(recipe):
     """A run whose best checkpoint is damaged at its last validation; its folder, and what it said."""
 
-    def watch(step, figures):
+    def on_validation(step, figures):
         if step == LAST:
             (file,) = root.glob(f"*/checkpoints/step-{BEST:08d}/model.safetensors")
             flip(file)
 
     root = Path(recipe.output_dir)
     with pytest.raises(CheckpointError) as told:
-        peftkit.train(recipe, quiet=True, watch=watch)
+        peftkit.train(recipe, quiet=True, on_validation=on_validation)
     (folder,) = root.iterdir()
     return folder, str(told.value)
 
@@ -65,7 +65,7 @@ def test_it_is_named_and_trained_again_from_before_it(recipe, whole, tmp_path, c
     assert not (folder / "adapter").exists()
 
     seen = []
-    peftkit.train(recipe, resume=folder, watch=lambda step, figures: seen.append(step))
+    peftkit.train(recipe, resume=folder, on_validation=lambda step, figures: seen.append(step))
     told = "".join("".join(capsys.readouterr()).split())  # lines may be broken anywhere
     assert f"step-{BEST:08d}cannotbeused" in told
     assert ("trainingstartsfromthebeginning" in told) == (start == 0)
@@ -90,10 +90,10 @@ def test_a_run_that_is_not_done_goes_on_from_its_newest_checkpoint(recipe, whole
 
     recipe = peftkit.replace(recipe, output_dir=str(tmp_path))
     with pytest.raises(Cut):
-        peftkit.train(recipe, quiet=True, watch=cut)
+        peftkit.train(recipe, quiet=True, on_validation=cut)
     (folder,) = tmp_path.iterdir()
     flip(folder / "checkpoints" / f"step-{BEST:08d}" / "model.safetensors")
     seen = []
     with pytest.raises(CheckpointError, match="cannot be used"):
-        peftkit.train(recipe, resume=folder, quiet=True, watch=lambda step, figures: seen.append(step))
+        peftkit.train(recipe, resume=folder, quiet=True, on_validation=lambda step, figures: seen.append(step))
     assert seen == [LAST]

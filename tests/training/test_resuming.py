@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from peftkit import replace
-from peftkit.distributed.watchdog import Watch
+from peftkit.distributed.watchdog import Watchdog
 from peftkit.errors import CheckpointError, Interrupted, RunError, TrainingError
 from peftkit.runs import checkpoints, folder
 from peftkit.training import interruptions
@@ -157,7 +157,7 @@ def test_outside_the_loop_a_signal_ends_at_once(number):
     ],
 )
 def test_failures_of_the_machine_are_one_line_and_others_are_left_alone(failure, said, tmp_path):
-    session = SimpleNamespace(watch=Watch(0, 1, None), folder=None, rank=0)
+    session = SimpleNamespace(watchdog=Watchdog(0, 1, None), folder=None, rank=0)
     with pytest.raises(TrainingError) as told, interruptions.guarded(session):
         raise failure
     assert said in str(told.value)

@@ -87,7 +87,7 @@ def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     import torch
 
     from peftkit.models.kernels import lora_linear
-    from peftkit.models.quantization.dequantize import opener
+    from peftkit.models.quantization.dequantize import dequantizer
 
     base, device = layer.base_layer, x.device.type
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -96,9 +96,9 @@ def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not _is_watched(base):
         return lora_linear.linear(x.to(dtype), base.weight, base.bias, *low)
-    opened = opener(base) if torch.is_grad_enabled() and not _is_watched(base) else None
+    opened = dequantizer(base) if torch.is_grad_enabled() and not _is_watched(base) else None
     if opened is not None:  # without gradients bitsandbytes may have a faster kernel of its own, for a token at a time
-        return lora_linear.opened_linear(x.to(dtype), opened, base.bias, *low)
+        return lora_linear.dequantized_linear(x.to(dtype), opened, base.bias, *low)
     out = base(x)
     if out._is_view():  # autograd lets nobody add in place to a view that a custom function made, as bitsandbytes' does
         out = out.clone(memory_format=torch.contiguous_format)

@@ -63,7 +63,7 @@ def find_branches(model: nn.Module) -> list[Branch]:
     watch = _Watch()
     handles = [handle for number, block in enumerate(blocks) for handle in watch.hooks(f"{prefix}.{number}", block)]
     try:
-        with packing.still(model), torch.no_grad(), watch:
+        with packing.eval_modules(model), torch.no_grad(), watch:
             model(**_inputs(model))
     except (RuntimeError, ValueError) as error:
         if packing.underlying(model).device.type != "meta":

@@ -239,7 +239,7 @@ class _FrozenHead(torch.autograd.Function):
             for hidden, targets, start in zip(hidden_SH.split(rows), targets_S.split(rows), count(0, rows)):
                 chunk = logits_SV[: len(targets)]
                 torch.mm(hidden.to(weight_VH.dtype), weight_VH.T, out=chunk)
-                total += _loss_and_slope(chunk, bias_V, targets, head.shaping, wanted)
+                total += _loss_and_grad(chunk, bias_V, targets, head.shaping, wanted)
                 if grad_SH is not None:
                     grad_SH[start : start + rows] = chunk @ weight_VH
         ctx.save_for_backward(grad_SH)
@@ -251,7 +251,7 @@ class _FrozenHead(torch.autograd.Function):
         return grad_SH * grad_output.to(grad_SH.dtype), None, None, None, None
 
 
-def _loss_and_slope(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, wanted: bool) -> Tensor:
+def _loss_and_grad(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, wanted: bool) -> Tensor:
     """Summed loss of a chunk of bare logits, which become its derivative by them if that is wanted."""
     total = chunk.new_zeros((), dtype=_wide(chunk[:0]).dtype)
     for piece in _slices(chunk):
@@ -353,7 +353,7 @@ def _find_shaping(model: Any, base: Any, input_ids: Tensor) -> Shaping | None:
 
     hook = head.register_forward_hook(replace)
     try:
-        with packing.still(model), torch.no_grad():
+        with packing.eval_modules(model), torch.no_grad():
             logits = model(input_ids=input_ids, **packing.no_cache(model)).logits
     finally:
         hook.remove()

@@ -45,7 +45,7 @@ def linear(
     return _Linear.apply(x, weight_OI, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
 
 
-def opened_linear(
+def dequantized_linear(
     x: Tensor, opened: Opened, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
 ) -> Tensor:
     """``linear`` over a weight that is packed: ``opened`` unpacks it for each product, forward and backward.

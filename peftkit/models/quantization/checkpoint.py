@@ -98,7 +98,7 @@ def check_recipe(config: Any, recipe: Recipe) -> str | None:
             f"model.source={source}: its weights are quantized with {kind} already; set quantization=null, or name the "
             "unquantized model"
         )
-    if why := recipe.method.why_not_over(kind):
+    if why := recipe.method.unsupported_checkpoint_reason(kind):
         raise MethodError(f"model.source={source} is quantized with {kind}: {why}")
     if recipe.export.merge:
         raise MethodError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Opener = Callable[["torch.dtype"], "torch.Tensor"]
 
 
-def opener(layer: Any) -> Opener | None:
+def dequantizer(layer: Any) -> Opener | None:
     """What gives a 4-bit layer's weight as [out, in] in a dtype, anew at every call; None for any other layer.
 
     A layer that bitsandbytes has repacked for its own evaluation kernel is one of the others.

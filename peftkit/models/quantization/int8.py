@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from peftkit.schema.parts import Quantization
-from peftkit.schema.recipe import QUANTIZATIONS
+from peftkit.schema.quantization import Quantization
+from peftkit.schema.registries import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from peftkit.schema.recipe import ModelConfig

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from peftkit.schema.parts import Quantization
-from peftkit.schema.recipe import QUANTIZATIONS
+from peftkit.schema.quantization import Quantization
+from peftkit.schema.registries import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from peftkit.schema.recipe import ModelConfig

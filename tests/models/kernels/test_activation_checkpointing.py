@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 LABELS = TaskInfo("single_label_classification", ("cat", "dog"))

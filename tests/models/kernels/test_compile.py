@@ -13,8 +13,8 @@ from peftkit.models import packing
 from peftkit.models.kernels import compile
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.schema.parts import TaskInfo
 from peftkit.schema.recipe import replace
+from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 LABELS = TaskInfo("single_label_classification", ("cat", "dog"))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftkit.models.kernels import dropout, lora_linear
-from peftkit.planning.trace import without_data
+from peftkit.planning.trace import fake_tensor_mode
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -39,7 +39,7 @@ def test_a_seed_makes_the_same_mask_again_and_leaves_torchs_generator_alone():
 def test_a_mask_made_in_a_plan_leaves_later_ones_alone():
     """A plan's tensors have no values, and nothing worked out from them may be remembered."""
     dropout._bits.cache_clear()
-    with without_data():
+    with fake_tensor_mode():
         dropout.mask(torch.Size((7, 9)), 0.3, torch.bfloat16, 5)
     kept = torch.tensor(1 / 0.7).bfloat16()
     assert dropout.mask(torch.Size((7, 9)), 0.3, torch.bfloat16, 5).max() == kept

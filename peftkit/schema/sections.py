@@ -1,0 +1,66 @@
+"""The building blocks of a recipe: frozen sections that refuse unknown keys, and sections chosen by ``kind``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from peftkit.errors import RecipeError, did_you_mean
+from peftkit.registry import Registry
+
+
+class ConfigSection(BaseModel):
+    """A frozen piece of a recipe that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_field", "unknown field '{key}': {hint}",
+                        {"key": str(key), "hint": did_you_mean(str(key), cls.model_fields)},
+                    )  # fmt: skip
+        return value
+
+
+@dataclass(frozen=True)
+class DiscriminatedBy:
+    """Pydantic annotation: the mapping is validated by the class that its ``kind`` names in a registry."""
+
+    registry: Registry[Any]
+
+    def validate(self, value: Any) -> Any:
+        if isinstance(value, ConfigSection):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping) or "kind" not in value:
+            names = ", ".join(self.registry.names())
+            raise ValueError(f"expected a mapping with 'kind', one of: {names}")
+        try:
+            part = self.registry.get(str(value["kind"]))
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return part.model_validate(dict(value))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        dump = core_schema.plain_serializer_function_ser_schema(
+            lambda part, info: part.model_dump(mode=info.mode), info_arg=True
+        )
+        return core_schema.no_info_plain_validator_function(self.validate, serialization=dump)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """One of the parts with its ``kind``, or the kind alone, which stands for the part with its defaults."""
+        names = self.registry.names()
+        parts = [handler(self.registry.get(name).__pydantic_core_schema__) for name in names]
+        for part in parts:
+            handler.resolve_ref_schema(part)["required"] = ["kind"]
+        return {"oneOf": [*parts, {"type": "string", "enum": names}]} if names else {"type": "object"}

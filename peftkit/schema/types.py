@@ -1,0 +1,47 @@
+"""The values that the contracts exchange: rows, batches, task information, a model with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Batch = dict[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a task learned about its data before training; stored in the run and needed to load the model again."""
+
+    problem_type: str
+    """single_label_classification, multi_label_classification, regression, or causal_lm."""
+    labels: tuple[str, ...] = ()
+    """Class names by id; empty for language models, one name for a regression."""
+    class_weights: tuple[float, ...] | None = None
+    """Loss weight of each class; None means 1 for all."""
+    integers: Literal["names", "ids"] = "names"
+    """What a whole number in the label column is: the name of a class ("5" stars), or its id, counted from 0."""
+
+
+@dataclass
+class LoadedModel:
+    """A model with its head and tokenizer, on the way from the base model to the trainable one.
+
+    ``model`` is always a transformers model, or peft's wrapper around one, so that everything that reads
+    transformers and peft models reads ours.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    pooling: Literal["own", "mean", "cls"] = "own"
+    """How a classifier turns tokens into one vector: the architecture's own way, or over per-token logits."""
+    head_names: tuple[str, ...] = ()
+    """Names of the modules on top of the backbone that a classifier trains in full; empty for language models."""
+    fingerprint: str = ""
+    """SHA-256 over config, weights' file digests or commit, and vocabulary of the base."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided and why, in words for the user (dtype fallback, pad token, …)."""

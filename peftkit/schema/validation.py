@@ -1,0 +1,56 @@
+"""What is wrong with a recipe's values, in one line a field."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+from pydantic import ValidationError
+
+_SHORT = reprlib.Repr()  # bounded: aliases can make a small file stand for an endless value
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 61
+
+
+def flatten(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], str, Any]]:
+    """(location, message, input) of every complaint, those of parts chosen by kind included."""
+    found = []
+    for item in error.errors(include_url=False):
+        inner = item.get("ctx", {}).get("error")
+        loc = prefix + tuple(part for part in item["loc"] if not _is_union_tag(part))
+        if isinstance(inner, ValidationError):
+            found += flatten(inner, loc)
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found.append((loc, message, item.get("input")))
+    return found
+
+
+def describe(error: ValidationError, origin: str) -> str:
+    """One line for one complaint, a short list for several."""
+    lines = [complaint(loc, message, value) for loc, message, value in flatten(error)]
+    lines = list(dict.fromkeys(lines))
+    return (
+        f"{origin}: {lines[0]}"
+        if len(lines) == 1
+        else "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
+    )
+
+
+def complaint(loc: tuple[Any, ...], message: str, value: Any) -> str:
+    """``training.epochs: input should be greater than 0, found -1``."""
+    message = message[:1].lower() + message[1:]
+    shown = _SHORT.repr(value)
+    found = (
+        f", found {shown}"
+        if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message
+        else ""
+    )
+    where = ".".join(str(part) for part in loc)
+    return f"{where}: {message}{found}" if where else f"{message}{found}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    """pydantic puts the tried type of a union into the location; users know fields only."""
+    return isinstance(part, str) and (
+        not part.isidentifier() or part in {"int", "str", "float", "none", "tuple", "dict"}
+    )
