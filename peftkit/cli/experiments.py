@@ -41,21 +41,21 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train methods on the same rows, each in a process of its own, and set them side by side; or finished runs."""
-    from peftkit.experiments.compare import compare as carry_out
-    from peftkit.reporting import comparison
+    from peftkit.experiments.compare import compare as run_comparison
+    from peftkit.reporting import comparison as view
 
     changes = [text for text in given if "=" in text and not Path(text).exists()]
-    found = carry_out(
+    comparison = run_comparison(
         [text for text in given if text not in changes],
         methods=[name.strip() for name in methods.split(",")] if methods else (),
         vary=vary or (), seeds=seeds, changes=changes, out=out, jobs=jobs, metric=metric, against=against, cost=cost,
     )  # fmt: skip
     if as_json:
-        print(json.dumps(found.table, indent=2))
+        print(json.dumps(comparison.table, indent=2))
         return
-    comparison.show(found.table)
-    if found.path:
-        print(f"\nReport: {found.path / 'compare.html'}")
+    view.show(comparison.table)
+    if comparison.path:
+        print(f"\nReport: {comparison.path / 'compare.html'}")
 
 
 def tune(
@@ -81,15 +81,15 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Search hyperparameters by validation alone; the best is finished, and tested once."""
-    from peftkit.experiments.tune import tune as carry_out
+    from peftkit.experiments.tune import tune as run_study
     from peftkit.reporting import search
 
-    found = carry_out(
+    study = run_study(
         recipe, space or (), changes=changes or (), sampler=sampler, trials=trials, timeout=timeout,
         pruner=pruner or ("median" if prune else None), metric=metric, rows=rows, seed=seed, out=out,
     )  # fmt: skip
     if as_json:
-        print(json.dumps(found.table, indent=2))
+        print(json.dumps(study.table, indent=2))
         return
-    search.show(found.table)
-    print(f"\nRecipe: {found.path / 'best.yaml'}\nRun: {found.run.path}\nReport: {found.path / 'tune.html'}")
+    search.show(study.table)
+    print(f"\nRecipe: {study.path / 'best.yaml'}\nRun: {study.run.path}\nReport: {study.path / 'tune.html'}")

@@ -1,7 +1,7 @@
 """One run of many: carried out in a process of its own, so that neither a crash nor a leak reaches the next.
 
 job = Job(folder, recipe)
-outcome = Processes().carry_out(job, on_validation)      # outcome.status, outcome.message, outcome.run
+outcome = SubprocessRunner().run(job, on_validation)      # outcome.status, outcome.message, outcome.run
 
 A job's folder holds ``recipe.yaml``, the run's own folder, ``log.txt`` (all that the run printed) and, once it ended,
 ``outcome.json``. A job that was stopped goes on from its checkpoint.

@@ -1,6 +1,6 @@
 """Texts for a file or a pipe of prompts: every input column, then the prompt and what was written.
 
-carry_out(run, file=Path("prompts.jsonl"), out=Path("texts.jsonl"), options={"max_new_tokens": 64})
+generate_file(run, file=Path("prompts.jsonl"), out=Path("texts.jsonl"), options={"max_new_tokens": 64})
 
     {"prompt": "In the beginning"}                                   continued, or answered, as the run was trained
     {"messages": [{"role": "user", "content": "Hello"}]}             answered; also under "conversations" or "prompt"

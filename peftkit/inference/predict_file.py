@@ -1,6 +1,6 @@
 """Predictions for a file or a pipe of texts: every input column, then the label and the probability of every label.
 
-carry_out(run, file=Path("texts.csv"), column=None, out=Path("predictions.csv"))
+predict_file(run, file=Path("texts.csv"), column=None, out=Path("predictions.csv"))
 """
 
 from __future__ import annotations

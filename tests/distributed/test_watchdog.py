@@ -117,7 +117,7 @@ def test_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path, how, when)
     assert 0 not in codes
     assert -1000 not in codes
     assert "rank 1" in said
-    assert "hangs at test_watch.py" in said, "where it stands is told"
+    assert "hangs at test_watchdog.py" in said, "where it stands is told"
 
 
 def test_a_long_rest_is_no_hang_while_somebody_works(tmp_path):

@@ -78,7 +78,7 @@ def test_rows_of_other_work_are_not_mixed_in(bench, monkeypatch):
 
 def test_a_run_that_breaks_off_is_a_row(bench, monkeypatch, tmp_path):
     failed = jobs.Outcome(jobs.FAILED, message="the process was killed by signal 9")
-    monkeypatch.setattr(jobs, "SubprocessRunner", lambda: SimpleNamespace(carry_out=lambda job: failed))
+    monkeypatch.setattr(jobs, "SubprocessRunner", lambda: SimpleNamespace(run=lambda job: failed))
     assert bench._row("lora", arguments(), tmp_path) == {"status": "failed", "said": failed.message}
     wrong = bench._row("lora", arguments("training.epoch=1"), tmp_path)
     assert "did you mean 'epochs'" in wrong["said"]
