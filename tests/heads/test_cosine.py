@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from peftkit.heads.cosine import _head, _inputs, class_directions, start
 from safetensors.torch import load_file
 from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.neighbors import NearestCentroid
@@ -16,6 +15,7 @@ from sklearn.preprocessing import normalize
 import peftkit
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import Interrupted, RecipeError
+from peftkit.heads.layers.cosine import _head, _inputs, class_directions, start
 from peftkit.models.classifier import logits
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
