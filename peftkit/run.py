@@ -25,6 +25,7 @@ from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import run_report
 from peftkit.runs import folder as folders
 from peftkit.runs.checkpoints import Checkpoint
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel
 from peftkit.training import features, results
@@ -93,7 +94,7 @@ def train(
     session = open_session(recipe)
     with guarded(session):
         recipe, tokenizer, prepared, encoded, loaded = _data_and_model(recipe, session)
-        module = TaskModule(loaded, recipe.task, prepared.info)
+        module = TaskModule(loaded, head_of(prepared.info, recipe.task))
         frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
         loaded.notes += [frozen.note] if frozen.note else []
         say = run_report.console_reporter(session, quiet=quiet)
@@ -140,12 +141,12 @@ def _data_and_model(
         encoded = encode(prepared, tokenizer, recipe)
         loaded = build(recipe, prepared.info, tokenizer, session.device)
         if not_packable(recipe, loaded):
-            recipe = replace(recipe, task={"packing": False})
+            recipe = replace(recipe, task=recipe.task.without_packing())
             encoded = encode(prepared, tokenizer, recipe)
     with session.accelerator.autocast():
         batches = FirstBatches(encoded.splits["train"], tokenizer, session)
         recipe.method.initialize(loaded, batches)
-        recipe.task.initialize(loaded, batches, prepared.info)
+        head_of(prepared.info, recipe.task).initialize(loaded, batches)
     return recipe, tokenizer, prepared, encoded, loaded
 
 
@@ -178,7 +179,7 @@ def _go_on_from(path: Path, fingerprints: Any, allow: tuple[str, ...], session: 
 
 def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
     """Whether the recipe packs rows for a model that cannot keep them apart; batches by length do it then."""
-    if not getattr(recipe.task, "packing", False):
+    if not recipe.task.packs:
         return False
     from peftkit.models.packing import supports_packing
 

@@ -148,7 +148,7 @@ def _one(
                 place,
             )
             made = changed if data.cleaning.control_characters == "strip" else made
-    if not _has_text(made, task):
+    if task.is_blank(made):
         _empty(row, part, data.text if data.text in row else None, data, problems, log)
         return None
     return {**made, **{name: row[name] for name in PLACE if name in row}}
@@ -171,12 +171,6 @@ def _is_blank(row: Row, column: str | None, data: DataConfig) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _has_text(row: Row, task: Task) -> bool:
-    if task.head == "classification":
-        return all(str(row[name]).strip() for name in ("text", "text_pair") if row.get(name) is not None)
-    return bool(task.text_of(row).strip())
-
-
 def clean_text(text: str) -> str:
     """The text without control characters; other line ends become a newline.
 
@@ -192,8 +186,8 @@ def hash64(text: str) -> int:
 
 def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
     """What the task learns of all rows of all sources first; raises DataError with the file it concerns."""
-    # sources of a language model need not have the same columns, so each is looked at by itself
-    alone = raw if task.head == "causal_lm" else [raw[0] if len(raw) == 1 else _merged(raw)]
+    # sources that are not merged need not have the same columns, so each is looked at by itself
+    alone = [raw[0] if len(raw) == 1 else _merged(raw)] if task.merges_sources else raw
     first, *_ = [_describe_one(splits, task, data) for splits in alone]
     return first
 

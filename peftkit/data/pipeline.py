@@ -11,7 +11,7 @@ import json
 import sys
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from peftkit.data.sources import Source, find, read
 from peftkit.data.steps import CleaningStep
 from peftkit.data.tables import BATCH, open_table, release, write_rows
 from peftkit.errors import DataError
+from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.task import Task
 from peftkit.schema.types import Batch, Row, TaskInfo
@@ -60,10 +61,18 @@ class EncodedSplit:
     """Tokens of each example, int32."""
     weights: np.ndarray
     """What each example adds to the loss's denominator, float32."""
+    head: Head | None = field(default=None, kw_only=True)
+    """Which may collate batches its own way."""
+
+    def select(self, rows: np.ndarray) -> EncodedSplit:
+        """Some of the examples."""
+        return EncodedSplit(self.examples.select(rows), self.lengths[rows], self.weights[rows], head=self.head)
 
     def batch(self, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Batch:
         """The rows as padded tensors; see ``batching.collate``."""
-        return collate(self.examples[rows.tolist()], tokenizer)
+        columns = self.examples[rows.tolist()]
+        own = self.head.collate(columns, tokenizer) if self.head else None
+        return collate(columns, tokenizer) if own is None else own
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,8 @@ def encode(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: R
             with atomic_folder(path) as folder:
                 for part, rows in prepared.splits.items():
                     _encode_split(rows, part, tokenizer, recipe, prepared.info, folder)
-        return EncodedData({part: _open_encoded(path, part) for part in prepared.splits}, fingerprint)
+        head = head_of(prepared.info, recipe.task)
+        return EncodedData({part: _open_encoded(path, part, head) for part in prepared.splits}, fingerprint)
 
 
 def _encode_split(
@@ -243,9 +253,9 @@ def _first_place(error: DataError, columns: dict[str, list[Any]]) -> DataError:
     return DataError(said, file=columns["_file"][0], column=error.column)
 
 
-def _open_encoded(folder: Path, part: str) -> EncodedSplit:
+def _open_encoded(folder: Path, part: str, head: Head) -> EncodedSplit:
     arrays = [np.load(folder / f"{part}-{name}.npy", allow_pickle=False) for name in ("lengths", "weights")]
-    return EncodedSplit(open_table(folder / f"{part}.arrow"), *arrays)
+    return EncodedSplit(open_table(folder / f"{part}.arrow"), *arrays, head=head)
 
 
 def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo) -> EncodedSplit:
@@ -259,7 +269,7 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
         made += _examples(_encoded(columns, tokenizer, recipe, info), start)
     lengths = np.array([len(example["input_ids"]) for example in made], dtype=np.int32)
     weights = np.array([example["weight"] for example in made], dtype=np.float32)
-    return EncodedSplit(Dataset.from_list(made), lengths, weights)
+    return EncodedSplit(Dataset.from_list(made), lengths, weights, head=head_of(info, recipe.task))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

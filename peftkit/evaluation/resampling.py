@@ -1,7 +1,7 @@
-"""Figures of a choice of rows, fast enough for a thousand bootstrap resamples.
+"""Metrics of a choice of rows, fast enough for a thousand bootstrap resamples.
 
-Each function prepares arrays once and returns ``statistics(rows) → {name: figure}`` for ``intervals.bootstrap``. The
-figures carry the names, and the values, of those in ``metrics``; scikit-learn's own would take minutes here.
+Each function prepares arrays once and returns ``statistics(rows) → {name: value}`` for ``intervals.bootstrap``. Names
+and values are those of ``metrics``; scikit-learn's own functions would take minutes here.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ def confusion(gold: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
     return np.bincount(gold * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
 
-def of_classes(gold: np.ndarray, predicted: np.ndarray, confidence: np.ndarray, classes: int) -> Statistics:
-    """Statistics of one label a row."""
-    place, surplus = places(confidence), (gold == predicted) - confidence
+def of_classes(gold: np.ndarray, predicted: np.ndarray, confidence: np.ndarray | None, classes: int) -> Statistics:
+    """Statistics of one label per row; the calibration error only where the confidence is known."""
+    surplus = None if confidence is None else (places(confidence), (gold == predicted) - confidence)
 
     def statistics(rows: np.ndarray) -> dict[str, float]:
-        figures = from_confusion(confusion(gold[rows], predicted[rows], classes))
-        return figures | {"calibration_error": of_surplus(place[rows], surplus[rows])}
+        metrics = from_confusion(confusion(gold[rows], predicted[rows], classes))
+        return metrics | ({"calibration_error": of_surplus(*(one[rows] for one in surplus))} if surplus else {})
 
     return statistics
 
 
 def from_confusion(counts: np.ndarray) -> dict[str, float]:
-    """Figures of a confusion matrix [classes, classes], gold by predicted."""
-    hits, gold, found = np.diag(counts).astype(float), counts.sum(axis=1), counts.sum(axis=0)
+    """Metrics of a confusion matrix [classes, classes], gold by predicted."""
+    hits, gold, predicted = np.diag(counts).astype(float), counts.sum(axis=1), counts.sum(axis=0)
     total = counts.sum()
-    present = (gold + found) > 0
-    precision, recall, f1 = _ratio(hits, found), _ratio(hits, gold), _ratio(2 * hits, gold + found)
+    present = (gold + predicted) > 0
+    precision, recall, f1 = _ratio(hits, predicted), _ratio(hits, gold), _ratio(2 * hits, gold + predicted)
     accuracy = hits.sum() / total
-    left = hits.sum() * total - float(gold @ found)
-    scale = np.sqrt((float(total) ** 2 - float(gold @ gold)) * (float(total) ** 2 - float(found @ found)))
+    left = hits.sum() * total - float(gold @ predicted)
+    scale = np.sqrt((float(total) ** 2 - float(gold @ gold)) * (float(total) ** 2 - float(predicted @ predicted)))
     return {
         "accuracy": accuracy,
         "exact_match": accuracy,
@@ -52,19 +52,19 @@ def from_confusion(counts: np.ndarray) -> dict[str, float]:
 
 
 def of_sets(gold: np.ndarray, predicted: np.ndarray) -> Statistics:
-    """Statistics of several labels a row, [rows, labels] of 0 and 1."""
+    """Statistics of several labels per row, [rows, labels] of 0 and 1."""
     hits, wrong, equal = gold & predicted, (gold != predicted).mean(axis=1), (gold == predicted).all(axis=1)
 
     def statistics(rows: np.ndarray) -> dict[str, float]:
-        hit, given, held = hits[rows].sum(axis=0), predicted[rows].sum(axis=0), gold[rows].sum(axis=0)
-        f1, both = _ratio(2.0 * hit, given + held), float((given + held).sum())
+        hit, given, asked = hits[rows].sum(axis=0), predicted[rows].sum(axis=0), gold[rows].sum(axis=0)
+        f1, both = _ratio(2.0 * hit, given + asked), float((given + asked).sum())
         exact = equal[rows].mean()
         return {
             "f1": f1.mean(),
             "f1_micro": 2.0 * hit.sum() / both if both else 0.0,
-            "f1_weighted": float(f1 @ held) / held.sum() if held.sum() else 0.0,
+            "f1_weighted": float(f1 @ asked) / asked.sum() if asked.sum() else 0.0,
             "precision": _ratio(hit, given).mean(),
-            "recall": _ratio(hit, held).mean(),
+            "recall": _ratio(hit, asked).mean(),
             "accuracy": exact,
             "exact_match": exact,
             "hamming_loss": wrong[rows].mean(),

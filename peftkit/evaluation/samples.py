@@ -11,6 +11,7 @@ import numpy as np
 from peftkit.evaluation import generation, text_metrics
 from peftkit.review.generations import GenerationRow
 from peftkit.schema.recipe import GenerationConfig
+from peftkit.schema.task import Task
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,16 @@ class Sample:
     line: int | None = None
 
 
-def choose(rows: Any, task: Any, config: GenerationConfig) -> list[Sample]:
+def choose(rows: Any, task: Task, config: GenerationConfig) -> list[Sample]:
     """``config.samples`` held-out rows, chosen by ``config.seed``, and ``config.prompts``."""
     generator = np.random.Generator(np.random.PCG64(config.seed))
     numbers = np.sort(generator.permutation(len(rows))[: config.samples])
-    found = []
+    samples = []
     for number in numbers:
         row = rows[int(number)]
         prompt, reference = task.prompt(row)
-        found.append(Sample(prompt, reference, row.get("_file"), row.get("_line")))
-    conversational = task.kind == "instruction"
-    own = [[{"role": "user", "content": text}] if conversational else text for text in config.prompts]
-    return found + [Sample(prompt) for prompt in own]
+        samples.append(Sample(prompt, reference, row.get("_file"), row.get("_line")))
+    return samples + [Sample(task.as_prompt(text)) for text in config.prompts]
 
 
 def write_texts(model: Any, tokenizer: Any, samples: Sequence[Sample], config: GenerationConfig) -> list[str]:

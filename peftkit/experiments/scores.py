@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from peftkit.errors import RunError
-from peftkit.evaluation import paired_tests, resampling
-from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE
+from peftkit.evaluation import paired_tests
 from peftkit.evaluation.paired_tests import Figure
 from peftkit.runs import folder as folders
+from peftkit.schema.head import StoredPredictions, head_of
+from peftkit.schema.types import TaskInfo
 
 SAME_ROWS = "are compared row by row, so all must be scored on the same rows"
 
@@ -26,14 +27,11 @@ SAME_ROWS = "are compared row by row, so all must be scored on the same rows"
 class Scored:
     """One run's predictions of a split."""
 
-    problem_type: str
-    labels: tuple[str, ...]
+    question: tuple[Any, ...]
+    """What was learned and with which labels; equal in runs that can be compared, like ``rows``."""
     rows: list[tuple[Any, ...]]
-    """What the rows are: place and gold answer, or place and number of tokens; equal in runs that can be compared."""
-    gold: np.ndarray
-    """[rows] class ids, numbers or scored tokens; [rows, labels] of 0 and 1."""
-    predicted: np.ndarray
-    """In the form of ``gold``; of a language model each example's summed loss."""
+    """What the rows are: place and gold answer, or place and number of tokens."""
+    stored: StoredPredictions
 
 
 def read(run: Path, split: str) -> Scored:
@@ -42,48 +40,22 @@ def read(run: Path, split: str) -> Scored:
     if not file.is_file():
         raise RunError(f"{run}: expected its predictions in predictions/{split}.jsonl; is it a finished run?")
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    info = json.loads((run / folders.INFO).read_text(encoding="utf-8"))
-    kind, labels = info["problem_type"], tuple(info["labels"])
-    if "loss" in lines[0]:
-        gold, predicted = _column(lines, "tokens"), _column(lines, "loss")
-    elif kind == SINGLE:
-        gold, predicted = (np.array([labels.index(line[name]) for line in lines]) for name in ("gold", "predicted"))
-    elif kind == MULTI:
-        gold, predicted = (
-            np.array([[int(label in line[name]) for label in labels] for line in lines])
-            for name in ("gold", "predicted")
-        )
-    else:
-        gold, predicted = _column(lines, "gold"), _column(lines, "predicted")
-    rows = [(line["file"], line["line"], *np.atleast_1d(answer).tolist()) for line, answer in zip(lines, gold)]
-    return Scored(kind, labels, rows, gold, predicted)
-
-
-def _column(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([line[name] for line in lines], dtype=float)
+    values = json.loads((run / folders.INFO).read_text(encoding="utf-8"))
+    info = TaskInfo(values["problem_type"], tuple(values["labels"]))
+    stored = head_of(info).read_predictions(lines)
+    rows = [(line["file"], line["line"], *np.atleast_1d(answer).tolist()) for line, answer in zip(lines, stored.gold)]
+    return Scored((info.problem_type, info.labels), rows, stored)
 
 
 def comparable(one: Scored, other: Scored) -> bool:
     """Whether two runs answered the same questions."""
-    return (one.problem_type, one.labels, one.rows) == (other.problem_type, other.labels, other.rows)
+    return (one.question, one.rows) == (other.question, other.rows)
 
 
 def figure_of(scored: Scored, metric: str) -> Figure | None:
-    """The figure of a choice of rows; None where the stored predictions do not tell it."""
-    gold, predicted = scored.gold, scored.predicted
-    if scored.problem_type == SINGLE:
-        classes = len(scored.labels)
-
-        def statistics(rows: np.ndarray) -> Any:
-            return resampling.from_confusion(resampling.confusion(gold[rows], predicted[rows], classes))
-
-    elif scored.problem_type == MULTI:
-        statistics = resampling.of_sets(gold, predicted)  # type: ignore[assignment]
-    elif scored.problem_type == REGRESSION:
-        statistics = resampling.of_numbers(gold, predicted)  # type: ignore[assignment]
-    else:
-        statistics = resampling.of_loss(predicted, gold)  # type: ignore[assignment]
-    if metric not in statistics(np.arange(len(gold))):
+    """The metric of a choice of rows; None where the stored predictions do not tell it."""
+    statistics = scored.stored.statistics
+    if metric not in statistics(np.arange(len(scored.rows))):
         return None
     return lambda rows: float(statistics(rows)[metric])
 
@@ -95,8 +67,8 @@ def compare(first: Sequence[Scored], second: Sequence[Scored], metric: str, conf
     """
     if not comparable(first[0], second[0]):
         return None
-    if metric in {"accuracy", "exact_match"} and len(first) == len(second) == 1 and first[0].problem_type == SINGLE:
-        right = [one[0].gold == one[0].predicted for one in (first, second)]
+    right = [one.stored.right for one in (*first, *second)]
+    if metric in {"accuracy", "exact_match"} and len(right) == 2 and right[0] is not None and right[1] is not None:
         return {**paired_tests.mcnemar(right[0], right[1], confidence), "test": "McNemar"}
     figures = [[figure_of(one, metric) for one in runs] for runs in (first, second)]
     if any(figure is None for side in figures for figure in side):

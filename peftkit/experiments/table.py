@@ -20,6 +20,7 @@ from peftkit.experiments import scores
 from peftkit.experiments.scores import Scored
 from peftkit.reporting import formatting
 from peftkit.runs import folder as folders
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo
 
@@ -147,7 +148,7 @@ def _json(path: Path) -> Any:
 
 def _own_metric(run: Path) -> str:
     recipe, info = Recipe.from_yaml(run / folders.RECIPE), TaskInfo(**_json(run / folders.INFO))
-    return str(recipe.task.best_metric(info))
+    return head_of(info, recipe.task).best_metric
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from peftkit.reporting import search as reporting
 from peftkit.run import Run
 from peftkit.runs import folder as folders
 from peftkit.schema import catalog, overrides
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 
 BEST, STUDY = "best.yaml", "study.json"
@@ -252,14 +253,9 @@ class StudyRunner:
 def _judged_by(recipe: Recipe) -> str:
     """The validation figure; reads the data, whose kind of label decides, so that wrong data end here as well."""
     from peftkit.data.pipeline import prepare
-    from peftkit.evaluation.decisions import DEFAULTS
 
-    info = prepare(recipe).info
-    name = recipe.training.best_metric or str(recipe.task.best_metric(info))
-    if info.problem_type in DEFAULTS:
-        known = {*(recipe.evaluation.metrics or DEFAULTS[info.problem_type]), recipe.task.best_metric(info), "loss"}
-    else:
-        known = {"loss", "perplexity", "token_accuracy"}
+    head = head_of(prepare(recipe).info, recipe.task)
+    name, known = recipe.training.best_metric or head.best_metric, head.metric_names(recipe.evaluation)
     if name not in known:
         raise RecipeError(f"--metric: no figure '{name}': {did_you_mean(name, known)}")
     return name

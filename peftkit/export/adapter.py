@@ -49,7 +49,7 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
     with staged(target) as stage:
         save(stage, loaded, recipe, about, metrics)
         if recipe.export.prove:
-            rows = proof.choose_rows(encoded, causal=not loaded.head_names)
+            rows = proof.choose_rows(encoded, about.head)
             found = proof.prove(stage, loaded, about, rows, recipe.export.tolerance)
             _keep_when_wrong(stage, target, found)
         card.write(stage, about, recipe, metrics)

@@ -18,7 +18,6 @@ from peftkit.schema.recipe import Recipe
 
 FILE, ONNX = "README.md", "onnx"
 SOFTWARE = ("peftkit", "torch", "transformers", "peft")
-PIPELINE = {"classification": "text-classification", "causal_lm": "text-generation"}
 
 TEMPLATE = """\
 ---
@@ -36,7 +35,7 @@ With {{ reader }}{{ local_base }}:
 {{ code }}
 ```
 
-With peftkit: `peftkit.load("this folder").{{ "generate" if causal else "predict" }}(["a text"])`.
+With peftkit: `peftkit.load("this folder").{{ use }}(["a text"])`.
 {% if about.labels %}
 Labels, in the order of the logits: {{ about.labels | join(", ") }}.
 {% endif %}
@@ -84,10 +83,9 @@ def render(folder: Path, about: Manifest, recipe: Recipe, metrics: Mapping[str, 
     """The card as Markdown."""
     environment = jinja2.Environment(autoescape=False, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     columns, results = _results(metrics)
-    causal = about.info.problem_type == "causal_lm"
     return environment.from_string(TEMPLATE).render(
         about={"recipe": about.recipe, "saves": about.saves, "labels": about.info.labels},
-        causal=causal,
+        use="generate" if about.head.writes_text else "predict",
         code=code(about),
         columns=columns,
         limits=_limits(about, recipe),
@@ -130,7 +128,7 @@ def code(about: Manifest) -> str:
             f"model = {auto}.from_pretrained(folder, dtype=torch.float32).eval()",
         ]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
-    return "\n".join(lines + (_generation_code() if not about.heads else _classifier_code(about)))
+    return "\n".join([*lines, *about.head.usage_code(about.pooling, about.max_length)])
 
 
 def _reader(about: Manifest) -> str:
@@ -149,21 +147,11 @@ def _is_local(about: Manifest) -> bool:
 
 
 def _peftkit_code(about: Manifest) -> str:
-    use = (
-        ['for one in model.predict(["a text", "another text"]):', "    print(one.label, one.probability)"]
-        if about.heads
-        else ['print(model.generate("Once upon a time", max_new_tokens=64)[0])']
-    )
     load = ["import peftkit", "", 'model = peftkit.load("path/to/this/folder")  # model.model is the torch module']
-    return "\n".join(load + use)
+    return "\n".join([*load, *about.head.peftkit_code()])
 
 
 def _onnx_code(about: Manifest) -> list[str]:
-    answers = {
-        "regression": "print(logits[:, 0].tolist())",
-        "multi_label_classification": "print((1 / (1 + np.exp(-logits))).tolist())",
-    }
-    chosen = f"labels = {list(about.info.labels)!r}\nprint([labels[index] for index in logits.argmax(-1)])"
     return [
         "import numpy as np",
         "import onnxruntime",
@@ -178,7 +166,7 @@ def _onnx_code(about: Manifest) -> list[str]:
         ")",
         "names = [given.name for given in session.get_inputs()]",
         '(logits,) = session.run(["logits"], {name: inputs[name].astype(np.int64) for name in names})',
-        *answers.get(about.info.problem_type, chosen).splitlines(),
+        *about.head.onnx_code(),
     ]
 
 
@@ -198,46 +186,11 @@ def _whole_weights_code() -> list[str]:
     ]
 
 
-def _generation_code() -> list[str]:
-    return [
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        "output = model.generate(**inputs, max_new_tokens=64)",
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
-    ]
-
-
-def _classifier_code(about: Manifest) -> list[str]:
-    lines = [
-        "inputs = tokenizer(",
-        f'    ["a text", "another text"], truncation=True, max_length={about.max_length}, padding=True, '
-        'return_tensors="pt"',
-        ")",
-        "with torch.no_grad():",
-        "    logits = model(**inputs).logits",
-    ]
-    if about.pooling == "mean":
-        lines += [
-            'mask = inputs["attention_mask"].unsqueeze(-1)',
-            "logits = (logits * mask).sum(1) / mask.sum(1)  # mean over the tokens: linear in them, like the head",
-        ]
-    elif about.pooling == "cls":
-        lines.append("logits = logits[:, 0]  # the first token")
-    return [*lines, _answer(about.info.problem_type)]
-
-
-def _answer(problem_type: str) -> str:
-    if problem_type == "regression":
-        return "print(logits.squeeze(-1).tolist())"
-    if problem_type == "multi_label_classification":
-        return "print(logits.sigmoid().tolist())"
-    return "print([model.config.id2label[index] for index in logits.argmax(-1).tolist()])"
-
-
 def _metadata(about: Manifest) -> str:
     """The hub's front matter; JSON is YAML, and leaves nothing to quote by hand."""
     values: dict[str, Any] = {
         "library_name": _reader(about).split()[0],
-        "pipeline_tag": PIPELINE["causal_lm" if about.info.problem_type == "causal_lm" else "classification"],
+        "pipeline_tag": about.head.pipeline_tag,
         "tags": ["peftkit", about.method],
     }
     if not Path(about.base).is_absolute():
@@ -247,12 +200,7 @@ def _metadata(about: Manifest) -> str:
 
 def _opening(about: Manifest, recipe: Recipe) -> str:
     sources = recipe.data.source if isinstance(recipe.data.source, str) else ", ".join(recipe.data.source)
-    what = {
-        "single_label_classification": f"chooses one of {len(about.info.labels)} labels for a text",
-        "multi_label_classification": f"says which of {len(about.info.labels)} labels hold for a text",
-        "regression": "gives a text a number",
-        "causal_lm": "continues or answers a text",
-    }[about.info.problem_type]
+    what = about.head.summary()
     return f"Finetuned from `{about.source}` with `{about.method}` on `{sources}`. It {what}."
 
 

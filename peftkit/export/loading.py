@@ -93,7 +93,7 @@ def load_exported(
         recipe.method.apply(loaded)  # tells what was trained, hence held in fp32
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
     loaded.model.requires_grad_(False).eval()
-    if about.heads and about.pooling == "own":
+    if about.head.pools and about.pooling == "own":
         first_token.prepare(loaded.model)
     return Exported(loaded, recipe, about, folder)
 
@@ -123,7 +123,7 @@ def check_head(weights: Path, about: Manifest) -> list[str]:
     rows = {
         shape[0] for name, shape in shapes.items() if len(shape) == 2 and about.heads[-1] in name.split(".")
     }  # fmt: skip
-    expected = len(about.info.labels) or 1
+    expected = about.head.width
     if expected not in rows:
         raise ModelError(
             f"{weights}: expected a head for {expected} labels ({', '.join(about.info.labels[:6])}), found "

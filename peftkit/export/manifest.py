@@ -11,16 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.errors import ModelError, RunError
+from peftkit.errors import ModelError, RecipeError, RunError
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import read_json, resolve
+from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import Recipe
+from peftkit.schema.registries import HEADS
 from peftkit.schema.types import LoadedModel, TaskInfo
 
 FILE = "peftkit.json"
 FORMAT = 1
 SAVES, POOLINGS = ("adapter", "model", "onnx"), ("own", "mean", "cls")
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression", "causal_lm")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Manifest:
     max_length: int
     format: int = FORMAT
 
+    @property
+    def head(self) -> Head:
+        """The head, with its own defaults in place of the task's options."""
+        return head_of(self.info)
+
 
 def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str) -> Manifest:
     """The description of a trained model."""
@@ -67,7 +73,7 @@ def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: s
         info=info,
         pooling=loaded.pooling,
         heads=tuple(loaded.head_names),
-        auto_class=_auto_class(info, loaded.pooling),
+        auto_class=head_of(info, recipe.task).auto_class(loaded.pooling),
         source=recipe.model.source,
         base=str(inner.name_or_path),
         revision=_commit(source.revision, inner) if source.kind == "hub" else None,
@@ -124,16 +130,12 @@ def _check(about: Manifest) -> None:
     for name, known in chosen.items():
         if getattr(about, name) not in known:
             raise ValueError(f"{name} is {getattr(about, name)!r:.60}; known are {', '.join(known)}")
-    if about.info.problem_type not in PROBLEMS:
-        raise ValueError(f"problem_type is {about.info.problem_type!r:.60}; known are {', '.join(PROBLEMS)}")
+    try:
+        HEADS.get(about.info.problem_type)
+    except RecipeError as error:
+        raise ValueError(f"problem_type: {error!s:.120}") from None
     if not isinstance(about.max_length, int) or not 0 < about.max_length < 10**8:
         raise ValueError(f"max_length is {about.max_length!r:.60}")
-
-
-def _auto_class(info: TaskInfo, pooling: str) -> str:
-    if info.problem_type == "causal_lm":
-        return "AutoModelForCausalLM"
-    return "AutoModelForSequenceClassification" if pooling == "own" else "AutoModelForTokenClassification"
 
 
 def _commit(revision: str | None, model: Any) -> str | None:

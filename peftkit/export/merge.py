@@ -68,15 +68,10 @@ def _load_fp32(adapter: Path) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _outputs(model: Any, tokenizer: Any, about: manifest.Manifest) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    from peftkit.models import classifier
-
     texts = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?"]
-    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
-    if about.heads:
-        return batch, classifier.plain_logits(model, batch, about.pooling)
-    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    mask = batch["attention_mask"].bool()
-    return batch, model(**batch, use_cache=False).logits.float()[:, -mask.shape[1] :][mask]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = {name: encoded[name] for name in about.head.model_inputs if name in encoded}
+    return batch, about.head.plain_logits(model, batch, about.pooling)
 
 
 def _prove(

@@ -57,7 +57,7 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = 
         ExportError: ONNX Runtime's logits are not torch's.
     """
     about = manifest.read(folder)
-    if about.info.problem_type == "causal_lm":
+    if not about.head.onnx:
         raise MethodError("ONNX is written for classifiers; a language model is exported as a plain model: --merge")
     need(WRITE)
     recipe = Recipe.from_yaml(folder / "recipe.yaml")

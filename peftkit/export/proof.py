@@ -27,14 +27,14 @@ from peftkit.data.batching import collate
 from peftkit.errors import ExportError
 from peftkit.export.manifest import Manifest
 from peftkit.methods.layers.lora import plainly
-from peftkit.models import classifier, dtypes
+from peftkit.models import dtypes
 from peftkit.models.kernels.attention import torchs_own
 from peftkit.models.quantization.checkpoint import KERNELS
+from peftkit.schema.head import Head
 from peftkit.schema.types import LoadedModel
 
 FILE = "proof.json"
 SCRIPT = Path(__file__).with_name("verify_worker.py")
-ROWS, CAUSAL_ROWS, CAUSAL_TOKENS = 16, 4, 64
 MINUTES = 20
 
 
@@ -57,18 +57,15 @@ class Proof:
     versions: dict[str, str]
 
 
-def choose_rows(encoded: Any, *, causal: bool) -> list[dict[str, Any]]:
+def choose_rows(encoded: Any, head: Head) -> list[dict[str, Any]]:
     """A few held-out examples of several lengths: model inputs only."""
     name = next(split for split in ("test", "validation", "train") if split in encoded.splits)
     split = encoded.splits[name]
     order = sorted(range(len(split.lengths)), key=lambda index: (int(split.lengths[index]), index))
-    count = min(len(order), CAUSAL_ROWS if causal else ROWS)
+    count = min(len(order), head.proof_rows)
     chosen = [order[(len(order) - 1) * step // max(1, count - 1)] for step in range(count)]
-    inputs = [column for column in ("input_ids", "token_type_ids") if column in split.examples.column_names]
-    rows = [{column: list(split.examples[index][column]) for column in inputs} for index in chosen]
-    if causal:  # a window may be packed with several documents; its first tokens are a text like any other
-        rows = [{column: ids[:CAUSAL_TOKENS] for column, ids in row.items()} for row in rows]
-    return rows
+    inputs = [column for column in head.model_inputs if column in split.examples.column_names]
+    return [{column: list(split.examples[index][column])[: head.proof_tokens] for column in inputs} for index in chosen]
 
 
 def prove(
@@ -79,7 +76,8 @@ def prove(
     Raises:
         ExportError: the fresh process could not load the export at all.
     """
-    batch = collate({name: [row[name] for row in rows] for name in rows[0]}, loaded.tokenizer)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    batch = about.head.collate(columns, loaded.tokenizer) or collate(columns, loaded.tokenizer)
     device = next(loaded.model.parameters()).device
     trained = _trained_logits(loaded, about, batch, device)
     return compare(folder, job_for(about, folder, device), batch, trained, tolerance)
@@ -147,12 +145,7 @@ def _trained_logits(loaded: LoadedModel, about: Manifest, batch: dict[str, Tenso
     dtype = getattr(torch, about.dtype) if quantized else torch.float32
     own_way = _plain_kernels(model) if quantized else _in_fp32(model)
     with own_way, dtypes.autocast(dtype, device):
-        if about.heads:
-            scores = classifier.plain_logits(model, moved, about.pooling)
-        else:
-            inputs = {name: moved[name] for name in ("input_ids", "attention_mask")}
-            mask = moved["attention_mask"].bool()
-            scores = model(**inputs, use_cache=False).logits[:, -mask.shape[1] :].float()[mask]  # a prompt's come first
+        scores = about.head.plain_logits(model, moved, about.pooling)
     model.train(was_training)
     return scores.cpu()
 

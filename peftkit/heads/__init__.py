@@ -1,0 +1,1 @@
+"""The output sides of models, one file each; see ``peftkit.schema.head``."""

@@ -50,9 +50,7 @@ def evaluate(
     model = group.main_first(lambda: load(run, merge=merge, device=group.device))
     rows = group.run_on_main(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
     outputs = _outputs(model, rows, group)
-    found = group.run_on_main(
-        lambda: assess(model.recipe.task, outputs, rows, model.info, model.recipe.evaluation, split=split)
-    )
+    found = group.run_on_main(lambda: assess(model.head, outputs, rows, model.recipe.evaluation, split=split))
     return {name: figure["value"] for name, figure in found["metrics"].items()}
 
 
@@ -85,14 +83,12 @@ def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str
     """Outputs of every example in order; each process of the group takes every so manyth of them."""
     import numpy as np
 
-    from peftkit.data.pipeline import EncodedSplit, encode_rows
+    from peftkit.data.pipeline import encode_rows
     from peftkit.evaluation.runner import in_order
 
     split = group.run_collectively(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
     mine = np.arange(group.rank, len(split.lengths), group.world_size)
-    part = split
-    if group.world_size > 1:
-        part = EncodedSplit(split.examples.select(mine), split.lengths[mine], split.weights[mine])
+    part = split.select(mine) if group.world_size > 1 else split
     pieces = group.gather(lambda: (mine, _predicted(model, part)))
     return in_order([piece for piece in pieces if len(piece[0])], len(split.lengths))
 
@@ -107,7 +103,7 @@ def _predicted(model: LoadedRun, split: EncodedSplit) -> dict[str, Any]:
     device = next(model.model.parameters()).device
     dtype = dtypes.dtype_for(model.recipe.model, device)
     return runner.predict(
-        TaskModule(model.loaded, model.recipe.task, model.info),
+        TaskModule(model.loaded, model.head),
         split,
         model.tokenizer,
         device=device,

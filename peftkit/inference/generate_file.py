@@ -88,7 +88,7 @@ def language_run(run: Path) -> tuple[Path, Recipe]:
     from peftkit.export.loading import find_export
 
     folder = find_export(run)
-    if manifest.read(folder).info.problem_type != "causal_lm":
+    if not manifest.read(folder).head.writes_text:
         raise RunError(f"{run}: a classifier writes no text; use `peftkit predict`")
     return folder, Recipe.from_yaml(folder / "recipe.yaml")
 

@@ -18,13 +18,13 @@ from peftkit.data.readers import READERS
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, RunError, did_you_mean
-from peftkit.schema.recipe import DataConfig, Recipe
-from peftkit.schema.types import Row
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import Prediction, Row
 from peftkit.system import output_file
 
 if TYPE_CHECKING:
     from peftkit.export.in_memory import Merge
-    from peftkit.inference.trained_model import LoadedRun, Prediction
+    from peftkit.inference.trained_model import LoadedRun
 
 CHUNK = 512
 """Rows held at a time, by each process."""
@@ -65,10 +65,9 @@ def _checked(run: Path, file: Path | None, column: str | None, out: Path | None)
 
     check_paths(file, out)
     folder = find_export(run)
-    if manifest.read(folder).info.problem_type == "causal_lm":
+    if manifest.read(folder).head.writes_text:
         raise RunError(f"{run}: a language model has no labels to predict; use `peftkit generate` or `peftkit chat`")
-    data = Recipe.from_yaml(folder / "recipe.yaml").data
-    columns = _columns(data, column)
+    columns = _columns(Recipe.from_yaml(folder / "recipe.yaml"), column)
     if file:
         return columns, check_rows(file, columns)
     if len(columns) == 1:
@@ -89,8 +88,9 @@ def check_paths(file: Path | None, out: Path | None, writers: tuple[str, ...] = 
         output_file.check(out, file)
 
 
-def _columns(data: DataConfig, column: str | None) -> list[str]:
-    return [column or data.text, *([data.text_pair] if data.text_pair else [])]
+def _columns(recipe: Recipe, column: str | None) -> list[str]:
+    first, *others = recipe.task.input_columns(recipe.data)
+    return [column or first, *others]
 
 
 def check_rows(file: Path, columns: list[str]) -> list[str]:
@@ -137,12 +137,7 @@ def _answers(
 
 def _answer(prediction: Prediction, taken: set[str]) -> Row:
     """The prediction as columns; a name that the input has already gets ``predicted_`` before it."""
-    label = prediction.label
-    answer: Row = {"label": list(label) if isinstance(label, tuple) else label}
-    if prediction.probability is not None:
-        answer["probability"] = round(prediction.probability, 6)
-    answer |= {f"probability_{name}": round(value, 6) for name, value in prediction.probabilities.items()}
-    return {f"predicted_{name}" if name in taken else name: value for name, value in answer.items()}
+    return {f"predicted_{name}" if name in taken else name: value for name, value in prediction.columns().items()}
 
 
 def _write_lines(rows: Iterator[Row], stream: IO[str]) -> int:

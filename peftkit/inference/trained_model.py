@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from peftkit.errors import DataError, MethodError, RecipeError, RunError, did_you_mean
@@ -28,8 +27,9 @@ from peftkit.export.manifest import Manifest
 from peftkit.export.switching import AddedAdapter
 from peftkit.models import dtypes
 from peftkit.models.sources import read_json
+from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
-from peftkit.schema.types import LoadedModel, Row, TaskInfo
+from peftkit.schema.types import LoadedModel, Prediction, Row, TaskInfo
 from peftkit.schema.validation import describe
 
 BATCH_SIZE = 32
@@ -37,18 +37,6 @@ Text = str | tuple[str, str]
 Conversation = Sequence[Mapping[str, str]]
 NOT_OPTIONS = ("samples", "prompts")
 """Fields of GenerationConfig that say what is generated in an evaluation, and not how."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one text."""
-
-    label: str | tuple[str, ...] | float
-    """The likeliest label; of a multi-label task all that are over the threshold; of a regression the number."""
-    probability: float | None
-    """Of the label; of several labels the least of theirs (1 − the largest when none holds); None for a regression."""
-    probabilities: dict[str, float]
-    """Of every label; empty for a regression."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,11 @@ class LoadedRun:
         return switching.FIRST if self.merging.done else switching.active(self.model)
 
     @property
+    def head(self) -> Head:
+        """The head, with the task's options."""
+        return head_of(self.info, self.recipe.task)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """Label names by id."""
         return self.info.labels
@@ -113,33 +106,33 @@ class LoadedRun:
             RunError: the run is a language model.
             DataError: something that is not a text.
         """
-        logits = self.logits(texts, batch_size=batch_size)
-        if threshold is None:
-            threshold = float(getattr(self.recipe.task, "threshold", 0.5))
-        return [_prediction(row, self.info, threshold) for row in logits]
+        return self.head.predictions(self._outputs(texts, batch_size), threshold)
 
     def logits(self, texts: Text | Sequence[Text], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``."""
+        return self._outputs(texts, batch_size)["logits"]
+
+    def _outputs(self, texts: Text | Sequence[Text], batch_size: int) -> dict[str, np.ndarray]:
+        """What the head makes of each text."""
         from peftkit.data.batching import pass_tokens
         from peftkit.data.pipeline import encode_rows
         from peftkit.evaluation import runner
         from peftkit.training.step import TaskModule
 
-        if self.info.problem_type == "causal_lm":
+        if self.head.writes_text:
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
         self.merge()
-        rows = list(_rows(texts))
+        rows = list(_rows(texts, self._recipe))
         if not rows:
-            return np.zeros((0, len(self.info.labels)), dtype=np.float32)
+            return {"logits": np.zeros((0, self.head.width), dtype=np.float32)}
         split = encode_rows(rows, self.tokenizer, self._recipe, self.info)
         device = next(self.model.parameters()).device
         dtype = dtypes.dtype_for(self.recipe.model, device)
-        outputs = runner.predict(
-            TaskModule(self.loaded, self.recipe.task, self.info), split, self.tokenizer, device=device,
+        return runner.predict(
+            TaskModule(self.loaded, self.head), split, self.tokenizer, device=device,
             batch_size=batch_size, tokens=pass_tokens(self.recipe.training, device.type),
             autocast=lambda: dtypes.autocast(dtype, device),
         )  # fmt: skip
-        return outputs["logits"]
 
     def embed(self, texts: Text | Sequence[Text], *, normalize: bool = False, batch_size: int = 64) -> np.ndarray:
         """Vectors [texts, width] fp32 of texts, with the model's own pooling; see ``inference.embeddings``.
@@ -276,7 +269,7 @@ class LoadedRun:
         return other.recipe if other else self.recipe
 
     def _check_writes(self) -> None:
-        if self.info.problem_type != "causal_lm":
+        if not self.head.writes_text:
             raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
 
 
@@ -345,9 +338,9 @@ def as_prompt(prompt: str | Conversation, recipe: Recipe, where: str = "") -> st
     from peftkit.tasks import conversation
 
     if isinstance(prompt, str):
-        if recipe.task.kind != "instruction":
+        prompt = recipe.task.as_prompt(prompt)
+        if isinstance(prompt, str):
             return prompt
-        prompt = [{"role": "user", "content": prompt}]
     try:
         return conversation.read_open(prompt, "messages", recipe.data.system)
     except DataError as error:
@@ -362,31 +355,18 @@ def _prompts(given: Any) -> list[str | Conversation]:
     return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
 
 
-def _rows(texts: Text | Sequence[Text]) -> Iterator[Row]:
+def _rows(texts: Text | Sequence[Text], recipe: Recipe) -> Iterator[Row]:
     """Canonical rows without labels; a lone (text, pair) tuple cannot be told from two texts, and is two texts."""
     given = [texts] if isinstance(texts, str) else list(texts)
+    lengths = {2, len(recipe.task.input_columns(recipe.data))}
     for place, text in enumerate(given):
         if place and isinstance(text, str) != isinstance(given[0], str):
             raise DataError(f"text {place}: texts and (text, text pair) tuples are mixed; give one kind in a call")
         if isinstance(text, str):
-            yield {"text": text}
-        elif isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):
-            yield {"text": text[0], "text_pair": text[1]}
+            yield recipe.task.input_row((text,))
+        elif isinstance(text, (tuple, list)) and len(text) in lengths and all(isinstance(part, str) for part in text):
+            yield recipe.task.input_row(text)
         else:
             raise DataError(
                 f"text {place}: expected a text or (text, text pair), found {type(text).__name__} {text!r:.60}"
             )
-
-
-def _prediction(logits: np.ndarray, info: TaskInfo, threshold: float) -> Prediction:
-    scores = torch.from_numpy(np.asarray(logits, dtype=np.float64))
-    if info.problem_type == "regression":
-        return Prediction(float(scores.reshape(-1)[0]), None, {})
-    if info.problem_type == "multi_label_classification":
-        each = scores.sigmoid().tolist()
-        held = tuple(label for label, value in zip(info.labels, each) if value >= threshold)
-        sure = min((value for value in each if value >= threshold), default=1 - max(each))
-        return Prediction(held, sure, dict(zip(info.labels, each)))
-    each = scores.softmax(-1).tolist()
-    best = int(np.argmax(each))
-    return Prediction(info.labels[best], each[best], dict(zip(info.labels, each)))

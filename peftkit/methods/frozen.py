@@ -5,15 +5,11 @@ With no dropout below the head the features of a text never change, so they can 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from peftkit.errors import MethodError
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
-
-if TYPE_CHECKING:
-    from peftkit.schema.recipe import Recipe
 
 NO_TARGET = "dummy-target-modules"
 """peft's own word for an adapter that wraps no module; the head travels as a module saved in full."""
@@ -29,14 +25,6 @@ class Frozen(Method):
     learns_pooling: ClassVar[bool] = False
 
     kind: Literal["frozen"] = "frozen"
-
-    def check(self, recipe: Recipe) -> None:
-        """A language model has no head of its own to train."""
-        if recipe.task.head != "classification":
-            raise MethodError(
-                f"method.kind=frozen trains a classifier's head, and task.kind={recipe.task.kind} has none; "
-                "use method.kind=lora"
-            )
 
     def apply(self, loaded: LoadedModel) -> None:
         """Leaves gradients to the head, in peft's format so that the export is a small adapter."""

@@ -27,7 +27,7 @@ class PrefixTuning(LearnedPrompt):
     paper: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
     default_learning_rate: ClassVar[float] = 1e-2
     checkpoints_activations: ClassVar[bool] = False
-    classifies_on_decoders: ClassVar[bool] = True
+    keeps_token_ids: ClassVar[bool] = True
 
     kind: Literal["prefix_tuning"] = "prefix_tuning"
     projection: bool = False

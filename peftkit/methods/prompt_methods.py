@@ -14,6 +14,7 @@ from pydantic import Field
 
 from peftkit.errors import MethodError
 from peftkit.methods.targets import PeftMethod
+from peftkit.schema.head import possible_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,7 +26,7 @@ class LearnedPrompt(PeftMethod):
     """A method that trains a prompt."""
 
     merges: ClassVar[bool] = False
-    classifies_on_decoders: ClassVar[bool] = False
+    keeps_token_ids: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
 
     virtual_tokens: Annotated[int, Field(ge=1)] = 20
@@ -44,7 +45,7 @@ class LearnedPrompt(PeftMethod):
 
 def check_pooling(kind: str, recipe: Recipe) -> None:
     """Raises MethodError for a classifier that pools over tokens."""
-    if recipe.task.head == "classification" and recipe.model.pooling in {"mean", "cls"}:
+    if any(head.pools for head in possible_heads(recipe.task)) and recipe.model.pooling in {"mean", "cls"}:
         raise MethodError(
             f"method.kind={kind} puts a learned prompt before the tokens, which model.pooling={recipe.model.pooling} "
             "would mix with them; set model.pooling=own"
@@ -72,7 +73,7 @@ def check_last_token(kind: str, config: PreTrainedConfig, recipe: Recipe) -> Non
     """Raises MethodError for a decoder's classifier, which finds a row's last token by its id; vectors have none."""
     from peftkit.models.loading import writes_text
 
-    if recipe.task.head == "classification" and writes_text(config):
+    if any(head.pools for head in possible_heads(recipe.task)) and writes_text(config):
         raise MethodError(
             f"method.kind={kind} gives {config.model_type} vectors in place of token ids, by which its classifier "
             "finds the last token of a padded row; use method.kind=prefix_tuning or lora, or an encoder"

@@ -19,7 +19,9 @@ from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
 from peftkit.models.tokenizer import pad_note
 from peftkit.models.training_options import prepare_for_training
+from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import ModelConfig, Recipe
+from peftkit.schema.registries import HEADS
 from peftkit.schema.types import LoadedModel, TaskInfo
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
     loaded = load_base(recipe, info, tokenizer, device)
     recipe.method.apply(loaded)
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
-    prepare_for_training(loaded, recipe)
+    prepare_for_training(loaded, recipe, head_of(info, recipe.task))
     return loaded
 
 
@@ -54,24 +56,25 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     dtypes.silence_libraries()
     source = resolve(recipe.model)
     folder = folder_of(source, weights=False)
-    pooling = choose_pooling(recipe, folder)
-    config = _configure(recipe, info, tokenizer, folder)
+    head = head_of(info, recipe.task)
+    pooling = choose_pooling(recipe, head, folder)
+    config = _configure(recipe, head, tokenizer, folder)
     recipe.method.check_base(config, recipe)
     packed = checkpoint.check(config, recipe)
     folder = folder_of(source)  # the weights are fetched when nothing is left to be refused
     dtype = torch.float32 if recipe.method.saves == "model" else dtypes.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
     if recipe.quantization is not None:
-        skipped = never_quantized(config, pooling, info, folder)
+        skipped = never_quantized(config, pooling, head, folder)
         arguments |= recipe.quantization.load_arguments(recipe.model, skipped)
     if packed is not None:
-        skipped = never_quantized(config, pooling, info, folder)
+        skipped = never_quantized(config, pooling, head, folder)
         config.quantization_config = checkpoint.settled(config, packed, skipped, dtype)
     if recipe.quantization is not None or packed:
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
-    model, head_names, notes = _from_pretrained(folder, config, pooling, info, arguments)
+    model, head_names, notes = _from_pretrained(folder, config, pooling, head, arguments)
     # what adapters and cards name as their base is what the user can load again, not a path inside a cache
     model.config._name_or_path = model.name_or_path = source.location if source.kind == "hub" else str(folder)
     if recipe.quantization is not None or packed:
@@ -112,15 +115,14 @@ def load_plain(
 def heads_of(config: PreTrainedConfig, folder: Path) -> tuple[str, ...]:
     """Names of what stands on top of the backbone in every task that the architecture is loaded for."""
     found: list[str] = []
-    classifier = TaskInfo("single_label_classification")
-    uses: tuple[tuple[TaskInfo, Pooling], ...] = (
-        (TaskInfo("causal_lm"), "own"),
-        (classifier, "own"),
-        (classifier, "mean"),
-    )
-    for info, pooling in uses:
-        if type(config) in _auto_class(info, pooling)._model_mapping:
-            found += never_quantized(config, pooling, info, folder)
+    uses: dict[str, tuple[Pooling, Head]] = {}
+    poolings: tuple[Pooling, ...] = ("own", "mean")
+    for head in (head_of(TaskInfo(name)) for name in HEADS):
+        for pooling in poolings if head.pools else poolings[:1]:
+            uses.setdefault(head.auto_class(pooling), (pooling, head))
+    for pooling, head in uses.values():
+        if type(config) in _auto_class(head, pooling)._model_mapping:
+            found += never_quantized(config, pooling, head, folder)
     return tuple(dict.fromkeys([*found, "pooler"]))
 
 
@@ -135,7 +137,7 @@ def writes_text(config: PreTrainedConfig) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
+def choose_pooling(recipe: Recipe, head: Head, folder: Path) -> Pooling:
     """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration under a backbone that is frozen or
     hardly changed.
 
@@ -144,7 +146,7 @@ def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
     own pooler just as well (LoRA: 0.899 against 0.901), and ``AutoModelForSequenceClassification`` then needs nothing
     but the adapter.
     """
-    if recipe.task.head != "classification":
+    if not head.pools:
         return "own"
     if recipe.model.pooling != "auto":
         return recipe.model.pooling
@@ -160,18 +162,18 @@ def choose_pooling(recipe: Recipe, folder: Path) -> Pooling:
     return "cls" if flags.get("pooling_mode_cls_token") or mode == "cls" else "own"
 
 
-def never_quantized(config: PreTrainedConfig, pooling: Pooling, info: TaskInfo, folder: Path) -> tuple[str, ...]:
+def never_quantized(config: PreTrainedConfig, pooling: Pooling, head: Head, folder: Path) -> tuple[str, ...]:
     """Names of heads, pooler and output embeddings, read off the architecture before any weight is loaded.
 
     Of a checkpoint that bitsandbytes saved in ``folder``, what its files hold whole is among them, and what they hold
     packed is not, heads apart.
     """
     with torch.device("meta"):
-        model = _auto_class(info, pooling).from_config(config, trust_remote_code=False)
+        model = _auto_class(head, pooling).from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
     others = [name for name, module in model.named_modules() if module is output and output is not None]
     heads: tuple[str, ...] = ()
-    if info.problem_type != "causal_lm":
+    if head.adds_layers:
         heads = _heads(model, {"missing_keys": []})
         others += [f"{model.base_model_prefix}.pooler"]
     if checkpoint.quantized_with(config) == "bitsandbytes":
@@ -202,7 +204,7 @@ def _is_packed(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "quant_state") or is_traceable_wrapper_subclass(parameter.data)
 
 
-def _configure(recipe: Recipe, info: TaskInfo, tokenizer: Any, folder: Path) -> PreTrainedConfig:
+def _configure(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
@@ -210,11 +212,7 @@ def _configure(recipe: Recipe, info: TaskInfo, tokenizer: Any, folder: Path) -> 
     except (ValueError, KeyError, OSError) as error:
         kind = check_config(folder).get("model_type")
         raise ModelError(f"{folder}: model type '{kind}' is not known to this version of transformers") from error
-    if info.problem_type != "causal_lm":
-        config.num_labels = len(info.labels) or 1
-        config.id2label = dict(enumerate(info.labels)) or {0: "value"}
-        config.label2id = {label: index for index, label in config.id2label.items()}
-        config.problem_type = info.problem_type
+    head.configure(config)
     config.pad_token_id = tokenizer.pad_token_id
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if recipe.model.dropout is not None:
@@ -242,10 +240,10 @@ def _check_vocabulary(config: PreTrainedConfig, tokenizer: Any, folder: Path) ->
 
 
 def _from_pretrained(
-    folder: Path, config: PreTrainedConfig, pooling: Pooling, info: TaskInfo, arguments: dict[str, Any]
+    folder: Path, config: PreTrainedConfig, pooling: Pooling, head: Head, arguments: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
     """Loads the weights; only the head may be missing from them or differ in shape."""
-    auto = _auto_class(info, pooling)
+    auto = _auto_class(head, pooling)
     if type(config) not in auto._model_mapping:
         kind = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(
@@ -259,19 +257,15 @@ def _from_pretrained(
         )  # fmt: skip
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
-    heads = _heads(model, report) if info.problem_type != "causal_lm" else ()
+    heads = _heads(model, report) if head.adds_layers else ()
     _check_report(report, heads, folder, model)
     return model, heads, _head_notes(model, report, heads)
 
 
-def _auto_class(info: TaskInfo, pooling: Pooling) -> Any:
+def _auto_class(head: Head, pooling: Pooling) -> Any:
     import transformers
 
-    if info.problem_type == "causal_lm":
-        return transformers.AutoModelForCausalLM
-    if pooling == "own":
-        return transformers.AutoModelForSequenceClassification
-    return transformers.AutoModelForTokenClassification
+    return getattr(transformers, head.auto_class(pooling))
 
 
 def _heads(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from peftkit.models.quantization.checkpoint import check_recipe, quantized_with
 from peftkit.models.quantization.meta_layers import OUTER_BLOCK, Held, replace_linear
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.training_options import prepare_for_training
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel, TaskInfo
 
@@ -42,28 +43,29 @@ def build_meta_model(
     from transformers.initialization import no_init_weights
 
     folder = folder_of(resolve(recipe.model), weights=False)
-    pooling = loading.choose_pooling(recipe, folder)
-    config = loading._configure(recipe, info, tokenizer, folder)
+    head = head_of(info, recipe.task)
+    pooling = loading.choose_pooling(recipe, head, folder)
+    config = loading._configure(recipe, head, tokenizer, folder)
     recipe.method.check_base(config, recipe)
     check_recipe(config, recipe)
     arguments: dict[str, Any] = {"dtype": torch.float32 if recipe.method.saves == "model" else dtype}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
-    skipped = loading.never_quantized(config, pooling, info, folder)
+    skipped = loading.never_quantized(config, pooling, head, folder)
     held = held or held_by(recipe) or _held_in(config, recipe, folder)
     with unset_fake_temporarily(), torch.device("meta"):
         with no_init_weights():
-            model = loading._auto_class(info, pooling).from_config(config, trust_remote_code=False, **arguments)
+            model = loading._auto_class(head, pooling).from_config(config, trust_remote_code=False, **arguments)
         model.tie_weights()
         missing = {"missing_keys": _missing(model, folder)}
         loaded = LoadedModel(model, tokenizer, pooling)
-        loaded.head_names = loading._heads(model, missing) if info.problem_type != "causal_lm" else ()
+        loaded.head_names = loading._heads(model, missing) if head.adds_layers else ()
         if held is not None:
             replace_linear(model, held, dtype, skipped)
         recipe.method.apply(loaded)
         loading.cast_parameters(loaded.model, dtype)
     move_to_fake(loaded.model)
-    prepare_for_training(loaded, recipe)
+    prepare_for_training(loaded, recipe, head)
     if gpu and recipe.model.attention == "auto":
         model.set_attn_implementation("sdpa")
     return loaded

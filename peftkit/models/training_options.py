@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
 
 
-def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
+def prepare_for_training(loaded: LoadedModel, recipe: Recipe, head: Head) -> None:
     """Applies the recipe's training options to a model whose method has been applied."""
     from peftkit.models.kernels import first_token
     from peftkit.models.kernels.activation_checkpointing import checkpoint_activations
@@ -24,7 +25,7 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe) -> None:
         cpu_attention(loaded.model)
     cpu_normalization(loaded.model)
     cpu_dropout(loaded.model)
-    if recipe.task.head == "classification" and loaded.pooling == "own":
+    if head.pools and loaded.pooling == "own":
         first_token.prepare(loaded.model)
     if recipe.training.compile and not _is_planned(loaded.model):
         compile_blocks(loaded.model)

@@ -96,10 +96,10 @@ def _traced(dtype: Any) -> int:
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+    from peftkit.heads.causal_lm import NAME, CausalLM
     from peftkit.models.meta_model import move_to_fake
     from peftkit.planning.passes import Shape, TracedModel
     from peftkit.planning.trace import fake_tensor_mode
-    from peftkit.schema.registries import TASKS
     from peftkit.schema.types import LoadedModel, TaskInfo
 
     with fake_tensor_mode():
@@ -109,9 +109,8 @@ def _traced(dtype: Any) -> int:
         from peftkit.models.kernels.attention import cpu_attention
 
         cpu_attention(model)
-        task = TASKS.get("style").model_validate({"kind": "style"})
         loaded = LoadedModel(model, None)  # type: ignore[arg-type]
-        subject = TracedModel(loaded, task, TaskInfo("causal_lm"), dtype)
+        subject = TracedModel(loaded, CausalLM(TaskInfo(NAME)), dtype)
         return max(subject.train(Shape(rows, tokens, rows * (tokens - 1))).peak for rows, tokens in PASSES)
 
 

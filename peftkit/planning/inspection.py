@@ -15,6 +15,7 @@ import numpy as np
 from peftkit.data.pipeline import EncodedSplit, PreparedData, encode, prepare
 from peftkit.data.steps import CleaningStep
 from peftkit.data.tables import iterate
+from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,12 +142,13 @@ def view_split(
 ) -> SplitView:
     """Statistics of one split, and its first examples."""
     rows, lengths = prepared.splits[name], encoded.lengths
+    head = head_of(prepared.info, recipe.task)
     cut = np.array(encoded.examples["truncated"]) if "truncated" in encoded.examples.column_names else np.zeros(1, int)
     return SplitView(
         name=name,
         rows=len(rows),
         examples=len(lengths),
-        classes=_classes(rows, prepared, recipe),
+        classes=head.class_counts(rows),
         tokens=int(lengths.sum()),
         quantiles={f"{share:.0%}": int(np.quantile(lengths, share, method="lower")) for share in QUANTILES},
         histogram=histogram(lengths),
@@ -156,7 +158,7 @@ def view_split(
         padding_unsorted=_padding(lengths, recipe, "random"),
         supervised=_supervised_share(encoded),
         shown=tuple(
-            _example(encoded.examples[index], rows, prepared, tokenizer) for index in range(min(examples, len(lengths)))
+            _example(encoded.examples[index], rows, head, tokenizer) for index in range(min(examples, len(lengths)))
         ),
     )
 
@@ -170,19 +172,6 @@ def histogram(lengths: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
         Bin(low + number * width, min(high, low + (number + 1) * width - 1), int(count))
         for number, count in enumerate(counts)
     )
-
-
-def _classes(rows: Dataset, prepared: PreparedData, recipe: Recipe) -> dict[str, int]:
-    """Rows of each class; with several labels a row, those that have the label."""
-    labels = prepared.info.labels
-    if "label" not in rows.column_names or prepared.info.problem_type == "regression" or not labels:
-        return {}
-    counts = np.zeros(len(labels), dtype=np.int64)
-    for row in iterate(rows, ["label"]):
-        counts += np.array(row["label"], dtype=np.int64) if isinstance(row["label"], list) else 0
-        if not isinstance(row["label"], list):
-            counts[row["label"]] += 1
-    return dict(zip(labels, counts.tolist()))
 
 
 def _padding(lengths: np.ndarray, recipe: Recipe, batching: str) -> float:
@@ -209,9 +198,7 @@ def _per_token(example: dict[str, Any]) -> bool:
     return same and all(isinstance(label, int) for label in labels)
 
 
-def _example(
-    example: dict[str, Any], rows: Dataset, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
-) -> Example:
+def _example(example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreTrainedTokenizerBase) -> Example:
     row = rows[example["row"]]
     special = set(tokenizer.all_special_ids)
     supervised = [label != IGNORE for label in example["labels"]] if _per_token(example) else []
@@ -220,17 +207,8 @@ def _example(
         Token(text, token in special, bool(supervised and supervised[place]))
         for place, (token, text) in enumerate(zip(example["input_ids"], texts))
     )
-    label = "" if supervised else label_name(example["labels"], prepared.info.labels, prepared.info.problem_type)
+    label = "" if supervised else head.label_text(example["labels"])
     return Example(f"{row['_file']}:{row['_line']}", label, tokens, int(example.get("truncated") or 0))
-
-
-def label_name(label: Any, labels: Sequence[str], problem_type: str) -> str:
-    """A label in words: the class, the classes, or the number."""
-    if problem_type == "regression":
-        return f"{label[0] if isinstance(label, list) else label:g}"
-    if isinstance(label, list):
-        return ", ".join(name for name, held in zip(labels, label) if held) or "none"
-    return labels[label] if labels and 0 <= label < len(labels) else str(label)
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -20,8 +20,8 @@ from peftkit.models import packing
 from peftkit.models.blocks import find_blocks
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.planning.trace import Traced, Tracer
-from peftkit.schema.task import Task
-from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.schema.head import Head
+from peftkit.schema.types import LoadedModel
 
 FEW, MORE = 3, 5
 """Blocks with which a long stack is run."""
@@ -41,18 +41,17 @@ class Shape:
 
 @dataclass
 class TracedModel:
-    """The model that is run, with what its task needs."""
+    """The model that is run, under its head."""
 
     loaded: LoadedModel
-    task: Task
-    info: TaskInfo
+    head: Head
     dtype: torch.dtype
     gpu: bool = False
 
     def __post_init__(self) -> None:
         base = packing.underlying(self.loaded.model)
         self._vocabulary = int(base.config.get_text_config().vocab_size)
-        if self.info.problem_type == "causal_lm":  # what trials on real weights would find
+        if self.head.writes_text:  # what trials on real weights would find
             packing._ABILITIES[base] = packing.Abilities(("positions", ""), True)
             linear_cross_entropy._SHAPING[base] = linear_cross_entropy._declared(base.config.get_text_config())[-1]
 
@@ -81,16 +80,16 @@ class TracedModel:
     def _run(self, shape: Shape, passes: int) -> Traced:
         model = self.loaded.model
         model.train(passes > 0)
-        batch = self._batch(shape)
+        batch = self.head.example_batch(shape.rows, shape.tokens, packed=shape.packed)
         tracer = Tracer(vocabulary=self._vocabulary, scored=(shape.rows * (shape.tokens - 1), shape.scored))
         tracer.ignore([*model.parameters(), *model.buffers()])
         with tracer, _as_on_a_gpu() if self.gpu else contextlib.nullcontext():
             if passes == 0:
                 with torch.no_grad(), self._precision():
-                    self.task.outputs(model, batch, self.info, self.loaded.pooling)
+                    self.head.outputs(model, batch, self.loaded.pooling)
             for _ in range(passes):
                 with self._precision():
-                    loss = self.task.loss(model, batch, self.info, self.loaded.pooling)
+                    loss = self.head.loss(model, batch, self.loaded.pooling)
                 loss.backward()
                 del loss
         found = tracer.finish()
@@ -103,23 +102,6 @@ class TracedModel:
     def _precision(self) -> Any:
         enabled = self.dtype != torch.float32
         return torch.autocast("cpu", dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
-
-    def _batch(self, shape: Shape) -> dict[str, torch.Tensor]:
-        size = (shape.rows, shape.tokens)
-        batch = {"input_ids": torch.zeros(size, dtype=torch.int64), "weight": torch.ones(shape.rows)}
-        if self.info.problem_type == "causal_lm":
-            batch["labels"] = torch.zeros(size, dtype=torch.int64)
-            if shape.packed:
-                batch["position_ids"] = torch.zeros(size, dtype=torch.int64)
-            return batch  # padding on the right needs no mask
-        batch["attention_mask"] = torch.ones(size, dtype=torch.int64)
-        kind = self.info.problem_type
-        several = kind == "multi_label_classification"
-        batch["labels"] = torch.zeros(
-            (shape.rows, len(self.info.labels)) if several else (shape.rows,),
-            dtype=torch.int64 if kind == "single_label_classification" else torch.float32,
-        )
-        return batch
 
 
 def _signature(block: torch.nn.Module) -> tuple[Any, ...]:

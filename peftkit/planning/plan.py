@@ -24,6 +24,7 @@ from peftkit.planning.memory import Held, Phase, held_by, phases
 from peftkit.planning.passes import Shape, TracedModel
 from peftkit.planning.trace import Traced, fake_tensor_mode
 from peftkit.planning.workload import Workload, of_data
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo
 from peftkit.system.memory import KERNELS
@@ -146,7 +147,7 @@ def plan_workload(recipe: Recipe, device: Device, known: PlanInputs, workload: W
     machine = machines.of_gpu(known.machine) if device.gpu else known.machine
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, known.info, known.tokenizer, dtype, gpu=device.gpu)
-        subject = TracedModel(loaded, recipe.task, known.info, dtype, device.gpu)
+        subject = TracedModel(loaded, head_of(known.info, recipe.task), dtype, device.gpu)
         held = held_by(loaded.model, recipe.training.optimizer, averaged=bool(recipe.training.weight_averaging))
         parameters = tuple(trainable_table(loaded.model))
         train = subject.train(workload.largest, 2 if workload.accumulates else 1)
@@ -176,7 +177,8 @@ def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape
 
     machine = machines.measured(recipe.training.threads or cores())
     with fake_tensor_mode():
-        subject = TracedModel(build_meta_model(recipe, info, tokenizer, dtype), recipe.task, info, dtype)
+        loaded = build_meta_model(recipe, info, tokenizer, dtype)
+        subject = TracedModel(loaded, head_of(info, recipe.task), dtype)
         held = held_by(subject.loaded.model, recipe.training.optimizer)
         return sum(subject.train(shape, 2).resident(machine.allocator_ratio).values()) + held.states
 

@@ -11,7 +11,7 @@ from peftkit.planning.devices import Device
 from peftkit.planning.plan import PlanInputs, plan_workload
 from peftkit.planning.workload import of_shape
 from peftkit.schema.recipe import Recipe
-from peftkit.schema.registries import METHODS
+from peftkit.schema.registries import METHODS, TASKS
 from peftkit.schema.types import TaskInfo
 
 PRECISIONS: dict[str, Any] = {
@@ -52,9 +52,7 @@ def table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> l
     folder = folder_of(resolve(model), weights=False)
     tokenizer = load_tokenizer(model)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    causal = writes_text(config)
-    values["task"] = "instruction" if causal else "classification"
-    info = TaskInfo("causal_lm") if causal else TaskInfo("single_label_classification", ("a", "b"))
+    values["task"], info = _usual_task(decoder=writes_text(config))
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", 0) or tokens))
     known = PlanInputs(tokenizer, info, None, machines.measured(cores()), 0, weight_file_bytes(folder))
     cells = []
@@ -63,6 +61,12 @@ def table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> l
             given = {**values, "method": method, "quantization": quantization}
             cells.append(_cell(given, method, precision, device, known, of_shape(rows, tokens)))
     return cells
+
+
+def _usual_task(*, decoder: bool) -> tuple[str, TaskInfo]:
+    """What such a base is usually trained for."""
+    infos = {kind: TASKS.get(kind).example_info(decoder=decoder) for kind in TASKS}
+    return next((kind, info) for kind, info in infos.items() if info is not None)
 
 
 def _cell(values: dict[str, Any], method: str, precision: str, device: Device, known: PlanInputs, work: Any) -> Cell:

@@ -10,6 +10,7 @@ import numpy as np
 
 from peftkit.data.batching import by_length, epoch_batches, pass_tokens, shard_batch, steps_per_epoch
 from peftkit.planning.passes import Shape
+from peftkit.schema.head import possible_heads
 from peftkit.schema.recipe import Recipe
 
 EVALUATION_ROWS = 32
@@ -48,11 +49,11 @@ def of_data(recipe: Recipe, encoded: Any, device: str, *, packed: bool, world_si
     lengths = np.minimum(train.lengths, recipe.data.max_length)
     tokens = pass_tokens(training, device)
     rows = training.micro_batch if isinstance(training.micro_batch, int) else None
-    causal = recipe.task.head == "causal_lm"
+    counts_tokens = all(head.scores_tokens for head in possible_heads(recipe.task))
 
     def shape(index: np.ndarray, of: np.ndarray, weights: np.ndarray) -> Shape:
         width = int(of[index].max())
-        scored = int(weights[index].sum()) if causal else 0
+        scored = int(weights[index].sum()) if counts_tokens else 0
         return Shape(len(index), width, min(scored, len(index) * (width - 1)), packed)
 
     passes, several = [], False

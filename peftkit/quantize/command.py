@@ -40,6 +40,7 @@ from peftkit.models.tokenizer import load_tokenizer
 from peftkit.quantize.distillation import distill, targets
 from peftkit.quantize.gptq import quantize_blocks
 from peftkit.quantize.low_rank_fit import Factors, completed
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import Batch, LoadedModel
 from peftkit.training.log import bar
@@ -93,7 +94,7 @@ def quantize(
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
-    causal = prepared.info.problem_type == "causal_lm"
+    causal = head_of(prepared.info, recipe.task).writes_text
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen, learned, held_out = (
         [_moved(one, device) for one in batches]

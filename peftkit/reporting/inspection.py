@@ -52,7 +52,7 @@ def render(found: Inspection) -> RenderableType:
         ),
         _rows_table(found),
     ]
-    if found.labels and found.problem_type != "regression":
+    if any(split.classes for split in found.splits):
         parts.append(_classes_table(found))
     parts.append(_steps_table(found))
     for split in found.splits:

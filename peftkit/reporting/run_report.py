@@ -15,6 +15,7 @@ from peftkit.data.batching import epoch_batches, padding_share, pass_tokens, sha
 from peftkit.models.inventory import trainable_table
 from peftkit.planning import prediction
 from peftkit.reporting import html, tables
+from peftkit.schema.head import possible_heads
 from peftkit.schema.recipe import Recipe
 
 ABOUT = "about.json"
@@ -110,7 +111,7 @@ def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]
 def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
     """What can be done with a finished run."""
     use = [("predict a file", f"peftkit predict {path} --file texts.csv --out predictions.csv")]
-    if recipe.task.head == "causal_lm":
+    if any(head.writes_text for head in possible_heads(recipe.task)):
         use = [
             ("talk to it", f"peftkit chat {path}"),
             ("generate from a file", f"peftkit generate {path} --file prompts.jsonl"),

@@ -91,7 +91,7 @@ def confusion(assessment: Mapping[str, Any], most: int = 12) -> Table | None:
 def mistakes(assessment: Mapping[str, Any], most: int = 5) -> Table:
     """The wrong predictions that were surest of themselves."""
     table = _table(f"Worst mistakes ({assessment['split']})")
-    numbers = assessment["problem_type"] == "regression"
+    numbers = any("error" in row for row in assessment["mistakes"])
     for heading in ("gold", "predicted", "error" if numbers else "sure", "where", "text"):
         table.add_column(heading, overflow="fold" if heading == "text" else "ellipsis")
     for row in assessment["mistakes"][:most]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
+from peftkit.schema.head import possible_heads
 from peftkit.schema.sections import ConfigSection
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ class Method(ConfigSection):
     """Whether anything below the head is trained."""
     learns_pooling: ClassVar[bool] = True
     """Whether it trains enough below the head to make up for a pooler that the base never used."""
-    heads: ClassVar[tuple[str, ...]] = ("classification", "causal_lm")
-    """Tasks it is defined for, by their heads."""
-    classifies_on_decoders: ClassVar[bool] = True
-    """Whether a decoder's classifier, which reads the last of a row's tokens, can stand on it."""
+    keeps_token_ids: ClassVar[bool] = True
+    """Whether the base still reads token ids, by which a decoder that pools finds the last token of a row."""
     quantizations: ClassVar[tuple[str, ...] | None] = None
     """Kinds of quantization that its layers can stand on; None for all."""
     packed: ClassVar[tuple[str, ...] | None] = None
@@ -51,8 +50,11 @@ class Method(ConfigSection):
 
     def check(self, recipe: Recipe) -> None:
         """Raises MethodError when the method cannot work in this recipe; called before anything is loaded."""
-        if recipe.task.head not in self.heads:
-            raise MethodError(f"method.kind={self.kind} is not defined for task.kind={recipe.task.kind}")
+        if not self.adapts_backbone and not all(head.adds_layers for head in possible_heads(recipe.task)):
+            raise MethodError(
+                f"method.kind={self.kind} trains a classifier's head, and task.kind={recipe.task.kind} has none; "
+                "use method.kind=lora"
+            )
         held = recipe.quantization.kind if recipe.quantization is not None else None
         if held and self.quantizations is not None and held not in self.quantizations:
             known = ", ".join(["null", *self.quantizations])

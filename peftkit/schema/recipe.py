@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import recipe_yaml
-from peftkit.schema.registries import METHODS, QUANTIZATIONS, TASKS
-from peftkit.schema.sections import ConfigSection, DiscriminatedBy
+from peftkit.schema.registries import BASELINES, METHODS, QUANTIZATIONS, TASKS
+from peftkit.schema.sections import ConfigSection, DiscriminatedBy, NameIn
 from peftkit.schema.validation import describe
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -253,8 +253,8 @@ class EvaluationConfig(ConfigSection):
 
     metrics: tuple[str, ...] | None = None
     """Names of evaluate modules (accuracy, f1, …, or one from the hub); None takes the task's own."""
-    baselines: tuple[Literal["majority", "zero_shot"], ...] | None = None
-    """What stands beside the result; None takes the task's own."""
+    baselines: tuple[Annotated[str, NameIn(BASELINES)], ...] | None = None
+    """Baselines that the result is compared with; None takes the task's own."""
     batch_size: Rows | None = None
     """Rows in one evaluation pass, which training.micro_batch_tokens bounds too; None takes 32."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95

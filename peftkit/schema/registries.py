@@ -1,9 +1,9 @@
-"""The registries behind a recipe's ``kind`` fields.
+"""The registries behind a recipe: its ``kind`` fields, heads and baselines.
 
 Adding an item means adding a file to the package named here, or an entry point of the group to an installed
 distribution. Items are classes that follow the contract of their registry: ``schema.method.Method``,
-``schema.task.Task``, ``schema.quantization.Quantization``. The contracts are not imported here, since they refer to
-the recipe, which refers to the registries.
+``schema.task.Task``, ``schema.head.Head``, ``schema.baseline.Baseline``, ``schema.quantization.Quantization``. The
+contracts are not imported here, since they refer to the recipe, which refers to the registries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from peftkit.registry import Registry
 
 METHODS: Registry[Any] = Registry("method", package="peftkit.methods", group="peftkit.methods")
 TASKS: Registry[Any] = Registry("task", package="peftkit.tasks", group="peftkit.tasks")
+HEADS: Registry[Any] = Registry("head", package="peftkit.heads", group="peftkit.heads")
+BASELINES: Registry[Any] = Registry("baseline", package="peftkit.evaluation.baselines", group="peftkit.baselines")
 QUANTIZATIONS: Registry[Any] = Registry(
     "quantization", package="peftkit.models.quantization", group="peftkit.quantizations"
 )

@@ -32,6 +32,26 @@ class ConfigSection(BaseModel):
 
 
 @dataclass(frozen=True)
+class NameIn:
+    """Pydantic annotation of a text: one of the names in a registry."""
+
+    registry: Registry[Any]
+
+    def validate(self, value: str) -> str:
+        try:
+            self.registry.get(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": self.registry.names(), "type": "string"}
+
+
+@dataclass(frozen=True)
 class DiscriminatedBy:
     """Pydantic annotation: the mapping is validated by the class that its ``kind`` names in a registry."""
 

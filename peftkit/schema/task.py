@@ -3,53 +3,79 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.sections import ConfigSection
-from peftkit.schema.types import Batch, LoadedModel, Row, TaskInfo
+from peftkit.schema.types import Row, TaskInfo
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from peftkit.schema.recipe import DataConfig, EvaluationConfig
+    from peftkit.schema.recipe import DataConfig
 
 
 class Task(ConfigSection):
-    """What is learned from a row, and how it is scored.
+    """What is learned from a row: its reading, its checks, its tokens. What comes after the tokens is the head's.
 
-    The data pipeline calls ``describe``, ``canonical`` and ``encode``; training calls ``loss``; evaluation calls
-    ``outputs`` and ``metrics``. Canonical rows also carry ``_file`` and ``_line`` (1-based, of the source).
+    The data pipeline calls ``describe``, ``canonical`` and ``encode``. Canonical rows also carry ``_file`` and
+    ``_line`` (1-based, of the source).
     """
 
-    head: ClassVar[Literal["classification", "causal_lm"]]
+    heads: ClassVar[tuple[str, ...]]
+    """Names of the heads that ``describe`` may choose from, as ``TaskInfo.problem_type``."""
+    merges_sources: ClassVar[bool] = True
+    """Whether ``describe`` must see all sources as one table, as when it counts labels."""
 
     kind: str
 
+    def head_options(self, info: TaskInfo) -> dict[str, Any]:
+        """Options of the head that ``info`` names, by the names of the head's fields."""
+        return {}
+
+    # -- reading rows ----------------------------------------------------------------------------------------------
+
     @abstractmethod
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
-        """Reads what must be known of all rows first (label names, problem type) from raw splits.
+        """Reads what must be known of all rows first (label names, which head) from raw splits.
 
         Raises DataError for a missing column, a wrong label type, or a single class.
         """
+
+    @classmethod
+    def example_info(cls, *, decoder: bool) -> TaskInfo | None:
+        """The info to plan with, without data, on a decoder or an encoder; None unless this is its usual task."""
+        return None
 
     @abstractmethod
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """The source's row under the task's own column names and types; raises DataError(column=…) for a bad one."""
 
+    def input_columns(self, data: DataConfig) -> tuple[str, ...]:
+        """Columns of the source that a prediction needs, in the order of ``input_row``."""
+        return (data.text,)
+
+    def input_row(self, values: Sequence[str]) -> Row:
+        """A canonical row without its answer, from the values of ``input_columns``."""
+        return {"text": values[0]}
+
     @abstractmethod
     def text_of(self, row: Row) -> str:
         """The text of a canonical row by which duplicates are judged."""
 
-    def with_text(self, row: Row, change: Any) -> Row:
-        """The canonical row with ``change`` (str → str) applied to its learnable text (cleaning, augmentation)."""
+    def is_blank(self, row: Row) -> bool:
+        """Whether a canonical row lacks a text that it needs."""
+        return not self.text_of(row).strip()
+
+    def with_text(self, row: Row, change: Callable[[str], str]) -> Row:
+        """The canonical row with ``change`` applied to its learnable text (cleaning, augmentation)."""
         return {**row, "text": change(row["text"])}
 
     def stratum(self, row: Row) -> str:
         """The group whose share every split keeps; the empty string where there is none."""
         return ""
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(
@@ -62,23 +88,21 @@ class Task(ConfigSection):
         ``truncated`` (tokens cut off), and any further model inputs (``token_type_ids``, ``position_ids``) may follow.
         """
 
-    def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
-        """Called once after the method's own ``initialize``, on every process alike, and again on resume."""
+    @property
+    def packs(self) -> bool:
+        """Whether several rows share an example, which not every model can keep apart."""
+        return False
 
-    @abstractmethod
-    def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
-        """The loss summed over the batch's scored examples or tokens (a scalar; the caller divides once)."""
+    def without_packing(self) -> Task:
+        """The same task with an example for each row."""
+        return self
 
-    @abstractmethod
-    def outputs(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> dict[str, torch.Tensor]:
-        """What evaluation needs of each row, first dimension = rows; always ``loss`` and ``weight`` [rows] fp32."""
+    # -- prompts, where the head writes text -----------------------------------------------------------------------
 
-    @abstractmethod
-    def metrics(
-        self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
-    ) -> dict[str, float]:
-        """Figures of a split from the gathered outputs; ``loss`` is always among them."""
+    def prompt(self, row: Row) -> tuple[Any, str]:
+        """(what a canonical row begins with, what is to follow), for sample generations."""
+        raise NotImplementedError(f"task.kind={self.kind} has no prompts")
 
-    def best_metric(self, info: TaskInfo) -> str:
-        """The validation figure by which the best checkpoint is chosen when the recipe names none."""
-        return "loss"
+    def as_prompt(self, text: str) -> Any:
+        """A user's text as a prompt: the text itself, or a conversation of one turn."""
+        return text

@@ -18,13 +18,32 @@ class TaskInfo:
     """What a task learned about its data before training; stored in the run and needed to load the model again."""
 
     problem_type: str
-    """single_label_classification, multi_label_classification, regression, or causal_lm."""
+    """Name of the head in ``HEADS``: single_label_classification, multi_label_classification, regression, causal_lm."""
     labels: tuple[str, ...] = ()
     """Class names by id; empty for language models, one name for a regression."""
     class_weights: tuple[float, ...] | None = None
     """Loss weight of each class; None means 1 for all."""
     integers: Literal["names", "ids"] = "names"
     """What a whole number in the label column is: the name of a class ("5" stars), or its id, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model predicts for one row."""
+
+    label: str | tuple[str, ...] | float
+    """The likeliest label; of a multi-label task all that are over the threshold; of a regression the number."""
+    probability: float | None
+    """Of the label; of several labels the least of theirs (1 − the largest when none holds); None for a regression."""
+    probabilities: dict[str, float]
+    """Of every label; empty for a regression."""
+
+    def columns(self) -> Row:
+        """The prediction as columns of a file: ``label``, ``probability``, and ``probability_NAME`` for every label."""
+        columns: Row = {"label": list(self.label) if isinstance(self.label, tuple) else self.label}
+        if self.probability is not None:
+            columns["probability"] = round(self.probability, 6)
+        return columns | {f"probability_{name}": round(value, 6) for name, value in self.probabilities.items()}
 
 
 @dataclass

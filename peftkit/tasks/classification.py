@@ -2,9 +2,7 @@
 
     task: {kind: classification, label_smoothing: 0.1, class_weights: balanced}
 
-The loss is the cross-entropy of torch (``CrossEntropyLoss`` with class weights and label smoothing), the binary
-cross-entropy averaged over labels, or the squared error; each is summed over rows, and the caller divides the sum by
-the summed ``weight`` of the whole global batch, which gives torch's mean over that batch whatever it was split into.
+Each of the three has a head of its own in ``peftkit.heads``, with its loss and its metrics.
 """
 
 from __future__ import annotations
@@ -15,18 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import DataError, RecipeError, did_you_mean
+from peftkit.schema.head import head_of
 from peftkit.schema.registries import TASKS
 from peftkit.schema.task import Task
-from peftkit.schema.types import Batch, LoadedModel, Row, TaskInfo
+from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks import label_column as reading
 from peftkit.tasks.tokens import tokenize
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from peftkit.schema.recipe import DataConfig, EvaluationConfig
+    from peftkit.schema.recipe import DataConfig
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -35,7 +32,7 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 class Classification(Task):
     """Learns to give a text, or a pair of texts, its label, labels or number."""
 
-    head: ClassVar[Literal["classification", "causal_lm"]] = "classification"
+    heads: ClassVar[tuple[str, ...]] = (SINGLE, MULTI, REGRESSION)
 
     kind: Literal["classification"] = "classification"
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
@@ -50,6 +47,11 @@ class Classification(Task):
     class. None trains it on scalar products from a random start."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a label counts as given, where a row may have several."""
+
+    def head_options(self, info: TaskInfo) -> dict[str, Any]:
+        """Label smoothing and cosines where a row has one label, the threshold where it may have several."""
+        options = {SINGLE: ("label_smoothing", "cosine_temperature"), MULTI: ("threshold",)}
+        return {name: getattr(self, name) for name in options.get(info.problem_type, ())}
 
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
         """Problem type, class names and class weights, from the raw splits; every label of every split is checked."""
@@ -156,6 +158,11 @@ class Classification(Task):
         present = sum(count > 0 for count in counts)
         return tuple(sum(counts) / (present * count) if count else 1.0 for count in counts)
 
+    @classmethod
+    def example_info(cls, *, decoder: bool) -> TaskInfo | None:
+        """Two classes on an encoder."""
+        return None if decoder else TaskInfo(SINGLE, ("a", "b"))
+
     def _check_texts(self, splits: Mapping[str, Any], data: DataConfig) -> None:
         for split, rows in splits.items():
             for field, name in (("text", data.text), ("text_pair", data.text_pair)):
@@ -202,6 +209,18 @@ class Classification(Task):
             raise _bad(row, column, f"unknown label {value!r}: {did_you_mean(reading.name_of(value), info.labels)}")
         return found
 
+    def input_columns(self, data: DataConfig) -> tuple[str, ...]:
+        """The text, and its pair."""
+        return (data.text,) if data.text_pair is None else (data.text, data.text_pair)
+
+    def input_row(self, values: Sequence[str]) -> Row:
+        """``text``, and ``text_pair`` where there are two."""
+        return dict(zip(("text", "text_pair"), values))
+
+    def is_blank(self, row: Row) -> bool:
+        """Whether the text or its pair is blank."""
+        return not all(str(row[name]).strip() for name in ("text", "text_pair") if row.get(name) is not None)
+
     def text_of(self, row: Row) -> str:
         """The text, with its pair under it."""
         return f"{row['text']}\n{row['text_pair']}" if "text_pair" in row else row["text"]
@@ -224,62 +243,13 @@ class Classification(Task):
         texts = list(rows["text"])
         pairs = list(rows["text_pair"]) if "text_pair" in rows else None
         encoded, truncated = tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
-        labels = list(rows["label"]) if "label" in rows else [_blank(info)] * len(texts)
+        head: Any = head_of(info, self)  # one of ``heads``, all of them classifiers
+        labels = list(rows["label"]) if "label" in rows else [head.blank_label()] * len(texts)
         made: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
         if "token_type_ids" in encoded and (pairs is not None or any(tokenizer("a")["token_type_ids"])):
             made["token_type_ids"] = encoded["token_type_ids"]
-        weights = [0.0] * len(texts) if "label" not in rows else [_weight(label, info) for label in labels]
+        weights = [0.0] * len(texts) if "label" not in rows else [head.weight(label) for label in labels]
         return {**made, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
-
-    def initialize(self, loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo) -> None:
-        """Starts a head of cosines from rows; raises RecipeError where there is none that could be."""
-        if self.cosine_temperature is not None:
-            from peftkit.heads import cosine
-
-            cosine.start(loaded, batches, info, self.cosine_temperature)
-
-    def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
-        """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
-        from peftkit.models.classifier import logits
-
-        return self.losses(logits(model, batch, pooling), batch["labels"], info).sum()
-
-    def outputs(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> dict[str, torch.Tensor]:
-        """``logits`` [rows, labels], ``labels`` [rows] or [rows, labels], ``loss`` and ``weight`` [rows]."""
-        from peftkit.models.classifier import logits
-
-        scores = logits(model, batch, pooling).float()
-        losses = self.losses(scores, batch["labels"], info)
-        return {"logits": scores, "labels": batch["labels"], "loss": losses, "weight": batch["weight"].float()}
-
-    def losses(self, logits: torch.Tensor, labels: torch.Tensor, info: TaskInfo) -> torch.Tensor:
-        """Loss of each row from its logits [rows, labels]; cross-entropies come multiplied by the class weight."""
-        import torch.nn.functional as F
-
-        logits = logits.float()
-        weights = None if info.class_weights is None else logits.new_tensor(info.class_weights)
-        if info.problem_type == REGRESSION:
-            return F.mse_loss(logits.squeeze(-1), labels.to(logits), reduction="none")
-        if info.problem_type == MULTI:
-            each = F.binary_cross_entropy_with_logits(logits, labels.to(logits), pos_weight=weights, reduction="none")
-            return each.mean(dim=-1)
-        return F.cross_entropy(
-            logits, labels.long(), weight=weights, label_smoothing=self.label_smoothing, reduction="none"
-        )
-
-    def metrics(
-        self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
-    ) -> dict[str, float]:
-        """The figures of ``evaluation.metrics``, or the usual ones of the problem type, and ``loss``."""
-        from peftkit.evaluation.decisions import compute_metrics
-
-        return compute_metrics(
-            outputs, info, evaluation.metrics, threshold=self.threshold, always=(self.best_metric(info),)
-        )
-
-    def best_metric(self, info: TaskInfo) -> str:
-        """Accuracy for one label, micro F1 for several, the squared error for a number."""
-        return {SINGLE: "accuracy", MULTI: "f1_micro", REGRESSION: "mse"}[info.problem_type]
 
 
 def _training_split(splits: Mapping[str, Any]) -> str:
@@ -377,16 +347,3 @@ def _indicator(row: Row, column: str) -> float:
     if flag not in (0, 1):
         raise _bad(row, column, f"expected 0 or 1, found {value!r}")
     return float(flag)
-
-
-def _blank(info: TaskInfo) -> int | float | list[float]:
-    if info.problem_type == MULTI:
-        return [0.0] * len(info.labels)
-    return 0.0 if info.problem_type == REGRESSION else 0
-
-
-def _weight(label: Any, info: TaskInfo) -> float:
-    """What a row adds to the denominator: its class weight, as torch's weighted mean has it."""
-    if info.class_weights is None or info.problem_type != SINGLE:
-        return 1.0
-    return info.class_weights[label]

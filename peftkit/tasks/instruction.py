@@ -55,6 +55,11 @@ class Instruction(LanguageTask):
             format_of(rows.column_names, data.format, data.columns)
         return TaskInfo(CAUSAL_LM)
 
+    @classmethod
+    def example_info(cls, *, decoder: bool) -> TaskInfo | None:
+        """Answering, on a decoder."""
+        return TaskInfo(CAUSAL_LM) if decoder else None
+
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """The row as ``messages`` with the roles system, user and assistant.
 
@@ -137,6 +142,10 @@ class Instruction(LanguageTask):
         messages = row["messages"]
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         return messages[:last], messages[last]["content"]
+
+    def as_prompt(self, text: str) -> list[Message]:
+        """The text as the user's question."""
+        return [{"role": "user", "content": text}]
 
 
 @lru_cache(maxsize=8)

@@ -1,55 +1,38 @@
-"""What every task on a language model shares: the loss over scored tokens, and its figures."""
+"""What every task on a language model shares."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.errors import RecipeError
+from peftkit.heads.causal_lm import NAME as CAUSAL_LM
 from peftkit.schema.task import Task
-from peftkit.schema.types import Batch, TaskInfo
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from transformers import PreTrainedTokenizerBase
 
-    from peftkit.schema.recipe import DataConfig, EvaluationConfig
+    from peftkit.schema.recipe import DataConfig
 
-CAUSAL_LM = "causal_lm"
+__all__ = ["CAUSAL_LM", "LanguageTask", "check_window", "refuse_augmentation"]
 
 
 class LanguageTask(Task):
-    """Learns to predict the scored tokens of each example: the loss is their cross-entropy, summed."""
+    """Learns to predict the scored tokens of each example."""
 
-    head: ClassVar[Literal["classification", "causal_lm"]] = "causal_lm"
+    heads: ClassVar[tuple[str, ...]] = (CAUSAL_LM,)
+    merges_sources: ClassVar[bool] = False
 
-    def loss(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> torch.Tensor:
-        """Cross-entropy summed over the scored tokens; ÷ Σ weight is the loss per token."""
-        from peftkit.models.kernels import linear_cross_entropy
+    if TYPE_CHECKING:
+        packing: bool  # a field of each task, in an order of its own
 
-        return linear_cross_entropy.loss(model, batch)
+    @property
+    def packs(self) -> bool:
+        """Whether windows hold several rows."""
+        return self.packing
 
-    def outputs(self, model: torch.nn.Module, batch: Batch, info: TaskInfo, pooling: str) -> dict[str, torch.Tensor]:
-        """``loss``, ``weight`` (scored tokens) and ``correct`` (those guessed right), each [rows] fp32."""
-        from peftkit.models.kernels import linear_cross_entropy
-
-        return linear_cross_entropy.row_outputs(model, batch)
-
-    def metrics(
-        self, outputs: Mapping[str, np.ndarray], info: TaskInfo, evaluation: EvaluationConfig
-    ) -> dict[str, float]:
-        """``loss`` per scored token, ``perplexity`` = exp(loss), ``token_accuracy``, and ``tokens`` scored."""
-        tokens = float(outputs["weight"].sum(dtype="float64"))
-        loss = float(outputs["loss"].sum(dtype="float64")) / max(tokens, 1.0)
-        correct = float(outputs["correct"].sum(dtype="float64"))
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "token_accuracy": correct / max(tokens, 1.0),
-            "tokens": tokens,
-        }
+    def without_packing(self) -> LanguageTask:
+        """The same task with one row, or a part of one, per window."""
+        return self.model_copy(update={"packing": False})
 
 
 def refuse_augmentation(data: DataConfig) -> None:

@@ -107,11 +107,11 @@ def _plan_for_cpu(stepper: Stepper, batch: np.ndarray) -> None:
     piece = max(stepper.share(batch), key=lambda piece: _padded(stepper, piece))
     padded, tokens = _padded(stepper, piece)
     rows, free = padded // tokens, int(psutil.virtual_memory().available)
-    scored = stepper.split.weights[piece.rows].mean() if module.info.problem_type == "causal_lm" else 0.0
+    scored = stepper.split.weights[piece.rows].mean() if module.head.scores_tokens else 0.0
     chosen = rows
     while chosen > 1:
         shape = Shape(chosen, tokens, min(int(scored * chosen), chosen * (tokens - 1)))
-        planned = pass_bytes(stepper.recipe, module.info, stepper.tokenizer, stepper.session.dtype, shape)
+        planned = pass_bytes(stepper.recipe, module.head.info, stepper.tokenizer, stepper.session.dtype, shape)
         if planned <= free:
             break
         chosen //= 2

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftkit.data.batching import MODEL_INPUTS, collate
+from peftkit.data.batching import MODEL_INPUTS
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.system.cache import cache_folder
 from peftkit.training import frozen_trunk as trunks
@@ -60,7 +60,7 @@ class FeatureSplit(EncodedSplit):
             held = {name: values[torch.from_numpy(rows)] for name, values in self.columns.items()}
             features = self._tensor(self.stored[rows])
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **held, trunks.FEATURES: features}
-        batch = collate(self.examples[rows.tolist()], tokenizer)
+        batch = super().batch(rows, tokenizer)
         return {**batch, trunks.FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
 
     def _padded(self, rows: np.ndarray, left: bool) -> Tensor:

@@ -66,7 +66,7 @@ class Loop:
         self.train_split = self.data.splits["train"]
         per_epoch = steps_per_epoch(self.train_split.lengths, training)
         self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
-        self.metric = training.best_metric or self.module.task.best_metric(self.module.info)
+        self.metric = training.best_metric or self.module.head.best_metric
         self.recipe.method.begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
         # the schedule is not given to Accelerate, which would step it once a process
@@ -261,7 +261,7 @@ class Loop:
         except Stopped:
             self._stop_if_asked()
             raise
-        figures = self.module.task.metrics(outputs, self.module.info, self.recipe.evaluation)
+        figures = self.module.head.metrics(outputs, self.recipe.evaluation)
         state.evaluated = state.step
         self.log.evaluation(state.step, self._epoch(), "validation", figures)
         if self.on_validation:
@@ -285,8 +285,8 @@ class Loop:
         """A wrong name is an error before the first step, not after the first epoch."""
         split = self.data.splits["validation"]
         few = np.argsort(split.lengths, kind="stable")[:PROBE_ROWS]
-        probe = EncodedSplit(split.examples.select(few), split.lengths[few], split.weights[few])
-        figures = self.module.task.metrics(self.evaluate(probe), self.module.info, self.recipe.evaluation)
+        probe = split.select(few)
+        figures = self.module.head.metrics(self.evaluate(probe), self.recipe.evaluation)
         if self.metric not in figures:
             raise RecipeError(f"training.best_metric: no figure '{self.metric}': {did_you_mean(self.metric, figures)}")
 

@@ -15,24 +15,24 @@ from peftkit.data.batching import MicroBatch, pass_tokens, shard_batch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import whole
+from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
-from peftkit.schema.task import Task
-from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.schema.types import LoadedModel
 from peftkit.training.auto_micro_batch import AUTO, retry_on_oom
 from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
 from peftkit.training.randomness import seed_micro_batch
 
 
 class TaskModule(torch.nn.Module):
-    """The model under its task: ``forward`` gives the summed loss, or the outputs that evaluation needs.
+    """The model under its head: ``forward`` gives the summed loss, or the outputs that evaluation needs.
 
     Being one module, it is what Accelerate wraps for many processes.
     """
 
-    def __init__(self, loaded: LoadedModel, task: Task, info: TaskInfo) -> None:
+    def __init__(self, loaded: LoadedModel, head: Head) -> None:
         super().__init__()
         self.model = loaded.model
-        self.task, self.info, self.pooling = task, info, loaded.pooling
+        self.head, self.pooling = head, loaded.pooling
         # the blocks that FSDP shards one by one
         self._no_split_modules = list(getattr(loaded.model, "_no_split_modules", None) or [])
         self.stem: FrozenTrunk | None = None
@@ -45,13 +45,13 @@ class TaskModule(torch.nn.Module):
 
         A batch with ``features`` (see ``training.features``) enters the model above its stem.
         """
-        use = self.task.outputs if outputs else self.task.loss
+        use = self.head.outputs if outputs else self.head.loss
         features = batch.get(FEATURES)
         if features is None or self.stem is None:
-            return use(self.model, batch, self.info, self.pooling)
+            return use(self.model, batch, self.pooling)
         with self.stem.replay(features):
             rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
-            return use(self.model, rest, self.info, self.pooling)
+            return use(self.model, rest, self.pooling)
 
     def hold(self, stem: FrozenTrunk) -> None:
         """Keeps a stem in evaluation mode from now on."""

@@ -11,21 +11,24 @@ from datasets import Dataset
 from sklearn import metrics as sk
 from sklearn.dummy import DummyClassifier
 
-from peftkit.evaluation import baselines, decisions, zero_shot_scores
-from peftkit.evaluation.assessment import assess
+from peftkit.evaluation import zero_shot_scores
+from peftkit.evaluation.assessment import assess, compare
+from peftkit.evaluation.baselines.majority import Majority
+from peftkit.evaluation.baselines.zero_shot import ZeroShot
+from peftkit.schema.baseline import BaselineInputs, BaselineResult
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import EvaluationConfig
 from peftkit.schema.types import TaskInfo
-from peftkit.tasks.classification import Classification
-from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import tiny_bert, tiny_gpt2, tiny_llama, tiny_recipe
 
 SINGLE = TaskInfo("single_label_classification", ("world", "sports", "business"))
 MULTI = TaskInfo("multi_label_classification", ("joy", "fear"))
 NUMBER = TaskInfo("regression", ("score",))
-TASK, CONFIG = Classification(), EvaluationConfig(worst=3)
+CONFIG = EvaluationConfig(worst=3)
 
 
 def outputs_of(logits, labels, info):
-    losses = TASK.losses(torch.tensor(logits), torch.tensor(labels), info).numpy()
+    losses = head_of(info).losses(torch.tensor(logits), torch.tensor(labels)).numpy()
     made = {"logits": np.array(logits), "labels": np.array(labels, float), "loss": losses}
     return made | {"weight": np.ones(len(labels))}
 
@@ -44,7 +47,7 @@ def classes():
 
 
 def test_an_assessment_of_classes_is_scikit_learns_and_json(classes):
-    made = assess(TASK, classes, rows_of(120), SINGLE, CONFIG, split="test")
+    made = assess(head_of(SINGLE), classes, rows_of(120), CONFIG, split="test")
     gold, found = classes["labels"].astype(int), classes["logits"].argmax(1)
     report = sk.classification_report(gold, found, target_names=SINGLE.labels, output_dict=True)
     assert json.loads(json.dumps(made, allow_nan=False)) == made
@@ -62,7 +65,7 @@ def test_an_assessment_of_classes_is_scikit_learns_and_json(classes):
 
 
 def test_the_worst_mistakes_are_wrong_sure_and_placed(classes):
-    mistakes = assess(TASK, classes, rows_of(120), SINGLE, CONFIG)["mistakes"]
+    mistakes = assess(head_of(SINGLE), classes, rows_of(120), CONFIG)["mistakes"]
     probabilities = torch.from_numpy(classes["logits"]).softmax(1).numpy()
     wrong = np.flatnonzero(classes["logits"].argmax(1) != classes["labels"])
     expected = sorted(wrong, key=lambda row: -probabilities[row].max())[:3]
@@ -72,19 +75,19 @@ def test_the_worst_mistakes_are_wrong_sure_and_placed(classes):
 
 
 def test_no_more_mistakes_are_listed_than_were_made():
-    made = assess(TASK, outputs_of(np.eye(3) * 5, [0, 1, 0], SINGLE), rows_of(3), SINGLE, CONFIG)
+    made = assess(head_of(SINGLE), outputs_of(np.eye(3) * 5, [0, 1, 0], SINGLE), rows_of(3), CONFIG)
     assert [(row["gold"], row["predicted"]) for row in made["mistakes"]] == [("world", "business")]
 
 
 def test_a_class_without_rows_keeps_its_line():
-    made = assess(TASK, outputs_of(np.eye(3)[:2] * 5, [0, 1], SINGLE), rows_of(2), SINGLE, CONFIG)
+    made = assess(head_of(SINGLE), outputs_of(np.eye(3)[:2] * 5, [0, 1], SINGLE), rows_of(2), CONFIG)
     assert [row["rows"] for row in made["per_class"]] == [1, 1, 0]
     assert made["metrics"]["f1"]["value"] == 1.0
 
 
 def test_an_assessment_of_sets():
     logits, labels = [[4.0, -1.0], [-3.0, 2.0], [5.0, 1.0]], [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]
-    made = assess(TASK, outputs_of(logits, labels, MULTI), rows_of(3), MULTI, CONFIG)
+    made = assess(head_of(MULTI), outputs_of(logits, labels, MULTI), rows_of(3), CONFIG)
     assert made["metrics"]["exact_match"]["value"] == pytest.approx(1 / 3)
     assert [row["rows"] for row in made["per_class"]] == [3, 1]
     # row 1 was surer of its wrong decision (sigmoid(3)) than row 2 (sigmoid(1))
@@ -97,7 +100,7 @@ def test_an_assessment_of_sets():
 def test_an_assessment_of_numbers():
     labels = np.arange(20.0)
     outputs = outputs_of(labels[:, None] + np.eye(20)[:, 3:4] * 2, labels, NUMBER)
-    made = assess(TASK, outputs, rows_of(20), NUMBER, CONFIG)
+    made = assess(head_of(NUMBER), outputs, rows_of(20), CONFIG)
     assert made["metrics"]["mse"]["value"] == pytest.approx(4 / 20)
     assert [(row["line"], row["error"], row["gold"]) for row in made["mistakes"]] == [(5, 2.0, 3.0)]
     assert len(made["pairs"]) == 20
@@ -106,41 +109,62 @@ def test_an_assessment_of_numbers():
 
 def test_the_level_of_the_intervals_is_the_recipes(classes):
     wide, narrow = (
-        assess(TASK, classes, rows_of(120), SINGLE, EvaluationConfig(confidence=level))["metrics"]["f1"]
+        assess(head_of(SINGLE), classes, rows_of(120), EvaluationConfig(confidence=level))["metrics"]["f1"]
         for level in (0.99, 0.5)
     )
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
 
 
+def inputs_of(info, train=(), labels=(), **changes):
+    """Rows with these labels, a base that is never asked, and no cache."""
+    texts = [TEXTS[number % len(TEXTS)] for number in range(len(labels))]
+    values = {
+        "recipe": tiny_recipe("none", evaluation={"worst": 3}), "head": head_of(info), "tokenizer": None,
+        "train": Dataset.from_dict({"label": list(train)}), "backbone": None, "base_outputs": None,
+        "rows": Dataset.from_dict({"text": texts, "label": list(labels)}), "language_model": None,
+        "cached": lambda kind, values, compute: compute(),
+    }  # fmt: skip
+    return BaselineInputs(**values | changes)
+
+
+def majority(train, labels, info):
+    inputs = inputs_of(info, train, labels)
+    result = Majority().compute(inputs)
+    return result, inputs.head.decide(result.outputs["logits"]).predicted.tolist()
+
+
 def test_the_majority_is_scikit_learns_dummy():
     train, test = [0, 1, 1, 2, 1], [1, 0, 1, 2]
-    found = baselines.majority(train, test, TASK, SINGLE, CONFIG)
+    found, predicted = majority(train, test, SINGLE)
     dummy = DummyClassifier(strategy="prior").fit(np.zeros((5, 1)), train)
     zeros = np.zeros((4, 1))
-    assert found.predicted.tolist() == dummy.predict(zeros).tolist()
+    assert predicted == dummy.predict(zeros).tolist()
     assert found.metrics["accuracy"] == dummy.score(zeros, test)
     assert found.metrics["loss"] == pytest.approx(sk.log_loss(test, dummy.predict_proba(zeros)))
     assert "always 'sports'" in found.note
 
 
 def test_the_majority_of_numbers_is_the_mean():
-    found = baselines.majority([1.0, 3.0], [0.0, 4.0, 2.0], TASK, NUMBER, CONFIG)
+    found, predicted = majority([1.0, 3.0], [0.0, 4.0, 2.0], NUMBER)
     assert found.metrics["mse"] == pytest.approx(8 / 3)
-    assert found.predicted.tolist() == [2.0, 2.0, 2.0]
+    assert predicted == [2.0, 2.0, 2.0]
 
 
 def test_the_majority_of_sets_decides_each_label():
-    found = baselines.majority([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0]], TASK, MULTI, CONFIG)
-    assert (found.predicted.tolist(), found.metrics["exact_match"]) == ([[1, 0]], 1.0)
+    found, predicted = majority([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0]], MULTI)
+    assert (predicted, found.metrics["exact_match"]) == ([[1, 0]], 1.0)
 
 
 def test_class_weights_weigh_the_majoritys_loss_as_in_training():
-    info = TaskInfo(SINGLE.problem_type, ("a", "b"), (1.0, 5.0))
-    found = baselines.majority([0, 0, 0, 1], [0, 1], TASK, info, CONFIG)
+    found, _ = majority([0, 0, 0, 1], [0, 1], TaskInfo(SINGLE.problem_type, ("a", "b"), (1.0, 5.0)))
     expected = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]))(
         torch.log(torch.tensor([[0.75, 0.25]] * 2)), torch.tensor([0, 1])
     )
     assert found.metrics["loss"] == pytest.approx(float(expected))
+
+
+def test_a_language_model_has_no_majority():
+    assert Majority().compute(inputs_of(TaskInfo("causal_lm"))) is None
 
 
 def base(folder, kind):
@@ -196,10 +220,10 @@ def test_zero_shot_leaves_the_models_mode_alone_and_scores_no_probabilities(tmp_
 
     model, tokenizer = base(tiny_bert(tmp_path / "bert"), AutoModel)
     model.train()
-    found = baselines.zero_shot(model, tokenizer, TEXTS, [1, 0, 2, 0], TASK, SINGLE, CONFIG)
+    found = ZeroShot().compute(inputs_of(SINGLE, labels=[1, 0, 2, 0], backbone=model, tokenizer=tokenizer))
     assert model.training
     assert {"loss", "calibration_error"}.isdisjoint(found.metrics)
-    assert found.metrics["accuracy"] == np.mean(found.predicted == [1, 0, 2, 0])
+    assert found.metrics["accuracy"] == np.mean(found.outputs["logits"].argmax(1) == [1, 0, 2, 0])
 
 
 @pytest.mark.parametrize(
@@ -212,18 +236,18 @@ def test_zero_shot_leaves_the_models_mode_alone_and_scores_no_probabilities(tmp_
     ],
 )
 def test_zero_shot_is_skipped_with_a_reason(info, said):
-    found = baselines.zero_shot(None, None, TEXTS, [0] * 4, TASK, info, CONFIG)
+    found = ZeroShot().compute(inputs_of(info, labels=[0] * 4))
     assert found.metrics == {}
     assert said in found.note
-    beside = baselines.compare_predictions(found, np.zeros(4), np.zeros(4), info)
-    assert (beside["comparison"], beside["verdict"]) == (None, "")
+    entry = compare("zero_shot", found, head_of(info), {"loss": np.zeros(4)}, 0.95)
+    assert (entry["rows"], entry["comparison"], entry["verdict"]) == (None, None, "")
 
 
 def test_a_baseline_of_some_rows_is_compared_on_those(classes):
-    gold, found = decisions.references(classes, SINGLE), classes["logits"].argmax(1)
+    gold, found = classes["labels"].astype(int), classes["logits"].argmax(1)
     rows = np.arange(0, 120, 2)
-    other = baselines.Baseline("zero_shot", {"accuracy": 0.0}, (gold[rows] + 1) % 3, rows, "half")
-    made = baselines.compare_predictions(other, found, gold, SINGLE)
+    wrong = {"logits": np.eye(3)[(gold[rows] + 1) % 3], "labels": gold[rows]}
+    made = compare("zero_shot", BaselineResult({"accuracy": 0.0}, wrong, rows, "half"), head_of(SINGLE), classes, 0.95)
     assert made["rows"] == 60
     assert made["comparison"]["difference"] == pytest.approx(np.mean(found[rows] == gold[rows]))
     assert made["verdict"].startswith("finetuning helped")

@@ -13,6 +13,8 @@ from sklearn import metrics as sk
 from peftkit.errors import HubError, RecipeError
 from peftkit.evaluation import decisions, metrics
 from peftkit.evaluation.direction import greater_is_better
+from peftkit.schema.head import head_of
+from peftkit.schema.recipe import EvaluationConfig
 from peftkit.schema.types import TaskInfo
 
 SINGLE = TaskInfo("single_label_classification", ("a", "b", "c"))
@@ -121,17 +123,16 @@ def test_a_hub_that_fails_is_named(monkeypatch):
 
 def test_a_metric_that_does_not_fit_is_refused_before_training():
     with pytest.raises(RecipeError, match="'mse' scores numbers, not classes; choose from: accuracy"):
-        decisions.check(("accuracy", "mse"), SINGLE)
+        decisions.score(decisions.Classes(GOLD, None, SINGLE.labels), GOLD, ("accuracy", "mse"))
     with pytest.raises(RecipeError, match="calibration_error"):
-        decisions.check(("calibration_error",), MULTI)
-    decisions.check(("loss", "accuracy", "calibration_error"), SINGLE)
+        decisions.score(decisions.LabelSets(GOLD_SETS, None, MULTI.labels), GOLD_SETS, ("calibration_error",))
 
 
 def test_decisions_are_torchs_softmax_and_sigmoid():
     import torch
 
     logits = RANDOM.normal(size=(20, 3)) * 30
-    single, multi = decisions.decide(logits, SINGLE), decisions.decide(logits, MULTI, threshold=0.7)
+    single, multi = head_of(SINGLE).decide(logits), decisions.LabelSets.from_logits(logits, MULTI.labels, 0.7)
     np.testing.assert_allclose(single.probabilities, torch.from_numpy(logits).softmax(1), atol=1e-12)
     np.testing.assert_allclose(multi.probabilities, torch.from_numpy(logits).sigmoid(), atol=1e-12)
     np.testing.assert_array_equal(single.predicted, logits.argmax(1))
@@ -140,17 +141,17 @@ def test_decisions_are_torchs_softmax_and_sigmoid():
 
 def test_the_loss_is_weighted_as_in_training():
     outputs = {"logits": np.eye(3), "labels": np.arange(3.0), "loss": [1.0, 2.0, 6.0], "weight": [1.0, 2.0, 1.0]}
-    assert decisions.compute_metrics(outputs, SINGLE, ()) == {"loss": 9 / 4}
+    assert decisions.mean_loss(outputs) == 9 / 4
 
 
 def test_figures_without_rows_are_not_numbers_and_do_not_fail():
     outputs = {"logits": np.zeros((0, 3)), "labels": np.zeros(0), "loss": np.zeros(0), "weight": np.zeros(0)}
-    assert np.isnan(list(decisions.compute_metrics(outputs, SINGLE).values())).all()
+    assert np.isnan(list(head_of(SINGLE).metrics(outputs, EvaluationConfig()).values())).all()
 
 
 def test_constant_predictions_have_no_correlation():
     outputs = {"logits": np.ones((5, 1)), "labels": np.arange(5.0)}
-    found = decisions.compute_metrics(outputs, NUMBER)
+    found = head_of(NUMBER).metrics(outputs, EvaluationConfig())
     assert np.isnan(found["pearsonr"])
     assert found["r2"] == pytest.approx(sk.r2_score(np.arange(5.0), np.ones(5)))
 

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from peftkit.evaluation import paired_tests
-from peftkit.evaluation.baselines import Baseline, compare_losses
+from peftkit.schema.head import head_of
+from peftkit.schema.types import TaskInfo
 
 
 def mean_of(values):
@@ -53,10 +54,11 @@ def test_a_language_model_is_set_beside_its_base():
     generator = np.random.default_rng(1)
     tokens = generator.integers(5, 50, 100).astype(float)
     before, after = 3.0 * tokens, (2.5 + generator.normal(0, 0.1, 100)) * tokens
-    found = compare_losses(Baseline("zero_shot", losses=(before, tokens)), after, tokens)
-    assert found["verdict"].startswith("finetuning helped: loss -0.")
-    worse = compare_losses(Baseline("zero_shot", losses=(after, tokens)), before, tokens)
-    assert worse["verdict"].startswith("finetuning hurt: loss +0.")
-    same = compare_losses(Baseline("zero_shot", losses=(after, tokens)), after, tokens)
-    assert "no difference" in same["verdict"]
-    assert compare_losses(Baseline("zero_shot"), after, tokens)["comparison"] is None
+
+    def verdict(trained, base):
+        outputs = ({"loss": loss, "weight": tokens} for loss in (trained, base))
+        return head_of(TaskInfo("causal_lm")).compare(*outputs, "zero_shot", 0.95)[1]
+
+    assert verdict(after, before).startswith("finetuning helped: loss -0.")
+    assert verdict(before, after).startswith("finetuning hurt: loss +0.")
+    assert "no difference" in verdict(after, after)

@@ -68,7 +68,8 @@ def test_changed_weights_are_caught(tmp_path):
     name = next(name for name in weights if "lora_B" in name)
     weights[name][0] += 0.5  # one row: a layer norm would take back what is added to all
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    about, rows = manifest.read(folder), proof.choose_rows(made.encoded, causal=False)
+    about = manifest.read(folder)
+    rows = proof.choose_rows(made.encoded, about.head)
     found = proof.prove(folder, made.loaded, about, rows, tolerance=1e-3)
     assert not found.passed
     assert found.relative > 1e-3
@@ -95,7 +96,8 @@ def test_nan_never_passes(tmp_path, monkeypatch):
 def test_a_fresh_process_that_cannot_load_is_an_error(tmp_path):
     folder, made = exported(tmp_path / "run", tiny.tiny_bert(tmp_path / "base"), export={"prove": False})
     (folder / "adapter_config.json").unlink()
-    about, rows = manifest.read(folder), proof.choose_rows(made.encoded, causal=False)
+    about = manifest.read(folder)
+    rows = proof.choose_rows(made.encoded, about.head)
     with pytest.raises(ExportError, match="cannot load the export in a fresh process"):
         proof.prove(folder, made.loaded, about, rows, tolerance=1e-3)
 

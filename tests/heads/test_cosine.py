@@ -15,7 +15,7 @@ from sklearn.preprocessing import normalize
 import peftkit
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import Interrupted, RecipeError
-from peftkit.heads.cosine import _head, _inputs, class_directions, start
+from peftkit.heads.layers.cosine import _head, _inputs, class_directions, start
 from peftkit.models.classifier import logits
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer

@@ -18,6 +18,7 @@ from peftkit.export import adapter, manifest, proof, verify_worker
 from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
+from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from peftkit.training.optimizer import build_optimizer
 from peftkit.training.step import TaskModule
@@ -116,7 +117,7 @@ def train(cell: Cell, folder: Path, steps: int = STEPS) -> SimpleNamespace:
     method.initialize(loaded, [batch])
     method.begin(loaded.model, steps)
     before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-    module = TaskModule(loaded, recipe.task, info)
+    module = TaskModule(loaded, head_of(info, recipe.task))
     optimizer = build_optimizer(module, recipe)
     losses = [measured(module, batch)]
     for step in range(steps):

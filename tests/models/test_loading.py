@@ -12,10 +12,12 @@ from peftkit.errors import ModelError
 from peftkit.models import dtypes
 from peftkit.models.loading import build, choose_pooling
 from peftkit.models.tokenizer import load_tokenizer
+from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from tests import tiny
 
 INFO = TaskInfo("single_label_classification", ("cat", "dog", "eel"))
+HEAD = head_of(INFO)
 MAKERS = {
     "bert": (tiny.tiny_bert, ("classifier",)),
     "distilbert": (tiny.tiny_distilbert, ("pre_classifier", "classifier")),
@@ -87,16 +89,16 @@ def test_attention_implementation(bert):
 def test_pooling_follows_the_sentence_encoder(bert, tmp_path):
     folder = shutil.copytree(bert, tmp_path / "sentences")
     recipe = tiny.tiny_recipe(folder, method={"kind": "frozen"})
-    assert choose_pooling(recipe, folder) == "own"
+    assert choose_pooling(recipe, HEAD, folder) == "own"
     for mode in ("mean", "cls"):
         tiny.add_pooling(folder, mode)
-        assert choose_pooling(recipe, folder) == mode
+        assert choose_pooling(recipe, HEAD, folder) == mode
     own = tiny.tiny_recipe(folder, model={"pooling": "own"}, method={"kind": "frozen"})
-    assert choose_pooling(own, folder) == "own"
+    assert choose_pooling(own, HEAD, folder) == "own"
     for kind in ("lora", "full", "prompt_tuning", "adalora"):
-        assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": kind}), folder) == "own"
+        assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": kind}), HEAD, folder) == "own"
     for kind in ("bottleneck", "bitfit", "ln_tuning", "ia3", "vera", "trainable_tokens"):
-        assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": kind}), folder) == "cls"
+        assert choose_pooling(tiny.tiny_recipe(folder, method={"kind": kind}), HEAD, folder) == "cls"
     assert type(made(folder, method={"kind": "frozen"}).model.get_base_model()).__name__ == "BertForTokenClassification"
 
 

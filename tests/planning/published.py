@@ -11,6 +11,7 @@ from peftkit.models.meta_model import build_meta_model
 from peftkit.models.quantization.meta_layers import Held as HeldMatrix
 from peftkit.planning.passes import TracedModel
 from peftkit.planning.trace import fake_tensor_mode
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo
 
@@ -38,7 +39,7 @@ def subject_of(recipe, held):
     """The model of a recipe, planned for a GPU; call it inside ``fake_tensor_mode()``."""
     info = TaskInfo("causal_lm")
     loaded = build_meta_model(recipe, info, TOKENIZER, torch.bfloat16, held=held, gpu=True)
-    return TracedModel(loaded, recipe.task, info, torch.bfloat16, True)
+    return TracedModel(loaded, head_of(info, recipe.task), torch.bfloat16, True)
 
 
 __all__ = ["CONFIGS", "HELD", "fake_tensor_mode", "recipe_of", "subject_of"]

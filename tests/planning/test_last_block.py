@@ -10,6 +10,7 @@ from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import passes
 from peftkit.planning.passes import Shape, TracedModel
 from peftkit.planning.trace import fake_tensor_mode
+from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from tests import tiny
 
@@ -26,7 +27,7 @@ def found(folder, pooling):
     recipe = tiny.tiny_recipe(folder, method={"kind": "lora"}, model={"pooling": pooling})
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, INFO, load_tokenizer(recipe.model), torch.float32)
-        subject = TracedModel(loaded, recipe.task, INFO, torch.float32)
+        subject = TracedModel(loaded, head_of(INFO, recipe.task), torch.float32)
         return subject.train(SHAPE), subject.evaluate(SHAPE)
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from peftkit.errors import DataError, RecipeError
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import DataConfig, EvaluationConfig
 from peftkit.schema.types import TaskInfo
 from peftkit.tasks.classification import Classification
@@ -216,11 +217,9 @@ def test_balanced_weights_of_several_labels_are_negatives_over_positives():
 def test_cross_entropy_is_torchs_however_the_batch_is_cut(smoothing, weights):
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(13, 4, generator=generator), torch.randint(0, 4, (13,), generator=generator)
-    task, info = Classification(label_smoothing=smoothing), TaskInfo(SINGLE, tuple("abcd"), weights)
+    head = head_of(TaskInfo(SINGLE, tuple("abcd"), weights), Classification(label_smoothing=smoothing))
     weight = torch.ones(4) if weights is None else torch.tensor(weights)
-    total = sum(
-        task.losses(logits[part], labels[part], info).sum() for part in (slice(0, 5), slice(5, 6), slice(6, 13))
-    )
+    total = sum(head.losses(logits[part], labels[part]).sum() for part in (slice(0, 5), slice(5, 6), slice(6, 13)))
     expected = torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)(logits, labels)
     torch.testing.assert_close(total / weight[labels].sum(), expected)
 
@@ -229,14 +228,14 @@ def test_cross_entropy_is_torchs_however_the_batch_is_cut(smoothing, weights):
 def test_several_labels_cost_torchs_binary_cross_entropy(weights):
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(7, 3, generator=generator), torch.randint(0, 2, (7, 3), generator=generator).float()
-    each = Classification().losses(logits, labels, TaskInfo(MULTI, tuple("abc"), weights))
+    each = head_of(TaskInfo(MULTI, tuple("abc"), weights)).losses(logits, labels)
     expected = torch.nn.BCEWithLogitsLoss(pos_weight=None if weights is None else torch.tensor(weights))(logits, labels)
     torch.testing.assert_close(each.sum() / 7, expected)
 
 
 def test_a_number_costs_its_squared_error():
     logits, labels = torch.randn(7, 1, generator=torch.Generator().manual_seed(0)), torch.arange(7.0)
-    each = Classification().losses(logits, labels, TaskInfo(REGRESSION, ("score",)))
+    each = head_of(TaskInfo(REGRESSION, ("score",))).losses(logits, labels)
     torch.testing.assert_close(each.mean(), torch.nn.MSELoss()(logits[:, 0], labels))
 
 
@@ -247,10 +246,10 @@ def test_loss_and_outputs_agree_with_transformers_own(tmp_path):
     ids = torch.randint(5, 90, (4, 6), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 2, 1, 2])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "weight": torch.ones(4)}
-    task, info = Classification(), TaskInfo(SINGLE, ("a", "b", "c"))
+    head = head_of(TaskInfo(SINGLE, ("a", "b", "c")))
     expected = model(input_ids=ids, attention_mask=batch["attention_mask"], labels=labels)
-    outputs = task.outputs(model, batch, info, "own")
-    torch.testing.assert_close(task.loss(model, batch, info, "own") / 4, expected.loss)
+    outputs = head.outputs(model, batch, "own")
+    torch.testing.assert_close(head.loss(model, batch, "own") / 4, expected.loss)
     torch.testing.assert_close(outputs["logits"], expected.logits)
     torch.testing.assert_close(outputs["loss"].mean(), expected.loss)
 
@@ -327,7 +326,8 @@ def test_the_threshold_moves_multi_label_decisions():
         "weight": np.ones(1),
     }
     info, evaluation = TaskInfo(MULTI, ("a", "b")), EvaluationConfig(metrics=("exact_match",))
-    found = [Classification(threshold=level).metrics(outputs, info, evaluation)["exact_match"] for level in (0.5, 0.9)]
+    heads = [head_of(info, Classification(threshold=level)) for level in (0.5, 0.9)]
+    found = [head.metrics(outputs, evaluation)["exact_match"] for head in heads]
     assert found == [0.0, 1.0]
 
 
@@ -336,9 +336,9 @@ def test_the_best_metric_is_always_among_the_figures(problem):
     labels = np.eye(3) if problem == MULTI else np.array([0.0, 1.0, 2.0])
     logits = np.eye(3)[:, :1] if problem == REGRESSION else np.eye(3)
     outputs = {"logits": logits, "labels": labels, "loss": np.ones(3), "weight": np.full(3, 2.0)}
-    info = TaskInfo(problem, ("a",) if problem == REGRESSION else ("a", "b", "c"))
-    found = Classification().metrics(outputs, info, EvaluationConfig(metrics=()))
-    assert set(found) == {"loss", Classification().best_metric(info)}
+    head = head_of(TaskInfo(problem, ("a",) if problem == REGRESSION else ("a", "b", "c")), Classification())
+    found = head.metrics(outputs, EvaluationConfig(metrics=()))
+    assert set(found) == {"loss", head.best_metric}
     assert found["loss"] == 0.5
 
 

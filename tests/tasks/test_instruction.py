@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.data.batching import collate
 from peftkit.errors import DataError, ModelError, RecipeError
+from peftkit.heads.causal_lm import NAME, CausalLM
 from peftkit.schema.recipe import DataConfig, EvaluationConfig
 from peftkit.schema.registries import TASKS
+from peftkit.schema.types import TaskInfo
 from peftkit.tasks.instruction import Instruction
 from peftkit.tasks.windows import Stretch, pack
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+HEAD = CausalLM(TaskInfo(NAME))
 ASKED = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "Hello"}
 IM_END = 2
@@ -264,9 +267,9 @@ def test_packed_windows_hold_every_example_and_score_the_same(folder, tokenizer)
     assert all(len(ids) <= 128 for ids in packed["input_ids"])
     assert packed == Instruction(packing=True).encode(rows, tokenizer, config(), None)
     figures = []
-    for task, made in ((Instruction(), single), (Instruction(packing=True), packed)):
-        outputs = task.outputs(model, collate(made, tokenizer), None, "own")
-        figures.append(task.metrics({k: v.numpy() for k, v in outputs.items()}, None, EvaluationConfig()))
+    for made in (single, packed):
+        outputs = HEAD.outputs(model, collate(made, tokenizer), "own")
+        figures.append(HEAD.metrics({k: v.numpy() for k, v in outputs.items()}, EvaluationConfig()))
     assert figures[0]["tokens"] == sum(single["weight"]) == sum(packed["weight"])
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)
 
@@ -287,15 +290,13 @@ def test_loss_and_accuracy_are_those_of_transformers(folder, tokenizer):
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"],
             num_items_in_batch=int(sum(made["weight"])),
         )  # fmt: skip
-    outputs = task.outputs(model, batch, None, "own")
-    figures = task.metrics({k: v.numpy() for k, v in outputs.items()}, None, EvaluationConfig())
+    outputs = HEAD.outputs(model, batch, "own")
+    figures = HEAD.metrics({k: v.numpy() for k, v in outputs.items()}, EvaluationConfig())
     assert figures["loss"] == pytest.approx(float(theirs.loss), rel=1e-5)
     scored = batch["labels"][:, 1:] != -100
     right = (theirs.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:])[scored]
     assert figures["token_accuracy"] == pytest.approx(float(right.float().mean()))
-    assert float(task.loss(model, batch, None, "own").detach()) == pytest.approx(
-        float(theirs.loss) * scored.sum().item()
-    )
+    assert float(HEAD.loss(model, batch, "own").detach()) == pytest.approx(float(theirs.loss) * scored.sum().item())
 
 
 def test_the_prompt_for_generation_is_all_before_the_last_answer():

@@ -11,10 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.data.batching import collate
 from peftkit.errors import DataError, ModelError, RecipeError
+from peftkit.heads.causal_lm import NAME, CausalLM
 from peftkit.schema.recipe import DataConfig, EvaluationConfig
+from peftkit.schema.types import TaskInfo
 from peftkit.tasks.style import Style, tokens_of
 from peftkit.tasks.windows import stream
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
+
+HEAD = CausalLM(TaskInfo(NAME))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,8 @@ def test_the_loss_is_that_of_the_documents_alone(folder, tokenizer):
     rows, data, task = ["the king said no", "world bank money", "yes", "why not they"], config(max_length=128), Style()
     made = task.encode({"text": rows}, tokenizer, data, None)
     assert len(made["input_ids"]) == 1
-    outputs = task.outputs(model, collate(made, tokenizer), None, "own")
-    figures = task.metrics({name: value.numpy() for name, value in outputs.items()}, None, EvaluationConfig())
+    outputs = HEAD.outputs(model, collate(made, tokenizer), "own")
+    figures = HEAD.metrics({name: value.numpy() for name, value in outputs.items()}, EvaluationConfig())
     total, right, tokens = 0.0, 0, 0
     for ids in tokens_of(rows, tokenizer):
         tensor = torch.tensor([ids])
@@ -101,7 +105,7 @@ def test_the_loss_is_that_of_the_documents_alone(folder, tokenizer):
     assert figures["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert figures["perplexity"] == pytest.approx(np.exp(total / tokens), rel=1e-5)
     assert figures["token_accuracy"] == pytest.approx(right / tokens)
-    loss = task.loss(model, collate(made, tokenizer), None, "own")
+    loss = HEAD.loss(model, collate(made, tokenizer), "own")
     assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
 
 

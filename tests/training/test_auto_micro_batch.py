@@ -15,6 +15,7 @@ from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
 from peftkit.run import train
+from peftkit.schema.head import head_of
 from peftkit.training import auto_micro_batch
 from peftkit.training.step import Stepper, TaskModule
 from tests.faults import runs
@@ -55,7 +56,7 @@ class Held:
 def stepper_of(recipe):
     session = open_session(recipe)
     tokenizer, prepared = load_tokenizer(recipe.model), prepare(recipe)
-    module = TaskModule(build(recipe, prepared.info, tokenizer, session.device), recipe.task, prepared.info)
+    module = TaskModule(build(recipe, prepared.info, tokenizer, session.device), head_of(prepared.info, recipe.task))
     split = encode(prepared, tokenizer, recipe).splits["train"]
     schedule = type("None", (), {"step": lambda self: None})()
     return Stepper(recipe, session, module, Held(module), schedule, split, tokenizer)

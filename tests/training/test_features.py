@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import peftkit
 from peftkit import replace
+from peftkit.schema.head import head_of
 from peftkit.system.cache import cache_folder
 from peftkit.training import feature_store, features
 from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
@@ -86,7 +87,7 @@ def test_bit_for_bit_where_the_batches_are_the_same(bert, topics_csv):
     recipe = tiny.tiny_recipe(bert, method={"kind": "lora", "layers": -1}, data={"source": str(topics_csv)})
     tokenizer, prepared = load_tokenizer(recipe.model), prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
-    module = TaskModule(build(recipe, prepared.info, tokenizer), recipe.task, prepared.info)
+    module = TaskModule(build(recipe, prepared.info, tokenizer), head_of(prepared.info, recipe.task))
     made = features.plan(module, recipe, encoded, tokenizer, open_session(recipe), "base")
     rows, split = np.arange(8), made.run().splits["train"]
     batch = split.batch(rows, tokenizer)

@@ -8,6 +8,7 @@ import torch
 from peftkit.data.batching import collate
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
+from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from peftkit.training import frozen_trunk as stems
 from peftkit.training.step import TaskModule
@@ -22,7 +23,7 @@ TEXTS = ["the game", "a market of stock and bank money for the first day", "new 
 def module_of(folder, info=INFO, **parts):
     recipe = tiny.tiny_recipe(folder, **parts)
     tokenizer = load_tokenizer(recipe.model)
-    return TaskModule(build(recipe, info, tokenizer), recipe.task, info), tokenizer
+    return TaskModule(build(recipe, info, tokenizer), head_of(info, recipe.task)), tokenizer
 
 
 def batch_of(tokenizer, causal=False):

@@ -14,6 +14,7 @@ from peftkit.data.pipeline import encode, prepare
 from peftkit.distributed.session import open_session
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
+from peftkit.schema.head import head_of
 from peftkit.training.optimizer import parameter_groups
 from peftkit.training.step import Stepper, TaskModule
 
@@ -35,7 +36,7 @@ def gradients(recipe, rows):
     session = open_session(recipe)
     tokenizer, prepared = load_tokenizer(recipe.model), prepare(recipe)
     split = encode(prepared, tokenizer, recipe).splits["train"]
-    module = TaskModule(build(recipe, prepared.info, tokenizer, session.device), recipe.task, prepared.info)
+    module = TaskModule(build(recipe, prepared.info, tokenizer, session.device), head_of(prepared.info, recipe.task))
     held = Held(module)
     stepper = Stepper(recipe, session, module, held, type("None", (), {"step": lambda self: None})(), split, tokenizer)
     result = stepper.run(rows, 0)

@@ -1,0 +1,1 @@
+"""What a result is compared with, one file each; see ``peftkit.schema.baseline``."""

@@ -1,0 +1,231 @@
+"""The contract of a head: the output side of a model, from the last layer to the metrics.
+
+A task reads rows and names a head for them (``TaskInfo.problem_type``); everything that happens after the rows are
+tokenized is asked of the head: which transformers class is loaded, loss, predictions, metrics, and what planning,
+reports, exports and the model card say about it. Heads are registered in ``HEADS``, one file each in
+``peftkit/heads``, or in an installed distribution under the entry-point group ``peftkit.heads``. A head that gives
+each row one answer from logits extends ``peftkit.heads.classifier.Classifier``, which does most of this.
+
+Like methods and tasks, heads import torch, numpy and transformers only inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftkit.schema.registries import HEADS
+from peftkit.schema.types import Batch, LoadedModel, Prediction, Row, TaskInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from peftkit.schema.recipe import EvaluationConfig
+    from peftkit.schema.task import Task
+
+Statistics = Callable[["np.ndarray"], Mapping[str, float]]
+"""Row numbers, repeats allowed → the metrics of these rows, for the bootstrap."""
+Outputs = Mapping[str, "np.ndarray"]
+"""What ``Head.outputs`` returned for every example of a split, in order."""
+
+
+@dataclass(frozen=True)
+class StoredPredictions:
+    """A split's predictions, read back from ``predictions/SPLIT.jsonl``."""
+
+    gold: np.ndarray
+    """[rows] or [rows, labels]: what the rows ask for; equal in runs that are compared."""
+    statistics: Statistics
+    right: np.ndarray | None = None
+    """[rows] whether the answer is right, for McNemar's test; None compares all metrics by the paired bootstrap."""
+
+
+@dataclass(frozen=True)
+class Head(ABC):
+    """What a model's output means: how it is learned, scored and used. Fields after ``info`` are the head's options."""
+
+    info: TaskInfo
+
+    adds_layers: ClassVar[bool] = True
+    """Whether new layers on top of the base are trained, and saved in full; else the base's own output is used."""
+    pools: ClassVar[bool] = False
+    """Whether the tokens of a row become one vector, as ``model.pooling`` says."""
+    scores_tokens: ClassVar[bool] = False
+    """Whether the loss is over tokens, so that an example's ``weight`` counts its scored tokens."""
+    writes_text: ClassVar[bool] = False
+    """Whether the model generates text, rather than predicting something about its input."""
+    baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
+    """Baselines that results are compared with where the recipe names none."""
+    best_metric: ClassVar[str] = "loss"
+    """The validation metric by which the best checkpoint is chosen where the recipe names none."""
+    model_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "token_type_ids", "attention_mask")
+    """What the model reads of a batch when an export is compared with it."""
+    proof_rows: ClassVar[int] = 16
+    """Held-out examples on which an export is compared with the trained model."""
+    proof_tokens: ClassVar[int | None] = None
+    """Tokens of each of these examples; None for all."""
+    onnx: ClassVar[bool] = False
+    """Whether ``plain_logits`` can be exported to ONNX."""
+    pipeline_tag: ClassVar[str] = "other"
+    """The Hugging Face hub's name for such models, in the model card."""
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def auto_class(cls, pooling: str) -> str:
+        """Name of the transformers class that loads base and head."""
+
+    @property
+    def width(self) -> int:
+        """Rows of the last new layer's weight."""
+        return len(self.info.labels) or 1
+
+    def configure(self, config: PreTrainedConfig) -> None:  # noqa: B027
+        """Sets what the base's configuration must say about the head (``num_labels``, ``id2label``, …)."""
+
+    def initialize(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:  # noqa: B027
+        """Called once after the method's own ``initialize``, on every process alike, and again on resume."""
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def collate(self, columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> Batch | None:
+        """Columns of examples → padded tensors; None leaves it to ``data.batching.collate``."""
+        return None
+
+    @abstractmethod
+    def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
+        """The loss summed over the batch's scored examples or tokens (a scalar; the caller divides once)."""
+
+    @abstractmethod
+    def outputs(self, model: torch.nn.Module, batch: Batch, pooling: str) -> dict[str, torch.Tensor]:
+        """What evaluation needs of each row, first dimension = rows; always ``loss`` and ``weight`` [rows] fp32."""
+
+    @abstractmethod
+    def plain_logits(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
+        """[rows, labels] or [real tokens, labels]: the logits that the code in the model card gives."""
+
+    @abstractmethod
+    def example_batch(self, rows: int, tokens: int, *, packed: bool = False) -> Batch:
+        """A batch of that shape with arbitrary values, for planning; ``packed``: its rows hold several documents."""
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def metrics(self, outputs: Outputs, evaluation: EvaluationConfig) -> dict[str, float]:
+        """Metrics of a split; ``loss`` and ``best_metric`` are always among them.
+
+        Raises:
+            RecipeError, HubError: ``evaluation.metrics`` names one that is unknown or does not fit.
+        """
+
+    def metric_names(self, evaluation: EvaluationConfig) -> tuple[str, ...]:
+        """Names that ``metrics`` will return, as far as they are known beforehand."""
+        return tuple(dict.fromkeys(("loss", *(evaluation.metrics or ()), self.best_metric)))
+
+    def statistics(self, outputs: Outputs) -> Statistics | None:
+        """Metrics of any choice of rows, besides the loss, for their confidence intervals; None for the loss alone."""
+        return None
+
+    def right(self, outputs: Outputs) -> np.ndarray | None:
+        """[rows] whether each answer is right: accuracy then gets Wilson's interval; None without such a thing."""
+        return None
+
+    def details(self, outputs: Outputs, rows: Any, evaluation: EvaluationConfig) -> Row:
+        """What an assessment says besides the metrics, as JSON.
+
+        Reports show ``per_class``, ``confusion``, ``calibration``, ``pairs`` and ``mistakes``, each where it is there.
+
+        Args:
+            rows: the split's canonical rows: a ``datasets.Dataset``, a list, or columns by name.
+        """
+        return {}
+
+    def compare(self, outputs: Outputs, baseline: Outputs, name: str, confidence: float) -> tuple[Row | None, str]:
+        """The trained model against a baseline on the same rows: the test's result as JSON, and a sentence about it.
+
+        Args:
+            outputs, baseline: of the trained model and of the baseline, row by row.
+            name: of the baseline.
+        """
+        return None, ""
+
+    @abstractmethod
+    def prediction_rows(self, outputs: Outputs, rows: Sequence[Row]) -> list[Row]:
+        """A line of ``predictions/SPLIT.jsonl`` per canonical row; ``file`` and ``line`` tell where it came from."""
+
+    @abstractmethod
+    def read_predictions(self, lines: Sequence[Row]) -> StoredPredictions:
+        """The inverse of ``prediction_rows``, for comparing finished runs."""
+
+    @abstractmethod
+    def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
+        """What the model predicts for each row; empty for a head that writes text.
+
+        Args:
+            threshold: probability from which a label counts as given, in place of the task's own; heads that have no
+                such thing ignore it.
+        """
+
+    # -- baselines -------------------------------------------------------------------------------------------------
+
+    def constant_outputs(self, train: Any, rows: Any) -> tuple[dict[str, np.ndarray], str] | None:
+        """Outputs for ``rows`` that are the same for each, the best that is known from ``train``, and a note on them.
+
+        Args:
+            train, rows: canonical rows by column (``datasets.Dataset``).
+
+        Returns:
+            None where there is no such thing.
+        """
+        return None
+
+    def class_names(self) -> tuple[str, ...]:
+        """Names one of which fits each row, so that an untrained base can choose; empty where that is not so."""
+        return ()
+
+    # -- reports ---------------------------------------------------------------------------------------------------
+
+    def class_counts(self, rows: Any) -> dict[str, int]:
+        """Rows of each class among canonical rows; empty where there are no classes."""
+        return {}
+
+    def label_text(self, label: Any) -> str:
+        """An example's label in words."""
+        return str(label)
+
+    # -- the model card --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def summary(self) -> str:
+        """What the model does, to go after "It": "chooses one of 4 labels for a text"."""
+
+    @abstractmethod
+    def usage_code(self, pooling: str, max_length: int) -> list[str]:
+        """Python lines that use ``model``, ``tokenizer`` and ``torch`` and print an answer, without peftkit."""
+
+    def peftkit_code(self) -> list[str]:
+        """Python lines that use ``model``, a run loaded by ``peftkit.load``, and print an answer."""
+        return ['for one in model.predict(["a text", "another text"]):', "    print(one.label, one.probability)"]
+
+    def onnx_code(self) -> list[str]:
+        """Python lines that print an answer from ``logits``, a numpy array, where ``onnx`` is true."""
+        return ["print(logits.tolist())"]
+
+
+def head_of(info: TaskInfo, task: Task | None = None) -> Head:
+    """The head of a task's rows, with the task's options; without a task, with the head's own defaults.
+
+    Raises:
+        RecipeError: no head of that name is registered.
+    """
+    return HEADS.get(info.problem_type)(info, **(task.head_options(info) if task is not None else {}))
+
+
+def possible_heads(task: Task) -> tuple[type[Head], ...]:
+    """The heads that a task may need, known before its data are read."""
+    return tuple(HEADS.get(name) for name in task.heads)
