@@ -7,7 +7,6 @@ run.metrics["test"]["accuracy"], run.path
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,11 @@ from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import run_report
-from peftkit.runs import environment
 from peftkit.runs import folder as folders
 from peftkit.runs import resume as resuming
-from peftkit.runs.checkpoints import Checkpoint
+from peftkit.runs.environment import environment_changes
 from peftkit.schema.recipe import Recipe, replace
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.training import features, results
 from peftkit.training.device_support import check_device_support
 from peftkit.training.first_batches import FirstBatches
@@ -111,14 +109,18 @@ def train(
             prepared.splits["train"],
         )  # fmt: skip
         with folders.locked(folder, session, new=not resume):
-            checkpoint = _find_checkpoint(folder, fingerprints, allow, session, console) if resume else None
+            checkpoint = None
+            if resume:
+                checkpoint, notes = session.run_on_main(lambda: resuming.find_checkpoint(folder, fingerprints, allow))
+                for note in [*notes, *environment_changes(folder, session)]:
+                    console.warn(note)
             folders.describe_run(folder, recipe, prepared.info, session)
             session.start_trackers(recipe, folder)
             baselines = results.before_training(loop, model, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
             splits = results.HELD_OUT if final else ("validation",)
             scores = results.after_training(loop, model, prepared, baselines, splits)
-            unsharded = _unsharded(model, loop) if final else model
+            unsharded = _unsharded(model, loop, prepared.info) if final else model
             if session.is_main:
                 results.write(folder, scores)
             if session.is_main and final:
@@ -150,24 +152,14 @@ def _data_and_model(
     return recipe, tokenizer, prepared, encoded, loaded
 
 
-def _find_checkpoint(
-    folder: Path, fingerprints: Mapping[str, Any], allow: tuple[str, ...], session: Session, console: Any
-) -> Checkpoint | None:
-    """The checkpoint to resume from; notes what has changed. Only the main process reads."""
-    checkpoint, notes = session.run_on_main(lambda: resuming.find_checkpoint(folder, fingerprints, allow))
-    for note in [*notes, *environment.environment_changes(folder, session)]:
-        console.warn(note)
-    return checkpoint
-
-
-def _unsharded(model: LoadedModel, loop: Loop) -> LoadedModel:
+def _unsharded(model: LoadedModel, loop: Loop, info: TaskInfo) -> LoadedModel:
     """The trained model to export; of a sharded one, an unsharded copy on the main process's CPU."""
     if not loop.session.sharded:
         return model
     weights = loop.weights.tensors()
     if not loop.session.is_main:
         return model
-    copy = build(loop.recipe, loop.module.info, loop.tokenizer, "cpu")
+    copy = build(loop.recipe, info, loop.tokenizer, "cpu")
     trained = {name: parameter for name, parameter in copy.model.named_parameters() if parameter.requires_grad}
     sharding.load_full(trained, weights)
     return copy

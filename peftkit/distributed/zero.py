@@ -22,7 +22,7 @@ from peftkit.models.quantization import checkpoint
 from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe
 
-STAGES = (2, 3)
+STAGES, OFFLOAD = (2, 3), ("offload_optimizer", "offload_param")
 ELEMENTWISE = ("adamw", "sgd")
 """Optimizers that work on parameters flattened into one vector."""
 ALTERNATIVES = "use configs/accelerate/fsdp2.yaml, which shards the same tensors, or plain data parallelism"
@@ -46,11 +46,7 @@ def check(accelerator: Any, recipe: Recipe) -> None:
     """Raises RecipeError for what ZeRO cannot train with, before any work is done."""
     plugin = accelerator.deepspeed_plugin
     training, config = recipe.training, plugin.deepspeed_config["zero_optimization"]
-    offload = [
-        name
-        for name in ("offload_optimizer", "offload_param")
-        if str((config.get(name) or {}).get("device") or "none") != "none"
-    ]
+    offload = [name for name in OFFLOAD if ((config.get(name) or {}).get("device") or "none") != "none"]
     unsupported = {
         f"ZeRO stage {plugin.zero_stage}; use stage 2 or 3": plugin.zero_stage not in STAGES,
         "zero3_init_flag, which partitions weights before the method is applied; set it to false": (
@@ -133,10 +129,7 @@ def unshard(parameter: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def load_parameter(parameter: Any, tensor: torch.Tensor) -> None:
-    """Copies full weights into a trained parameter, both its fp32 weights and those used in forward passes.
-
-    A collective.
-    """
+    """Copies full weights into a trained parameter: its fp32 weights and those of forward passes. A collective."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
