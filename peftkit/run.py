@@ -1,4 +1,4 @@
-"""The whole flow, in one function that can be read, copied and reordered.
+"""The whole flow of a run, in one function that can be read, copied and reordered.
 
 run = peftkit.train(peftkit.get_recipe("bbc_news_lora"))
 run.metrics["test"]["accuracy"], run.path
@@ -6,10 +6,7 @@ run.metrics["test"]["accuracy"], run.path
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
 from peftkit.distributed import sharding
 from peftkit.distributed.session import Session, open_session
-from peftkit.errors import Interrupted, UserError
 from peftkit.export.adapter import export_run
 from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import run_report
 from peftkit.runs import folder as folders
-from peftkit.runs.checkpoints import Checkpoint
+from peftkit.runs import resume as resuming
+from peftkit.runs.environment import environment_changes
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.training import features, results
+from peftkit.training.device_support import check_device_support
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, ValidationCallback
@@ -47,12 +45,12 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Final figures: by split, by baseline, and of the training itself."""
+        """Final metrics: per split, per baseline, and of the training itself."""
         return dict(json.loads((self.path / folders.METRICS).read_text()))
 
     @property
     def adapter(self) -> Path:
-        """What was exported: ``adapter/``, or ``model/`` of a method that trains the base itself."""
+        """The exported folder: ``adapter/``, or ``model/`` for a method that trains the base itself."""
         return self.path / self.recipe.method.saves
 
     def predict(self, texts: Any, **options: Any) -> Any:
@@ -74,68 +72,73 @@ def train(
     on_validation: ValidationCallback | None = None,
     final: bool = True,
 ) -> Run:
-    """Carries out a recipe, from data to exported adapter.
+    """Runs a recipe, from data to exported adapter.
 
     Args:
         recipe: what to do.
-        resume: a run's folder to go on with, or True for the newest of this recipe's name.
+        resume: a run's folder to resume, or True for the newest of this recipe's name.
         allow: what may differ from the resumed run's checkpoint, by name ("data", "training.epochs").
         quiet: print no tables.
-        on_validation: told the step and the figures of every validation; what it raises ends the run.
-        final: False stops after training and validation: the test split stays unread, and nothing is exported.
-            Resumed with True, such a run is finished without being trained again.
+        on_validation: called with step and metrics after every validation; an exception that it raises ends the run.
+        final: False stops after training and validation: the test split is not read, and nothing is exported.
+            Resuming such a run with True finishes it without training it again.
 
     Raises:
-        UserError: something in the recipe, the data or the base is wrong; nothing is left behind.
-        Interrupted: stopped by a signal or the time limit; resumable.
-        TrainingError: loss or gradients were not finite, storage or memory gave out, or a process was lost.
+        UserError: something in the recipe, the data or the base model is wrong; nothing is left behind.
+        Interrupted: stopped by a signal or the time limit; the run can be resumed.
+        TrainingError: loss or gradients were not finite, storage or memory ran out, or a process was lost.
     """
     dtypes.silence_libraries()
     session = open_session(recipe)
+    check_device_support(recipe, session)
     with guarded(session):
-        recipe, tokenizer, prepared, encoded, loaded = _data_and_model(recipe, session)
-        module = TaskModule(loaded, head_of(prepared.info, recipe.task))
-        frozen = features.plan(module, recipe, encoded, tokenizer, session, loaded.fingerprint)
-        loaded.notes += [frozen.note] if frozen.note else []
-        say = run_report.console_reporter(session, quiet=quiet)
-        about = say.start(recipe, session, prepared, encoded, loaded)
+        recipe, tokenizer, prepared, encoded, model = _data_and_model(recipe, session)
+        module = TaskModule(model, head_of(prepared.info, recipe.task))
+        frozen = features.plan(module, recipe, encoded, tokenizer, session, model.fingerprint)
+        model.notes += [frozen.note] if frozen.note else []
+        console = run_report.console_reporter(session, quiet=quiet)
+        overview = console.start(recipe, session, prepared, encoded, model)
 
-        path = _folder(recipe, session, resume)
-        session.folder = path
-        fingerprints = folders.fingerprints(
-            recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=loaded.fingerprint,
+        folder = session.folder = folders.open_folder(recipe, session, resume)
+        fingerprints = resuming.fingerprints(
+            recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=model.fingerprint,
             world_size=session.world_size,
         )  # fmt: skip
-        rows = frozen.run(final=final)
+        features_or_tokens = frozen.run(final=final)
         loop = Loop(
-            recipe, session, module, tokenizer, rows, path, fingerprints, on_validation, prepared.splits["train"]
-        )
-        with folders.locked(path, session), _removed_if_unused(path, fresh=not resume):
-            checkpoint = _go_on_from(path, fingerprints, allow, session, say) if resume else None
-            folders.describe_run(path, recipe, prepared.info, session)
-            session.start_trackers(recipe, path)
-            before = results.before_training(loop, loaded, prepared) if final else results.PreTrainingBaselines()
+            recipe, session, module, tokenizer, features_or_tokens, folder, fingerprints, on_validation,
+            prepared.splits["train"],
+        )  # fmt: skip
+        with folders.locked(folder, session, new=not resume):
+            checkpoint = None
+            if resume:
+                checkpoint, notes = session.run_on_main(lambda: resuming.find_checkpoint(folder, fingerprints, allow))
+                for note in [*notes, *environment_changes(folder, session)]:
+                    console.warn(note)
+            folders.describe_run(folder, recipe, prepared.info, session)
+            session.start_trackers(recipe, folder)
+            baselines = results.before_training(loop, model, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
             splits = results.HELD_OUT if final else ("validation",)
-            found = results.after_training(loop, loaded, prepared, before, splits)
-            whole = _whole(loaded, loop, lambda: build(recipe, prepared.info, tokenizer, "cpu")) if final else loaded
+            scores = results.after_training(loop, model, prepared, baselines, splits)
+            unsharded = _unsharded(model, loop, prepared.info) if final else model
             if session.is_main:
-                results.write(path, found)
+                results.write(folder, scores)
             if session.is_main and final:
-                folders.write_json(path / run_report.ABOUT, about)
-                export_run(path, whole, recipe, prepared, encoded, found.metrics)
-                run_report.write(path)
+                folders.write_json(folder / run_report.ABOUT, overview)
+                export_run(folder, unsharded, recipe, prepared, encoded, scores.metrics)
+                run_report.write(folder)
             session.accelerator.wait_for_everyone()
             session.accelerator.end_training()
-    say.end(path, recipe, found)
-    return Run(path, recipe)
+    console.end(folder, recipe, scores)
+    return Run(folder, recipe)
 
 
 def _data_and_model(
     recipe: Recipe, session: Session
 ) -> tuple[Recipe, PreTrainedTokenizerBase, PreparedData, EncodedData, LoadedModel]:
-    """What is learned from and what learns; without packing, where the model could not keep packed rows apart."""
-    with session.accelerator.main_process_first():  # the others then read its caches
+    """Data, tokenizer and model; the recipe without packing if the model cannot separate packed rows."""
+    with session.accelerator.main_process_first():  # then the others read its caches
         tokenizer = load_tokenizer(recipe.model)
         prepared = prepare(recipe)
         encoded = encode(prepared, tokenizer, recipe)
@@ -150,35 +153,21 @@ def _data_and_model(
     return recipe, tokenizer, prepared, encoded, loaded
 
 
-def _folder(recipe: Recipe, session: Session, resume: str | Path | bool | None) -> Path:
-    """The folder of the run to go on with, or a new one."""
-    if resume:
-        return session.run_on_main(lambda: folders.find_run(recipe, resume))
-    return folders.new_folder(recipe, session)
-
-
-def _whole(loaded: LoadedModel, loop: Loop, make: Callable[[], LoadedModel]) -> LoadedModel:
-    """The trained model; of one in pieces a second one on the main process's CPU, made whole to be exported."""
+def _unsharded(model: LoadedModel, loop: Loop, info: TaskInfo) -> LoadedModel:
+    """The trained model to export; of a sharded one, an unsharded copy on the main process's CPU."""
     if not loop.session.sharded:
-        return loaded
+        return model
     weights = loop.weights.tensors()
     if not loop.session.is_main:
-        return loaded
-    made = make()
-    sharding.load({name: held for name, held in made.model.named_parameters() if held.requires_grad}, weights)
-    return made
-
-
-def _go_on_from(path: Path, fingerprints: Any, allow: tuple[str, ...], session: Session, say: Any) -> Checkpoint | None:
-    """The checkpoint to go on from; says what is not as it was. Only the main process reads."""
-    checkpoint, said = session.run_on_main(lambda: folders.resumable(path, fingerprints, allow))
-    for line in [*said, *folders.other_surroundings(path, session)]:
-        say.warn(line)
-    return checkpoint  # type: ignore[no-any-return]
+        return model
+    copy = build(loop.recipe, info, loop.tokenizer, "cpu")
+    trained = {name: parameter for name, parameter in copy.model.named_parameters() if parameter.requires_grad}
+    sharding.load_full(trained, weights)
+    return copy
 
 
 def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
-    """Whether the recipe packs rows for a model that cannot keep them apart; batches by length do it then."""
+    """Whether the recipe packs rows for a model that cannot separate them; they are batched by length instead."""
     if not recipe.task.packs:
         return False
     from peftkit.models.packing import supports_packing
@@ -187,14 +176,3 @@ def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
     if not able:
         loaded.notes.append(f"rows are batched by length and not packed: {reason}")
     return not able
-
-
-@contextlib.contextmanager
-def _removed_if_unused(path: Path, *, fresh: bool) -> Iterator[None]:
-    """Removes a fresh folder when what was given turns out wrong, or a signal comes, before the first step."""
-    try:
-        yield
-    except (UserError, Interrupted):
-        if fresh and not (path / "checkpoints").exists():
-            shutil.rmtree(path, ignore_errors=True)
-        raise

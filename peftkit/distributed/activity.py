@@ -1,7 +1,7 @@
-"""Whether a process gets anything done: its CPU time, what its threads and children are at, and where it stands.
+"""Whether a process is doing anything: its CPU time, its I/O, the state of its threads and children, and its location.
 
-A process that waits in a collective for another one sleeps, and so does one that hangs in a lock or a lost connection.
-One that is starved of the processor on a busy machine does not sleep: it waits to run, and counts as active.
+A process that waits in a collective for another one sleeps, and so does one that hangs on a lock or a lost connection.
+One that gets no CPU time on a busy machine does not sleep: it is runnable, and counts as active.
 """
 
 from __future__ import annotations
@@ -17,86 +17,80 @@ from types import FrameType
 import psutil
 
 BUSY = 0.2
-"""CPU seconds a second from which on a process is at work; a progress bar takes a twentieth of one."""
+"""CPU seconds per second from which a process counts as active; a progress bar takes 0.05."""
 BYTES = 1 << 12
-"""Bytes read or written since the last look from which on it is at work."""
-WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/", "accelerate/utils/operations.py")
-"""Where the main thread stands while it waits for other processes; a backward pass waits in its hooks."""
+"""Bytes read or written since the last call from which it counts as active."""
+COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py", "torch/nn/parallel/", "accelerate/utils/operations.py")
+"""Files that the main thread is in while it waits for other processes; a backward pass waits in its hooks."""
 DEPTH = 6
-"""Innermost calls that are looked at for this."""
+"""Innermost stack frames that are compared with these."""
 
 
 class Activity:
-    """Told by ``look`` every now and then, how long this process has done nothing.
+    """Measures how long this process has been idle; ``idle_seconds`` is called at regular intervals.
 
-    Only Linux says what threads are at; elsewhere the CPU time alone must do.
+    Only Linux reports the state of threads; elsewhere CPU time alone decides.
     """
 
     def __init__(self) -> None:
-        self._looked = self._active = time.monotonic()
-        self._spent, self._moved = _spent(), _moved()
+        self._last_call = self._last_active = time.monotonic()
+        self._cpu, self._io = time.process_time(), _io_bytes()
 
-    def look(self) -> float:
-        """Seconds since this process or a child of it last did something."""
-        now, spent = time.monotonic(), _spent()
-        busy = spent - self._spent > BUSY * (now - self._looked) or _moved() - self._moved > BYTES
-        if busy or _threads_at_work() or _children_at_work():
-            self._active = now
-        self._looked, self._spent, self._moved = now, _spent(), _moved()  # what looking took is not counted
-        return now - self._active
+    def idle_seconds(self) -> float:
+        """Seconds since this process or one of its children was last active."""
+        now, cpu = time.monotonic(), time.process_time()
+        busy = cpu - self._cpu > BUSY * (now - self._last_call) or _io_bytes() - self._io > BYTES
+        if busy or _threads_active() or _children_active():
+            self._last_active = now
+        self._last_call, self._cpu, self._io = now, time.process_time(), _io_bytes()  # without the cost of this call
+        return now - self._last_active
 
-    def forgive(self, seconds: float) -> None:
-        """Takes off a time in which the whole process stood still, as when it was stopped and went on."""
-        self._active += seconds
+    def discount(self, seconds: float) -> None:
+        """Takes off a time during which the whole process was suspended."""
+        self._last_active += seconds
 
 
-def whereabouts() -> tuple[str, bool]:
-    """Where the main thread stands, such as ``loop.py:120 in _step``, and whether it waits for other processes."""
+def main_thread_location() -> tuple[str, bool]:
+    """The main thread's location, such as ``loop.py:120 in _step``, and whether it waits for other processes."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "?", False
-    code, waits = frame.f_code, False
-    place = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+    code, waiting = frame.f_code, False
+    location = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
     for _ in range(DEPTH):
         if frame is None:
             break
-        waits = waits or any(part in frame.f_code.co_filename for part in WAITING)
+        waiting = waiting or any(part in frame.f_code.co_filename for part in COLLECTIVES)
         frame = frame.f_back
-    return place, waits
+    return location, waiting
 
 
-def _spent() -> float:
-    """CPU seconds of this process."""
-    times = os.times()
-    return times.user + times.system
-
-
-def _moved() -> int:
-    """Bytes that this process has read and written so far; 0 where the system does not say."""
+def _io_bytes() -> int:
+    """Bytes that this process has read and written so far; 0 where the system does not report them."""
     with contextlib.suppress(OSError, ValueError):
         return sum(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines()[:2])
     return 0
 
 
-def _threads_at_work() -> bool:
-    """Whether a thread runs, wants to run or waits for a disk.
+def _threads_active() -> bool:
+    """Whether a thread is running, runnable or waiting for a disk.
 
-    Python's own threads but the main one are left out: they keep bars, trackers and this watch alive.
+    Python's threads other than the main one are left out: they run progress bars, trackers and the watchdog.
     """
-    aside = {thread.native_id for thread in threading.enumerate() if thread is not threading.main_thread()}
+    helpers = {thread.native_id for thread in threading.enumerate() if thread is not threading.main_thread()}
     with contextlib.suppress(OSError):
-        return any(_state(task) in "RD" for task in os.listdir("/proc/self/task") if int(task) not in aside)
+        return any(_state(task) in "RD" for task in os.listdir("/proc/self/task") if int(task) not in helpers)
     return False
 
 
 def _state(task: str) -> str:
-    """A thread's state, a letter of proc(5); X for one that has gone."""
+    """A thread's state, a letter of proc(5); X for one that has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()[0]
     return "X"
 
 
-def _children_at_work() -> bool:
+def _children_active() -> bool:
     with contextlib.suppress(psutil.Error, OSError):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):

@@ -1,181 +1,229 @@
-"""Rows of one command shared between the processes that a launcher started: each does its part, the main one writes.
+"""The processes of one job: work done by the main one, work shared by all, and errors raised on all.
 
-    with processes.joined() as group:
+    with init_process_group() as group:
         model = group.main_first(lambda: load(run, device=group.device))
-        for chunk in group.chunks(rows, 512):                    # read by the main process alone
-            labels = group.map_sharded(chunk, model.predict)           # in the chunk's order, on every process
+        for chunk in group.chunks(rows, 512):                  # read by the main process only
+            labels = group.map_sharded(chunk, model.predict)   # in the chunk's order, on every process
 
-All processes run the same lines. Item i of a list is rank ``i % world_size``'s, so that no item is lost or done twice
-however they divide, and a rank may have none. Every process holds the whole model. An error of one is raised on all,
-after which the main one alone speaks of it; one that is killed or stopped is named by the watch of training.
+All processes run the same lines. Every method that takes ``work`` is a collective, and an error on one process is
+raised on all. A process that is killed or hangs is reported by the watchdog. Training's ``Session`` is such a group.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from peftkit.distributed.launched import missing_processes
+from peftkit.distributed.watchdog import Watchdog
 from peftkit.errors import PeftkitError, RunError, TrainingError
+from peftkit.system.parallel import local_processes, share_of_cores
+
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells a process beside WORLD_SIZE."""
-PATIENCE = 5.0
-"""Seconds to wait for the word which process was lost, after a collective failed."""
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that a launcher sets besides WORLD_SIZE."""
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
+"""How long collectives wait: the main process may download, tokenize or export for longer than the defaults (gloo 30
+minutes, NCCL 10), and the watchdog notices processes that die or hang."""
+LOST_SECONDS = 5.0
+"""Seconds to wait for the watchdog to name the lost process after a collective failed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProcessGroup:
-    """One process's view of those that share the rows."""
+    """One process's view of its job; a group of one communicates nothing."""
 
     rank: int = 0
     world_size: int = 1
-    device: str | None = None
-    """Where this process's model goes; None leaves the choice to whoever loads it."""
+    device: Any = None
+    """This process's device; None leaves the choice to whoever loads the model."""
+
+    shared_errors: ClassVar[type[Exception]] = Exception
+    """Errors that are raised on all processes. After any other, the watchdog ends the processes that wait."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that reads, writes and speaks."""
+        """Whether this is the one process that reads, writes and prints."""
         return self.rank == 0
 
     def run_collectively(self, work: Callable[[], Result]) -> Result:
-        """What this process's work gives, once all have done theirs.
+        """Runs ``work`` on every process and returns this process's result once all have finished.
 
         Raises:
-            PeftkitError: the first failing process's error, on every process.
+            PeftkitError: the error of the first process that failed, on every process.
         """
         if self.world_size == 1:
             return work()
-        result: Any = None
-        error: PeftkitError | None = None
-        try:
-            result = work()
-        except PeftkitError as raised:
-            error = raised
-        except Exception as raised:  # a process that left by itself would leave the others waiting
-            error = TrainingError(f"{type(raised).__name__}: {raised}")
-            error.__cause__ = raised
-        for rank, told in enumerate(self._gathered(error)):
-            if told is not None:
-                found = error if error and rank == self.rank else told
-                found.shared = True
-                found.args = (f"rank {rank}: {found}" if rank else str(found), *found.args[1:])
-                raise found
-        return result  # type: ignore[no-any-return]
-
-    def gather(self, work: Callable[[], Result]) -> list[Result]:
-        """What every process's work gives, by rank, on every process; an error of one is raised on all."""
-        return self._gathered(self.run_collectively(work))
+        result, own = self._attempt(work)
+        for rank, error in enumerate(self.all_gather_object(own)):
+            if error is not None:
+                error = own if own and rank == self.rank else error
+                error.shared = True
+                error.args = (f"rank {rank}: {error}" if rank else str(error), *error.args[1:])
+                raise error
+        return result  # type: ignore[return-value]
 
     def run_on_main(self, work: Callable[[], Result]) -> Result:
-        """What the main process's work gives, on every process."""
-        made = self.run_collectively(work if self.is_main else _nothing)
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            held: list[Any] = [made]
-            dist.broadcast_object_list(held, src=0)
-            made = held[0]
-        return made  # type: ignore[return-value]
+        """Runs ``work`` on the main process and returns its result, or raises its error, on every process."""
+        if self.world_size == 1:
+            return work()
+        result, error = self.broadcast_object(self._attempt(work) if self.is_main else None)
+        if error:
+            error.shared = True
+            raise error
+        return result  # type: ignore[no-any-return]
 
     def main_first(self, work: Callable[[], Result]) -> Result:
-        """What this process's own work gives; the others begin when the main one has filled the caches."""
+        """Runs ``work`` on every process; the others start once the main one has filled the caches."""
+        if not self.is_main:
+            self.run_collectively(lambda: None)
+        result = self.run_collectively(work)
         if self.is_main:
-            made = self.run_collectively(work)
-            self.run_collectively(_nothing)
-        else:
-            self.run_collectively(_nothing)
-            made = self.run_collectively(work)
-        return made
+            self.run_collectively(lambda: None)
+        return result
+
+    def gather(self, work: Callable[[], Result]) -> list[Result]:
+        """Runs ``work`` on every process and returns all results by rank, on every process."""
+        return self.all_gather_object(self.run_collectively(work))
 
     def map_sharded(self, items: Sequence[Item], work: Callable[[list[Item]], Iterable[Result]]) -> list[Result]:
-        """A result for each item, in their order, on every process; ``work`` gives those of some, in their order."""
+        """Applies ``work``, which maps a list to as many results, to all items; returns all results on every process.
+
+        Item i goes to rank ``i % world_size``; a rank may have none.
+        """
         if self.world_size == 1:
             return list(work(list(items)))
-        mine = list(items[self.rank :: self.world_size])
-        parts = self.gather(lambda: list(work(mine)) if mine else [])
-        whole: list[Any] = [None] * len(items)
-        for rank, part in enumerate(parts):
-            whole[rank :: self.world_size] = part  # raises ValueError unless there is one result an item
-        return whole
+        own = list(items[self.rank :: self.world_size])
+        results: list[Any] = [None] * len(items)
+        for rank, shard in enumerate(self.gather(lambda: list(work(own)) if own else [])):
+            results[rank :: self.world_size] = shard  # raises ValueError unless there is one result per item
+        return results
 
     def chunks(self, rows: Iterator[Item], size: int) -> Iterator[list[Item]]:
-        """Rows that the main process reads, on every process: at most ``size`` for each of them at a time."""
+        """Yields the rows that the main process reads, on every process: at most ``size`` per process at a time."""
         while chunk := self.run_on_main(lambda: list(itertools.islice(rows, size * self.world_size))):
             yield chunk
 
-    def _gathered(self, value: Any) -> list[Any]:
-        if self.world_size == 1:
-            return [value]
-        import torch.distributed as dist
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every process's value by rank, on every process."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            import torch.distributed as dist
 
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        values = [value]
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def broadcast_tensors(self, read: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors that ``read`` returns on the main process, on every process's CPU; sent one at a time."""
+        if self.world_size == 1:
+            return dict(read())
+        import torch
+
+        tensors: dict[str, torch.Tensor] = {}
+
+        def read_shapes() -> dict[str, Any]:
+            tensors.update(read())
+            return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+        received = {}
+        for name, (shape, dtype) in self.run_on_main(read_shapes).items():
+            tensor = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(self.device)
+            torch.distributed.broadcast(tensor, src=0)
+            received[name] = tensor.cpu()
+        return received
+
+    def all_reduce_max(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.world_size == 1:
+            return value
+        import torch
+
+        tensor = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
+
+    def new_watchdog(self, **options: Any) -> Watchdog:
+        """A watchdog over the group's processes, which meet on the loopback unless there are several machines."""
+        several_machines = local_processes() < self.world_size
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1") if several_machines else "127.0.0.1"
+        return Watchdog(self.rank, self.world_size, self.broadcast_object, address=address, **options)
+
+    def _attempt(self, work: Callable[[], Result]) -> tuple[Result | None, PeftkitError | None]:
+        """The result of ``work``, or its error as one that every process can raise."""
+        try:
+            return work(), None
+        except self.shared_errors as raised:
+            if isinstance(raised, PeftkitError):
+                return None, raised
+            error = TrainingError(f"{type(raised).__name__}: {raised}")
+            error.__cause__ = raised
+            return None, error
 
 
 @contextlib.contextmanager
 def init_process_group() -> Iterator[ProcessGroup]:
-    """Brings the launched processes together while a command runs; without a launcher a group of one.
+    """Connects the launched processes while a command runs; without a launcher, a group of one.
 
-    Each takes the GPU of its local rank where there are any, and its share of the CPU's cores. That more processes were
-    asked for than run is told on stderr.
+    Each process takes the GPU of its local rank where there are any, and its share of the CPU cores. A note on stderr
+    says when fewer processes run than were requested.
 
     Raises:
-        RunError: there are to be several processes, and the launcher has not said how they find each other.
+        RunError: WORLD_SIZE asks for several processes, and the launcher's other variables are missing.
         TrainingError: a process was lost.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) < 2:
-        note = missing_processes(1)
-        if note:
+        if note := missing_processes(1):
             print(f"peftkit: {note}", file=sys.stderr)
         yield ProcessGroup()
         return
     import torch.distributed as dist
 
-    from peftkit.distributed.watchdog import Watchdog, address
-    from peftkit.system.parallel import local_processes
-
-    group, ours = _meet()
+    initialized = not dist.is_initialized()
     try:
-        where = address(group.world_size, local_processes())
-        # a pipe that is read may be silent for as long as it likes
-        with Watchdog(
-            group.rank, group.world_size, lambda value: group.run_on_main(lambda: value), address=where,
-            outside=math.inf, then="Run it again",
-        ) as watch:  # fmt: skip
+        group = _join_group()
+        # a pipe that rows are read from may be idle for any time
+        with group.new_watchdog(idle_limit=math.inf, advice="Run it again") as watchdog:
             try:
                 yield group
-            except RuntimeError as error:  # a collective that another process left
-                lost = watch.lost(wait=PATIENCE)
+            except RuntimeError as failure:  # a collective that another process left
+                lost = watchdog.lost(wait=LOST_SECONDS)
                 if not lost:
                     raise
-                told = TrainingError(f"{lost}; run it again")
-                speaker = 1 if lost.startswith("rank 0") and "failed" not in lost else 0
-                told.shared = group.rank != speaker
-                raise told from error
+                error = TrainingError(f"{lost}; run it again")
+                reporting_rank = 1 if lost.startswith("rank 0") and "failed" not in lost else 0
+                error.shared = group.rank != reporting_rank
+                raise error from failure
     finally:
-        if ours:
+        if initialized and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _meet() -> tuple[ProcessGroup, bool]:
-    """This process's place among the launched ones, and whether it was made here; sets its device and threads."""
+def _join_group() -> ProcessGroup:
+    """Joins the launched processes and sets this one's device and threads."""
     import torch
     import torch.distributed as dist
 
-    from peftkit.distributed import session
-    from peftkit.system import parallel
-
-    missing = [name for name in NEEDED if not os.environ.get(name)]
+    missing = [name for name in LAUNCHER_VARIABLES if not os.environ.get(name)]
     if missing:
         raise RunError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes with "
@@ -185,12 +233,7 @@ def _meet() -> tuple[ProcessGroup, bool]:
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    ours = not dist.is_initialized()
-    if ours:  # objects go over the CPU, whatever the models are on
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=session.PATIENCE)
-    torch.set_num_threads(parallel.share_of_cores(None))
-    return ProcessGroup(dist.get_rank(), dist.get_world_size(), device), ours
-
-
-def _nothing() -> Any:
-    return None
+    if not dist.is_initialized():  # objects are sent over the CPU, whatever device the models are on
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    torch.set_num_threads(share_of_cores(None))
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), device)

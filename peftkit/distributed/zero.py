@@ -2,10 +2,10 @@
 
     accelerate launch --config_file configs/accelerate/zero3.yaml --num_processes 4 recipes/instruct_alpaca_lora.py
 
-DeepSpeed's engine makes the optimizer's step inside the last backward pass, and clips there. Each process then keeps a
-share of the optimizer's state and of the fp32 weights, and in stage 3 also of the weights that passes use. What a
-checkpoint holds is made whole from them, under the parameters' own names, so that ours are the only checkpoints, are
-read without DeepSpeed, and go on exactly. Written for DeepSpeed 0.19.
+DeepSpeed's engine clips gradients and makes the optimizer step inside the last backward pass. Each process keeps a
+partition of the optimizer's state and of the fp32 weights, and in stage 3 also of the weights that forward passes use.
+Checkpoints are ours: unsharded tensors under the parameters' own names, readable without DeepSpeed, from which a run
+resumes exactly. Written for DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from peftkit.models.quantization import checkpoint
 from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe
 
-STAGES = (2, 3)
+STAGES, OFFLOAD = (2, 3), ("offload_optimizer", "offload_param")
 ELEMENTWISE = ("adamw", "sgd")
-"""Optimizers that may be given parameters as pieces of one long vector."""
-OTHERS = "use configs/accelerate/fsdp2.yaml, which shards the same things, or plain data parallelism"
+"""Optimizers that work on parameters flattened into one vector."""
+ALTERNATIVES = "use configs/accelerate/fsdp2.yaml, which shards the same tensors, or plain data parallelism"
 
 
-def asked_for() -> bool:
+def is_requested() -> bool:
     """Whether Accelerate's launcher was configured for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def check_installed() -> None:
-    """Raises RecipeError where DeepSpeed was asked for and is not there."""
-    if asked_for() and find_spec("deepspeed") is None:
+    """Raises RecipeError if DeepSpeed is requested but not installed."""
+    if is_requested() and find_spec("deepspeed") is None:
         raise RecipeError(
-            "accelerate is configured for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19', or "
-            + OTHERS.removeprefix("use ")
+            f"accelerate is configured for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19', or "
+            f"{ALTERNATIVES}"
         )
 
 
@@ -46,11 +46,12 @@ def check(accelerator: Any, recipe: Recipe) -> None:
     """Raises RecipeError for what ZeRO cannot train with, before any work is done."""
     plugin = accelerator.deepspeed_plugin
     training, config = recipe.training, plugin.deepspeed_config["zero_optimization"]
-    offload = [name for name in ("offload_optimizer", "offload_param") if _device(config.get(name)) != "none"]
-    method = type(recipe.method)
-    wrong = {
-        f"ZeRO stage {plugin.zero_stage}, and only 2 and 3 are supported": plugin.zero_stage not in STAGES,
-        "zero3_init_flag, which tears weights apart before a method sees them; set it to false": plugin.zero3_init_flag,
+    offload = [name for name in OFFLOAD if ((config.get(name) or {}).get("device") or "none") != "none"]
+    unsupported = {
+        f"ZeRO stage {plugin.zero_stage}; use stage 2 or 3": plugin.zero_stage not in STAGES,
+        "zero3_init_flag, which partitions weights before the method is applied; set it to false": (
+            plugin.zero3_init_flag
+        ),
         f"{' and '.join(offload)}, which brings its own optimizer": bool(offload),
         f"training.optimizer={training.optimizer}; use {' or '.join(ELEMENTWISE)}": (
             training.optimizer not in ELEMENTWISE
@@ -59,21 +60,21 @@ def check(accelerator: Any, recipe: Recipe) -> None:
             recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
         ),
         f"method.kind={recipe.method.kind}, which changes weights after a step": (
-            method.after_step is not Method.after_step
+            type(recipe.method).after_step is not Method.after_step
         ),
-        "training.nonfinite=skip: the step is made before its numbers are known": training.nonfinite == "skip",
+        "training.nonfinite=skip: the step is made before its loss is known": training.nonfinite == "skip",
         "training.weight_averaging": bool(training.weight_averaging),
         "training.micro_batch=auto": training.micro_batch == "auto",
     }
-    found = [said for said, applies in wrong.items() if applies]
-    if found:
-        raise RecipeError(f"DeepSpeed cannot be used with {found[0]}; or {OTHERS}")
+    for feature, present in unsupported.items():
+        if present:
+            raise RecipeError(f"DeepSpeed does not work with {feature}; or {ALTERNATIVES}")
 
 
-def load_whole() -> None:
-    """Keeps transformers from loading weights in pieces, which stage 3 makes it do, flag or not.
+def disable_partitioned_loading() -> None:
+    """Keeps transformers from partitioning weights as it loads them, which stage 3 would make it do, flag or not.
 
-    Methods look at whole weights, and the main process loads first, by itself; DeepSpeed cuts them afterwards.
+    Methods need full weights, and the main process loads first, by itself; DeepSpeed partitions them afterwards.
     """
     from transformers.integrations import unset_hf_deepspeed_config
 
@@ -81,15 +82,15 @@ def load_whole() -> None:
 
 
 def configure(accelerator: Any, recipe: Recipe, module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Tells DeepSpeed what the recipe says: precision and clipping; and which weights are used by whom.
+    """Gives DeepSpeed the recipe's precision and clipping, and registers weights with the modules that use them.
 
-    In stage 3 a module's own weights are gathered when it is called. Adapter layers use those of modules within them
-    without a call, and tasks those outside of the blocks (embeddings, head): such weights are registered with the
-    module that uses them.
+    In stage 3 a module's own weights are gathered when it is called. Adapter layers use the weights of submodules that
+    they do not call, and tasks use those outside of the blocks (embeddings, head): such weights are registered with
+    the module that uses them.
     """
     plugin = accelerator.deepspeed_plugin
     plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed counts samples with these, nothing more
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts samples with these
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.training.max_grad_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -100,35 +101,35 @@ def configure(accelerator: Any, recipe: Recipe, module: torch.nn.Module, dtype: 
     from deepspeed.runtime.zero import register_external_parameter
 
     names = set(getattr(module, "_no_split_modules", ()))
-    blocks = [part for part in module.modules() if type(part).__name__ in names]
+    blocks = [submodule for submodule in module.modules() if type(submodule).__name__ in names]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    adapted = [part for block in blocks for part in block.modules() if hasattr(part, "base_layer")]
-    used = [(part, parameter) for part in adapted for parameter in part.parameters()]
-    used += [(module, parameter) for parameter in module.parameters() if id(parameter) not in inside]
-    for part, parameter in used:
-        register_external_parameter(part, parameter)
+    adapted = [layer for block in blocks for layer in block.modules() if hasattr(layer, "base_layer")]
+    users = [(layer, parameter) for layer in adapted for parameter in layer.parameters()]
+    users += [(module, parameter) for parameter in module.parameters() if id(parameter) not in inside]
+    for user, parameter in users:
+        register_external_parameter(user, parameter)
 
 
-def holds(parameter: Any) -> bool:
-    """Whether ZeRO keeps the parameter's fp32 weights, in pieces."""
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO partitions the parameter's fp32 weights."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def shape(parameter: Any) -> tuple[int, ...]:
-    """A parameter's own shape, of whose tensor stage 3 leaves nothing between passes."""
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """A parameter's shape; in stage 3 its own tensor is empty between forward passes."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def whole(parameter: Any) -> torch.Tensor:
-    """A trained parameter's fp32 weights; a collective."""
+def unshard(parameter: Any) -> torch.Tensor:
+    """A trained parameter's full fp32 weights; a collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter).detach().clone()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def put(parameter: Any, tensor: torch.Tensor) -> None:
-    """Puts whole weights into a trained parameter, both those that passes use and the fp32 ones; a collective."""
+def load_parameter(parameter: Any, tensor: torch.Tensor) -> None:
+    """Copies full weights into a trained parameter: its fp32 weights and those of forward passes. A collective."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -138,77 +139,71 @@ def put(parameter: Any, tensor: torch.Tensor) -> None:
         return
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.data.copy_(tensor)
-    safe_set_local_fp32_param(parameter, _piece(parameter, tensor))
+    safe_set_local_fp32_param(parameter, _partition(parameter, tensor))
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as ``PARAMETER/KEY`` → whole tensor; empty before the first step. A collective."""
+    """The optimizer's state as ``PARAMETER/KEY`` → full tensor; empty before the first step. A collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    _link(model, optimizer)
+    _link_state(model, optimizer)
     states = list(optimizer.state.values())
     keys = list(states[0]) if states else []
-    found = {}
+    tensors = {}
     for name, parameter in model.named_parameters():
         for key in keys if parameter.requires_grad else ():
             value = states[0][key]
-            one = value.ndim == 0  # a step's number is the same for all
-            found[f"{name}/{key}"] = value.clone() if one else safe_get_full_optimizer_state(parameter, key).clone()
-    return found
+            scalar = value.ndim == 0  # the step count is the same for all
+            tensors[f"{name}/{key}"] = (value if scalar else safe_get_full_optimizer_state(parameter, key)).clone()
+    return tensors
 
 
 @torch.no_grad()
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Puts back what ``optimizer_tensors`` gave, each process its share."""
+    """Loads what ``optimizer_tensors`` returned; each process takes its partition."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    parameters = {name: held for name, held in model.named_parameters() if held.requires_grad}
-    keys = {name.rpartition("/")[2]: tensor for name, tensor in tensors.items()}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    values = {name.rpartition("/")[2]: tensor for name, tensor in tensors.items()}
     optimizer.state.clear()
-    if not keys:
+    if not values:
         return
-    for flat in _flats(parameters, optimizer):
-        optimizer.state[flat] = {
-            key: torch.zeros_like(flat) if value.ndim else value.clone() for key, value in keys.items()
+    for vector in _flat_vectors(parameters, optimizer):
+        optimizer.state[vector] = {
+            key: torch.zeros_like(vector) if value.ndim else value.clone() for key, value in values.items()
         }
-    _link(model, optimizer)
+    _link_state(model, optimizer)
     for name, parameter in parameters.items():
-        for key, value in keys.items():
-            if value.ndim == 0:
-                continue
+        for key in (key for key, value in values.items() if value.ndim):
             tensor = tensors[f"{name}/{key}"]
             if hasattr(parameter, "ds_id"):
-                safe_set_local_optimizer_state(parameter, _piece(parameter, tensor), key)
+                safe_set_local_optimizer_state(parameter, _partition(parameter, tensor), key)
             else:
                 safe_set_full_optimizer_state(parameter, tensor.to(parameter.device), key)
 
 
-def _link(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Tells stage 2's parameters where in the long vectors their state lies: DeepSpeed does so for the first group."""
+def _link_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Links stage 2's parameters to their state in the flat vectors; DeepSpeed does so for the first group only."""
     for parameter in model.parameters():
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None:
-            flat = optimizer.param_groups[mapping.param_group_index]["params"][0]
-            if flat in optimizer.state:
-                mapping.set_optim_state_fragment(flat, optimizer.state[flat])
+            vector = optimizer.param_groups[mapping.param_group_index]["params"][0]
+            if vector in optimizer.state:
+                mapping.set_optim_state_fragment(vector, optimizer.state[vector])
 
 
-def _flats(parameters: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The long vectors that the optimizer is given in place of parameters."""
-    owner = next((held._z3_optimizer for held in parameters.values() if hasattr(held, "ds_id")), None)
+def _flat_vectors(parameters: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The flat vectors that the optimizer updates in place of parameters."""
+    owner = next((parameter._z3_optimizer for parameter in parameters.values() if hasattr(parameter, "ds_id")), None)
     if owner is not None:
         return list(owner.fp32_partitioned_groups_flat)
-    return [flat for group in optimizer.param_groups for flat in group["params"]]
+    return [vector for group in optimizer.param_groups for vector in group["params"]]
 
 
-def _piece(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """This process's share of a whole tensor in stage 3, filled up with zeros where they do not divide."""
+def _partition(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """This process's partition of a full tensor in stage 3, padded with zeros where it does not divide evenly."""
     size, flat = parameter.ds_tensor.numel(), tensor.to(parameter.ds_tensor.device, torch.float32).flatten()
     padded = torch.nn.functional.pad(flat, (0, size * torch.distributed.get_world_size() - flat.numel()))
     return padded.narrow(0, size * torch.distributed.get_rank(), size)
-
-
-def _device(offload: Any) -> str:
-    return str((offload or {}).get("device") or "none")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.distributed.session import flat
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs as working
 from peftkit.experiments.jobs import DONE, InProcessRunner, Job, Outcome, Runner, SubprocessRunner
@@ -23,8 +22,9 @@ from peftkit.experiments.table import Group, check_names, tabulate
 from peftkit.experiments.variants import Variant, parse_vary, variants
 from peftkit.reporting import comparison as reporting
 from peftkit.runs import folder as folders
+from peftkit.runs.resume import NOT_LEARNED_FROM
 from peftkit.schema import catalog
-from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.recipe import Recipe, flatten, replace
 from peftkit.system.parallel import cores
 
 Given = str | Path | Recipe
@@ -252,7 +252,7 @@ def _refuse_other_rows(made: Sequence[Variant]) -> None:
 
 def _first_difference(old: Recipe | None, new: Recipe, only: tuple[str, ...] = ()) -> str:
     """`` (training.epochs 3 → 1)``, or the empty string."""
-    before, after = dict(flat(old)) if old else {}, dict(flat(new))
+    before, after = flatten(old) if old else {}, flatten(new)
     for name in sorted(set(before) | set(after)):
         wanted = not only or name.partition(".")[0] in only
         if wanted and name not in working.NOT_LEARNED and before.get(name) != after.get(name):
@@ -264,8 +264,8 @@ def _groups_of(runs: Sequence[Path]) -> list[Group]:
     """Finished runs, those that differ in nothing but their seed together; raises RunError for other data."""
     found: dict[str, list[Path]] = {}
     for run in dict.fromkeys(runs):
-        fields = dict(flat(Recipe.from_yaml(run / folders.RECIPE)))
-        beside = ("name", "training.seed", "training.threads", *folders.NOT_LEARNED_FROM)
+        fields = flatten(Recipe.from_yaml(run / folders.RECIPE))
+        beside = ("name", "training.seed", "training.threads", *NOT_LEARNED_FROM)
         learned = {name: value for name, value in fields.items() if not name.startswith(beside)}
         found.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
     marks = {run: _data_of(run) for run in runs}

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from peftkit.errors import Interrupted, PeftkitError, RunError, UserError
 from peftkit.runs import folder as folders
-from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.recipe import Recipe, flatten, replace
 
 OUTCOME, LOG = "outcome.json", "log.txt"
 DONE, FAILED, STOPPED, PRUNED = "done", "failed", "stopped", "pruned"
@@ -83,9 +83,7 @@ def same_recipe(one: Recipe, other: Recipe) -> bool:
 
 def learned(recipe: Recipe) -> dict[str, Any]:
     """The fields that say what is learned and how it is scored, by dotted name."""
-    from peftkit.distributed.session import flat
-
-    return {name: value for name, value in flat(recipe) if name not in NOT_LEARNED}
+    return {name: value for name, value in flatten(recipe).items() if name not in NOT_LEARNED}
 
 
 @contextlib.contextmanager

@@ -127,7 +127,8 @@ def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
 
 def read(path: Path) -> html.Report:
     """A run's folder as a report."""
-    from peftkit.runs.folder import ENVIRONMENT, LOG, METRICS, RECIPE
+    from peftkit.runs.environment import ENVIRONMENT
+    from peftkit.runs.folder import LOG, METRICS, RECIPE
 
     recipe = Recipe.from_yaml(path / RECIPE)
     about = _json(path / ABOUT, {})

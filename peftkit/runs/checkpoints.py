@@ -1,14 +1,14 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints, which are complete or absent.
 
     checkpoints/step-00000120/
         model.safetensors       trained tensors, by name
         optimizer.safetensors   optimizer tensors, by parameter name
-        state.json              everything else that must continue
+        state.json              everything else that training resumes from
         manifest.json           size and SHA-256 of each file; written last
 
 A checkpoint is staged in a hidden folder, every file is fsynced, the manifest is written, the folder is renamed and its
 parent fsynced: the protocol of Pillai et al. 2014 ("All file systems are not created equal"). A folder without a
-manifest that matches does not count as a checkpoint. Nothing in it can run code.
+matching manifest is not a checkpoint. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Checkpoint:
     step: int
 
     def state(self) -> dict[str, Any]:
-        """The JSON state; raises CheckpointError when it cannot be read."""
+        """The JSON state; raises CheckpointError if it cannot be read."""
         try:
             return dict(json.loads((self.path / STATE).read_text()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -70,8 +70,8 @@ def save(
     """Writes a checkpoint atomically.
 
     Raises:
-        CheckpointError: it could not be written (disk full, read-only); what was staged is removed, and the
-            checkpoints that stood before are untouched.
+        CheckpointError: it could not be written (disk full, read-only); what was staged is removed, and earlier
+            checkpoints are untouched.
     """
     final = root / f"step-{step:08d}"
     staging = root / f"{STAGING}{final.name}"
@@ -90,7 +90,7 @@ def save(
         files.flush_folder(root)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        recover(root)
+        _restore_replaced(root)
         raise CheckpointError(
             f"checkpoint of step {step} could not be written to {root}: {error.strerror or error}"
         ) from None
@@ -98,7 +98,7 @@ def save(
 
 
 def verify(path: Path, name: str | None = None) -> str | None:
-    """Why a folder is not a valid checkpoint; None when it is one (of the name given, if not its own)."""
+    """Why a folder is not a valid checkpoint of ``name`` (its own by default); None if it is one."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -109,32 +109,33 @@ def verify(path: Path, name: str | None = None) -> str | None:
         return f"its manifest cannot be read ({error})"
     match = NAME.fullmatch(name or path.name)
     if match is None or int(match[1]) != step:
-        return f"its manifest is that of step {step}"
+        return f"its manifest belongs to step {step}"
     if set(files) != {MODEL, OPTIMIZER, STATE}:
         return "its manifest does not list the right files"
     for name, (size, digest) in files.items():
         try:
-            found = _digest(path / name)
+            entry = _digest(path / name)
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found["bytes"] != size:
-            return f"{name} has {found['bytes']} bytes, not {size}"
-        if found["sha256"] != digest:
-            return f"{name} does not have the SHA-256 of its manifest"
+        if entry["bytes"] != size:
+            return f"{name} has {entry['bytes']} bytes, not {size}"
+        if entry["sha256"] != digest:
+            return f"{name} does not have the SHA-256 in the manifest"
     return None
 
 
 def candidates(root: Path) -> Iterator[tuple[int, Path]]:
-    """(step, folder) of what is named like a checkpoint, newest first."""
+    """Yields (step, folder) of everything named like a checkpoint, newest first."""
     if root.is_dir():
-        found = [(int(match[1]), path) for path in root.iterdir() if (match := NAME.fullmatch(path.name))]
-        yield from sorted(found, reverse=True)
+        yield from sorted(
+            ((int(match[1]), path) for path in root.iterdir() if (match := NAME.fullmatch(path.name))), reverse=True
+        )
 
 
 def newest(root: Path, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, ``before`` a step, and a line about each newer one that had to be passed over."""
+    """The newest valid checkpoint, of a step before ``before``, and a note about each newer one that was rejected."""
     rejected: list[str] = []
     for step, path in candidates(root):
         if before is not None and step >= before:
@@ -147,10 +148,9 @@ def newest(root: Path, before: int | None = None) -> tuple[Checkpoint | None, li
 
 
 def at_step(root: Path, step: int) -> Checkpoint:
-    """The valid checkpoint of a step; raises CheckpointError with the reason when there is none."""
+    """The valid checkpoint of a step; raises CheckpointError with the reason if there is none."""
     path = root / f"step-{step:08d}"
-    reason = verify(path)
-    if reason:
+    if reason := verify(path):
         raise CheckpointError(f"{path} cannot be used: {reason}")
     return Checkpoint(path, step)
 
@@ -158,21 +158,21 @@ def at_step(root: Path, step: int) -> Checkpoint:
 def prune(root: Path, *, keep: int, protect: set[int]) -> None:
     """Removes all but the ``keep`` newest checkpoints and the protected steps, and what a killed run left staged.
 
-    What cannot be removed is left for the next time: the checkpoint just written counts more than tidiness.
+    What cannot be removed is left for the next time, so that the checkpoint just written is not lost over it.
     """
     with contextlib.suppress(OSError):
         for index, (step, path) in enumerate(candidates(root)):
             if index >= keep and step not in protect:
                 _discard(path)
-        sweep(root)
+        remove_staged(root)
 
 
-def sweep(root: Path) -> None:
-    """Removes staged and half-removed folders, and puts back a checkpoint that was just being replaced.
+def remove_staged(root: Path) -> None:
+    """Removes staged and half-removed folders and restores a checkpoint that was being replaced.
 
-    Call it only while holding the run's lock.
+    Requires the run's lock.
     """
-    recover(root)
+    _restore_replaced(root)
     if root.is_dir():
         for path in root.iterdir():
             if path.name.startswith((STAGING, TRASH)):
@@ -180,31 +180,31 @@ def sweep(root: Path) -> None:
 
 
 def set_aside(root: Path, chosen: Checkpoint | None) -> None:
-    """Renames all that is newer than the checkpoint gone on with: kept for a look, counted by nobody."""
+    """Renames everything newer than the chosen checkpoint to ``damaged-…``: kept for inspection, but never used."""
     for step, path in candidates(root):
         if chosen and step <= chosen.step:
             return
         with contextlib.suppress(OSError):
-            place = path.with_name(DAMAGED + path.name)
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(path, place)
+            target = path.with_name(DAMAGED + path.name)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(path, target)
 
 
-def recover(root: Path) -> None:
-    """Puts back what ``_replace`` had moved away when it was cut off, unless its place is taken."""
+def _restore_replaced(root: Path) -> None:
+    """Moves back what an interrupted ``_replace`` had moved away, unless a checkpoint has taken its place."""
     if not root.is_dir():
         return
     for path in list(root.glob(f"{TRASH}*")):
-        place = path.with_name(path.name.removeprefix(TRASH))
-        if not place.exists() and verify(path, place.name) is None:
+        original = path.with_name(path.name.removeprefix(TRASH))
+        if not original.exists() and verify(path, original.name) is None:
             with contextlib.suppress(OSError):
-                os.replace(path, place)
+                os.replace(path, original)
 
 
 def _replace(staging: Path, final: Path) -> None:
-    """Puts the new folder where perhaps an old one of the same step stands: one that a resumed run repeats.
+    """Renames a staged folder to its final name, where a checkpoint of the same step may exist: resumed runs repeat it.
 
-    The old one is moved aside and not removed before the new one is in place, so that one of them always is there.
+    The old one is moved aside first and removed last, so that one of them exists at any time.
     """
     old = final.with_name(TRASH + final.name)
     if final.exists():
@@ -215,7 +215,7 @@ def _replace(staging: Path, final: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a checkpoint so that it is never seen half removed: its manifest goes first."""
+    """Removes a checkpoint, its manifest first, so that it is never taken for a valid one when half removed."""
     (path / MANIFEST).unlink(missing_ok=True)
     trash = path.with_name(TRASH + path.name)
     shutil.rmtree(trash, ignore_errors=True)

@@ -339,6 +339,22 @@ def replace(recipe: Recipe, **parts: Any) -> Recipe:
     return Recipe.parse(values, origin=f"recipe '{values.get('name')}'")
 
 
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every field of a recipe as dotted name → plain value, such as ``training.epochs`` → 3."""
+    fields: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, nested in value.items():
+                add(f"{name}.{key}", nested)
+        else:
+            fields[name] = value
+
+    for name, value in recipe.model_dump(mode="json").items():
+        add(name, value)
+    return fields
+
+
 def merge(old: Any, new: Any) -> Any:
     """``old`` with the fields of ``new`` put over it, part by part; a new ``kind`` starts from its own defaults.
 

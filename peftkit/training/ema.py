@@ -53,8 +53,8 @@ class WeightAverage:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The means, whole; a collective where parameters are sharded."""
-        return {name: sharding.whole(mean) for name, mean in self.means.items()}
+        return {name: sharding.unshard(mean) for name, mean in self.means.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Goes on from saved means."""
-        sharding.load(self.means, tensors)
+        sharding.load_full(self.means, tensors)

@@ -98,7 +98,7 @@ class Loop:
         trim_heap()  # what preparing the data and loading the weights left free
         training = self.recipe.training
         if self.session.is_main:
-            checkpoints.sweep(self.checkpoints)
+            checkpoints.remove_staged(self.checkpoints)
         self.log = RunLog(
             self.folder / "metrics.jsonl", self.session, self.total, offset=self.state.log_offset, step=self.state.step
         )
@@ -233,7 +233,7 @@ class Loop:
     def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
         """Outputs for every example of a split, gathered on every process."""
         self.module.eval()
-        self.session.watchdog.begin()
+        self.session.watchdog.arm()
         trim_heap()  # its passes are of other shapes than training's, and so are the holes that they leave
         outputs = predict(
             self.module,
@@ -245,11 +245,11 @@ class Loop:
             autocast=self.session.accelerator.autocast,
             rank=self.session.rank,
             world_size=self.session.world_size,
-            progress=lambda _: self.session.watchdog.mark(),
+            progress=lambda _: self.session.watchdog.report_progress(),
             should_stop=(lambda: bool(self._asked_to_stop())) if hasattr(self, "_stop") else None,
         )
         trim_heap()
-        self.session.watchdog.rest()
+        self.session.watchdog.disarm()
         return outputs
 
     def _validate(self) -> bool:
@@ -294,7 +294,7 @@ class Loop:
 
     def _save(self, *, must: bool = False) -> None:
         """Writes a checkpoint; one that fails in mid-run is said and the run goes on with those before it."""
-        self.session.watchdog.rest()
+        self.session.watchdog.disarm()
         model, optimizer = self.weights.tensors(), optimizer_tensors(self.module, self.optimizer)
         broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
         if broken:

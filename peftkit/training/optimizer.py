@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peftkit.distributed import zero
-from peftkit.distributed.sharding import like, whole
+from peftkit.distributed.sharding import shard_like, unshard
 from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe, TrainingConfig
 from peftkit.training import low_bit_optimizers
@@ -69,11 +69,11 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
     A collective where parameters are sharded.
     """
-    if any(zero.holds(parameter) for parameter in model.parameters()):
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         return zero.optimizer_tensors(model, optimizer)
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": whole(torch.as_tensor(value))
+        f"{names[parameter]}/{key}": unshard(torch.as_tensor(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if key not in low_bit_optimizers.CONSTANT
@@ -84,7 +84,7 @@ def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Puts back what ``optimizer_tensors`` gave, beside the parameters it belongs to."""
-    if any(zero.holds(parameter) for parameter in model.parameters()):
+    if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         zero.load_optimizer_tensors(model, optimizer, tensors)
         return
     parameters = dict(model.named_parameters())
@@ -98,7 +98,7 @@ def load_optimizer_tensors(
         owner = parameters[parameter]
         # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
         device = owner.device if tensor.ndim else ("cpu" if owner.device.type == "cpu" else owner.device)
-        optimizer.state[owner][key] = like(tensor.to(device), owner)
+        optimizer.state[owner][key] = shard_like(tensor.to(device), owner)
 
 
 def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -30,6 +30,7 @@ from peftkit.planning import prediction
 from peftkit.review.generations import GenerationRow
 from peftkit.review.generations import write as write_generations
 from peftkit.runs import folder as folders
+from peftkit.runs.environment import peak_memory
 from peftkit.schema.baseline import BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 from peftkit.schema.types import LoadedModel
@@ -196,7 +197,7 @@ def training_metrics(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
         "skipped_steps": state.skipped,
         "micro_batch": loop.stepper.micro_batch,
         "trained_parameters": trained,
-        "peak_memory_bytes": folders.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         **flops.utilization_metrics(loop),
     }
     for split, seconds in evaluation_seconds.items():

@@ -14,7 +14,7 @@ import torch
 from peftkit.data.batching import MicroBatch, pass_tokens, shard_batch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
-from peftkit.distributed.sharding import whole
+from peftkit.distributed.sharding import unshard
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
@@ -120,7 +120,7 @@ class Stepper:
         session, training = self.session, self.recipe.training
         weight = float(self.split.weights[batch].sum())
         self.module.train()
-        session.watchdog.begin()
+        session.watchdog.arm()
         if training.micro_batch == AUTO and session.world_size == 1:
             total = retry_on_oom(self, batch, lambda: self._accumulate(self.share(batch), weight, step))
         else:
@@ -158,8 +158,8 @@ class Stepper:
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
                 loss = self._pass(batch, scale, last=last)
             if piece.counts:
-                total += whole(loss)
-            session.watchdog.mark()
+                total += unshard(loss)
+            session.watchdog.report_progress()
         return total
 
     def _pass(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
@@ -169,7 +169,7 @@ class Stepper:
         """
         with self.session.accelerator.autocast():
             loss: torch.Tensor = self.module(batch)
-        self.session.watchdog.mark()
+        self.session.watchdog.report_progress()
         objective = loss * scale
         if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
             objective = objective + penalty  # the same on every process, hence also their average
@@ -183,7 +183,7 @@ class Stepper:
 
     def _grad_norm(self, limit: float | None) -> float:
         norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit or float("inf"))
-        return float(whole(norm)) if norm is not None else 0.0
+        return float(unshard(norm)) if norm is not None else 0.0
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         return self.session.accelerator.reduce(value, "sum") if self.session.world_size > 1 else value

@@ -30,12 +30,12 @@ class TrainedWeights:
     def named(self) -> dict[str, torch.Tensor]:
         """The parameters by name, a sharded one as this process's piece."""
         if self._session.sharded:
-            sharding.settle(self._module)
+            sharding.reshard(self._module)
         return {name: value for name, value in self._module.model.named_parameters() if value.requires_grad}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint must hold, whole; a collective where parameters are sharded."""
-        trained = {name: sharding.whole(value).detach() for name, value in self.named().items()}
+        trained = {name: sharding.unshard(value).detach() for name, value in self.named().items()}
         own = self._method.state(self._module.model)
         means = self._average.tensors() if self._average else {}
         return trained | _prefixed(METHOD, own) | _prefixed(AVERAGE, means)
@@ -45,11 +45,11 @@ class TrainedWeights:
         trained = self.named()
         plain = {name: tensor for name, tensor in tensors.items() if not name.startswith((METHOD, AVERAGE))}
         shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
-        expected = {name: zero.shape(tensor) for name, tensor in trained.items()}
+        expected = {name: zero.full_shape(tensor) for name, tensor in trained.items()}
         if shapes != expected:
             odd = sorted({name for name, _ in set(shapes.items()) ^ set(expected.items())})[:3]
             raise CheckpointError(f"{place} holds other parameters than this recipe trains: {', '.join(odd)}")
-        sharding.load(trained, plain)
+        sharding.load_full(trained, plain)
         self._method.load_state(self._module.model, _without(METHOD, tensors))
         if self._average:
             self._average.load(_without(AVERAGE, tensors) or plain)  # averaging may be allowed to begin late

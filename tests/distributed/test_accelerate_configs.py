@@ -52,7 +52,7 @@ def test_zero_is_set_up_as_the_loop_takes_it(monkeypatch, small_recipe, stage):
     _, environment = prepare_deepspeed_cmd_env(given)
     for name in [name for name in environment if name.startswith("ACCELERATE_")]:
         monkeypatch.setenv(name, environment[name])
-    assert zero.asked_for()
+    assert zero.is_requested()
     plugin = DeepSpeedPlugin()
     assert plugin.zero_stage == stage
     zero.check(SimpleNamespace(deepspeed_plugin=plugin), small_recipe)

@@ -7,7 +7,7 @@ import pytest
 from peftkit import replace
 from peftkit.cli import launch
 from peftkit.distributed import process_group
-from peftkit.distributed.launched import asked_processes
+from peftkit.distributed.launched import requested_processes
 from peftkit.distributed.session import open_session
 from peftkit.errors import CheckpointError
 from tests.distributed import launching
@@ -34,7 +34,7 @@ def config(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_launcher_was_asked_for(command, many):
-    assert asked_processes(command.split()) == many
+    assert requested_processes(command.split()) == many
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,21 @@ def test_what_a_launcher_was_configured_for(config, tmp_path, text, many):
     named = tmp_path / "named.yaml"
     for file in (config, named) if text is not None else ():
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert asked_processes(["accelerate", "launch", "train.py"]) == many
-    assert asked_processes(["accelerate", "launch", "--cpu", "train.py"]) == 1, "Accelerate leaves it unread, too"
-    assert asked_processes(["accelerate", "launch", "--cpu", "--config_file", str(named), "train.py"]) == many
-    assert asked_processes(["python", "/bin/accelerate-launch", f"--config-file={named}", "train.py"]) == many
-    assert asked_processes(["accelerate", "launch", "--config_file", str(named), "--num_processes", "4", "a.py"]) == 4
-    assert asked_processes(["python", "train.py", "--config_file", str(named)]) == 1
+    assert requested_processes(["accelerate", "launch", "train.py"]) == many
+    assert requested_processes(["accelerate", "launch", "--cpu", "train.py"]) == 1, "Accelerate leaves it unread, too"
+    assert requested_processes(["accelerate", "launch", "--cpu", "--config_file", str(named), "train.py"]) == many
+    assert requested_processes(["python", "/bin/accelerate-launch", f"--config-file={named}", "train.py"]) == many
+    both = ["accelerate", "launch", "--config_file", str(named), "--num_processes", "4", "a.py"]
+    assert requested_processes(both) == 4, "the option counts before the file"
+    assert requested_processes(["python", "train.py", "--config_file", str(named)]) == 1
 
 
 def test_the_named_configuration_counts_before_the_default_one(config, tmp_path):
     config.write_text("num_processes: 5\n")
     (tmp_path / "named.yaml").write_text("num_processes: 2\n")
     command = ["accelerate", "launch", "--config_file", str(tmp_path / "named.yaml"), "train.py"]
-    assert asked_processes(command) == 2
-    assert asked_processes([*command[:2], "train.py"]) == 5
+    assert requested_processes(command) == 2
+    assert requested_processes([*command[:2], "train.py"]) == 5
 
 
 def test_one_process_where_two_were_asked_for_is_told_with_the_line_that_works(tmp_path):
@@ -79,7 +80,7 @@ def test_one_process_where_two_were_asked_for_is_told_with_the_line_that_works(t
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
     said = launching.finish(*launcher, launching.recipe_file(tmp_path / "file", recipe))
     assert "1 process on cpu" in said
-    assert "2 processes were asked for and 1 runs" in said
+    assert "2 processes were requested but only 1 started" in said
     assert "torchrun --nproc_per_node 2" in said
 
 

@@ -243,8 +243,8 @@ def test_however_they_divide_every_item_is_one_process_s(many, items):
     """Threads in place of processes, which lay what they made on one table."""
     table, barrier, done = [None] * many, threading.Barrier(many), []
 
-    class Member(ProcessGroup):
-        def _gathered(self, value):
+    class Peer(ProcessGroup):
+        def all_gather_object(self, value):
             table[self.rank] = value
             barrier.wait(timeout=20)
             found = list(table)
@@ -256,7 +256,7 @@ def test_however_they_divide_every_item_is_one_process_s(many, items):
         return [-item for item in mine]
 
     with ThreadPoolExecutor(many) as pool:
-        made = [pool.submit(Member(rank, many).map_sharded, range(items), work) for rank in range(many)]
+        made = [pool.submit(Peer(rank, many).map_sharded, range(items), work) for rank in range(many)]
     assert [future.result() for future in made] == [[-item for item in range(items)]] * many
     assert sorted(done) == list(range(items))
 
@@ -289,6 +289,6 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch, local_rank, g
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: backends.append(backend))
     monkeypatch.setattr(dist, "get_rank", lambda: 2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    assert process_group._meet() == (ProcessGroup(2, 4, device), True)
+    assert process_group._join_group() == ProcessGroup(2, 4, device)
     assert chosen == [device] * (device != "cpu")
     assert "cpu:gloo" in backends[0] if chosen else backends == ["gloo"]

@@ -70,7 +70,7 @@ def test_one_that_is_killed_is_named_at_once(tmp_path, lost):
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] == 1
     assert f"rank {lost} (process" in said
-    assert "ended without a word" in said
+    assert "ended without an error message" in said
     assert seconds < 15
 
 
@@ -83,15 +83,15 @@ def test_one_that_is_stopped_is_named_and_killed(tmp_path):
     codes, said, _ = two(tmp_path, behaviour, silence=1.5)
     assert codes == [1, -signal.SIGKILL]
     assert "rank 1" in said
-    assert "has not been heard of for 2 s" in said
+    assert "sent no heartbeat for 2 s" in said
 
 
 def passes(mine, count):
     """Quick passes, forward and backward."""
     for _ in range(count):
-        mine.begin()
-        mine.mark()
-        mine.mark()
+        mine.arm()
+        mine.report_progress()
+        mine.report_progress()
         time.sleep(0.01)
 
 
@@ -105,10 +105,10 @@ def test_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path, how, when)
         with mine.training():
             passes(mine, 0 if when == "first" else 5)
             if when == "after a checkpoint":
-                mine.rest()
+                mine.disarm()
             if rank == 0:
-                mine.begin()
-                mine.mark()
+                mine.arm()
+                mine.report_progress()
             while rank == 1 and how == "spins":
                 pass
             time.sleep(25)
@@ -126,7 +126,7 @@ def test_a_long_rest_is_no_hang_while_somebody_works(tmp_path):
     def behaviour(rank, mine):
         with mine.training():
             passes(mine, 5)
-            mine.rest()
+            mine.disarm()
             end = time.monotonic() + 3
             while rank == 0 and time.monotonic() < end:
                 pass
@@ -181,15 +181,15 @@ def test_one_that_fails_is_heard_by_the_others(tmp_path):
 
 
 def test_a_stranger_is_not_let_in(monkeypatch):
-    monkeypatch.setattr(watchdog, "HELLO_SECONDS", 2.0)
+    monkeypatch.setattr(watchdog, "CONNECT_SECONDS", 2.0)
 
     def broadcast_object(value):
         strangers.append(socket.create_connection(value[:2]))
-        strangers[0].sendall(json.dumps({"word": "guess", "rank": 1, "host": "x", "pid": 1}).encode() + b"\n")
+        strangers[0].sendall(json.dumps({"token": "guess", "rank": 1, "host": "x", "pid": 1}).encode() + b"\n")
         return value
 
     strangers = []
-    with pytest.raises(TrainingError, match=r"rank \[1\] did not reach rank 0"):
+    with pytest.raises(TrainingError, match=r"rank \[1\] did not connect to rank 0"):
         Watchdog(0, 2, broadcast_object).__enter__()
     assert strangers[0].recv(10) == b"", "its connection is closed"
     strangers[0].close()
@@ -198,6 +198,6 @@ def test_a_stranger_is_not_let_in(monkeypatch):
 def test_one_process_needs_no_watch():
     before = threading.active_count()
     with Watchdog(0, 1, lambda value: value) as mine:
-        mine.mark()
+        mine.report_progress()
         assert threading.active_count() == before
         assert mine.lost() == ""

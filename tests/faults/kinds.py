@@ -283,7 +283,7 @@ def _one_call(root: Path, step: int, at: int, fault: str, lasting: bool) -> list
             return [f"the child ended with {code}"]
     else:
         work()
-    checkpoints.sweep(root)  # what a resumed run does first
+    checkpoints.remove_staged(root)  # what a resumed run does first
     newest, rejected = checkpoints.newest(root)
     problems = [f"rejected: {line}" for line in rejected]
     if newest is None or newest.step not in (3, 4):

@@ -80,7 +80,7 @@ def test_whichever_call_of_a_save_fails_a_checkpoint_is_left_and_no_litter(tmp_p
         assert newest is not None
         assert newest.step in (1, 2)
         assert newest.state() == {"n": newest.step}
-        checkpoints.sweep(root)
+        checkpoints.remove_staged(root)
         assert set(os.listdir(root)) <= {"step-00000001", "step-00000002"}
         if at >= len(faults.calls):
             break
@@ -98,7 +98,7 @@ def test_a_step_that_is_saved_again_is_never_lost(tmp_path, fault):
         write(root, 1)
         with Faults(at, fault, lasting=True) as faults, contextlib.suppress(CheckpointError):
             checkpoints.save(root, 1, model={"a": torch.zeros(1)}, optimizer={}, state={"n": "again"})
-        checkpoints.sweep(root)
+        checkpoints.remove_staged(root)
         newest = checkpoints.newest(root)[0]
         assert newest is not None, (at, faults.calls)
         seen.add(newest.state()["n"])

@@ -13,7 +13,7 @@ import pytest
 from peftkit import replace
 from peftkit.distributed.watchdog import Watchdog
 from peftkit.errors import CheckpointError, Interrupted, RunError, TrainingError
-from peftkit.runs import checkpoints, folder
+from peftkit.runs import checkpoints, folder, resume
 from peftkit.training import interruptions
 from peftkit.training.log import RunLog
 from peftkit.training.stopping import at_once
@@ -25,7 +25,7 @@ SESSION = SimpleNamespace(is_main=True, accelerator=SimpleNamespace(log=lambda *
 
 def marks(recipe, **others):
     given = {"data": "d", "tokenizer": "t", "base": "b", "world_size": 1, **others}
-    return folder.fingerprints(recipe, **given)
+    return resume.fingerprints(recipe, **given)
 
 
 @pytest.mark.parametrize(
@@ -41,21 +41,21 @@ def test_each_change_is_named_and_may_be_allowed_by_that_name(tmp_path, changed,
     recipe = tiny_recipe("m")
     state = {"fingerprints": marks(recipe)}
     checkpoints.save(tmp_path / "checkpoints", 1, model={}, optimizer={}, state=state)
-    assert folder.resumable(tmp_path, marks(recipe), ())[0].step == 1
+    assert resume.find_checkpoint(tmp_path, marks(recipe), ())[0].step == 1
     with pytest.raises(RunError) as refused:
-        folder.resumable(tmp_path, marks(recipe, **changed), ())
+        resume.find_checkpoint(tmp_path, marks(recipe, **changed), ())
     assert said in str(refused.value)
     assert f"--allow {allow}" in str(refused.value)
-    assert folder.resumable(tmp_path, marks(recipe, **changed), (allow,))[0].step == 1
+    assert resume.find_checkpoint(tmp_path, marks(recipe, **changed), (allow,))[0].step == 1
 
 
 def test_fields_that_nothing_is_learned_from_may_change(tmp_path):
     recipe = tiny_recipe("m")
     checkpoints.save(tmp_path / "checkpoints", 1, model={}, optimizer={}, state={"fingerprints": marks(recipe)})
     other = replace(recipe, output_dir="there", training={"max_time": 5, "keep_checkpoints": 9, "log_every": 3})
-    assert folder.resumable(tmp_path, marks(other), ())[0].step == 1
+    assert resume.find_checkpoint(tmp_path, marks(other), ())[0].step == 1
     with pytest.raises(RunError, match=r"training.seed \(0 → 1\)"):
-        folder.resumable(tmp_path, marks(replace(recipe, training={"seed": 1})), ())
+        resume.find_checkpoint(tmp_path, marks(replace(recipe, training={"seed": 1})), ())
 
 
 def test_a_damaged_checkpoint_is_named_and_one_of_another_making_refused(tmp_path):
@@ -64,13 +64,13 @@ def test_a_damaged_checkpoint_is_named_and_one_of_another_making_refused(tmp_pat
     for step in (1, 2):
         checkpoints.save(root, step, model={}, optimizer={}, state={"fingerprints": marks(recipe)})
     (root / "step-00000002" / "state.json").write_text("{}")
-    checkpoint, said = folder.resumable(tmp_path, marks(recipe), ())
+    checkpoint, said = resume.find_checkpoint(tmp_path, marks(recipe), ())
     assert checkpoint.step == 1
     assert "step-00000002 is not used: state.json has 2 bytes" in said[0]
     assert sorted(os.listdir(root)) == ["damaged-step-00000002", "step-00000001"]
     checkpoints.save(root, 3, model={}, optimizer={}, state={"something": "else"})
     with pytest.raises(RunError, match="not written by this version"):
-        folder.resumable(tmp_path, marks(recipe), ())
+        resume.find_checkpoint(tmp_path, marks(recipe), ())
 
 
 def test_what_a_killed_run_had_staged_is_cleared(tmp_path):
@@ -78,7 +78,7 @@ def test_what_a_killed_run_had_staged_is_cleared(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / ".metrics.json.tmp").write_text("{")
     (tmp_path / ".lock").touch()
-    checkpoint, said = folder.resumable(tmp_path, marks(tiny_recipe("m")), ())
+    checkpoint, said = resume.find_checkpoint(tmp_path, marks(tiny_recipe("m")), ())
     assert checkpoint is None
     assert "training starts from the beginning" in said[-1]
     assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoints"]
