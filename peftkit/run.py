@@ -126,7 +126,7 @@ def train(
                 run_report.write(path)
             session.accelerator.wait_for_everyone()
             session.accelerator.end_training()
-    say.end(path, recipe, found)
+    say.end(path)
     return Run(path, recipe)
 
 
