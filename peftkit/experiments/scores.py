@@ -1,6 +1,6 @@
-"""The predictions that finished runs left behind, as figures of any choice of rows.
+"""Metrics of any subset of rows, from the stored predictions of finished runs.
 
-figure = figure_of(read(run, "test"), "f1")     # rows → the figure of these rows
+metric = metric_of(read(run, "test"), "f1")     # rows → the metric over these rows
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from peftkit.evaluation.decisions import MULTI, REGRESSION, SINGLE
 from peftkit.evaluation.paired_tests import Figure
 from peftkit.runs import folder as folders
 
-SAME_ROWS = "are compared row by row, so all must be scored on the same rows"
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -29,15 +27,15 @@ class Scored:
     problem_type: str
     labels: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    """What the rows are: place and gold answer, or place and number of tokens; equal in runs that can be compared."""
+    """Source and gold answer of each row, or source and number of tokens; equal in comparable runs."""
     gold: np.ndarray
     """[rows] class ids, numbers or scored tokens; [rows, labels] of 0 and 1."""
     predicted: np.ndarray
-    """In the form of ``gold``; of a language model each example's summed loss."""
+    """Like ``gold``; for a language model, the summed loss of each example."""
 
 
 def read(run: Path, split: str) -> Scored:
-    """Reads ``predictions/<split>.jsonl``; raises RunError where there is none."""
+    """Reads ``predictions/<split>.jsonl``; raises RunError if there is none."""
     file = run / "predictions" / f"{split}.jsonl"
     if not file.is_file():
         raise RunError(f"{run}: expected its predictions in predictions/{split}.jsonl; is it a finished run?")
@@ -64,12 +62,12 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def comparable(one: Scored, other: Scored) -> bool:
-    """Whether two runs answered the same questions."""
+    """Whether two runs were scored on the same rows."""
     return (one.problem_type, one.labels, one.rows) == (other.problem_type, other.labels, other.rows)
 
 
-def figure_of(scored: Scored, metric: str) -> Figure | None:
-    """The figure of a choice of rows; None where the stored predictions do not tell it."""
+def metric_of(scored: Scored, metric: str) -> Figure | None:
+    """The metric as a function of rows; None if stored predictions do not determine it."""
     gold, predicted = scored.gold, scored.predicted
     if scored.problem_type == SINGLE:
         classes = len(scored.labels)
@@ -89,27 +87,27 @@ def figure_of(scored: Scored, metric: str) -> Figure | None:
 
 
 def compare(first: Sequence[Scored], second: Sequence[Scored], metric: str, confidence: float) -> dict[str, Any] | None:
-    """Difference (first − second) and its significance; None where it cannot be told.
+    """Difference (first − second) and its significance; None if undetermined.
 
-    The accuracies of one run each are compared by McNemar's exact test, everything else by the paired bootstrap.
+    Accuracies of single runs are compared by McNemar's exact test, everything else by the paired bootstrap.
     """
     if not comparable(first[0], second[0]):
         return None
     if metric in {"accuracy", "exact_match"} and len(first) == len(second) == 1 and first[0].problem_type == SINGLE:
         right = [one[0].gold == one[0].predicted for one in (first, second)]
         return {**paired_tests.mcnemar(right[0], right[1], confidence), "test": "McNemar"}
-    figures = [[figure_of(one, metric) for one in runs] for runs in (first, second)]
-    if any(figure is None for side in figures for figure in side):
+    metrics = [[metric_of(one, metric) for one in runs] for runs in (first, second)]
+    if any(function is None for side in metrics for function in side):
         return None
-    found = paired_tests.paired(figures[0], figures[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
-    return {**found, "test": "paired bootstrap"}
+    result = paired_tests.paired(metrics[0], metrics[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
+    return {**result, "test": "paired bootstrap"}
 
 
 def interval(runs: Sequence[Scored], metric: str, confidence: float) -> tuple[float, float] | None:
-    """Percentile interval of the mean over seeds, rows and seeds resampled; None where it cannot be told."""
-    figures = [figure_of(one, metric) for one in runs]
-    if any(figure is None for figure in figures):
+    """Percentile interval of the mean over seeds, with rows and seeds resampled; None if undetermined."""
+    metrics = [metric_of(one, metric) for one in runs]
+    if any(function is None for function in metrics):
         return None
-    drawn = paired_tests.resampled([figures], len(runs[0].rows))[0]  # type: ignore[list-item]
+    drawn = paired_tests.resampled([metrics], len(runs[0].rows))[0]  # type: ignore[list-item]
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
