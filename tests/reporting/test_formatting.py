@@ -37,7 +37,7 @@ def printed(table, width=160):
 
 def test_metrics_show_figures_and_intervals_by_split():
     said = printed(tables.metrics({"validation": {**ASSESSMENT, "metrics": {}, "rows": 10}, "test": ASSESSMENT}))
-    assert "90% intervals" in said
+    assert "90% confidence intervals" in said
     assert "test (1,600 rows)" in said
     assert "0.9125 [0.9000, 0.9200]" in said
 
