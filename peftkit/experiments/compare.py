@@ -1,7 +1,7 @@
-"""``peftkit compare``: methods side by side on the user's own data, each in a process of its own.
+"""``peftkit compare``: methods compared on the user's own data, each in its own process.
 
-found = peftkit.compare("bbc_news_lora", methods=["lora", "frozen"], seeds=3)
-print(found.pick)
+comparison = peftkit.compare("bbc_news_lora", methods=["lora", "frozen"], seeds=3)
+print(comparison.pick)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import Interrupted, RecipeError, RunError
-from peftkit.experiments import jobs as working
+from peftkit.experiments import jobs as experiment_jobs
 from peftkit.experiments.jobs import DONE, InProcessRunner, Job, Outcome, Runner, SubprocessRunner
 from peftkit.experiments.table import Group, check_names, tabulate
 from peftkit.experiments.variants import Variant, parse_vary, variants
@@ -27,17 +27,17 @@ from peftkit.schema import catalog
 from peftkit.schema.recipe import Recipe, flatten, replace
 from peftkit.system.parallel import cores
 
-Given = str | Path | Recipe
+RecipeOrRun = str | Path | Recipe
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished comparison; shows itself as a table in a notebook."""
+    """A finished comparison; a notebook displays it as a table."""
 
     table: Mapping[str, Any]
-    """What compare.json holds: ``variants``, ``baselines``, ``metric``, ``pick`` and more."""
+    """The content of compare.json: ``variants``, ``baselines``, ``metric``, ``pick`` and more."""
     path: Path | None = None
-    """Folder of compare.json, compare.md, compare.html and the runs; None of runs that were there before."""
+    """Folder of compare.json, compare.md, compare.html and the runs; None for runs finished earlier."""
 
     @property
     def pick(self) -> str:
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def compare(
-    recipes: Given | Sequence[Given],
+    recipes: RecipeOrRun | Sequence[RecipeOrRun],
     *,
     methods: Sequence[str] = (),
     vary: Mapping[str, Sequence[Any]] | Sequence[str] = (),
@@ -67,53 +67,52 @@ def compare(
     isolated: bool = True,
     quiet: bool = False,
 ) -> Comparison:
-    """Trains every variant on the same rows and sets them side by side; finished runs are only set side by side.
+    """Trains every variant on the same rows and compares them; finished runs are only compared.
 
-    Called again with the same folder it trains what is missing or failed.
+    Called again with the same folder, it trains what is missing or failed.
 
     Args:
         recipes: recipes (objects, names, files), or folders of finished runs.
-        methods: kinds of method to swap in; none keeps each recipe's own.
+        methods: kinds of method to try; none keeps each recipe's own.
         vary: dotted fields with their values, ``{"method.rank": [4, 8]}`` or ``["method.rank=4,8"]``; all
-            combinations are trained, and a field that a method lacks is not varied for it.
-        seeds: how many training seeds each variant gets, or the seeds themselves.
-        changes: overrides of every recipe, such as ``training.epochs=1``.
-        out: the folder; None takes ``compare-NAME`` in the recipe's output_dir.
-        jobs: variants trained at a time.
-        metric: the figure compared; None takes the task's own.
-        against: the variant that the others are compared with; None takes the best.
-        cost: what "cheap" means: parameters, time, memory or size.
-        isolated: train every variant in a process of its own; False starts sooner, but a crash ends everything.
-        quiet: say nothing while it goes on.
+            combinations are trained; a field that a method lacks is not varied for it.
+        seeds: number of training seeds per variant, or the seeds themselves.
+        changes: overrides for every recipe, such as ``training.epochs=1``.
+        out: the folder; None for ``compare-NAME`` in the recipe's output_dir.
+        jobs: variants trained at the same time.
+        metric: the metric to compare; None for the task's own.
+        against: the variant to compare the others with; None for the best.
+        cost: parameters, time, memory or size.
+        isolated: train every variant in its own process; False starts sooner, but a crash ends everything.
+        quiet: print no progress.
 
     Raises:
         RecipeError: an unknown name, or variants that would not see the same rows.
-        RunError: the folder is in use, or holds other variants under the same labels; runs of different data.
-        Interrupted: Ctrl-C; what is done is kept, and the same call goes on.
+        RunError: the folder is in use or contains other variants with the same labels; runs of different data.
+        Interrupted: Ctrl-C; finished runs stay, and the same call resumes.
     """
-    given = [recipes] if isinstance(recipes, (str, Path, Recipe)) else list(recipes)
-    runs = [Path(one) for one in given if not isinstance(one, Recipe) and (Path(one) / folders.RECIPE).is_file()]
+    items = [recipes] if isinstance(recipes, (str, Path, Recipe)) else list(recipes)
+    runs = [Path(one) for one in items if not isinstance(one, Recipe) and (Path(one) / folders.RECIPE).is_file()]
     if runs:
-        if len(runs) < len(given) or methods or vary or changes or seeds != 1:
-            raise RecipeError("finished runs are compared as they are: give runs alone, or recipes")
+        if len(runs) < len(items) or methods or vary or changes or seeds != 1:
+            raise RecipeError("finished runs take no methods, overrides or seeds; give only runs, or only recipes")
         return Comparison(tabulate("runs", _groups_of(runs), metric=metric, against=against, cost=cost))
-    if not given:
-        raise RecipeError("which recipes? `peftkit list` names them")
+    if not items:
+        raise RecipeError("expected at least one recipe (`peftkit list` shows them)")
     varied = vary if isinstance(vary, Mapping) else parse_vary(vary)
-    chosen = [one if isinstance(one, Recipe) else catalog.get_recipe(str(one)) for one in given]
-    made = variants(chosen, methods=methods, vary=varied, changes=changes)
-    check_names([Group(variant.label) for variant in made], against=against, cost=cost)
-    _refuse_other_rows(made)
+    chosen = [one if isinstance(one, Recipe) else catalog.get_recipe(str(one)) for one in items]
+    planned = variants(chosen, methods=methods, vary=varied, changes=changes)
+    check_names([Group(variant.label) for variant in planned], against=against, cost=cost)
+    _refuse_other_rows(planned)
     folder = Path(out) if out else Path(chosen[0].output_dir) / f"compare-{chosen[0].name}"
-    runner: Runner = _processes(jobs) if isolated else InProcessRunner()
-    counted = _seeds(seeds, chosen[0])
-    with working.in_use(folder):
-        work = ComparisonRun(folder, made, counted, runner, 1 if isinstance(runner, InProcessRunner) else jobs, quiet)
+    runner: Runner = _subprocesses(jobs) if isolated else InProcessRunner()
+    with experiment_jobs.in_use(folder):
+        work = ComparisonRun(folder, planned, _seeds(seeds, chosen[0]), runner, jobs if isolated else 1, quiet)
         stopped = work.run()
         table = tabulate(chosen[0].name, work.groups(), metric=metric, against=against, cost=cost)
         reporting.write(table, folder)
     if stopped:
-        raise Interrupted(f"stopped; what is done stands in {folder}, and the same command goes on", signal.SIGINT)
+        raise Interrupted(f"stopped; finished runs are in {folder}; repeat the command to resume", signal.SIGINT)
     return Comparison(table, folder)
 
 
@@ -125,7 +124,7 @@ def _seeds(seeds: int | Sequence[int], recipe: Recipe) -> list[int]:
     return [recipe.training.seed + number for number in range(seeds)]
 
 
-def _processes(jobs: int) -> SubprocessRunner:
+def _subprocesses(jobs: int) -> SubprocessRunner:
     if jobs < 1:
         raise RecipeError(f"--jobs: expected 1 or more, found {jobs}")
     if jobs == 1:
@@ -137,7 +136,7 @@ def _processes(jobs: int) -> SubprocessRunner:
 
 @dataclass
 class ComparisonRun:
-    """The runs of a comparison, those that are done already among them."""
+    """The runs of a comparison, including those of earlier calls."""
 
     folder: Path
     variants: Sequence[Variant]
@@ -149,58 +148,58 @@ class ComparisonRun:
     def __post_init__(self) -> None:
         self.outcomes: dict[tuple[str, int], Outcome] = {}
         for variant, seed in self._all():
-            job, done = self._job(variant, seed), working.earlier(self._job(variant, seed))
+            job, done = self._job(variant, seed), experiment_jobs.earlier(self._job(variant, seed))
             if done is None or done.status != DONE or not Path(done.run or "").is_dir():
                 continue
-            old = working.earlier_recipe(job)
-            if old is None or not working.same_recipe(old, job.recipe):
+            old = experiment_jobs.earlier_recipe(job)
+            if old is None or not experiment_jobs.same_recipe(old, job.recipe):
                 raise RunError(
-                    f"{job.folder} holds '{variant.label}' of another recipe{_first_difference(old, job.recipe)}; give "
-                    "this comparison a folder of its own: --out FOLDER"
+                    f"{job.folder} contains '{variant.label}' of another recipe{_first_difference(old, job.recipe)}; "
+                    "choose another folder with --out"
                 )
             self.outcomes[variant.label, seed] = done
 
     def run(self) -> bool:
-        """Trains what is missing; returns whether it was stopped."""
-        left = [pair for pair in self._all() if (pair[0].label, pair[1]) not in self.outcomes]
+        """Trains what is missing; returns whether it was interrupted."""
+        missing = [pair for pair in self._all() if (pair[0].label, pair[1]) not in self.outcomes]
         try:
             if self.jobs == 1:
-                for number, (variant, seed) in enumerate(left):
-                    self._one(variant, seed, f"{number + 1} of {len(left)}")
+                for number, (variant, seed) in enumerate(missing):
+                    self._train(variant, seed, f"{number + 1} of {len(missing)}")
             else:
-                self._together(left)
+                self._in_parallel(missing)
         except KeyboardInterrupt:
             return True
         return False
 
     def groups(self) -> list[Group]:
-        """Each variant with its finished runs and what went wrong."""
-        made = []
+        """Each variant with its finished runs and the errors of the others."""
+        groups = []
         for variant in self.variants:
             ended = [self.outcomes.get((variant.label, seed), Outcome("stopped")) for seed in self.seeds]
             runs = [Path(str(outcome.run)) for outcome in ended if outcome.status == DONE]
-            wrong = [outcome for outcome in ended if outcome.status != DONE]
-            status = DONE if not wrong else f"{len(runs)} of {len(ended)}" if runs else wrong[0].status
-            said = tuple(dict.fromkeys(outcome.message for outcome in wrong if outcome.message))
-            made.append(Group(variant.label, runs, status, said))
-        return made
+            failed = [outcome for outcome in ended if outcome.status != DONE]
+            status = DONE if not failed else f"{len(runs)} of {len(ended)}" if runs else failed[0].status
+            messages = tuple(dict.fromkeys(outcome.message for outcome in failed if outcome.message))
+            groups.append(Group(variant.label, runs, status, messages))
+        return groups
 
     def _all(self) -> list[tuple[Variant, int]]:
-        """All variants with the first seed, then with the second …: an early stop still leaves a whole table."""
+        """All variants with the first seed, then with the second …, so that an early stop leaves a complete table."""
         return [(variant, seed) for seed in self.seeds for variant in self.variants]
 
     def _job(self, variant: Variant, seed: int) -> Job:
         recipe = variant.seeded(seed)
-        if seed != self.seeds[0]:  # told once a variant
+        if seed != self.seeds[0]:  # once per variant is enough
             recipe = replace(recipe, evaluation={"baselines": ()}, export={"prove": False})
         return Job(self.folder / "runs" / variant.slug / f"seed-{seed}", recipe)
 
-    def _together(self, left: Sequence[tuple[Variant, int]]) -> None:
+    def _in_parallel(self, missing: Sequence[tuple[Variant, int]]) -> None:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 waited = [
-                    pool.submit(self._one, variant, seed, f"{number + 1} of {len(left)}")
-                    for number, (variant, seed) in enumerate(left)
+                    pool.submit(self._train, variant, seed, f"{number + 1} of {len(missing)}")
+                    for number, (variant, seed) in enumerate(missing)
                 ]
                 for future in waited:
                     future.result()
@@ -208,44 +207,41 @@ class ComparisonRun:
                 self.runner.stop()
                 raise
 
-    def _one(self, variant: Variant, seed: int, place: str) -> None:
+    def _train(self, variant: Variant, seed: int, place: str) -> None:
         name = f"{variant.label}, seed {seed}" if len(self.seeds) > 1 else variant.label
-        self._say(f"[{place}] {name}: started")
+        self._report(f"[{place}] {name}: started")
         metric = variant.recipe.training.best_metric
 
-        def on_validation(step: int, figures: Mapping[str, float]) -> bool:
-            wanted = [metric] if metric and metric in figures else list(figures)[:2]
-            self._say(f"[{place}] {name}: step {step}: {', '.join(f'{one} {figures[one]:.4f}' for one in wanted)}")
+        def on_validation(step: int, metrics: Mapping[str, float]) -> bool:
+            names = [metric] if metric and metric in metrics else list(metrics)[:2]
+            self._report(f"[{place}] {name}: step {step}: {', '.join(f'{one} {metrics[one]:.4f}' for one in names)}")
             return True
 
         outcome = self.runner.run(self._job(variant, seed), on_validation)
         self.outcomes[variant.label, seed] = outcome
-        self._say(f"[{place}] {name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.message}".rstrip())
+        self._report(f"[{place}] {name}: {outcome.status} after {outcome.seconds:.0f} s {outcome.message}".rstrip())
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
 
-# -- the same rows for all -----------------------------------------------------------------------------------------
-
-
-def _refuse_other_rows(made: Sequence[Variant]) -> None:
-    """Raises RecipeError where a variant would read other rows or splits; augmented copies of the rows may vary."""
+def _refuse_other_rows(variants: Sequence[Variant]) -> None:
+    """Raises RecipeError if a variant would read other rows or splits; augmentation may vary."""
     from peftkit.data.pipeline import prepare
 
-    known: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
     first = None
-    for variant in made:
+    for variant in variants:
         plain = replace(variant.recipe, data={"augmentation": None})
         key = json.dumps([plain.data.model_dump(mode="json"), plain.task.model_dump(mode="json")], sort_keys=True)
-        if key not in known:
-            known[key] = prepare(plain).fingerprint
+        if key not in fingerprints:
+            fingerprints[key] = prepare(plain).fingerprint
         if first is None:
-            first = (plain, known[key])
-        elif known[key] != first[1]:
+            first = (plain, fingerprints[key])
+        elif fingerprints[key] != first[1]:
             raise RecipeError(
-                f"'{variant.label}' would be trained or scored on other rows than '{made[0].label}'"
+                f"'{variant.label}' would use other rows than '{variants[0].label}'"
                 f"{_first_difference(first[0], plain, only=('data', 'task'))}; compare on the same data"
             )
 
@@ -255,29 +251,30 @@ def _first_difference(old: Recipe | None, new: Recipe, only: tuple[str, ...] = (
     before, after = flatten(old) if old else {}, flatten(new)
     for name in sorted(set(before) | set(after)):
         wanted = not only or name.partition(".")[0] in only
-        if wanted and name not in working.NOT_LEARNED and before.get(name) != after.get(name):
+        if wanted and name not in experiment_jobs.NOT_LEARNED and before.get(name) != after.get(name):
             return f" ({name} {before.get(name)} → {after.get(name)})"
     return ""
 
 
 def _groups_of(runs: Sequence[Path]) -> list[Group]:
-    """Finished runs, those that differ in nothing but their seed together; raises RunError for other data."""
-    found: dict[str, list[Path]] = {}
+    """Finished runs grouped by everything but their seed; raises RunError for different data."""
+    groups: dict[str, list[Path]] = {}
     for run in dict.fromkeys(runs):
         fields = flatten(Recipe.from_yaml(run / folders.RECIPE))
-        beside = ("name", "training.seed", "training.threads", *NOT_LEARNED_FROM)
-        learned = {name: value for name, value in fields.items() if not name.startswith(beside)}
-        found.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
-    marks = {run: _data_of(run) for run in runs}
+        ignored = ("name", "training.seed", "training.threads", *NOT_LEARNED_FROM)
+        learned = {name: value for name, value in fields.items() if not name.startswith(ignored)}
+        groups.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
     for run in runs[1:]:
-        if marks[run] != marks[runs[0]]:
-            raise RunError(f"{run} was trained on other rows than {runs[0]}; compare runs of the same data and splits")
-    return [Group(group[0].name, group) for group in found.values()]
+        if _data_of(run) != _data_of(runs[0]):
+            raise RunError(
+                f"{run} was trained on other rows than {runs[0]}; compare runs with the same data and splits"
+            )
+    return [Group(group[0].name, group) for group in groups.values()]
 
 
 def _data_of(run: Path) -> str:
     about = run / "about.json"
-    mark = json.loads(about.read_text(encoding="utf-8")).get("data") if about.is_file() else None
-    if not mark:
-        raise RunError(f"{run}: expected a finished run that names its data in about.json; train it again")
-    return str(mark)
+    fingerprint = json.loads(about.read_text(encoding="utf-8")).get("data") if about.is_file() else None
+    if not fingerprint:
+        raise RunError(f"{run}: expected the fingerprint of its data in about.json; train it again")
+    return str(fingerprint)

@@ -1,10 +1,10 @@
-"""One run of many: carried out in a process of its own, so that neither a crash nor a leak reaches the next.
+"""One run of an experiment, in its own process, so that neither a crash nor a leak affects the next.
 
 job = Job(folder, recipe)
 outcome = SubprocessRunner().run(job, on_validation)      # outcome.status, outcome.message, outcome.run
 
-A job's folder holds ``recipe.yaml``, the run's own folder, ``log.txt`` (all that the run printed) and, once it ended,
-``outcome.json``. A job that was stopped goes on from its checkpoint.
+A job's folder contains ``recipe.yaml``, the run's own folder, ``log.txt`` (the run's output) and, once it ended,
+``outcome.json``. A stopped job resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from peftkit.schema.recipe import Recipe, flatten, replace
 
 OUTCOME, LOG = "outcome.json", "log.txt"
 DONE, FAILED, STOPPED, PRUNED = "done", "failed", "stopped", "pruned"
-Watch = Callable[[int, Mapping[str, float]], bool]
-"""Told the step and the figures of every validation; False ends the run there."""
+OnValidation = Callable[[int, Mapping[str, float]], bool]
+"""Called with the step and the metrics of every validation; False ends the run."""
 NOT_LEARNED = ("output_dir", "training.threads")
-"""Fields in which a job may differ from one that was done before."""
+"""Fields that may differ from a job finished earlier."""
 
 
 class Pruned(Exception):
-    """A run was ended because its on_validation said so."""
+    """A run was ended by its ``on_validation``."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to be carried out in a folder."""
+    """A recipe to run in a folder."""
 
     folder: Path
     recipe: Recipe
     final: bool = True
-    """False trains and validates only: the test split stays unread, nothing is exported."""
+    """False only trains and validates: the test split stays unread, nothing is exported."""
     keep: bool = False
-    """Go on with whatever run lies in the folder, even where a field that is not learned from differs."""
+    """Resume any run in the folder, even if a field that does not affect learning differs."""
 
     def placed(self, threads: int | None = None) -> Recipe:
-        """The recipe as it is carried out: its run lies in the job's folder."""
+        """The recipe with its run inside the job's folder."""
         changes: dict[str, Any] = {"output_dir": str(self.folder)}
         if threads and self.recipe.training.threads is None:
             changes["training"] = {"threads": threads}
@@ -68,33 +68,33 @@ class Outcome:
     status: str
     """DONE, FAILED, STOPPED or PRUNED."""
     run: str | None = None
-    """Folder of the run, where there is one."""
+    """Folder of the run, if there is one."""
     message: str = ""
     seconds: float = 0.0
-    """From the process's start to its end."""
+    """From start to end of the process."""
     user_error: bool = False
-    """Whether something that was given is wrong, so that the same again would fail again."""
+    """Whether the input is wrong, so that a retry would fail again."""
 
 
 def same_recipe(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes learn the same from the same."""
+    """Whether two recipes learn the same from the same data."""
     return learned(one) == learned(other)
 
 
 def learned(recipe: Recipe) -> dict[str, Any]:
-    """The fields that say what is learned and how it is scored, by dotted name."""
+    """The fields that determine what is learned and how it is scored, by dotted name."""
     return {name: value for name, value in flatten(recipe).items() if name not in NOT_LEARNED}
 
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Makes an experiment's folder and holds it; raises RunError when another process works in it."""
+    """Creates and locks an experiment's folder; raises RunError if another process uses it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
-        raise RunError(f"{folder}: another process works in this folder; wait for it or stop it") from None
+        raise RunError(f"{folder}: in use by another process; wait for it or stop it") from None
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another with --out") from None
     try:
@@ -104,19 +104,19 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def earlier(job: Job) -> Outcome | None:
-    """What an earlier call left in the job's folder; None where nothing ended there."""
+    """The outcome of an earlier call, or None."""
     file = job.folder / OUTCOME
     return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def earlier_recipe(job: Job) -> Recipe | None:
-    """The recipe that an earlier call wrote into the job's folder."""
+    """The recipe of an earlier call in the job's folder, or None."""
     file = job.folder / folders.RECIPE
     return Recipe.from_yaml(file) if file.is_file() else None
 
 
 def prepare_folder(job: Job, threads: int | None = None) -> None:
-    """Makes the job's folder; what another recipe left there is removed, a stopped run of the same one stays."""
+    """Creates the job's folder; runs of another recipe are removed, a stopped run of the same one stays."""
     old = earlier_recipe(job)
     if old is not None and not job.keep and not same_recipe(old, job.recipe):
         shutil.rmtree(job.folder)
@@ -125,53 +125,57 @@ def prepare_folder(job: Job, threads: int | None = None) -> None:
     (job.folder / folders.RECIPE).write_text(job.placed(threads).to_yaml(), encoding="utf-8")
 
 
-def run_job(folder: Path, *, final: bool, on_validation: Watch | None = None) -> Outcome:
-    """Trains the recipe of a prepared folder in this process; whatever goes wrong is the outcome's message."""
+def run_job(folder: Path, *, final: bool, on_validation: OnValidation | None = None) -> Outcome:
+    """Trains the recipe of a prepared folder in this process; any failure becomes the outcome's message."""
     recipe, started = Recipe.from_yaml(folder / folders.RECIPE), time.monotonic()
     try:
-        status, said = _train(recipe, folder, final=final, on_validation=on_validation)
+        status, details = _train(recipe, folder, final=final, on_validation=on_validation)
     except Pruned:
-        status, said = PRUNED, {}
+        status, details = PRUNED, {}
     except Interrupted as error:
-        status, said = STOPPED, {"message": str(error)}
+        status, details = STOPPED, {"message": str(error)}
     except PeftkitError as error:
-        status, said = FAILED, {"message": str(error), "user_error": isinstance(error, UserError)}
-    except Exception as error:  # a failure of any kind is one row of the table; the log has the rest
+        status, details = FAILED, {"message": str(error), "user_error": isinstance(error, UserError)}
+    except Exception as error:  # any failure is one row of the table; details are in the log
         traceback.print_exc()
         first = str(error).strip().partition("\n")[0]
-        status, said = FAILED, {"message": f"{type(error).__name__}: {first}" if first else type(error).__name__}
+        status, details = FAILED, {"message": f"{type(error).__name__}: {first}" if first else type(error).__name__}
     _release()
-    made = {"run": _path(newest_run(recipe)), **said}
-    outcome = Outcome(status, seconds=time.monotonic() - started, **made)
+    newest = newest_run(recipe)
+    fields = {"run": str(newest) if newest else None, **details}
+    outcome = Outcome(status, seconds=time.monotonic() - started, **fields)
     folders.write_json(folder / OUTCOME, asdict(outcome))
     return outcome
 
 
-def _train(recipe: Recipe, folder: Path, *, final: bool, on_validation: Watch | None) -> tuple[str, dict[str, Any]]:
+def _train(
+    recipe: Recipe, folder: Path, *, final: bool, on_validation: OnValidation | None
+) -> tuple[str, dict[str, Any]]:
     from peftkit import run
 
-    def asked(step: int, figures: Mapping[str, float]) -> None:
-        if on_validation is not None and not on_validation(step, figures):
+    def raise_if_pruned(step: int, metrics: Mapping[str, float]) -> None:
+        if on_validation is not None and not on_validation(step, metrics):
             raise Pruned
 
     done = run.train(
-        recipe, resume=newest_run(recipe), allow=("training.threads",), quiet=True, on_validation=asked, final=final
+        recipe,
+        resume=newest_run(recipe),
+        allow=("training.threads",),
+        quiet=True,
+        on_validation=raise_if_pruned,
+        final=final,
     )
     return DONE, {"run": str(done.path)}
 
 
 def newest_run(recipe: Recipe) -> Path | None:
-    """The newest run in the job's folder: one to go on with, or the finished one."""
-    found = sorted(path.parent for path in Path(recipe.output_dir).glob(f"{recipe.name}-[0-9]*/{folders.RECIPE}"))
-    return found[-1] if found else None
-
-
-def _path(path: Path | None) -> str | None:
-    return str(path) if path else None
+    """The newest run in the job's folder, stopped or finished."""
+    runs = sorted(path.parent for path in Path(recipe.output_dir).glob(f"{recipe.name}-[0-9]*/{folders.RECIPE}"))
+    return runs[-1] if runs else None
 
 
 def _release() -> None:
-    """Gives back what a run held, for the next one in the same process."""
+    """Frees the memory of a run for the next one in the same process."""
     import torch
 
     gc.collect()
@@ -181,22 +185,22 @@ def _release() -> None:
 
 @dataclass
 class SubprocessRunner:
-    """Carries out jobs in processes of their own, several at a time where it is called from several threads.
+    """Runs each job in its own process; several at the same time if called from several threads.
 
-    A worker hears through its standard input: an answer to every validation, and the end of the pipe, whether closed
-    by ``stop`` or by this process's death, means: write a checkpoint and end.
+    A worker reads an answer to every validation from its standard input. End of file, after ``stop`` or when this
+    process dies, makes it write a checkpoint and exit.
     """
 
     threads: int | None = None
-    """CPU threads of each, where the recipe says nothing."""
+    """CPU threads per process, unless the recipe sets them."""
     devices: int = 0
-    """Accelerators to be shared out; 0 leaves them to every process."""
+    """Accelerators to distribute over the processes; 0 leaves all to each."""
     stopping: bool = False
     _live: dict[subprocess.Popen[str], int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, job: Job, on_validation: Watch | None = None) -> Outcome:
-        """Waits for the job's end; a process that dies is an outcome like any other."""
+    def run(self, job: Job, on_validation: OnValidation | None = None) -> Outcome:
+        """Runs a job to its end; a process that dies is an outcome like any other."""
         prepare_folder(job, self.threads)
         started, process = time.monotonic(), self._start(job)
         if process is None:
@@ -217,7 +221,7 @@ class SubprocessRunner:
         return earlier(job) or self._died(job, code, time.monotonic() - started)
 
     def stop(self) -> None:
-        """Asks every running process to write a checkpoint and end; none is started from now on."""
+        """Makes every running process write a checkpoint and exit, and starts no more."""
         with self._lock:
             self.stopping = True
             for process in self._live:
@@ -236,19 +240,19 @@ class SubprocessRunner:
                 environment["CUDA_VISIBLE_DEVICES"] = _visible(slot % self.devices)
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                start_new_session=True,  # Ctrl-C reaches this process, which tells them in its own way
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops them itself
             )  # fmt: skip
             self._live[process] = slot
             return process
 
-    def _talk(self, process: subprocess.Popen[str], on_validation: Watch | None) -> None:
+    def _talk(self, process: subprocess.Popen[str], on_validation: OnValidation | None) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         for line in process.stdout:
-            said = json.loads(line)
-            go_on = on_validation is None or on_validation(said["step"], said["figures"])
-            with contextlib.suppress(OSError, ValueError):  # it has ended, or was asked to
-                process.stdin.write("go\n" if go_on else "end\n")
+            message = json.loads(line)
+            keep_training = on_validation is None or on_validation(message["step"], message["metrics"])
+            with contextlib.suppress(OSError, ValueError):  # it has exited, or is about to
+                process.stdin.write("go\n" if keep_training else "end\n")
                 process.stdin.flush()
 
     def _died(self, job: Job, code: int, seconds: float) -> Outcome:
@@ -256,33 +260,33 @@ class SubprocessRunner:
             outcome = Outcome(STOPPED, seconds=seconds)
         else:
             how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            why = ", which is how the system ends a process that takes too much memory" if code == -9 else ""
+            why = " (often the system's out-of-memory killer)" if code == -9 else ""
             outcome = Outcome(FAILED, message=f"the process was {how}{why}; see {job.folder / LOG}", seconds=seconds)
         folders.write_json(job.folder / OUTCOME, asdict(outcome))
         return outcome
 
 
 class InProcessRunner:
-    """Carries out jobs in this process: at once for tiny models; a crash ends everything, and memory adds up."""
+    """Runs jobs in this process: starts faster, but a crash ends everything and memory accumulates."""
 
     threads: int | None = None
 
-    def run(self, job: Job, on_validation: Watch | None = None) -> Outcome:
-        """Waits for the job's end."""
+    def run(self, job: Job, on_validation: OnValidation | None = None) -> Outcome:
+        """Runs a job to its end."""
         prepare_folder(job, self.threads)
         outcome = run_job(job.folder, final=job.final, on_validation=on_validation)
-        if outcome.status == STOPPED and "stopped by SIG" in outcome.message:  # the signal was for all of us
+        if outcome.status == STOPPED and "stopped by SIG" in outcome.message:  # the signal was meant for the experiment
             raise KeyboardInterrupt
         return outcome
 
     def stop(self) -> None:
-        """Nothing runs beside this thread."""
+        """Does nothing: jobs run in the calling thread."""
 
 
 Runner = SubprocessRunner | InProcessRunner
 
 
 def _visible(number: int) -> str:
-    """The accelerator of that number among those that this process may see."""
-    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return seen[number] if number < len(seen) else str(number)
+    """The accelerator of that number among those visible to this process."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return visible[number] if number < len(visible) else str(number)

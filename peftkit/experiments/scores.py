@@ -1,6 +1,6 @@
-"""The predictions that finished runs left behind, as figures of any choice of rows.
+"""Metrics of any subset of rows, from the stored predictions of finished runs.
 
-figure = figure_of(read(run, "test"), "f1")     # rows → the figure of these rows
+metric = metric_of(read(run, "test"), "f1")     # rows → the metric over these rows
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from peftkit.runs import folder as folders
 from peftkit.schema.head import StoredPredictions, head_of
 from peftkit.schema.types import TaskInfo
 
-SAME_ROWS = "are compared row by row, so all must be scored on the same rows"
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -30,12 +28,12 @@ class Scored:
     question: tuple[Any, ...]
     """What was learned and with which labels; equal in runs that can be compared, like ``rows``."""
     rows: list[tuple[Any, ...]]
-    """What the rows are: place and gold answer, or place and number of tokens."""
+    """Source and gold answer of each row, or source and number of tokens."""
     stored: StoredPredictions
 
 
 def read(run: Path, split: str) -> Scored:
-    """Reads ``predictions/<split>.jsonl``; raises RunError where there is none."""
+    """Reads ``predictions/<split>.jsonl``; raises RunError if there is none."""
     file = run / "predictions" / f"{split}.jsonl"
     if not file.is_file():
         raise RunError(f"{run}: expected its predictions in predictions/{split}.jsonl; is it a finished run?")
@@ -48,12 +46,12 @@ def read(run: Path, split: str) -> Scored:
 
 
 def comparable(one: Scored, other: Scored) -> bool:
-    """Whether two runs answered the same questions."""
+    """Whether two runs were scored on the same rows."""
     return (one.question, one.rows) == (other.question, other.rows)
 
 
-def figure_of(scored: Scored, metric: str) -> Figure | None:
-    """The metric of a choice of rows; None where the stored predictions do not tell it."""
+def metric_of(scored: Scored, metric: str) -> Figure | None:
+    """The metric as a function of rows; None if stored predictions do not determine it."""
     statistics = scored.stored.statistics
     if metric not in statistics(np.arange(len(scored.rows))):
         return None
@@ -61,27 +59,27 @@ def figure_of(scored: Scored, metric: str) -> Figure | None:
 
 
 def compare(first: Sequence[Scored], second: Sequence[Scored], metric: str, confidence: float) -> dict[str, Any] | None:
-    """Difference (first − second) and its significance; None where it cannot be told.
+    """Difference (first − second) and its significance; None if undetermined.
 
-    The accuracies of one run each are compared by McNemar's exact test, everything else by the paired bootstrap.
+    Accuracies of single runs are compared by McNemar's exact test, everything else by the paired bootstrap.
     """
     if not comparable(first[0], second[0]):
         return None
     right = [one.stored.right for one in (*first, *second)]
     if metric in {"accuracy", "exact_match"} and len(right) == 2 and right[0] is not None and right[1] is not None:
         return {**paired_tests.mcnemar(right[0], right[1], confidence), "test": "McNemar"}
-    figures = [[figure_of(one, metric) for one in runs] for runs in (first, second)]
-    if any(figure is None for side in figures for figure in side):
+    metrics = [[metric_of(one, metric) for one in runs] for runs in (first, second)]
+    if any(function is None for side in metrics for function in side):
         return None
-    found = paired_tests.paired(figures[0], figures[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
-    return {**found, "test": "paired bootstrap"}
+    result = paired_tests.paired(metrics[0], metrics[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
+    return {**result, "test": "paired bootstrap"}
 
 
 def interval(runs: Sequence[Scored], metric: str, confidence: float) -> tuple[float, float] | None:
-    """Percentile interval of the mean over seeds, rows and seeds resampled; None where it cannot be told."""
-    figures = [figure_of(one, metric) for one in runs]
-    if any(figure is None for figure in figures):
+    """Percentile interval of the mean over seeds, with rows and seeds resampled; None if undetermined."""
+    metrics = [metric_of(one, metric) for one in runs]
+    if any(function is None for function in metrics):
         return None
-    drawn = paired_tests.resampled([figures], len(runs[0].rows))[0]  # type: ignore[list-item]
+    drawn = paired_tests.resampled([metrics], len(runs[0].rows))[0]  # type: ignore[list-item]
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)

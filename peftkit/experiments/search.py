@@ -1,4 +1,4 @@
-"""A study: optuna chooses the values, validation alone judges them, and a journal on disk remembers.
+"""A study: Optuna chooses the values, validation alone scores them, and a journal on disk stores them.
 
 Samplers: the whole grid; random (Bergstra & Bengio 2012, "Random search for hyper-parameter optimization"); Bayesian,
 the tree-structured Parzen estimator (Bergstra et al. 2011, "Algorithms for hyper-parameter optimization"). Pruners:
@@ -28,23 +28,23 @@ JOURNAL = "study.journal"
 SAMPLERS = ("grid", "random", "bayesian")
 PRUNERS = ("median", "halving")
 FOLDER, SUPERSEDES = "folder", "supersedes"
-"""What is noted of a trial that goes on with one that was stopped: whose folder, in whose place."""
+"""User attributes of a trial that resumes a stopped one: its folder and its number."""
 
 
 class Grid(GridSampler):
-    """optuna's grid for trials that are asked for one by one; ``exhausted`` ends it, where optuna's would raise."""
+    """Optuna's grid sampler for ask-and-tell; the caller checks ``exhausted``, where Optuna would raise."""
 
     def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-        """Nothing: the caller asks whether the grid is exhausted."""
+        """Does nothing: the caller checks whether the grid is exhausted."""
 
 
 def open_study(
     folder: Path, space: Space, *, sampler: str, pruner: str | None, maximize: bool, seed: int
 ) -> optuna.Study:
-    """The study in the folder, a new one or the one that was there; trials that were stopped are queued again.
+    """The study in the folder, new or existing; stopped trials are queued again.
 
     Raises:
-        RecipeError: an unknown sampler or pruner, or a grid over a range that has no end.
+        RecipeError: an unknown sampler or pruner, or a grid over an unbounded range.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_names(sampler, pruner, space)
@@ -52,7 +52,7 @@ def open_study(
     study = optuna.create_study(
         storage=storage, study_name="tune", direction="maximize" if maximize else "minimize", load_if_exists=True
     )
-    # a seed used again would draw the values again that earlier calls drew
+    # the same seed would draw the values of earlier calls again
     study.sampler = _sampler(sampler, space, seed + len(study.trials))
     study.pruner = _pruner(pruner)
     _queue_stopped(study)
@@ -60,7 +60,7 @@ def open_study(
 
 
 def check_names(sampler: str, pruner: str | None, space: Space) -> None:
-    """Raises RecipeError for an unknown sampler or pruner, or a range that a grid cannot cover."""
+    """Raises RecipeError for an unknown sampler or pruner, or a range that a grid cannot enumerate."""
     if sampler not in SAMPLERS:
         raise RecipeError(f"--sampler: unknown sampler '{sampler}': {did_you_mean(sampler, SAMPLERS)}")
     if pruner is not None and pruner not in PRUNERS:
@@ -74,7 +74,7 @@ def check_names(sampler: str, pruner: str | None, space: Space) -> None:
 
 def _sampler(name: str, space: Space, seed: int) -> BaseSampler:
     if name == "grid":
-        return Grid({path: [_held(value) for value in one.grid()] for path, one in space.items()}, seed=0)
+        return Grid({path: [_storable(value) for value in one.grid()] for path, one in space.items()}, seed=0)
     return RandomSampler(seed=seed) if name == "random" else TPESampler(seed=seed)
 
 
@@ -87,12 +87,12 @@ def _pruner(name: str | None) -> optuna.pruners.BasePruner:
 
 
 def exhausted(study: optuna.Study) -> bool:
-    """Whether a grid has been searched whole."""
+    """Whether a grid has been searched completely."""
     return isinstance(study.sampler, GridSampler) and not _waiting(study) and study.sampler.is_exhausted(study)
 
 
 def values_of(trial: Trial, space: Space, recipe: Recipe) -> dict[str, Any]:
-    """The values that the sampler chose for a trial; a field that a swapped-in part lacks is left out."""
+    """The sampler's values for a trial, without fields that a swapped-in section lacks."""
     chosen: dict[str, Any] = {}
     for path, dimension in space.items():
         if is_swap(path) or has_field(with_swaps(recipe, chosen, space), path):
@@ -101,16 +101,16 @@ def values_of(trial: Trial, space: Space, recipe: Recipe) -> dict[str, Any]:
 
 
 def with_swaps(recipe: Recipe, values: Mapping[str, Any], space: Space) -> Recipe:
-    """The recipe with the values; a method that is swapped in learns at its own default rate, if none is searched."""
-    made = with_values(recipe, values)
-    if made.method.kind != recipe.method.kind and RATE not in space:
-        made = with_values(made, {RATE: None})
-    return made
+    """The recipe with the values; a swapped-in method uses its default learning rate unless it is searched."""
+    changed = with_values(recipe, values)
+    if changed.method.kind != recipe.method.kind and RATE not in space:
+        return with_values(changed, {RATE: None})
+    return changed
 
 
 def _suggest(trial: Trial, path: str, dimension: Dimension) -> Any:
     if isinstance(dimension, Choices):
-        names = [_held(value) for value in dimension.values]
+        names = [_storable(value) for value in dimension.values]
         return dimension.values[names.index(trial.suggest_categorical(path, names))]
     assert isinstance(dimension, Range)
     if dimension.whole:
@@ -120,30 +120,30 @@ def _suggest(trial: Trial, path: str, dimension: Dimension) -> Any:
     return trial.suggest_float(path, dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
-def _held(value: Any) -> Any:
-    """A choice as optuna holds it: lists and mappings as their JSON."""
+def _storable(value: Any) -> Any:
+    """A choice as Optuna stores it: lists and mappings as JSON."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, sort_keys=True)
 
 
 def decided(trial: FrozenTrial, space: Space) -> dict[str, Any]:
-    """The values of a trial of the study, as fields take them."""
-    made = {}
+    """The values of a trial as the recipe's fields accept them."""
+    values = {}
     for path, value in trial.params.items():
         dimension = space[path]
         if isinstance(dimension, Choices):
-            value = next(one for one in dimension.values if _held(one) == value)
-        made[path] = value
-    return made
+            value = next(one for one in dimension.values if _storable(one) == value)
+        values[path] = value
+    return values
 
 
-def counted(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that ended, without those that another went on with."""
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that ended, except those resumed by another."""
     replaced = {trial.user_attrs.get(SUPERSEDES) for trial in study.trials}
     return [trial for trial in study.trials if trial.state.is_finished() and trial.number not in replaced]
 
 
 def same_values(study: optuna.Study, trial: Trial) -> FrozenTrial | None:
-    """An earlier finished trial of the very same values: training it again would give the same figure."""
+    """An earlier complete trial with the same values, whose result would be the same."""
     for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if other.number != trial.number and other.params == trial.params:
             return other
@@ -151,12 +151,12 @@ def same_values(study: optuna.Study, trial: Trial) -> FrozenTrial | None:
 
 
 def folder_number(trial: Trial | FrozenTrial) -> int:
-    """The number of the folder in which the trial's run lies."""
+    """The number of the trial's folder."""
     return int(trial.user_attrs.get(FOLDER, trial.number))
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """optuna's importance of each value for the figure, where enough trials tell it."""
+    """Optuna's importance of each hyperparameter; empty with too few trials."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) < 4 or len({trial.value for trial in done}) < 2:
         return {}
@@ -170,7 +170,7 @@ def _waiting(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _queue_stopped(study: optuna.Study) -> None:
-    """Trials that were running when their study was stopped are closed, and queued to go on in their folders."""
+    """Closes trials that were running when the study was stopped and queues them to resume in their folders."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
         study.add_trial(

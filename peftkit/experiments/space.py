@@ -2,10 +2,10 @@
 
     training.learning_rate=1e-5..1e-2:log     a range, searched by its logarithm
     method.rank=4,8,16                        choices
-    training.epochs=1..5                      whole numbers, for both ends are; write 0.0..0.5 for fractions
+    training.epochs=1..5                      integers, as both ends are; write 0.0..0.5 for fractions
     training.batch_size=8..64:step=8          every eighth
 
-A YAML file holds the same, a line a field: ``training.learning_rate: 1e-5..1e-2:log`` or ``method.rank: [4, 8, 16]``.
+A YAML file contains the same, one line per field: ``training.epochs: 1..5`` or ``method.rank: [4, 8, 16]``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from peftkit.schema.recipe_yaml import value_of
 from peftkit.schema.sections import ConfigSection
 
 SEARCHED_DATA = ("data.max_length", "data.augmentation")
-"""What may vary of the data: everything else would change the rows that trials are judged by."""
+"""Data fields that may vary; all others would change the rows that trials are scored on."""
 NOT_SEARCHED = {
-    "name": "it is only a name",
-    "output_dir": "it is only a place",
-    "tracking": "it changes nothing that is learned",
-    "evaluation": "it changes nothing that is learned",
-    "export": "it changes nothing that is learned",
-    "training.seed": "the best of several seeds is luck; compare --seeds tells how much",
+    "name": "it does not affect learning",
+    "output_dir": "it does not affect learning",
+    "tracking": "it does not affect learning",
+    "evaluation": "it does not affect learning",
+    "export": "it does not affect learning",
+    "training.seed": "the best of several seeds is chance; measure it with compare --seeds",
     "training.best_metric": "trials are judged by one figure: --metric",
 }
 
@@ -110,19 +110,19 @@ def parse(given: Mapping[str, Any] | Sequence[str], recipe: Recipe) -> Space:
 
 
 def is_swap(path: str) -> bool:
-    """Whether the field chooses a part's kind."""
+    """Whether the field chooses the kind of a section."""
     part, _, field = path.partition(".")
     return part in BY_KIND and field in {"", "kind"}
 
 
 def has_field(recipe: Recipe, path: str) -> bool:
-    """Whether this recipe's method, task and quantization have the field (others always do)."""
+    """Whether this recipe's method, task and quantization have the field (other sections always do)."""
     part, _, field = path.partition(".")
-    held = getattr(recipe, part, None)
+    section = getattr(recipe, part, None)
     return (
         part not in BY_KIND
         or is_swap(path)
-        or (isinstance(held, ConfigSection) and field.partition(".")[0] in type(held).model_fields)
+        or (isinstance(section, ConfigSection) and field.partition(".")[0] in type(section).model_fields)
     )
 
 
@@ -134,12 +134,12 @@ def _read(text: str) -> Iterable[tuple[str, Any]]:
     if file.suffix not in {".yaml", ".yml"}:
         raise RecipeError(f"--space {text}: expected part.field=SPEC, such as method.rank=4,8,16, or a .yaml file")
     try:
-        held = value_of(file.read_text(encoding="utf-8"))
+        fields = value_of(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(held, dict):
-        raise RecipeError(f"{file}: expected a line a field, such as method.rank: [4, 8, 16]")
-    return [(str(key), value) for key, value in held.items()]
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{file}: expected one line per field, such as method.rank: [4, 8, 16]")
+    return [(str(key), value) for key, value in fields.items()]
 
 
 def _dimension(path: str, spec: Any) -> Dimension:
@@ -157,7 +157,7 @@ def _dimension(path: str, spec: Any) -> Dimension:
     if not low < high:
         raise RecipeError(f"--space {path}: expected the smaller number first, found {spec}")
     if options.get("log") and (low <= 0 or "step" in options):
-        raise RecipeError(f"--space {path}: a range by logarithm starts above 0 and has no step, found {spec}")
+        raise RecipeError(f"--space {path}: a log range starts above 0 and has no step, found {spec}")
     return Range(low, high, bool(options.get("log")), options.get("step"))
 
 
@@ -170,7 +170,7 @@ def _choices(path: str, values: list[Any]) -> Choices:
 def _number(path: str, text: str) -> Any:
     value = value_of(text)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RecipeError(f"--space {path}: '{text.strip()}' is no number")
+        raise RecipeError(f"--space {path}: '{text.strip()}' is not a number")
     return value
 
 
@@ -191,11 +191,11 @@ def _refuse_unsearched(path: str) -> None:
             raise RecipeError(f"--space {path}: cannot be searched: {why}")
     kind_of_task = path in {"task", "task.kind"} or path.startswith("model.source")
     if (path.startswith("data.") and not path.startswith(SEARCHED_DATA)) or kind_of_task:
-        raise RecipeError(f"--space {path}: cannot be searched: trials would be judged by other rows or figures")
+        raise RecipeError(f"--space {path}: cannot be searched: trials would be scored on other rows or metrics")
 
 
 def _check(path: str, dimension: Dimension, space: Space, recipe: Recipe) -> None:
-    """Tries every choice, or a range's ends; a field of a part that is swapped, on the parts that have it."""
+    """Tries every choice, or both ends of a range; a field of a swapped section on the kinds that have it."""
     bases = [recipe]
     for swap, kinds in space.items():
         if is_swap(swap) and swap != path and swap.partition(".")[0] == path.partition(".")[0]:
@@ -206,6 +206,6 @@ def _check(path: str, dimension: Dimension, space: Space, recipe: Recipe) -> Non
             try:
                 with_values(base, {path: value})
             except RecipeError as error:
-                said = str(error).partition(": ")[2] if str(error).startswith("override ") else str(error)
-                hint = "; write 4..16 for whole numbers" if "integer" in said and isinstance(dimension, Range) else ""
-                raise RecipeError(f"--space {path}: {said}{hint}") from None
+                message = str(error).partition(": ")[2] if str(error).startswith("override ") else str(error)
+                hint = "; write 4..16 for integers" if "integer" in message and isinstance(dimension, Range) else ""
+                raise RecipeError(f"--space {path}: {message}{hint}") from None

@@ -1,4 +1,4 @@
-"""Finished runs side by side: figures with intervals, what they cost, and which differences are more than chance.
+"""Finished runs compared: metrics with intervals, cost, and which differences are significant.
 
 table = tabulate("bbc", [Group("lora", [run0, run1]), Group("frozen", [run2, run3])])
 table["pick"]        # "Pick frozen: …"
@@ -30,23 +30,23 @@ COSTS = {
     "memory": "peak_memory_bytes",
     "size": "saved_bytes",
 }
-"""What makes a variant cheap, and the figure that tells it."""
+"""Cost → the training figure that measures it."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One variant: its finished runs, one a seed, and what went wrong with the others."""
+    """One variant: its finished runs, one per seed, and the errors of the others."""
 
     label: str
     runs: Sequence[Path] = ()
     status: str = "done"
-    said: Sequence[str] = field(default_factory=tuple)
+    messages: Sequence[str] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run's figures and predictions."""
+    """A finished run's metrics and predictions."""
 
     path: Path
     metrics: Mapping[str, Any]
@@ -63,36 +63,38 @@ def tabulate(
     against: str | None = None,
     cost: str = "parameters",
 ) -> dict[str, Any]:
-    """The whole comparison as JSON.
+    """The comparison as JSON values.
 
     Args:
-        metric: the figure compared; None takes the task's own.
-        against: label of the variant that the others are compared with; None takes the best.
-        cost: a name of COSTS, by which the cheapest is found.
+        metric: the metric to compare; None for the task's own.
+        against: label of the variant to compare the others with; None for the best.
+        cost: a key of COSTS, by which the cheapest is chosen.
 
     Returns:
         ``name``, ``metric``, ``greater_is_better``, ``split``, ``rows``, ``confidence``, ``against``, ``cost``,
         ``variants`` and ``baselines`` (one mapping each), and ``pick``, a sentence.
 
     Raises:
-        RecipeError: no such figure, variant or cost.
+        RecipeError: unknown metric, variant or cost.
     """
     check_names(groups, against=against, cost=cost)
-    split, held = _measure(groups)
-    if not held:
+    split, measured = _measure(groups)
+    if not measured:
         return {"name": name, "metric": metric, "variants": [_not_done(group) for group in groups], "baselines": [],
                 "pick": "No variant has finished."}  # fmt: skip
-    first = next(iter(held.values()))[0]
+    first = next(iter(measured.values()))[0]
     metric = metric or _own_metric(first.path)
     if metric not in first.metrics[split]:
-        raise RecipeError(f"--metric: no figure '{metric}': {did_you_mean(metric, first.metrics[split])}")
+        raise RecipeError(f"--metric: unknown metric '{metric}': {did_you_mean(metric, first.metrics[split])}")
     confidence = first.assessment["confidence"]
-    rows = {label: _row(label, runs, split, metric, confidence) for label, runs in held.items()}
+    rows = {label: _row(label, runs, split, metric, confidence) for label, runs in measured.items()}
     best = _best(rows, metric)
-    reference = against if against in held else best
-    for label in held:
-        rows[label] |= _compared(held[label], held[reference], metric, confidence, same=label == reference)
-    worse = {label for label in held if _worse(held[label], held[best], metric, confidence, same=label == best)}
+    reference = against if against in measured else best
+    for label in measured:
+        rows[label] |= _compared(measured[label], measured[reference], metric, confidence, same=label == reference)
+    worse = {
+        label for label in measured if _worse(measured[label], measured[best], metric, confidence, same=label == best)
+    }
     listed = [{**_not_done(group), **rows.get(group.label, {})} for group in groups]
     return {
         "name": name,
@@ -105,21 +107,18 @@ def tabulate(
         "best": best,
         "cost": cost,
         "variants": listed,
-        "baselines": _baselines(held[best][0], metric, confidence, best),
-        "pick": _pick({label: rows[label] for label in held if label not in worse}, rows[best], metric, cost),
+        "baselines": _baselines(measured[best][0], metric, confidence, best),
+        "pick": _pick({label: rows[label] for label in measured if label not in worse}, rows[best], metric, cost),
     }
 
 
 def check_names(groups: Sequence[Group], *, against: str | None, cost: str) -> None:
-    """Raises RecipeError for an unknown label or cost; for use before anything is trained."""
+    """Raises RecipeError for an unknown label or cost, before anything is trained."""
     labels = [group.label for group in groups]
     if against is not None and against not in labels:
         raise RecipeError(f"--against: no variant '{against}': {did_you_mean(against, labels)}")
     if cost not in COSTS:
         raise RecipeError(f"--cost: unknown cost '{cost}': {did_you_mean(cost, COSTS)}")
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
 
 
 def _measure(groups: Sequence[Group]) -> tuple[str, dict[str, list[Measured]]]:
@@ -151,11 +150,8 @@ def _own_metric(run: Path) -> str:
     return head_of(info, recipe.task).best_metric
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
-
-
 def _not_done(group: Group) -> Row:
-    return {"variant": group.label, "status": group.status, "said": list(group.said)}
+    return {"variant": group.label, "status": group.status, "said": list(group.messages)}
 
 
 def _row(label: str, runs: Sequence[Measured], split: str, metric: str, confidence: float) -> Row:
@@ -191,29 +187,27 @@ def _best(rows: Mapping[str, Row], metric: str) -> str:
 def _compared(
     runs: Sequence[Measured], reference: Sequence[Measured], metric: str, confidence: float, *, same: bool
 ) -> Row:
-    """Difference from the reference, and its chance."""
-    found = None
+    """Difference from the reference and its p-value."""
+    result = None
     if not same:
-        found = scores.compare([run.scored for run in runs], [run.scored for run in reference], metric, confidence)
+        result = scores.compare([run.scored for run in runs], [run.scored for run in reference], metric, confidence)
     names = {"difference": "difference", "difference_low": "low", "difference_high": "high", "p_value": "p_value",
              "test": "test"}  # fmt: skip
-    return {name: found[key] if found else None for name, key in names.items()}
+    return {name: result[key] if result else None for name, key in names.items()}
 
 
 def _worse(runs: Sequence[Measured], best: Sequence[Measured], metric: str, confidence: float, *, same: bool) -> bool:
-    """Whether it is significantly worse than the best; what cannot be told counts as worse."""
+    """Whether it is significantly worse than the best; undetermined counts as worse."""
     if same:
         return False
-    found = _compared(runs, best, metric, confidence, same=False)
-    if found["p_value"] is None:
-        return True
-    return bool(found["p_value"] < 1 - confidence)
+    p_value = _compared(runs, best, metric, confidence, same=False)["p_value"]
+    return p_value is None or bool(p_value < 1 - confidence)
 
 
 def _baselines(best: Measured, metric: str, confidence: float, label: str) -> list[Row]:
-    """The baselines of the best variant's first run; their chance is told where it was computed of this figure."""
+    """The baselines of the best variant's first run, with p-values where computed for this metric."""
     file = best.path / "baselines.json"
-    made = []
+    rows = []
     for entry in _json(file) if file.is_file() else []:
         value, compared = entry["metrics"].get(metric), entry["comparison"] or {}
         row = {"variant": formatting.name(entry["name"]), "value": value, "note": entry["note"], "of": label}
@@ -222,8 +216,8 @@ def _baselines(best: Measured, metric: str, confidence: float, label: str) -> li
             row |= {"difference": -compared["difference"], "p_value": compared["p_value"]}
         if metric == "accuracy" and value is not None and entry["rows"]:
             row["low"], row["high"] = wilson(value * entry["rows"], entry["rows"], confidence)
-        made.append(row)
-    return made
+        rows.append(row)
+    return rows
 
 
 def _pick(candidates: Mapping[str, Row], best: Row, metric: str, cost: str) -> str:
@@ -231,10 +225,10 @@ def _pick(candidates: Mapping[str, Row], best: Row, metric: str, cost: str) -> s
     key = COSTS[cost]
     row = min(candidates.values(), key=lambda one: (one[key], one["seconds"]))
     price = f"{row['trained_parameters']:,} trained parameters, {row['seconds']:.1f} s of training"
-    figure = f"{formatting.name(metric)} {formatting.figure(row['value'])}"
+    score = f"{formatting.name(metric)} {formatting.figure(row['value'])}"
     if row["variant"] == best["variant"]:
-        return f"Pick {row['variant']} ({price}): {figure} is the best, and nothing cheaper comes as close as chance."
+        return f"Pick {row['variant']} ({price}): {score} is the best; every cheaper variant is significantly worse."
     return (
-        f"Pick {row['variant']} ({price}): {figure} is not significantly worse than "
+        f"Pick {row['variant']} ({price}): {score} is not significantly worse than "
         f"{formatting.figure(best['value'])} of {best['variant']}, the best."
     )

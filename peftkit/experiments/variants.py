@@ -1,4 +1,4 @@
-"""What is compared: recipes × methods × varied fields × seeds, each with a label that says what sets it apart.
+"""The variants of a comparison: recipes × methods × varied fields × seeds, each with a distinguishing label.
 
 variants([recipe], methods=["lora", "frozen"], vary={"method.rank": [4, 8]}, seeds=[0, 1])
 """
@@ -26,7 +26,7 @@ RATE = "training.learning_rate"
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe of the comparison, to be trained with each of the seeds."""
+    """One recipe of a comparison, trained with each of the seeds."""
 
     label: str
     """Such as ``lora``, ``lora rank=4`` or ``frozen``."""
@@ -34,11 +34,11 @@ class Variant:
 
     @property
     def slug(self) -> str:
-        """The label as a folder's name."""
+        """The label as a folder name."""
         return re.sub(r"[^A-Za-z0-9.=,+-]+", "_", self.label).strip("_.") or "variant"
 
     def seeded(self, seed: int) -> Recipe:
-        """The recipe with a training seed; the data's splits have a seed of their own and stay."""
+        """The recipe with a training seed; data splits have their own seed and stay."""
         return replace(self.recipe, training={"seed": seed})
 
 
@@ -51,21 +51,21 @@ def variants(
 ) -> list[Variant]:
     """Every combination once; a field that a method lacks is not varied for it.
 
-    A method that is swapped in learns at its own default rate, unless ``changes`` or ``vary`` name one: what suits a
-    LoRA would wreck a full finetuning.
+    A swapped-in method uses its own default learning rate unless ``changes`` or ``vary`` set one: a LoRA's rate would
+    ruin full finetuning.
 
     Raises:
-        RecipeError: an unknown method or field (the nearest is named), a value that a field does not take, or two
-            variants with one label.
+        RecipeError: an unknown method or field, a value that a field does not accept, or two variants with the same
+            label.
     """
     vary = dict(vary or {})
-    kept_rate = any(change.partition("=")[0].strip() == RATE for change in changes)
-    made: list[Variant] = []
+    sets_rate = any(change.partition("=")[0].strip() == RATE for change in changes)
+    planned: list[Variant] = []
     used: set[str] = set()
     for recipe in recipes:
         base = overrides.apply(recipe, changes)
         for method in methods or (None,):
-            swapped = base if method is None else _with_method(base, method, keep_rate=kept_rate)
+            swapped = base if method is None else _with_method(base, method, keep_rate=sets_rate)
             fields = [path for path in vary if _has(swapped, path)]
             used.update(fields)
             for values in itertools.product(*(vary[path] for path in fields)):
@@ -73,17 +73,17 @@ def variants(
                 words = [recipe.name] if len(recipes) > 1 else []
                 words += [method] if method else []
                 words += [f"{path.rpartition('.')[2]}={_shown(value)}" for path, value in chosen.items()]
-                made.append(Variant(" ".join(words) or recipe.name, with_values(swapped, chosen)))
+                planned.append(Variant(" ".join(words) or recipe.name, with_values(swapped, chosen)))
     for path in vary:
         if path not in used:
-            with_values(overrides.apply(recipes[0], changes), {path: vary[path][0]})  # says what is wrong with it
-    _refuse_equal_labels(made)
-    return made
+            with_values(overrides.apply(recipes[0], changes), {path: vary[path][0]})  # raises the error
+    _refuse_equal_labels(planned)
+    return planned
 
 
 def parse_vary(texts: Iterable[str]) -> dict[str, list[Any]]:
     """``["method.rank=4,8"]`` → ``{"method.rank": [4, 8]}``; raises RecipeError."""
-    found: dict[str, list[Any]] = {}
+    fields: dict[str, list[Any]] = {}
     for text in texts:
         path, equals, values = (piece.strip() for piece in text.partition("="))
         try:
@@ -92,10 +92,10 @@ def parse_vary(texts: Iterable[str]) -> dict[str, list[Any]]:
             listed = []
         if not path or not listed:
             raise RecipeError(f"--vary {text}: expected part.field=value,value, such as method.rank=4,8,16")
-        if path in found:
-            raise RecipeError(f"--vary {text}: '{path}' is varied already; give all its values at once")
-        found[path] = listed
-    return found
+        if path in fields:
+            raise RecipeError(f"--vary {text}: '{path}' is given twice; give all its values at once")
+        fields[path] = listed
+    return fields
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -113,14 +113,14 @@ def _with_method(recipe: Recipe, method: str, *, keep_rate: bool) -> Recipe:
 
 
 def _has(recipe: Recipe, path: str) -> bool:
-    """Whether the recipe has such a field, whatever it takes."""
-    held: Any = recipe
+    """Whether the recipe has such a field."""
+    section: Any = recipe
     for name in path.split("."):
-        if isinstance(held, ConfigSection):
-            if name not in type(held).model_fields:
+        if isinstance(section, ConfigSection):
+            if name not in type(section).model_fields:
                 return False
-            held = getattr(held, name)
-        else:  # a part that is not there yet, or a mapping
+            section = getattr(section, name)
+        else:  # an optional section that is not set, or a mapping
             return path.count(".") > 0
     return True
 
@@ -129,12 +129,12 @@ def _shown(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _refuse_equal_labels(made: Sequence[Variant]) -> None:
+def _refuse_equal_labels(variants: Sequence[Variant]) -> None:
     slugs: dict[str, str] = {}
-    for variant in made:
+    for variant in variants:
         if variant.slug.lower() in slugs:
             raise RecipeError(
-                f"two variants would be called '{variant.label}'; name each recipe, method and value once, and give "
-                "recipes that differ names of their own (name=…)"
+                f"two variants have the label '{variant.label}'; give each recipe, method and value once, and "
+                "different recipes different names (name=…)"
             )
         slugs[variant.slug.lower()] = variant.label

@@ -1,7 +1,7 @@
 """The process of one job: ``python -m peftkit.experiments.worker FOLDER final|trial``; see ``jobs``.
 
-Everything that is printed goes to ``log.txt``; the real standard output carries one JSON line a validation, each
-answered on standard input by ``go`` or ``end``. The end of standard input asks for a checkpoint and an end.
+Everything printed goes to ``log.txt``. The original standard output carries one JSON line per validation, which the
+parent answers on standard input with ``go`` or ``end``; end of file means: write a checkpoint and exit.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from peftkit.experiments import jobs
 
 
 def main() -> None:
-    """Carries the job out."""
+    """Runs the job."""
     folder, final = Path(sys.argv[1]), sys.argv[2] == "final"
-    talk = _keep_stdout(folder / jobs.LOG)
+    messages = _redirect_output(folder / jobs.LOG)
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(answers,), daemon=True).start()
 
-    def on_validation(step: int, figures: Mapping[str, float]) -> bool:
-        print(json.dumps({"step": step, "figures": dict(figures)}), file=talk, flush=True)
+    def on_validation(step: int, metrics: Mapping[str, float]) -> bool:
+        print(json.dumps({"step": step, "metrics": dict(metrics)}), file=messages, flush=True)
         return answers.get() != "end"
 
     jobs.run_job(folder, final=final, on_validation=on_validation)
 
 
-def _keep_stdout(log: Path) -> IO[str]:
-    """The standard output for our own lines; whatever libraries print goes to the log."""
-    kept = os.dup(1)
+def _redirect_output(log: Path) -> IO[str]:
+    """The original standard output for our messages; everything else printed goes to the log."""
+    stdout = os.dup(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)
-    return os.fdopen(kept, "w")
+    return os.fdopen(stdout, "w")
 
 
 def _listen(answers: queue.SimpleQueue[str]) -> None:
-    """Reads below Python's buffers, whose lock a sleeping thread would hold when the process ends."""
-    held = b""
+    """Reads without Python's buffers, whose lock a blocked thread would still hold at exit."""
+    rest = b""
     while piece := os.read(0, 4096):
-        *lines, held = (held + piece).split(b"\n")
+        *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             answers.put(line.decode())
     os.kill(os.getpid(), signal.SIGTERM)

@@ -13,21 +13,21 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from peftkit.reporting import experiment, formatting, plots
-from peftkit.reporting.experiment import Page
+from peftkit.reporting.experiment import LOG_WIDTH, Page
 
 Comparison = Mapping[str, Any]
 COSTS = (("trained_parameters", "trained parameters"), ("seconds", "seconds of training"))
 
 
 def page(table: Comparison) -> Page:
-    """What is shown of a comparison."""
+    """The view of a comparison."""
     done = [row for row in table["variants"] if "value" in row]
     if not done:
         rows = [[row["variant"], row["status"]] for row in table["variants"]]
         return Page(f"Comparison {table['name']}", ["", "status"], rows, _remarks(table))
     level, split = f"{table['confidence']:.0%}", table["split"]
     header = ["", f"{formatting.name(table['metric'])} ({split})", f"{level} interval", "± seeds",
-              f"against {table['against']}", "p", "trained", "saved", "memory", "time"]  # fmt: skip
+              f"vs. {table['against']}", "p", "trained", "saved", "memory", "time"]  # fmt: skip
     rows = [_cells(row) for row in (*table["variants"], *table["baselines"])]
     title = f"Comparison {table['name']}: {table['rows']:,} {split} rows"
     return Page(title, header, rows, [table["pick"], *_remarks(table)], {"compare.png": (plot(table), _caption(table))},
@@ -35,17 +35,17 @@ def page(table: Comparison) -> Page:
 
 
 def show(table: Comparison) -> None:
-    """Prints the table and the pick on stdout."""
-    made = page(table)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(experiment.terminal(made))
-    for sentence in made.said:
+    """Prints the table and the recommendation to stdout."""
+    view = page(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console.print(experiment.terminal(view))
+    for sentence in view.sentences:
         console.print(sentence, markup=False, soft_wrap=True)
 
 
 def fragment(table: Comparison) -> str:
-    """The page's inside, for a notebook."""
-    return experiment.render(page(table), whole=False)
+    """The body of the page, for a notebook."""
+    return experiment.render(page(table), standalone=False)
 
 
 def write(table: Comparison, folder: Path) -> None:
@@ -57,10 +57,10 @@ def write(table: Comparison, folder: Path) -> None:
 
 
 def plot(table: Comparison) -> Figure:
-    """The metric against what it costs, with intervals; baselines as dashed lines."""
+    """The metric against its cost, with intervals; baselines as dashed lines."""
     figure, axes = plots.panels(len(COSTS))
     rows = [row for row in table["variants"] if row.get("value") is not None]
-    for axis, (key, said) in zip(axes, COSTS):
+    for axis, (key, cost) in zip(axes, COSTS):
         _points(axis, rows, key)
         for number, row in enumerate(row for row in table["baselines"] if row["value"] is not None):
             axis.axhline(row["value"], linestyle="--", linewidth=1.2, color=(plots.FAINT, plots.ORANGE)[number % 2],
@@ -70,7 +70,7 @@ def plot(table: Comparison) -> Figure:
         if all(row[key] > 0 for row in rows):
             axis.set_xscale("log")
         axis.margins(x=0.25, y=0.15)
-        plots.dress(axis, f"{formatting.name(table['metric'])} by {said}", said)
+        plots.dress(axis, f"{formatting.name(table['metric'])} by {cost}", cost)
     return figure
 
 
@@ -104,17 +104,17 @@ def _chance(value: float | None) -> str:
 
 
 def _remarks(table: Comparison) -> list[str]:
-    """What went wrong, and what the figures mean."""
-    made = []
+    """What failed, and how p-values were computed."""
+    remarks = []
     for row in table["variants"]:
         if row["status"] != "done":
-            said = f": {'; '.join(row['said'])}" if row["said"] else ""
-            made.append(f"{row['variant']}: {row['status']}{said}")
+            reason = f": {'; '.join(row['said'])}" if row["said"] else ""
+            remarks.append(f"{row['variant']}: {row['status']}{reason}")
     tests = {row.get("test") for row in table["variants"]} - {None}
     if tests:
-        made.append(f"p: {' or '.join(sorted(tests))} over the same rows, not corrected for their number.")
-    return made
+        remarks.append(f"p: {' or '.join(sorted(tests))} over the same rows, not corrected for multiple tests.")
+    return remarks
 
 
 def _caption(table: Comparison) -> str:
-    return f"{formatting.name(table['metric'])} with {table['confidence']:.0%} intervals against what it costs"
+    return f"{formatting.name(table['metric'])} with {table['confidence']:.0%} intervals against cost"

@@ -1,4 +1,4 @@
-"""What experiments (comparisons, searches) show: one table as terminal text, Markdown and a page with plots."""
+"""Views of experiments (comparisons, searches): one table as terminal text, Markdown and a page with plots."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from rich.text import Text
 
 from peftkit.reporting import formatting, html, plots
 
+LOG_WIDTH = 140
+"""Columns of tables in a log, which does not wrap lines."""
+
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that is shown; the first cell of each row names it."""
+    """The content of a view; the first cell of each row is its name."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    said: Sequence[str] = ()
-    """Sentences: the conclusion first."""
+    sentences: Sequence[str] = ()
+    """The conclusion first."""
     images: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
-    """File name → the plot and what it shows."""
+    """File name → plot and caption."""
     mark: str | None = None
-    """First cell of the row that is printed bold."""
+    """First cell of the row in bold."""
 
 
 def terminal(page: Page) -> Table:
@@ -46,16 +49,16 @@ def markdown(page: Page) -> str:
     lines.append(_line([":--", *["--:"] * (len(page.header) - 1)]))
     for row in page.rows:
         lines.append(_line([f"**{_cell(cell)}**" if cell and row[0] == page.mark else _cell(cell) for cell in row]))
-    return "\n".join([*lines, "", *(f"{_cell(sentence)}\n" for sentence in page.said)])
+    return "\n".join([*lines, "", *(f"{_cell(sentence)}\n" for sentence in page.sentences)])
 
 
-def render(page: Page, *, whole: bool = True) -> str:
-    """The page, or its inside for a notebook; nothing is fetched, no script runs, every text is escaped."""
+def render(page: Page, *, standalone: bool = True) -> str:
+    """The page, or its body for a notebook; self-contained, without scripts, every text escaped."""
     images = [
-        (f"data:image/png;base64,{base64.b64encode(plots.png(figure)).decode()}", said)
-        for figure, said in page.images.values()
+        (f"data:image/png;base64,{base64.b64encode(plots.png(figure)).decode()}", caption)
+        for figure, caption in page.images.values()
     ]
-    return html.environment().get_template("experiment.html").render(page=page, images=images, whole=whole)
+    return html.environment().get_template("experiment.html").render(page=page, images=images, standalone=standalone)
 
 
 def write(page: Page, folder: Path, name: str) -> None:
@@ -71,6 +74,6 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that Markdown takes as it stands."""
+    """Text with Markdown's special characters escaped."""
     plain = formatting.plain(text)
     return "".join(f"\\{letter}" if letter in "\\|*_`<>[]" else letter for letter in plain)

@@ -1,4 +1,4 @@
-"""How figures, counts and users' texts are written, in terminals and in reports alike."""
+"""Numbers, names and users' texts as strings, for terminals and reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def figure(value: float | None) -> str:
 
 
 def with_interval(entry: Mapping[str, Any]) -> str:
-    """``0.9125 [0.8977, 0.9254]``, or the figure alone where no interval is known."""
+    """``0.9125 [0.8977, 0.9254]``, or the value alone without an interval."""
     if entry.get("low") is None:
         return figure(entry["value"])
     return f"{figure(entry['value'])} [{figure(entry['low'])}, {figure(entry['high'])}]"
@@ -33,12 +33,12 @@ def name(metric: str) -> str:
 
 
 def count(value: int) -> str:
-    """Thousands apart."""
+    """With thousands separators."""
     return f"{value:,}"
 
 
 def size(value: float) -> str:
-    """Bytes in the largest unit below them.
+    """Bytes in the largest fitting unit.
 
     >>> size(90_900_000)
     '90.9 MB'
@@ -51,7 +51,7 @@ def size(value: float) -> str:
 
 
 def quantity(name: str, value: float | None) -> str:
-    """A figure in its unit, which its name tells.
+    """A value in the unit that its name implies.
 
     >>> quantity("peak_memory_bytes", 90_900_000), quantity("seconds", 12.34)
     ('90.9 MB', '12.3 s')
@@ -62,7 +62,7 @@ def quantity(name: str, value: float | None) -> str:
 
 
 def plain(text: Any, limit: int | None = None) -> str:
-    """A user's text on one line, cut to ``limit``; control and direction marks, which a terminal obeys, are dropped."""
+    """A user's text on one line, cut to ``limit``, without control and direction characters."""
     spaced = " ".join(str(text).split())
     clean = "".join(letter for letter in spaced if unicodedata.category(letter) not in {"Cc", "Cf", "Cs", "Co", "Cn"})
     return clean if limit is None or len(clean) <= limit else f"{clean[: limit - 1]}…"

@@ -21,30 +21,31 @@ from peftkit.planning.fitting import Suggestion, suggest
 from peftkit.planning.plan import Plan, collect_inputs, make_plan
 from peftkit.planning.table import PRECISIONS, Cell
 from peftkit.planning.table import table as methods_table
+from peftkit.reporting.experiment import LOG_WIDTH
 from peftkit.schema.recipe import Recipe
 
 
 def plan_command(
     recipe: Recipe | None, *, table: str | None, gpu: str | None, as_json: bool, apply: Path | None
 ) -> str:
-    """What ``peftkit plan`` prints: the plan of a recipe, or the table of a base model.
+    """The output of ``peftkit plan``: the plan of a recipe, or the table of a base model.
 
     Args:
-        recipe: what to plan; None where ``table`` names a base model.
-        gpu: a size or a card; None takes the device that is here.
-        apply: where the recipe is written with the changes that make it fit.
+        recipe: the recipe to plan; None if ``table`` names a base model.
+        gpu: a size or a card; None for this machine's device.
+        apply: where to write the recipe with the changes that make it fit.
 
     Raises:
-        UserError: something given is wrong, or no change makes the recipe fit where one is to be written.
+        UserError: wrong input, or no change makes the recipe fit.
     """
     device = devices.named(gpu) if gpu else devices.here()
     if table is not None:
         cells = methods_table(table, device)
         return json.dumps([asdict(cell) for cell in cells], indent=2) + "\n" if as_json else _table_text(cells, table)
     assert recipe is not None
-    known = collect_inputs(recipe)
-    plan = make_plan(recipe, device, known)
-    suggestion = suggest(plan, known)
+    inputs = collect_inputs(recipe)
+    plan = make_plan(recipe, device, inputs)
+    suggestion = suggest(plan, inputs)
     if apply is not None:
         _apply(plan, suggestion, apply)
     return json.dumps(to_json(plan, suggestion), indent=2) + "\n" if as_json else text(plan, suggestion)
@@ -52,7 +53,9 @@ def plan_command(
 
 def _apply(plan: Plan, suggestion: Suggestion | None, path: Path) -> None:
     if not plan.fits and suggestion is None:
-        raise RecipeError(f"{plan.recipe.name} cannot be made to fit {plan.device.name}; nothing was written to {path}")
+        raise RecipeError(
+            f"{plan.recipe.name} does not fit {plan.device.name} with any known change; {path} was not written"
+        )
     chosen = suggestion.plan.recipe if suggestion else plan.recipe
     try:
         path.write_text(chosen.to_yaml(defaults=False), encoding="utf-8")
@@ -61,38 +64,38 @@ def _apply(plan: Plan, suggestion: Suggestion | None, path: Path) -> None:
 
 
 def text(plan: Plan, suggestion: Suggestion | None) -> str:
-    """What is trained, the bytes of every phase, time, and whether it fits."""
+    """Trained parameters, memory by phase, time, and whether it fits."""
     out = _console()
     largest = plan.workload.largest
     trained = sum(part.parameters for part in plan.parameters if part.trainable)
     total = sum(part.parameters for part in plan.parameters)
-    out.print(f"{plan.recipe.name}: {plan.recipe.method.kind}, frozen weights in {plan.dtype}", markup=False)
-    out.print(f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    out.print(f"{plan.recipe.name}: {plan.recipe.method.kind}, frozen weights stored as {plan.dtype}", markup=False)
+    out.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.2%})")
     out.print(_phases(plan))
     out.print(
-        f"largest pass: {largest.rows} rows × {largest.tokens} tokens; {plan.workload.steps:,} steps, "
-        f"{plan.flops_a_token / 1e9:.2f} GFLOP a token, about {duration(plan.seconds)}"
+        f"largest micro-batch: {largest.rows} rows × {largest.tokens} tokens; {plan.workload.steps:,} steps, "
+        f"{plan.flops_a_token / 1e9:.2f} GFLOP per token, about {duration(plan.seconds)}"
     )
     verdict = "fits" if plan.fits else "does not fit"
     out.print(f"peak {shown(plan.peak.total)} in {plan.peak.name}: {verdict} {plan.device.name} "
               f"({shown(plan.device.memory)})", markup=False)  # fmt: skip
-    for line in [*said(plan, suggestion), *(f"note: {note}" for note in plan.notes)]:
+    for line in [*remedies(plan, suggestion), *(f"note: {note}" for note in plan.notes)]:
         out.print(line, markup=False, soft_wrap=True)
     return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def said(plan: Plan, suggestion: Suggestion | None) -> list[str]:
+def remedies(plan: Plan, suggestion: Suggestion | None) -> list[str]:
     """The changes that make it fit, in words."""
     if plan.fits:
         return []
     if suggestion is None:
-        return ["no change of micro-batch, checkpointing, quantization and length makes it fit: take a smaller model"]
+        return ["no change of micro-batch, checkpointing, quantization or length makes it fit; use a smaller model"]
     changes = " ".join(f"'{change}'" if " " in change else change for change in suggestion.changes)
     return [f"fits with {changes}: {shown(suggestion.plan.peak.total)}, {suggestion.slower:.2f} × the time"]
 
 
 def _table_text(cells: Sequence[Cell], model: str) -> str:
-    table = Table(title=f"peak memory on {model}, one row of 512 tokens")
+    table = Table(title=f"peak memory with {model}, one row of 512 tokens")
     table.add_column("method")
     table.add_column("trained", justify="right")
     for precision in PRECISIONS:
@@ -108,8 +111,8 @@ def _table_text(cells: Sequence[Cell], model: str) -> str:
 
 
 def _console() -> Console:
-    """Writes into memory, as wide as the terminal, or as the tables need."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 140
+    """A console that writes to memory, as wide as the terminal, or as a log."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LOG_WIDTH
     return Console(file=io.StringIO(), highlight=False, width=width, force_terminal=sys.stdout.isatty())
 
 
@@ -130,16 +133,15 @@ def _phases(plan: Plan) -> Table:
         sizes = [phase.parts.get(name, 0) for phase in plan.phases]
         if any(sizes):
             table.add_row(name, *(shown(size) if size else "" for size in sizes))
-    table.add_row("sum", *(shown(phase.total) for phase in plan.phases), style="bold")
+    table.add_row("total", *(shown(phase.total) for phase in plan.phases), style="bold")
     return table
 
 
 def to_json(plan: Plan, suggestion: Suggestion | None) -> dict[str, Any]:
-    """The plan and what makes it fit, for other programs."""
-    made = plan.to_json()
-    made["suggestion"] = suggestion and {
+    """The plan and the suggestion as JSON values."""
+    remedy = suggestion and {
         "changes": list(suggestion.changes),
         "peak_bytes": suggestion.plan.peak.total,
         "slower": suggestion.slower,
     }
-    return made
+    return {**plan.to_json(), "suggestion": remedy}

@@ -1,4 +1,4 @@
-"""Plots of a run as matplotlib figures; ``save`` writes one as PNG. Neither a display nor pyplot's state is touched.
+"""Plots of a run as matplotlib figures, without pyplot or a display; ``save`` writes one as PNG.
 
 save(learning_curves(rows), "plots/learning_curves.png")
 """
@@ -24,11 +24,11 @@ INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#2563eb", "#d97706", "#059669", "#dc2626"
 BLUES = LinearSegmentedColormap.from_list("counts", ["#ffffff", "#c7dbfb", "#5b8def", "#123a8c"])
 NUMBERED_CLASSES = 20
-"""Up to so many classes the cells of a confusion matrix carry their counts."""
+"""Largest number of classes whose counts are written into the confusion matrix."""
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure as PNG; makes the folder."""
+    """Writes a figure as PNG, creating its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))
@@ -36,25 +36,25 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG; the same figure gives the same bytes."""
+    """A figure as PNG bytes, deterministic."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box; nothing to act upon
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as a box
         figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None) -> Figure:
-    """Loss of training and validation by step, and beside it a validation figure.
+    """Training and validation loss by step, next to a validation metric.
 
     Args:
-        rows: lines of metrics.jsonl; those with a ``split`` are validations, those with a ``loss`` alone training.
-        metric: the figure; None, or the loss, takes the first of the validations that is not the loss.
+        rows: lines of metrics.jsonl; lines with a ``split`` are validations, those with only a ``loss`` training.
+        metric: the metric to plot; None or "loss" takes the first validation metric other than the loss.
     """
     training = [row for row in rows if "split" not in row and "loss" in row]
     validations = [row for row in rows if row.get("split") == "validation"]
     if metric in (None, "loss"):
-        metric = next((name for row in validations for name in row if name not in _NOT_FIGURES), None)
+        metric = next((name for row in validations for name in row if name not in _NOT_METRICS), None)
     scored = [row for row in validations if metric in row]
     figure, axes = panels(2 if scored else 1)
     _losses(axes[0], training, validations)
@@ -66,7 +66,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None
     return figure
 
 
-_NOT_FIGURES = frozenset({"step", "epoch", "split", "loss", "event", "message"})
+_NOT_METRICS = frozenset({"step", "epoch", "split", "loss", "event", "message"})
 
 
 def _losses(axis: Axes, training: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> None:
@@ -87,7 +87,7 @@ def _losses(axis: Axes, training: Sequence[Mapping[str, Any]], validations: Sequ
 
 
 def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Running mean over a twentieth of the points, centred, narrower at the ends."""
+    """Centered running mean over a share of the points, narrower at the ends."""
     half = max(1, int(len(values) * share))
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
@@ -96,7 +96,7 @@ def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Figure:
-    """Gold classes in rows, predicted in columns; shaded by the share of the row, with the counts where they fit."""
+    """Gold classes in rows, predicted in columns, shaded by the share of the row, with counts where they fit."""
     matrix = np.asarray(counts, dtype=float)
     rows = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, rows, out=np.zeros_like(matrix), where=rows > 0)
@@ -116,10 +116,10 @@ def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> 
 
 
 def _name_classes(axis: Axes, labels: Sequence[str]) -> None:
-    """Class names along both axes, slanted while they are few; white lines between the cells."""
+    """Class names along both axes, slanted if there are few; white lines between the cells."""
     classes, few = len(labels), len(labels) <= 12
     names = [formatting.plain(label, 20) for label in labels]
-    # a class may be called "$5_": that is no formula
+    # parse_math=False: a class may be called "$5_"
     font: dict[str, Any] = {"fontsize": float(np.clip(11 - classes * 0.14, 4.5, 10)), "parse_math": False}
     slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axis.set_xticks(range(classes), names, **font, **slant)
@@ -138,12 +138,12 @@ def _write_counts(axis: Axes, matrix: np.ndarray, share: np.ndarray) -> None:
     size = float(np.clip(12 - 0.35 * len(matrix) - max(0, longest - 3), 5, 12))
     for row, column in np.ndindex(*matrix.shape):
         if matrix[row, column]:
-            colour = "white" if share[row, column] > 0.5 else INK
-            axis.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=size)
+            color = "white" if share[row, column] > 0.5 else INK
+            axis.text(column, row, f"{matrix[row, column]:.0f}", ha="center", va="center", color=color, fontsize=size)
 
 
 def reliability_diagram(bins: Sequence[Mapping[str, Any]], error: float | None = None) -> Figure:
-    """Accuracy against confidence, by bin, with the rows of each bin below (Guo et al. 2017).
+    """Accuracy against confidence per bin, with row counts below (Guo et al. 2017, arXiv:1706.04599).
 
     Args:
         bins: ``low``, ``high``, ``count``, ``confidence``, ``accuracy`` of each.
@@ -206,7 +206,7 @@ def _label_last(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> Non
 
 
 def dress(axis: Axes, title: str, across: str) -> None:
-    """Gives a panel its title, the name of its horizontal axis, and the look that all plots share."""
+    """Applies title, x label and the shared style to a panel."""
     axis.set_title(title, color=INK, fontsize=11, loc="left", parse_math=False)
     axis.set_xlabel(across, color=INK)
     axis.grid(color=GRID, linewidth=0.8)

@@ -1,4 +1,4 @@
-"""What a run shows: tables while it goes on, and its report read back from its folder."""
+"""Console output of a run, and its report read back from its folder."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from peftkit.data.batching import epoch_batches, padding_share, pass_tokens, sha
 from peftkit.models.inventory import trainable_table
 from peftkit.planning import prediction
 from peftkit.reporting import html, tables
+from peftkit.reporting.experiment import LOG_WIDTH
 from peftkit.schema.head import possible_heads
 from peftkit.schema.recipe import Recipe
 
 ABOUT = "about.json"
-"""What was shown before training, kept for the report."""
+"""Console output before training, saved for the report."""
 
 
 class ConsoleReporter:
-    """Prints on the main process; tables go to stdout, remarks to stderr."""
+    """Prints on the main process: tables to stdout, notes to stderr."""
 
     def __init__(self, *, silent: bool) -> None:
-        width = None if sys.stdout.isatty() else 140  # a log has no window to fold lines for
+        width = None if sys.stdout.isatty() else LOG_WIDTH
         self._out = Console(highlight=False, quiet=silent, width=width)
         self._err = Console(stderr=True, highlight=False, quiet=silent, soft_wrap=True)
 
     def start(self, recipe: Recipe, session: Any, prepared: Any, encoded: Any, loaded: Any) -> dict[str, Any]:
-        """Shows what will be trained on what, and gives it back for the report."""
+        """Prints model, data and notes, and returns them for the report."""
         about = {
             "summary": summary(recipe),
             "where": session.describe(),
@@ -51,11 +52,11 @@ class ConsoleReporter:
         return about
 
     def warn(self, text: str) -> None:
-        """A remark."""
+        """Prints a note."""
         self._err.print(f"note: {text}", markup=False)
 
-    def end(self, path: Path, recipe: Recipe, found: Any) -> None:
-        """Shows the result, the run's folder and what to type next."""
+    def end(self, path: Path) -> None:
+        """Prints the results, the run's folder and possible next commands."""
         report = read(path)
         main = html.main_assessment(report)
         if main:
@@ -65,25 +66,25 @@ class ConsoleReporter:
         if report.plan:
             self._out.print(tables.plan(report.plan))
         self._out.print(f"\nRun: {path}\nNext:", markup=False)
-        for said, command in report.commands:  # on lines of their own, so that they can be copied
+        for description, command in report.commands:  # one line each, to be copied
             self._out.print(f"  {command}", style="cyan", soft_wrap=True, markup=False)
-            self._out.print(f"      {said}", style="dim", markup=False)
+            self._out.print(f"      {description}", style="dim", markup=False)
 
 
 def console_reporter(session: Any, *, quiet: bool = False) -> ConsoleReporter:
-    """A speaker for this process."""
+    """The reporter of this process."""
     return ConsoleReporter(silent=quiet or not session.is_main)
 
 
 def summary(recipe: Recipe) -> str:
     """``lora on ./model, classification of data.csv``."""
-    held = f" in {recipe.quantization.kind}" if recipe.quantization else ""
+    storage = f" in {recipe.quantization.kind}" if recipe.quantization else ""
     source = recipe.data.source if isinstance(recipe.data.source, str) else " + ".join(recipe.data.source)
-    return f"{recipe.method.kind} on {recipe.model.source}{held}, {recipe.task.kind} of {source}"
+    return f"{recipe.method.kind} on {recipe.model.source}{storage}, {recipe.task.kind} of {source}"
 
 
 def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]]:
-    """One line a split: examples, tokens, the longest, what is cut off, and the padding of one process's passes."""
+    """One row per split: examples, tokens, longest, truncated, and the padding of one process's micro-batches."""
     rows = []
     for name, split in encoded.splits.items():
         cut = split.examples["truncated"] if "truncated" in split.examples.column_names else []
@@ -101,26 +102,29 @@ def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]
                 "micro_batch": recipe.training.micro_batch if isinstance(recipe.training.micro_batch, int) else None,
                 "micro_tokens": pass_tokens(recipe.training, device),
             }
-            pieces = [shard_batch(batch, split.lengths, rank=0, world_size=1, **bounds) for batch in batches]
-            passes = [piece.rows for batch in pieces for piece in batch]
-            row["padding"] = f"{padding_share(split.lengths, passes):.1%} in {len(batches)} batches"
+            micro_batches = [
+                micro.rows
+                for batch in batches
+                for micro in shard_batch(batch, split.lengths, rank=0, world_size=1, **bounds)
+            ]
+            row["padding"] = f"{padding_share(split.lengths, micro_batches):.1%} in {len(batches)} batches"
         rows.append(row)
     return rows
 
 
 def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
-    """What can be done with a finished run."""
+    """(description, command) of possible next steps after a run."""
     use = [("predict a file", f"peftkit predict {path} --file texts.csv --out predictions.csv")]
     if any(head.writes_text for head in possible_heads(recipe.task)):
         use = [
-            ("talk to it", f"peftkit chat {path}"),
+            ("chat with it", f"peftkit chat {path}"),
             ("generate from a file", f"peftkit generate {path} --file prompts.jsonl"),
         ]
     return [
-        ("look at the report", str(path / "report.html")),
+        ("open the report", str(path / "report.html")),
         *use,
         ("evaluate again", f"peftkit evaluate {path}"),
-        ("watch the curves", f"tensorboard --logdir {path}"),
+        ("view the curves", f"tensorboard --logdir {path}"),
         ("export", f"peftkit export {path} --to {recipe.name}-{recipe.method.saves}"),
     ]
 
@@ -155,7 +159,7 @@ def read(path: Path) -> html.Report:
 def write(path: Path) -> None:
     """Writes ``report.html`` and ``plots/``."""
     report = read(path)
-    plots = html.figures_of(report)
+    plots = html.plots_of(report)
     html.write(report, path / "report.html", plots)
     (path / "plots").mkdir(exist_ok=True)
     for name, image in plots.items():

@@ -13,13 +13,13 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from peftkit.reporting import experiment, formatting, plots
-from peftkit.reporting.experiment import Page
+from peftkit.reporting.experiment import LOG_WIDTH, Page
 
 Search = Mapping[str, Any]
 
 
 def page(table: Search) -> Page:
-    """What is shown of a search."""
+    """The view of a search."""
     paths = list(dict.fromkeys(path for trial in table["trials"] for path in trial["values"]))
     header = ["trial", f"{formatting.name(table['metric'])} (validation)", *paths, "", "time"]
     best = table["best"]["number"] if table["best"] else None
@@ -31,25 +31,25 @@ def page(table: Search) -> Page:
     ]  # fmt: skip
     images = {}
     if any(trial["value"] is not None for trial in table["trials"]):
-        images["history.png"] = (history(table), "The validation figure of every trial; the line is the best so far")
+        images["history.png"] = (history(table), "Validation metric of every trial; the line is the best so far")
     if table["importances"]:
-        images["importances.png"] = (importances(table), "How much each value decides on the figure (optuna)")
-    return Page(f"Search {table['name']}: {len(rows)} trials", header, rows, _said(table), images,
+        images["importances.png"] = (importances(table), "Importance of each hyperparameter (optuna)")
+    return Page(f"Search {table['name']}: {len(rows)} trials", header, rows, _sentences(table), images,
                 mark=None if best is None else str(best))  # fmt: skip
 
 
 def show(table: Search) -> None:
-    """Prints the trials and the conclusion on stdout."""
-    made = page(table)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(experiment.terminal(made))
-    for sentence in made.said:
+    """Prints the trials and the conclusion to stdout."""
+    view = page(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console.print(experiment.terminal(view))
+    for sentence in view.sentences:
         console.print(sentence, markup=False, soft_wrap=True)
 
 
 def fragment(table: Search) -> str:
-    """The page's inside, for a notebook."""
-    return experiment.render(page(table), whole=False)
+    """The body of the page, for a notebook."""
+    return experiment.render(page(table), standalone=False)
 
 
 def write(table: Search, folder: Path) -> None:
@@ -61,7 +61,7 @@ def write(table: Search, folder: Path) -> None:
 
 
 def history(table: Search) -> Figure:
-    """Every finished trial's figure in the order of the trials, and the best so far."""
+    """The validation metric of every finished trial in order, and the best so far."""
     figure, (axis,) = plots.panels(1)
     done = [trial for trial in table["trials"] if trial["value"] is not None]
     numbers, values = [trial["number"] for trial in done], np.array([trial["value"] for trial in done])
@@ -71,7 +71,7 @@ def history(table: Search) -> Figure:
     cut = [trial for trial in table["trials"] if trial["state"] == "pruned" and trial["validations"]]
     if cut:
         axis.scatter([trial["number"] for trial in cut], [trial["validations"][-1] for trial in cut], s=26,
-                     color=plots.FAINT, marker="x", zorder=3, label="pruned there")  # fmt: skip
+                     color=plots.FAINT, marker="x", zorder=3, label="pruned")  # fmt: skip
     axis.legend(frameon=False, fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     plots.dress(axis, f"validation {formatting.name(table['metric'])}", "trial")
@@ -79,7 +79,7 @@ def history(table: Search) -> Figure:
 
 
 def importances(table: Search) -> Figure:
-    """optuna's importances as bars."""
+    """Optuna's hyperparameter importances as bars."""
     figure, (axis,) = plots.panels(1)
     names = sorted(table["importances"], key=table["importances"].get)
     axis.barh([formatting.plain(name, 40) for name in names], [table["importances"][name] for name in names],
@@ -88,20 +88,20 @@ def importances(table: Search) -> Figure:
     return figure
 
 
-def _said(table: Search) -> list[str]:
+def _sentences(table: Search) -> list[str]:
     best = table["best"]
     if best is None:
         return ["No trial has finished."]
     values = ", ".join(f"{path}={_value(value)}" for path, value in best["values"].items())
-    made = [f"Best: trial {best['number']}, {formatting.name(table['metric'])} {formatting.figure(best['value'])} "
+    sentences = [f"Best: trial {best['number']}, {formatting.name(table['metric'])} {formatting.figure(best['value'])} "
             f"on validation: {values}"]  # fmt: skip
     if table["rows"]:
-        made[0] += f" (searched on {table['rows']:,} training rows)"
+        sentences[0] += f" (searched on {table['rows']:,} training rows)"
     if table["test"]:
         value = table["test"].get(table["metric"])
-        made.append(f"Its test {formatting.name(table['metric'])}, computed once: {formatting.figure(value)}.")
-    made += [f"Trial {one['number']} failed: {one['said']}" for one in table["trials"] if one["state"] == "fail"]
-    return made
+        sentences.append(f"Its test {formatting.name(table['metric'])}, computed once: {formatting.figure(value)}.")
+    sentences += [f"Trial {one['number']} failed: {one['said']}" for one in table["trials"] if one["state"] == "fail"]
+    return sentences
 
 
 def _value(value: Any) -> str:

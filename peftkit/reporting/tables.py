@@ -1,4 +1,4 @@
-"""Terminal tables from the JSON of a run. Users' texts stand in them as plain text: no markup, no escape sequences."""
+"""Terminal tables from the JSON of a run. Users' texts are printed without markup or escape sequences."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from peftkit.reporting import formatting
 
 
 def metrics(assessments: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Every figure with its interval, one column a split.
+    """Every metric with its interval, one column per split.
 
     Args:
         assessments: split → what ``evaluation.assessment.assess`` returns.
     """
     level = next((one["confidence"] for one in assessments.values()), 0.95)
-    table = _table(f"Result, with {level:.0%} intervals")
+    table = _table(f"Results with {level:.0%} confidence intervals")
     table.add_column("")
     for split, one in assessments.items():
         table.add_column(f"{split} ({one['rows']:,} rows)", justify="right")
@@ -30,11 +30,7 @@ def metrics(assessments: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def baselines(assessment: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Group:
-    """The result beside the baselines, and whether finetuning helped.
-
-    Args:
-        entries: what ``evaluation.baselines.beside`` returns.
-    """
+    """The result next to the baselines, and whether finetuning helped."""
     table = _table(f"Did finetuning help? ({assessment['split']})")
     table.add_column("")
     table.add_column("finetuned", justify="right", style="bold")
@@ -47,9 +43,9 @@ def baselines(assessment: Mapping[str, Any], entries: Sequence[Mapping[str, Any]
             table.add_row(formatting.name(name), formatting.figure(own["value"]), *map(formatting.figure, others))
     lines: list[RenderableType] = [table] if used else []
     for entry in entries:
-        said = "; ".join(filter(None, (entry["verdict"], entry["note"])))
-        if said:
-            lines.append(Text(f"  {formatting.name(entry['name'])}: {formatting.plain(said)}"))
+        remark = "; ".join(filter(None, (entry["verdict"], entry["note"])))
+        if remark:
+            lines.append(Text(f"  {formatting.name(entry['name'])}: {formatting.plain(remark)}"))
     return Group(*lines)
 
 
@@ -71,7 +67,7 @@ def per_class(assessment: Mapping[str, Any]) -> Table:
 
 
 def confusion(assessment: Mapping[str, Any], most: int = 12) -> Table | None:
-    """Gold by predicted counts; None where there are more than ``most`` classes, or none."""
+    """Gold by predicted counts; None without classes or with more than ``most``."""
     labels = assessment["labels"]
     if "confusion" not in assessment or len(labels) > most:
         return None
@@ -89,30 +85,27 @@ def confusion(assessment: Mapping[str, Any], most: int = 12) -> Table | None:
 
 
 def mistakes(assessment: Mapping[str, Any], most: int = 5) -> Table:
-    """The wrong predictions that were surest of themselves."""
+    """The most confident wrong predictions, or the largest errors."""
     table = _table(f"Worst mistakes ({assessment['split']})")
-    numbers = any("error" in row for row in assessment["mistakes"])
-    for heading in ("gold", "predicted", "error" if numbers else "sure", "where", "text"):
+    rows = assessment["mistakes"][:most]
+    numbers = any("error" in row for row in rows)
+    for heading in ("gold", "predicted", "error" if numbers else "confidence", "source", "text"):
         table.add_column(heading, overflow="fold" if heading == "text" else "ellipsis")
-    for row in assessment["mistakes"][:most]:
-        sure = formatting.figure(row["error"]) if numbers else f"{row['confidence']:.0%}"
-        table.add_row(Text(answer(row["gold"])), Text(answer(row["predicted"])), sure, Text(place(row)),
+    for row in rows:
+        score = formatting.figure(row["error"]) if numbers else f"{row['confidence']:.0%}"
+        table.add_row(Text(answer(row["gold"])), Text(answer(row["predicted"])), score, Text(place(row)),
                       Text(formatting.plain(row["text"], 120)))  # fmt: skip
     return table
 
 
 def trainable(parts: Sequence[Mapping[str, Any]]) -> Table:
-    """What of the model is trained.
-
-    Args:
-        parts: ``part``, ``parameters``, ``trainable``, ``dtype``, ``bytes`` of each.
-    """
+    """The parts of the model: ``part``, ``parameters``, ``trainable``, ``dtype``, ``bytes`` of each."""
     total = sum(part["parameters"] for part in parts)
     learned = sum(part["parameters"] for part in parts if part["trainable"])
     share = learned / total if total else 0.0
     table = _table(f"Trainable: {learned:,} of {total:,} parameters ({share:.2%})")
     table.add_column("part")
-    for heading in ("parameters", "dtype", "held in"):
+    for heading in ("parameters", "dtype", "memory"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for part in parts:
@@ -123,36 +116,28 @@ def trainable(parts: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def plan(made: Mapping[str, Any]) -> RenderableType:
-    """Planned and measured, or why nothing was planned.
-
-    Args:
-        made: what ``planning.prediction.beside`` returns.
-    """
-    if "beside" not in made:
-        return Text(f"  not planned: {formatting.plain(made['reason'])}", style="dim")
-    table = _table(f"Planned and measured (peak planned in {made['plan']['peak']['phase']})")
+def plan(comparison: Mapping[str, Any]) -> RenderableType:
+    """Planned and measured figures (``planning.prediction``), or why nothing was planned."""
+    if "beside" not in comparison:
+        return Text(f"  not planned: {formatting.plain(comparison['reason'])}", style="dim")
+    table = _table(f"Planned and measured (planned peak: {comparison['plan']['peak']['phase']})")
     table.add_column("")
-    for heading in ("planned", "measured", "off"):
+    for heading in ("planned", "measured", "error"):
         table.add_column(heading, justify="right")
-    for row in made["beside"]:
+    for row in comparison["beside"]:
         cells = (formatting.quantity(row["figure"], row[name]) for name in ("planned", "measured"))
-        off = "–" if row["off"] is None else f"{row['off']:+.1%}"
-        table.add_row(formatting.name(row["figure"].removesuffix("_bytes")), *cells, off)
+        error = "–" if row["off"] is None else f"{row['off']:+.1%}"
+        table.add_row(formatting.name(row["figure"].removesuffix("_bytes")), *cells, error)
     return table
 
 
 def cleaning(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """What was done to the rows before training.
-
-    Args:
-        steps: ``name``, ``split``, ``action``, ``rows``, ``examples`` of each.
-    """
+    """Cleaning steps: ``name``, ``split``, ``action``, ``rows``, ``examples`` of each."""
     table = _table("Cleaning")
     table.add_column("step")
     table.add_column("split")
     table.add_column("rows", justify="right")
-    table.add_column("such as", overflow="fold")
+    table.add_column("examples", overflow="fold")
     for step in steps:
         examples = "; ".join(formatting.plain(example, 60) for example in step["examples"][:2])
         action = f"{formatting.count(step['rows'])} {step['action']}" if step["rows"] else "none"
@@ -161,7 +146,7 @@ def cleaning(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def splits(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows, tokens and truncation of every split, from mappings that share their keys."""
+    """Rows, tokens and truncation per split, from mappings with the same keys."""
     table = _table("Data")
     for number, heading in enumerate(rows[0] if rows else ()):
         table.add_column(formatting.name(heading), justify="right" if number else "left")
@@ -172,20 +157,6 @@ def splits(rows: Sequence[Mapping[str, Any]]) -> Table:
                 for cell in row.values()
             )
         )
-    return table
-
-
-def next_commands(commands: Sequence[tuple[str, str]]) -> Table:
-    """What to type next.
-
-    Args:
-        commands: (what it does, the command) in order.
-    """
-    table = Table(title="Next", title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for said, command in commands:
-        table.add_row(said, Text(command, style="cyan"))
     return table
 
 
@@ -201,7 +172,7 @@ def answer(value: Any) -> str:
 
 
 def place(row: Mapping[str, Any]) -> str:
-    """``file:line`` of a row, as far as it is known."""
+    """``file:line`` of a row, as far as known."""
     if not row.get("file"):
         return ""
     file = str(row["file"]).replace("\\", "/").rpartition("/")[2]

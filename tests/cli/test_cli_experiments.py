@@ -77,7 +77,7 @@ def test_tune_hands_over_the_space_and_its_options(call, monkeypatch, options, p
     [
         (["compare", "bbc_nwes_lora"], "did you mean 'bbc_news_lora'"),
         (["compare", "bbc_news_lora", "--methods", "loar"], "did you mean 'lora'"),
-        (["compare", "training.epochs=1"], "which recipes?"),
+        (["compare", "training.epochs=1"], "expected at least one recipe"),
         (["tune", "bbc_news_lora"], "expected at least one"),
         (["tune", "bbc_news_lora", "--space", "training.learning_rte=1e-5..1e-2"], "did you mean 'learning_rate'"),
         (["tune", "bbc_news_lora", "--space", "method.rank=0,4"], "method.rank"),

@@ -293,7 +293,7 @@ def test_what_a_person_marked_good_is_the_next_training_set(which, request, call
     to = tmp_path / "next.jsonl"
     code, out, told = call("inspect", "--marked", marked, "--out", to)
     assert (code, out) == (0, "")
-    assert f"wrote 1 of 2 generations, those marked good, to {to}" in told
+    assert f"wrote 1 of 2 generations (those marked good) to {to}" in told
     again = peftkit.replace(run.recipe, data={"source": str(to), "splits": {}, "validation_size": 1, "test_size": 0})
     (kept,) = lines(to.read_text())
     write(to, [kept, {**kept, **changed(kept)}])
@@ -314,9 +314,9 @@ def test_marks_that_are_missing_or_files_that_would_be_overwritten(chat_run, cal
     for arguments, said in (
         (["--marked", marked, "--out", tmp_path / "o.jsonl"], "nothing is marked good"),
         (["--marked", marked, "--out", marked], "is the input too"),
-        (["--marked", marked], "expected both --marked FILE and --out FILE"),
-        (["own_csv", "--marked", marked, "--out", tmp_path / "o.jsonl"], "no recipe"),
-        ([], "which recipe?"),
+        (["--marked", marked], "--marked FILE needs --out FILE"),
+        (["own_csv", "--marked", marked, "--out", tmp_path / "o.jsonl"], "takes no recipe"),
+        ([], "expected a recipe"),
     ):
         code, _, told = call("inspect", *arguments)
         assert (code, said in told) == (2, True), told

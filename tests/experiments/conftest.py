@@ -10,5 +10,5 @@ def _no_plots_of_single_runs():
     from peftkit.reporting import html
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html, "figures_of", lambda report: {})
+        patch.setattr(html, "plots_of", lambda report: {})
         yield

@@ -37,7 +37,7 @@ def printed(table, width=160):
 
 def test_metrics_show_figures_and_intervals_by_split():
     said = printed(tables.metrics({"validation": {**ASSESSMENT, "metrics": {}, "rows": 10}, "test": ASSESSMENT}))
-    assert "90% intervals" in said
+    assert "90% confidence intervals" in said
     assert "test (1,600 rows)" in said
     assert "0.9125 [0.9000, 0.9200]" in said
 
@@ -85,14 +85,13 @@ def test_the_trainable_share_is_counted():
     assert "19.8 kB" in said
 
 
-def test_cleaning_and_splits_and_commands():
+def test_cleaning_and_splits():
     step = {"name": "near_duplicates", "split": "train", "action": "dropped", "rows": 1200, "examples": ["f.csv:3 [b]"]}
     said = printed(tables.cleaning([step, {**step, "name": "empty", "rows": 0, "examples": []}]))
     assert "1,200 dropped" in said
     assert "f.csv:3 [b]" in said
     assert "none" in said
     assert "5,400" in printed(tables.splits([{"split": "train", "rows": 5400}]))
-    assert "peftkit predict [x]" in printed(tables.next_commands([("predict", "peftkit predict [x]")]))
 
 
 @pytest.mark.parametrize(

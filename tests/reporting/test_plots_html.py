@@ -156,7 +156,7 @@ def test_a_regression_and_several_labels_are_pages():
         "per_class": ASSESSMENT["per_class"],
         "mistakes": [{**nowhere, "gold": ["a", "b"], "predicted": [], "confidence": 0.5}],
     }  # fmt: skip
-    assert set(html.figures_of(html.Report("x", "", assessments={"test": numbers}))) == {"scatter.png"}
+    assert set(html.plots_of(html.Report("x", "", assessments={"test": numbers}))) == {"scatter.png"}
     assert "1.0000" in Page(html.render(html.Report("x", "", assessments={"test": numbers}))).text
     said = Page(html.render(html.Report("x", "", assessments={"test": sets}))).text
     assert "a, b" in said

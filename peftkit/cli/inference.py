@@ -1,0 +1,119 @@
+"""Commands that use a trained model: ``predict``, ``embed``, ``generate``, ``chat``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftkit.cli.commands import MergeInMemory, RunFolder, given, merge_choice, report
+from peftkit.errors import RunError
+
+Texts = Annotated[
+    Path | None, typer.Option(help="Texts: csv, tsv, jsonl or txt. Default: one text per line from stdin.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Generate at most this many tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens with this cumulative probability.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely tokens; 0 for all.")]
+Seed = Annotated[int | None, typer.Option(help="Seed for sampling.")]
+
+
+def predict(
+    run: RunFolder,
+    file: Texts = None,
+    column: Annotated[str | None, typer.Option(help="Column of the texts. Default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write csv, tsv or jsonl. Default: JSON lines on stdout.")] = None,
+    merge: MergeInMemory = None,
+) -> None:
+    """Classify texts, with the probability of every label."""
+    from peftkit.inference import predict_file
+
+    count = predict_file.predict_file(run, file=file, column=column, out=out, merge=merge_choice(merge))
+    if out:
+        report(f"wrote {count} rows to {out}")
+
+
+def embed(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, or a base: hub id, ./folder or package:NAME."),
+    ],
+    file: Texts = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the texts. Default: the recipe's, or `text` for a base.")
+    ] = None,
+    pair: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of a second text, read together with the first.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write npy, parquet or jsonl. Default: JSON lines to stdout.")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
+) -> None:
+    """Embed texts with the model's pooling."""
+    from peftkit.inference import embeddings
+
+    count = embeddings.embed_file(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
+    if out:
+        report(f"wrote {count} vectors to {out}")
+
+
+def generate(
+    run: RunFolder,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts: jsonl, csv or txt. Default: one prompt per line from stdin.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines to a file. Default: stdout.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    merge: MergeInMemory = None,
+) -> None:
+    """Generate text from prompts; rows hold prompt, messages, or instruction and input."""
+    from peftkit.inference import generate_file
+
+    options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    count = generate_file.generate_file(run, file=file, out=out, options=options, merge=merge_choice(merge))
+    if out:
+        report(f"wrote {count} rows to {out}")
+
+
+def chat(
+    run: RunFolder,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=RUN", help="Add another run on the same base; /adapter NAME switches to it."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt. Default: the recipe's.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    merge: MergeInMemory = None,
+) -> None:
+    """Chat with a language model on the terminal or through a pipe; /help lists commands."""
+    from peftkit.inference import chat as conversation
+    from peftkit.inference import generate_file, trained_model
+
+    options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    _, recipe = generate_file.language_run(run)
+    trained_model.generation_config(recipe, options)  # reports a wrong option before the model is loaded
+    model = trained_model.load(run, adapters=_adapters(adapter or []), merge=merge_choice(merge))
+    conversation.chat(model.configured(**options), system=system)
+
+
+def _adapters(texts: list[str]) -> dict[str, str]:
+    adapters: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name in adapters:
+            raise RunError(
+                f"--adapter {text}: expected NAME=RUN with a different name each, such as kjv=runs/style_kjv_lora-…"
+            )
+        adapters[name] = path
+    return adapters
