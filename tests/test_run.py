@@ -123,15 +123,15 @@ def test_a_wrong_metric_name_is_an_error_before_the_first_step(small_recipe):
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_rows(small_recipe, monkeypatch):
-    from peftkit.tasks.classification import Classification
+    from peftkit.heads.classifier import Classifier
 
-    real, calls = Classification.loss, {"n": 0}
+    real, calls = Classifier.loss, {"n": 0}
 
     def broken(self, *args):
         calls["n"] += 1
         return real(self, *args) * (float("nan") if calls["n"] == 5 else 1.0)
 
-    monkeypatch.setattr(Classification, "loss", broken)
+    monkeypatch.setattr(Classifier, "loss", broken)
     with pytest.raises(TrainingError, match=r"step 5, training rows \d+ \(\S+topics.csv:\d+\), \d+ \("):
         peftkit.train(small_recipe)
     calls["n"] = 0

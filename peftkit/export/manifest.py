@@ -73,7 +73,7 @@ def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: s
         info=info,
         pooling=loaded.pooling,
         heads=tuple(loaded.head_names),
-        auto_class=head_of(info, recipe.task).auto_class(loaded.pooling),
+        auto_class=loaded.auto_class,
         source=recipe.model.source,
         base=str(inner.name_or_path),
         revision=_commit(source.revision, inner) if source.kind == "hub" else None,

@@ -84,11 +84,10 @@ def wrap(loaded: LoadedModel, config: Any, kind: str) -> None:
         raise MethodError(f"method.kind={kind} cannot be put into {name}: {said}") from error
 
 
-def task_type(loaded: LoadedModel) -> str:
-    """peft's name for what the model does."""
-    if not loaded.head_names:
-        return "CAUSAL_LM"
-    return "SEQ_CLS" if loaded.pooling == "own" else "TOKEN_CLS"
+def task_type(loaded: LoadedModel) -> str | None:
+    """peft's name for what the model does; None where it has no wrapper of its own for it."""
+    kinds = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
+    return kinds.get(loaded.auto_class.removeprefix("AutoModelFor"))
 
 
 def choose_targets(

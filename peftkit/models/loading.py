@@ -82,7 +82,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     elif device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
     notes += [note] if (note := pad_note(tokenizer)) else []
-    return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes)
+    return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes, head.auto_class(pooling))
 
 
 def load_language_model(recipe: Recipe, device: torch.device | str | None = None) -> PreTrainedModel:

@@ -58,7 +58,7 @@ def build_meta_model(
             model = loading._auto_class(head, pooling).from_config(config, trust_remote_code=False, **arguments)
         model.tie_weights()
         missing = {"missing_keys": _missing(model, folder)}
-        loaded = LoadedModel(model, tokenizer, pooling)
+        loaded = LoadedModel(model, tokenizer, pooling, auto_class=head.auto_class(pooling))
         loaded.head_names = loading._heads(model, missing) if head.adds_layers else ()
         if held is not None:
             replace_linear(model, held, dtype, skipped)

@@ -64,3 +64,5 @@ class LoadedModel:
     """SHA-256 over config, weights' file digests or commit, and vocabulary of the base."""
     notes: list[str] = field(default_factory=list)
     """What was decided and why, in words for the user (dtype fallback, pad token, …)."""
+    auto_class: str = "AutoModelForCausalLM"
+    """Name of the transformers class that loaded base and head."""
