@@ -1,4 +1,4 @@
-"""Which way a figure is better."""
+"""Which way a metric is better."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMALLER_IS_BETTER = frozenset(
 
 
 def greater_is_better(name: str) -> bool:
-    """False for errors and losses ("loss", "validation_loss", "mse"), True for all other figures.
+    """False for errors and losses ("loss", "validation_loss", "mse"), True for all other metrics.
 
     >>> greater_is_better("f1"), greater_is_better("validation_loss")
     (True, False)

@@ -1,6 +1,6 @@
-"""peftkit's own figures as modules of the ``evaluate`` library, for its batching and its gathering over processes.
+"""peftkit's own metrics as modules of the ``evaluate`` library, for its batching and its gathering over processes.
 
-Runs do not need them: they call the figures themselves, and are spared the import of ``evaluate``.
+Runs do not need them: they compute metrics directly and are spared the import of ``evaluate``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Module(evaluate.Metric):
     """An evaluate module over a function of predictions and references.
 
     Args:
-        figures: ``(predictions, references, **options)`` to named figures.
+        compute: ``(predictions, references, **options)`` to values by name.
         holds: what a prediction and a reference are, of ``FEATURES``.
-        description: what the figures tell.
+        description: what they measure.
         paper: where they come from.
         options: of ``evaluate.Metric``, such as ``num_process`` and ``keep_in_memory``.
     """
 
     def __init__(
-        self, figures: Callable[..., dict[str, float]], holds: str, description: str, paper: str, **options: Any
+        self, compute: Callable[..., dict[str, float]], holds: str, description: str, paper: str, **options: Any
     ) -> None:
-        self._figures, self._description, self._paper = figures, description, paper
+        self._function, self._description, self._paper = compute, description, paper
         super().__init__(config_name=holds, **options)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -47,8 +47,8 @@ class Module(evaluate.Metric):
         )
 
     def _compute(self, *, predictions: Any, references: Any, **options: Any) -> dict[str, float]:
-        return self._figures(predictions, references, **options)
+        return self._function(predictions, references, **options)
 
     def _build_data_dir(self) -> str:
-        """The folder of the gathered predictions; none is made where they stay in memory."""
+        """The folder of the gathered predictions; none is created where they stay in memory."""
         return "" if self.keep_in_memory else super()._build_data_dir()

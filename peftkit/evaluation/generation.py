@@ -1,11 +1,11 @@
-"""Text from a causal language model: batched, in order, and the same whoever shares the batch.
+"""Text from a causal language model: batched, in order, and the same whatever else is in the batch.
 
     generate(model, tokenizer, ["In the beginning"], config)                       # continued as plain text
     generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]], config)   # answered by the chat template
 
 Rows are padded on the left and batched by length. A row's sampling noise is drawn from a generator seeded by
 (``config.seed``, its number), so that a sampled text depends on neither the batch size nor the other prompts; what
-remains is the rounding of differently shaped products, which in half precision may tip a near tie.
+remains is the rounding of differently shaped matmuls, which in half precision may tip a near tie.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def generate(
         _check_fits(model, ids, config, f"prompt {number + 1}")
     texts = [""] * len(prompts)
     for places in _batches([len(ids) for ids in encoded], batch_size, alike=packing.learned_tokens(model) > 0):
-        made = _batch(model, tokenizer, [encoded[n] for n in places], [own[n] for n in places], config)
-        for place, text in zip(places, made):
+        written = _batch(model, tokenizer, [encoded[n] for n in places], [own[n] for n in places], config)
+        for place, text in zip(places, written):
             texts[place] = text
     return texts
 
@@ -85,7 +85,7 @@ def _batches(lengths: list[int], size: int, *, alike: bool) -> Iterator[list[int
 
 
 def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, config: GenerationConfig) -> Iterator[str]:
-    """The answer piece by piece, as it is made; its pieces joined are what ``generate`` returns.
+    """The answer in pieces, as it is generated; joined, they are what ``generate`` returns.
 
     Generation runs in a thread of its own, and ends when the iterator is closed.
     """
@@ -195,7 +195,7 @@ def _run(
 
 @contextmanager
 def _ready(model: Any, embedding: Tensor) -> Iterator[None]:
-    """No gradient, no dropout, and products in the precision in which the weights are held."""
+    """No gradient, no dropout, and matmuls in the precision of the weights."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(packing.eval_modules(model))
@@ -211,15 +211,15 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _processors(config: GenerationConfig, numbers: list[int], fill: list[int]) -> LogitsProcessorList:
-    found: list[LogitsProcessor] = []
+    processors: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:
-        found.append(_Repetition(config.repetition_penalty, fill))
+        processors.append(_Repetition(config.repetition_penalty, fill))
     if config.temperature > 0:
-        found.append(TemperatureLogitsWarper(config.temperature))
-        found += [TopKLogitsWarper(config.top_k)] if config.top_k else []
-        found += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
-        found.append(_Gumbel(config.seed, numbers))
-    return LogitsProcessorList(found)
+        processors.append(TemperatureLogitsWarper(config.temperature))
+        processors += [TopKLogitsWarper(config.top_k)] if config.top_k else []
+        processors += [TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+        processors.append(_Gumbel(config.seed, numbers))
+    return LogitsProcessorList(processors)
 
 
 class _Repetition(LogitsProcessor):

@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 Statistics = Callable[[np.ndarray], Mapping[str, float]]
 RESAMPLES = 1000
 BCA_ROWS = 2000
-"""Up to so many rows the BCa correction is made: it needs one evaluation a row, and vanishes as rows grow."""
+"""Up to this many rows BCa is used: it takes one evaluation per row, and its correction vanishes as rows grow."""
 
 
 def wilson(successes: float, rows: int, confidence: float = 0.95) -> Interval:
@@ -41,11 +41,11 @@ def bootstrap(
     """Intervals of several statistics from the same resamples of the rows.
 
     Args:
-        statistics: takes row numbers, repeats allowed, and gives the figures of these rows.
+        statistics: takes row numbers, repeats allowed, and gives the metrics of these rows.
         bca: correct bias and skewness (Efron 1987); None does so up to BCA_ROWS rows, and takes percentiles beyond.
 
     Returns:
-        (low, high) of each figure; one that is undefined (NaN) on the rows or on a tenth of the resamples has none.
+        (low, high) of each metric; one that is undefined (NaN) on the rows or on a tenth of the resamples has none.
     """
     if rows < 2:
         return {}
@@ -55,14 +55,14 @@ def bootstrap(
     drawn = [statistics(generator.integers(0, rows, rows)) for _ in range(resamples)]
     correct = rows <= BCA_ROWS if bca is None else bca
     left_out = [statistics(np.delete(everything, row)) for row in range(rows)] if correct else []
-    found = {}
+    limits = {}
     for name, value in point.items():
         values = np.array([one[name] for one in drawn], dtype=np.float64)
         if not np.isfinite(value) or np.isfinite(values).mean() < 0.9:
             continue
         jackknife = np.array([one[name] for one in left_out], dtype=np.float64)
-        found[name] = _quantiles(values[np.isfinite(values)], value, jackknife, confidence)
-    return found
+        limits[name] = _quantiles(values[np.isfinite(values)], value, jackknife, confidence)
+    return limits
 
 
 def _quantiles(values: np.ndarray, point: float, jackknife: np.ndarray, confidence: float) -> Interval:

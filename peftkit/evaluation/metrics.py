@@ -1,6 +1,6 @@
-"""Metrics by name: figures over scikit-learn or SciPy that need no network.
+"""Metrics by name, over scikit-learn or SciPy; no network is needed.
 
-    figures("f1", predictions=[0, 1], references=[0, 0])        # {"f1": 0.333…}
+    compute_metric("f1", predictions=[0, 1], references=[0, 0])  # {"f1": 0.333…}
     metric = load("f1")                                         # the same as a module of the evaluate library
     metric.add_batch(predictions=[0, 1], references=[0, 0])
     metric.compute()
@@ -32,20 +32,20 @@ OF_PROBABILITIES = ("calibration_error", "loss")
 
 
 class Score:
-    """One figure over predictions that are "classes" (an id), "sets" (0 or 1 for every label) or "numbers"."""
+    """One metric over predictions that are "classes" (an id), "sets" (0 or 1 for every label) or "numbers"."""
 
     holds: ClassVar[tuple[Holds, ...]] = ("classes", "sets")
     paper: ClassVar[str] = ""
 
     def score(self, references: np.ndarray, predictions: np.ndarray, **options: Any) -> float:
-        """The figure of all rows; NaN where it is not defined."""
+        """Its value over all rows; NaN where it is not defined."""
         raise NotImplementedError
 
 
 def compute_metric(
     name: str, predictions: Any, references: Any, holds: Holds = "classes", **options: Any
 ) -> dict[str, float]:
-    """What the metric of that name says of all rows; a hub module may return several figures.
+    """The metric of that name over all rows; a hub module may return several values.
 
     Args:
         holds: what a prediction is.
@@ -54,10 +54,10 @@ def compute_metric(
     Raises:
         RecipeError, HubError: as in ``check``.
     """
-    found = np.asarray(predictions)
+    predicted = np.asarray(predictions)
     if own := _own(name, holds):
-        return {name: float(own.score(np.asarray(references), found, **options))}
-    result = _from_hub(name).compute(predictions=found, references=references, **options) or {}
+        return {name: float(own.score(np.asarray(references), predicted, **options))}
+    result = _from_hub(name).compute(predictions=predicted, references=references, **options) or {}
     return {key: float(value) for key, value in result.items() if isinstance(value, int | float | np.number)}
 
 
@@ -88,8 +88,8 @@ def load(name: str, holds: Holds = "classes", **options: Any) -> evaluate.Evalua
         return _from_hub(name)
     from peftkit.evaluation.evaluate_modules import Module
 
-    def named(found: Any, gold: Any, **options: Any) -> dict[str, float]:
-        return compute_metric(name, found, gold, holds, **options)
+    def named(predictions: Any, references: Any, **options: Any) -> dict[str, float]:
+        return compute_metric(name, predictions, references, holds, **options)
 
     return Module(named, holds, type(own).__doc__ or "", own.paper, **{"keep_in_memory": True, **options})
 
@@ -136,7 +136,7 @@ class Accuracy(Score):
 
 @METRICS.register("balanced_accuracy")
 class BalancedAccuracy(Score):
-    """Mean over classes of the share of their rows that are found."""
+    """Mean over classes of the share of their rows that are predicted right."""
 
     holds = ("classes",)
 

@@ -1,7 +1,7 @@
 """Which is better: two sets of predictions for the same rows.
 
 McNemar 1947, "Note on the sampling error of the difference between correlated proportions", in its exact form: of the
-rows that only one of the two has right, each side would have half if they were equally good. For every other figure
+rows that only one of the two has right, each side would have half if they were equally good. For every other metric
 the paired bootstrap: both are scored on the same resamples of the rows, and, where each was trained with several seeds,
 on resamples of its seeds as well, so that a lucky seed does not count as a better method (Bouthillier et al. 2021,
 "Accounting for variance in machine learning benchmarks", arXiv:2103.03098).
@@ -43,18 +43,18 @@ def mcnemar(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> 
     }
 
 
-Figure = Callable[[np.ndarray], float]
-"""Row numbers, repeats allowed → the figure of these rows."""
+Metric = Callable[[np.ndarray], float]
+"""Row numbers, repeats allowed → the metric of these rows."""
 RESAMPLES = 2000
 
 
 def paired(
-    first: Sequence[Figure], second: Sequence[Figure], rows: int, *, confidence: float = 0.95, seed: int = 0
+    first: Sequence[Metric], second: Sequence[Metric], rows: int, *, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Any]:
-    """Compares two methods by a figure of the same rows.
+    """Compares two methods by a metric of the same rows.
 
     Args:
-        first, second: each method's figure, one function a training seed; the mean over seeds is compared.
+        first, second: each method's metric, one function per training seed; the mean over seeds is compared.
         rows: number of rows.
 
     Returns:
@@ -76,34 +76,24 @@ def paired(
     }
 
 
-def resampled(methods: Sequence[Sequence[Figure]], rows: int, *, seed: int = 0) -> np.ndarray:
-    """Mean figures [methods, RESAMPLES]: the rows of a resample are shared by all methods, the seeds are not."""
+def resampled(methods: Sequence[Sequence[Metric]], rows: int, *, seed: int = 0) -> np.ndarray:
+    """Mean metrics [methods, RESAMPLES]: the rows of a resample are shared by all methods, the seeds are not."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    made = np.empty((len(methods), RESAMPLES))
+    means = np.empty((len(methods), RESAMPLES))
     for number in range(RESAMPLES):
         chosen = generator.integers(0, rows, rows)
-        for method, figures in enumerate(methods):
-            seeds = generator.integers(0, len(figures), len(figures))
-            known = {one: figures[one](chosen) for one in set(seeds.tolist())}
-            made[method, number] = np.mean([known[one] for one in seeds.tolist()])
-    return made
+        for method, metrics in enumerate(methods):
+            seeds = generator.integers(0, len(metrics), len(metrics))
+            known = {one: metrics[one](chosen) for one in set(seeds.tolist())}
+            means[method, number] = np.mean([known[one] for one in seeds.tolist()])
+    return means
 
 
-def verdict_on_loss(compared: dict[str, Any], other: str, level: float = 0.05) -> str:
-    """One sentence for the user: "finetuning helped: loss -0.512 against zero shot (p < 0.001)"."""
-    p_value = compared["p_value"]
-    chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-    said = f"loss {compared['difference']:+.3f} against {other.replace('_', ' ')}"
-    if p_value >= level:
-        return f"no difference that {compared['rows']:,} examples can show: {said} ({chance})"
-    return f"finetuning {'helped' if compared['difference'] < 0 else 'hurt'}: {said} ({chance})"
-
-
-def verdict(compared: dict[str, Any], other: str, level: float = 0.05) -> str:
+def verdict(compared: dict[str, Any], other: str, *, of_loss: bool = False, level: float = 0.05) -> str:
     """One sentence for the user: "finetuning helped: +12.3 points against zero shot (p < 0.001)"."""
-    points = f"{compared['difference'] * 100:+.1f} points against {other.replace('_', ' ')}"
-    p_value = compared["p_value"]
-    chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+    difference, p_value = compared["difference"], compared["p_value"]
+    change = f"loss {difference:+.3f}" if of_loss else f"{difference * 100:+.1f} points"
+    text = f"{change} against {other.replace('_', ' ')} (p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})"
     if p_value >= level:
-        return f"no difference that {compared['rows']:,} rows can show: {points} ({chance})"
-    return f"finetuning {'helped' if compared['difference'] > 0 else 'hurt'}: {points} ({chance})"
+        return f"no difference that {compared['rows']:,} {'examples' if of_loss else 'rows'} can show: {text}"
+    return f"finetuning {'helped' if (difference < 0) == of_loss else 'hurt'}: {text}"

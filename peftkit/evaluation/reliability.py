@@ -34,13 +34,13 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
         correct: whether it was right, [rows].
     """
     edges, place = np.linspace(0.0, 1.0, bins + 1), places(confidence, bins)
-    made = []
+    filled = []
     for number in range(bins):
         inside = place == number
         if inside.any():
             mean, right = float(confidence[inside].mean()), float(correct[inside].mean())
-            made.append(Bin(float(edges[number]), float(edges[number + 1]), int(inside.sum()), mean, right))
-    return made
+            filled.append(Bin(float(edges[number]), float(edges[number + 1]), int(inside.sum()), mean, right))
+    return filled
 
 
 def places(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:

@@ -101,9 +101,9 @@ def of_loss(loss: np.ndarray, weight: np.ndarray) -> Statistics:
     return statistics
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part ÷ whole, 0 where whole is 0."""
-    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """part ÷ total, 0 where total is 0."""
+    return np.divide(part, total, out=np.zeros(len(part)), where=total > 0)
 
 
 def _correlation(left: np.ndarray, right: np.ndarray) -> float:

@@ -3,7 +3,7 @@
     score(["the cat sat"], ["a cat sat down"], ("rouge", "chrf"))                  # {"rouge1": …, "rougeL": …, …}
     load("rouge").compute(predictions=…, references=…)                             # a module of the evaluate library
 
-ROUGE is rouge-score's, BLEU and chrF are sacreBLEU's, exact match and token F1 are SQuAD's; all figures are between 0
+ROUGE is rouge-score's, BLEU and chrF are sacreBLEU's, exact match and token F1 are SQuAD's; all values are between 0
 and 1, sacreBLEU's percentages divided by 100.
 """
 
@@ -31,8 +31,8 @@ class TextMetric:
 
     paper: ClassVar[str] = ""
 
-    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """The figures of all rows."""
+    def compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """The values over all rows."""
         raise NotImplementedError
 
 
@@ -44,7 +44,7 @@ class Rouge(TextMetric):
     paper = "Lin 2004, ROUGE: a package for automatic evaluation of summaries, W04-1013"
     kinds: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
-    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(list(self.kinds))
@@ -58,7 +58,7 @@ class Bleu(TextMetric):
 
     paper = "Papineni et al. 2002, P02-1040; Post 2018, arXiv:1804.08771"
 
-    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         import sacrebleu
 
         return {"bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score / 100}
@@ -70,7 +70,7 @@ class Chrf(TextMetric):
 
     paper = "Popović 2015, W15-3049; Post 2018, arXiv:1804.08771"
 
-    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         import sacrebleu
 
         return {"chrf": sacrebleu.corpus_chrf(list(predictions), [list(references)]).score / 100}
@@ -82,9 +82,9 @@ class ExactMatch(TextMetric):
 
     paper = "Rajpurkar et al. 2016, arXiv:1606.05250"
 
-    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         pairs = zip(predictions, references)
-        return {"exact_match": _mean(float(normalize(found) == normalize(wanted)) for found, wanted in pairs)}
+        return {"exact_match": _mean(float(normalize(text) == normalize(wanted)) for text, wanted in pairs)}
 
 
 @TEXT_METRICS.register("token_f1")
@@ -93,8 +93,8 @@ class TokenF1(TextMetric):
 
     paper = "Rajpurkar et al. 2016, arXiv:1606.05250"
 
-    def figures(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {"token_f1": _mean(_word_f1(found, wanted) for found, wanted in zip(predictions, references))}
+    def compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {"token_f1": _mean(_word_f1(text, wanted) for text, wanted in zip(predictions, references))}
 
 
 def load(name: str, **options: Any) -> evaluate.EvaluationModule:
@@ -110,11 +110,11 @@ def load(name: str, **options: Any) -> evaluate.EvaluationModule:
     from peftkit.evaluation.evaluate_modules import Module
 
     description = type(metric).__doc__ or ""
-    return Module(metric.figures, "texts", description, metric.paper, **{"keep_in_memory": True, **options})
+    return Module(metric.compute, "texts", description, metric.paper, **{"keep_in_memory": True, **options})
 
 
 def score(predictions: Sequence[str], references: Sequence[str], names: Sequence[str] = DEFAULT) -> dict[str, float]:
-    """The figures of several metrics over the same rows; empty when there are no rows.
+    """The values of several metrics over the same rows; empty when there are no rows.
 
     Raises:
         DataError: there are more predictions than references, or fewer.
@@ -122,11 +122,11 @@ def score(predictions: Sequence[str], references: Sequence[str], names: Sequence
     """
     metrics = [TEXT_METRICS.get(name)() for name in names]
     if len(predictions) != len(references):
-        raise DataError(f"expected one reference a prediction, found {len(predictions)} and {len(references)}")
-    found: dict[str, float] = {}
+        raise DataError(f"expected one reference per prediction, found {len(predictions)} and {len(references)}")
+    values: dict[str, float] = {}
     for metric in metrics if len(predictions) else []:
-        found |= metric.figures(predictions, references)
-    return found
+        values |= metric.compute(predictions, references)
+    return values
 
 
 def perplexity(loss: float, tokens: float) -> float:
@@ -144,13 +144,13 @@ def normalize(text: str) -> str:
 
 
 def _word_f1(prediction: str, reference: str) -> float:
-    found, wanted = normalize(prediction).split(), normalize(reference).split()
-    if not found or not wanted:
-        return float(found == wanted)
-    shared = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * shared / (len(found) + len(wanted))
+    written, wanted = normalize(prediction).split(), normalize(reference).split()
+    if not written or not wanted:
+        return float(written == wanted)
+    shared = sum((Counter(written) & Counter(wanted)).values())
+    return 2 * shared / (len(written) + len(wanted))
 
 
 def _mean(values: Iterable[float]) -> float:
-    held = list(values)
-    return sum(held) / len(held) if held else math.nan
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan

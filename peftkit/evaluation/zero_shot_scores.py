@@ -79,17 +79,17 @@ def _mean_log_probability(model: Any, sequences: list[list[int]], tails: list[li
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)], mask[row, : len(sequence)] = torch.tensor(sequence), 1
-    kept = min(width, max(width - len(sequence) for sequence in sequences) + longest + 1)
+    last = min(width, max(width - len(sequence) for sequence in sequences) + longest + 1)
     takes = inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": kept} if "logits_to_keep" in takes else {}
+    options = {"logits_to_keep": last} if "logits_to_keep" in takes else {}
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options).logits.float().cpu()
     offset = width - logits.shape[1]
-    found = []
+    means = []
     for row, (sequence, tail) in enumerate(zip(sequences, tails)):
         places = torch.arange(len(sequence) - len(tail) - 1, len(sequence) - 1) - offset
         log_probabilities = logits[row, places].log_softmax(dim=-1)
-        found.append(float(log_probabilities.gather(1, torch.tensor(tail).unsqueeze(1)).mean()))
-    return found
+        means.append(float(log_probabilities.gather(1, torch.tensor(tail).unsqueeze(1)).mean()))
+    return means
 
 
 @contextlib.contextmanager

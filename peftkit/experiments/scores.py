@@ -15,7 +15,7 @@ import numpy as np
 
 from peftkit.errors import RunError
 from peftkit.evaluation import paired_tests
-from peftkit.evaluation.paired_tests import Figure
+from peftkit.evaluation.paired_tests import Metric
 from peftkit.runs import folder as folders
 from peftkit.schema.head import StoredPredictions, head_of
 from peftkit.schema.types import TaskInfo
@@ -50,7 +50,7 @@ def comparable(one: Scored, other: Scored) -> bool:
     return (one.question, one.rows) == (other.question, other.rows)
 
 
-def metric_of(scored: Scored, metric: str) -> Figure | None:
+def metric_of(scored: Scored, metric: str) -> Metric | None:
     """The metric as a function of rows; None if stored predictions do not determine it."""
     statistics = scored.stored.statistics
     if metric not in statistics(np.arange(len(scored.rows))):

@@ -88,11 +88,11 @@ class CausalLM(Head):
         from peftkit.evaluation.resampling import of_loss
 
         trained, other = (of_loss(one["loss"], one["weight"]) for one in (outputs, baseline))
-        found = paired_tests.paired(
+        test = paired_tests.paired(
             [lambda rows: trained(rows)["loss"]], [lambda rows: other(rows)["loss"]], len(outputs["loss"]),
             confidence=confidence,
         )  # fmt: skip
-        return found, paired_tests.verdict_on_loss(found, name)
+        return test, paired_tests.verdict(test, name, of_loss=True)
 
     def prediction_rows(self, outputs: Outputs, rows: Sequence[Row]) -> list[Row]:
         """Where each example begins, its summed loss, and how many tokens were scored."""

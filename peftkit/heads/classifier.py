@@ -145,8 +145,8 @@ class Classifier(Head):
         trained, other = self.right(outputs), self.right(baseline)
         if trained is None or other is None:
             return None, ""
-        found = paired_tests.mcnemar(trained, other, confidence)
-        return found, paired_tests.verdict(found, name)
+        test = paired_tests.mcnemar(trained, other, confidence)
+        return test, paired_tests.verdict(test, name)
 
     def prediction_rows(self, outputs: Outputs, rows: Sequence[Row]) -> list[Row]:
         """``file``, ``line``, the texts, and ``gold`` and ``predicted`` as names or numbers."""

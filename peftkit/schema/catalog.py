@@ -64,12 +64,12 @@ def get_recipe(name: str) -> Recipe:
 def build(function: RecipeFunction) -> Recipe:
     """Calls a recipe function; raises RecipeError where it builds a recipe that is not valid, or none."""
     try:
-        made = function()
+        built = function()
     except ValidationError as error:
         raise RecipeError(describe(error, f"recipe '{function.__name__}'")) from None
-    if not isinstance(made, Recipe):
-        raise RecipeError(f"recipe '{function.__name__}': expected it to return a Recipe, found {type(made).__name__}")
-    return made
+    if not isinstance(built, Recipe):
+        raise RecipeError(f"recipe '{function.__name__}': expected it to return a Recipe, found {type(built).__name__}")
+    return built
 
 
 def summaries() -> dict[str, str]:
@@ -77,13 +77,13 @@ def summaries() -> dict[str, str]:
 
     The line is the first of the file's docstring, or of the function's where the file holds several recipes.
     """
-    found = {}
+    lines = {}
     for path in dict.fromkeys(built_in().values()):
         module = _parsed(path)
         functions = _marked(module)
         for function in functions:
-            found[function.name] = _first_line(ast.get_docstring(module if len(functions) == 1 else function))
-    return found | {name: _first_line(RECIPES.get(name).__doc__) for name in RECIPES if name not in found}
+            lines[function.name] = _first_line(ast.get_docstring(module if len(functions) == 1 else function))
+    return lines | {name: _first_line(RECIPES.get(name).__doc__) for name in RECIPES if name not in lines}
 
 
 def _parsed(path: Path) -> ast.Module:
@@ -105,11 +105,10 @@ def _from_file(path: Path) -> Recipe:
         raise RecipeError(f"{path}: no such file")
     path = path.resolve()
     _import(path)
-    found = [name for name in RECIPES if RECIPES.get(name).__code__.co_filename == str(path)]
-    if len(found) != 1:
-        said = f"found {', '.join(found)}" if found else "found none"
-        raise RecipeError(f"{path}: expected one function under @recipe, {said}")
-    return build(RECIPES.get(found[0]))
+    names = [name for name in RECIPES if RECIPES.get(name).__code__.co_filename == str(path)]
+    if len(names) != 1:
+        raise RecipeError(f"{path}: expected one function under @recipe, found {', '.join(names) or 'none'}")
+    return build(RECIPES.get(names[0]))
 
 
 def _import(path: Path) -> None:

@@ -55,11 +55,12 @@ class Method(ConfigSection):
                 f"method.kind={self.kind} trains a classifier's head, and task.kind={recipe.task.kind} has none; "
                 "use method.kind=lora"
             )
-        held = recipe.quantization.kind if recipe.quantization is not None else None
-        if held and self.quantizations is not None and held not in self.quantizations:
+        quantization = recipe.quantization.kind if recipe.quantization is not None else None
+        if quantization and self.quantizations is not None and quantization not in self.quantizations:
             known = ", ".join(["null", *self.quantizations])
             raise MethodError(
-                f"method.kind={self.kind} cannot stand on weights held by quantization.kind={held}; it works with "
+                f"method.kind={self.kind} cannot train over weights with quantization.kind={quantization}; "
+                f"it works with "
                 f"quantization={known}"
             )
         if recipe.training.gradient_checkpointing != "off" and not self.checkpoints_activations:

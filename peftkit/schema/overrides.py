@@ -62,7 +62,7 @@ def _set(values: dict[str, Any], path: list[str], value: Any, override: str, rec
 def _hint(name: str, recipe: Recipe) -> str:
     """Points ``epochs`` to ``training.epochs``: the part that has such a field, else the nearest part."""
     for part in Recipe.model_fields:
-        held = getattr(recipe, part)
-        if isinstance(held, ConfigSection) and name in type(held).model_fields:
+        section = getattr(recipe, part)
+        if isinstance(section, ConfigSection) and name in type(section).model_fields:
             return f"did you mean '{part}.{name}'?"
     return did_you_mean(name, Recipe.model_fields)

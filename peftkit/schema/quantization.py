@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Quantization(ConfigSection):
-    """How the frozen weights are held."""
+    """How the frozen weights are stored."""
 
     kind: str
 

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe's values, in one line a field."""
+"""What is wrong with a recipe's values, one line per field."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 61
 
 def flatten(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], str, Any]]:
     """(location, message, input) of every complaint, those of parts chosen by kind included."""
-    found = []
+    complaints = []
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
         loc = prefix + tuple(part for part in item["loc"] if not _is_union_tag(part))
         if isinstance(inner, ValidationError):
-            found += flatten(inner, loc)
+            complaints += flatten(inner, loc)
         else:
             message = item["msg"].removeprefix("Value error, ")
-            found.append((loc, message, item.get("input")))
-    return found
+            complaints.append((loc, message, item.get("input")))
+    return complaints
 
 
 def describe(error: ValidationError, origin: str) -> str:
@@ -40,13 +40,10 @@ def complaint(loc: tuple[Any, ...], message: str, value: Any) -> str:
     """``training.epochs: input should be greater than 0, found -1``."""
     message = message[:1].lower() + message[1:]
     shown = _SHORT.repr(value)
-    found = (
-        f", found {shown}"
-        if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message
-        else ""
-    )
+    if not isinstance(value, dict) and len(shown) <= 60 and "unknown field" not in message:
+        message += f", found {shown}"
     where = ".".join(str(part) for part in loc)
-    return f"{where}: {message}{found}" if where else f"{message}{found}"
+    return f"{where}: {message}" if where else message
 
 
 def _is_union_tag(part: Any) -> bool:

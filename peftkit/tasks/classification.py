@@ -36,15 +36,15 @@ class Classification(Task):
 
     kind: Literal["classification"] = "classification"
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
-    """auto: several label columns or a list a row are multi-label, fractions a regression, all else one label a row."""
+    """auto: several label columns or a list per row are multi-label, fractions a regression, all else one label per row."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016); single label only."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping names some, the rest are
-    1. With several labels a row they weigh the positives; balanced is then negatives ÷ positives."""
+    1. With several labels per row they weigh the positives; balanced is then negatives ÷ positives."""
     cosine_temperature: Annotated[float, Field(gt=0)] | None = None
-    """Trains the head on cosines ÷ this, starting at the class means of up to 256 training rows: 0.1 for a few rows a
-    class. None trains it on scalar products from a random start."""
+    """Trains the head on cosines ÷ this, starting at the class means of up to 256 training rows: 0.1 for a few rows per
+    class. None trains it on dot products from a random start."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Probability from which a label counts as given, where a row may have several."""
 
@@ -70,7 +70,7 @@ class Classification(Task):
         if problem == MULTI and not train.is_list:
             train.fail(
                 "task.problem_type=multi_label_classification needs a list of labels in each row, or several 0/1 "
-                "columns named in data.label; this column holds one value a row"
+                "columns named in data.label; this column holds one value per row"
             )
         if problem == SINGLE and train.is_list:
             train.fail("this column holds a list in each row; set task.problem_type=multi_label_classification")
@@ -132,7 +132,7 @@ class Classification(Task):
                 raise RecipeError(f"task.{field} needs classes, but this is a regression; leave it out")
         for column in columns:
             if column.is_list:
-                column.fail("a regression learns one number a row; this column holds a list in each row", 0)
+                column.fail("a regression learns one number per row; this column holds a list in each row", 0)
             for value in column.distinct():
                 if reading.number(value) is None:
                     column.fail(f"expected a finite number for a regression, found {value!r}", column.first(value))
@@ -172,17 +172,17 @@ class Classification(Task):
                 if not _is_text(rows.features[name]):
                     words = [other for other in rows.column_names if other[0] != "_" and _is_text(rows.features[other])]
                     hint = f"; columns of text: {', '.join(words)}" if words else ""
-                    held = getattr(rows.features[name], "dtype", rows.features[name])
-                    message = f"data.{field} must name a column of text, this one holds {held}{hint}"
+                    dtype = getattr(rows.features[name], "dtype", rows.features[name])
+                    message = f"data.{field} must name a column of text, this one holds {dtype}{hint}"
                     raise DataError(message, column=name)
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """``text``, ``text_pair`` where the recipe names one, and ``label``: an id, a list of 0.0/1.0, or a number."""
-        made: Row = {"text": _text(row, data.text)}
+        canonical: Row = {"text": _text(row, data.text)}
         if data.text_pair is not None:
-            made["text_pair"] = _text(row, data.text_pair)
-        made["label"] = self._label(row, data, info)
-        return {**made, **{name: row[name] for name in ("_file", "_line") if name in row}}
+            canonical["text_pair"] = _text(row, data.text_pair)
+        canonical["label"] = self._label(row, data, info)
+        return {**canonical, **{name: row[name] for name in ("_file", "_line") if name in row}}
 
     def _label(self, row: Row, data: DataConfig, info: TaskInfo) -> int | float | list[float]:
         names = (data.label,) if isinstance(data.label, str) else data.label
@@ -190,24 +190,24 @@ class Classification(Task):
             return [_indicator(row, name) for name in names]
         value = _cell(row, names[0])
         if info.problem_type == REGRESSION:
-            found = reading.number(value)
-            if found is None:
+            number = reading.number(value)
+            if number is None:
                 raise _bad(row, names[0], f"expected a finite number, found {value!r}")
-            return found
+            return number
         if info.problem_type == MULTI:
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise _bad(row, names[0], f"expected a list of labels, found {value!r}")
-            held = {self._class(row, names[0], item, info) for item in value}
-            return [float(position in held) for position in range(len(info.labels))]
+            given = {self._class(row, names[0], item, info) for item in value}
+            return [float(position in given) for position in range(len(info.labels))]
         return self._class(row, names[0], value, info)
 
     def _class(self, row: Row, column: str, value: Any, info: TaskInfo) -> int:
         if value is None:
             raise _bad(row, column, "no label")
-        found = reading.class_id(value, info.labels, info.integers)
-        if found is None:
+        position = reading.class_id(value, info.labels, info.integers)
+        if position is None:
             raise _bad(row, column, f"unknown label {value!r}: {did_you_mean(reading.name_of(value), info.labels)}")
-        return found
+        return position
 
     def input_columns(self, data: DataConfig) -> tuple[str, ...]:
         """The text, and its pair."""
@@ -245,11 +245,11 @@ class Classification(Task):
         encoded, truncated = tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
         head: Any = head_of(info, self)  # one of ``heads``, all of them classifiers
         labels = list(rows["label"]) if "label" in rows else [head.blank_label()] * len(texts)
-        made: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
+        columns: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
         if "token_type_ids" in encoded and (pairs is not None or any(tokenizer("a")["token_type_ids"])):
-            made["token_type_ids"] = encoded["token_type_ids"]
+            columns["token_type_ids"] = encoded["token_type_ids"]
         weights = [0.0] * len(texts) if "label" not in rows else [head.weight(label) for label in labels]
-        return {**made, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
+        return {**columns, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
 
 
 def _training_split(splits: Mapping[str, Any]) -> str:
@@ -279,9 +279,9 @@ def _refuse_differing(columns: list[reading.LabelColumn]) -> None:
 def _count_ids(column: reading.LabelColumn, labels: tuple[str, ...], integers: str) -> list[int]:
     counts = [0] * len(labels)
     for value, count in column.counts().items():
-        found = reading.class_id(value, labels, integers)
-        assert found is not None, value
-        counts[found] += count
+        position = reading.class_id(value, labels, integers)
+        assert position is not None, value
+        counts[position] += count
     return counts
 
 
@@ -291,10 +291,10 @@ def _refuse_unseen(
     """Raises DataError when another split has a class that no training row has, unless data.labels lists it."""
     for column in columns:
         for value in column.distinct():
-            found = reading.class_id(value, labels, integers)
-            if found is not None and not counts[found]:
+            position = reading.class_id(value, labels, integers)
+            if position is not None and not counts[position]:
                 column.fail(
-                    f"label '{labels[found]}' of the {column.split} split has no row in training, so it cannot be "
+                    f"label '{labels[position]}' of the {column.split} split has no row in training, so it cannot be "
                     "learned; add some, or list the names in data.labels to go on all the same",
                     column.first(value),
                 )

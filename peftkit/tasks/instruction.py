@@ -24,7 +24,7 @@ from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.conversation import Message, format_of, read_row
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize
-from peftkit.tasks.windows import Stretch, columns, pack
+from peftkit.tasks.windows import Stretch, pack, to_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,20 +103,20 @@ class Instruction(LanguageTask):
         """
         check_window(tokenizer, data)
         style = chat_template.read(tokenizer)
-        _say_once(style.note)
-        kept: list[Stretch] = []
+        _warn_once(style.note)
+        stretches: list[Stretch] = []
         lost: list[int] = []
         for row, labelled in self._labelled(rows, tokenizer, style, data.max_length):
             fitting = fit(labelled, row, data.max_length, self.train_on)
             if fitting:
-                kept.append(fitting)
+                stretches.append(fitting)
             elif self.too_long == "error":
                 raise _too_long(rows, row, labelled, data.max_length)
             else:
                 lost.append(row)
-        _say_lost(rows, lost, data.max_length)
-        windows = pack(kept, data.max_length) if self.packing else [[item] for item in kept]
-        return columns(windows, positions=self.packing)
+        _warn_of_lost(rows, lost, data.max_length)
+        windows = pack(stretches, data.max_length) if self.packing else [[item] for item in stretches]
+        return to_columns(windows, positions=self.packing)
 
     def _labelled(
         self,
@@ -126,19 +126,19 @@ class Instruction(LanguageTask):
         max_length: int,
     ) -> list[tuple[int, Labelled]]:
         """(row, tokens) of every example; where only the last answer counts, early turns give way to it."""
-        found = _encode(rows, list(enumerate(rows["messages"])), tokenizer, style, self.train_on)
+        examples = _encode(rows, list(enumerate(rows["messages"])), tokenizer, style, self.train_on)
         if self.train_on != "last":
-            return found
-        for position, (row, labelled) in enumerate(found):
+            return examples
+        for position, (row, labelled) in enumerate(examples):
             messages = list(rows["messages"][row])
             while len(labelled.ids) > max_length and (shorter := without_first_exchange(messages)) is not None:
                 messages = shorter
                 ((_, labelled),) = _encode(rows, [(row, messages)], tokenizer, style, self.train_on)
-            found[position] = (row, labelled)
-        return found
+            examples[position] = (row, labelled)
+        return examples
 
     def prompt(self, row: Row) -> tuple[list[Message], str]:
-        """(the turns before the last answer, that answer), for generation beside the row's own text."""
+        """(the turns before the last answer, that answer), for sample generations."""
         messages = row["messages"]
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         return messages[:last], messages[last]["content"]
@@ -149,7 +149,7 @@ class Instruction(LanguageTask):
 
 
 @lru_cache(maxsize=8)
-def _say_once(note: str) -> None:
+def _warn_once(note: str) -> None:
     if note:
         log.warning(note)
 
@@ -175,15 +175,15 @@ def _encode(
     row, numbers, examples = 0, [], []
     try:
         for row, messages in conversations:
-            made = pieces_of(messages, tokenizer, style, train_on)
-            numbers += [row] * len(made)
-            examples += made
-        labelled, found = tokenize(examples, tokenizer, style), []
+            pieces = pieces_of(messages, tokenizer, style, train_on)
+            numbers += [row] * len(pieces)
+            examples += pieces
+        labelled, encoded = tokenize(examples, tokenizer, style), []
         for row in numbers:
-            found.append((row, next(labelled)))
+            encoded.append((row, next(labelled)))
     except DataError as error:
         raise _placed(rows, row, error.message) from None
-    return found
+    return encoded
 
 
 def _blank_answer(messages: Sequence[Message]) -> int:
@@ -206,7 +206,7 @@ def _too_long(rows: Mapping[str, Sequence[Any]], row: int, labelled: Labelled, m
     )
 
 
-def _say_lost(rows: Mapping[str, Sequence[Any]], lost: Sequence[int], max_length: int) -> None:
+def _warn_of_lost(rows: Mapping[str, Sequence[Any]], lost: Sequence[int], max_length: int) -> None:
     """Warns of prompts that fill the window; a row of several examples may have lost only some of them."""
     if not lost:
         return

@@ -1,7 +1,7 @@
-"""Reads a label column: which classes there are, what kind of problem it is, and what one label means.
+"""Reads a label column: its classes, the kind of problem, and what a single label means.
 
 Works on Arrow columns, so that a data set of a million rows is described in a second. Labels may be whole numbers,
-words, booleans, a ``ClassLabel`` feature, numbers with fractions (a regression), a list a row, or several 0/1 columns.
+words, booleans, a ``ClassLabel`` feature, fractions (a regression), a list per row, or several 0/1 columns.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def require_column(split: str, dataset: Any, name: str) -> None:
     """Raises DataError naming the nearest column when ``dataset`` has none of this name."""
     if name in dataset.column_names:
         return
-    found = [column for column in dataset.column_names if not column.startswith("_")]
-    near = did_you_mean(name, found)
-    listed = "" if near.startswith("known names") else f" Columns found: {', '.join(found)}."
+    columns = [column for column in dataset.column_names if not column.startswith("_")]
+    near = did_you_mean(name, columns)
+    listed = "" if near.startswith("known names") else f" Columns found: {', '.join(columns)}."
     file = dataset[0].get("_file") if len(dataset) else None
     raise DataError(f"no column '{name}' in the {split} split: {near}{listed}", file=file)
 
@@ -114,9 +114,9 @@ def require_column(split: str, dataset: Any, name: str) -> None:
 def read_column(split: str, dataset: Any, name: str) -> LabelColumn:
     """The column ``name`` of a ``datasets.Dataset``; raises DataError when there is none."""
     require_column(split, dataset, name)
-    kept = [column for column in (name, "_file", "_line") if column in dataset.column_names]
-    table = dataset.select_columns(kept).with_format("arrow")[:]
-    places = "_file" in kept and "_line" in kept
+    columns = [column for column in (name, "_file", "_line") if column in dataset.column_names]
+    table = dataset.select_columns(columns).with_format("arrow")[:]
+    places = "_file" in columns and "_line" in columns
     return LabelColumn(
         name=name,
         split=split,
@@ -159,10 +159,10 @@ def whole_number(value: Any) -> int | None:
 def number(value: Any) -> float | None:
     """The finite number that a label spells, or None."""
     try:
-        found = float(value)
+        spelled = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) and not isinstance(value, bool) else None
+    return spelled if math.isfinite(spelled) and not isinstance(value, bool) else None
 
 
 def name_of(value: Any) -> str:
@@ -207,10 +207,10 @@ def class_id(value: Any, labels: tuple[str, ...], integers: str) -> int | None:
     in_range = whole is not None and 0 <= whole < len(labels)
     if integers == "ids" and in_range and not isinstance(value, str):
         return whole
-    found = known.get(name_of(value))
-    if found is None and integers == "ids" and in_range:
+    position = known.get(name_of(value))
+    if position is None and integers == "ids" and in_range:
         return whole
-    return found
+    return position
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are the assistant's: known from how it is rendered, never searched for.
+"""Which tokens of a conversation are the assistant's, known from how it is rendered rather than searched for.
 
 For the assistant turn i, the template renders the conversation before it with its generation prompt (what the model
 will be given) and the conversation up to and including it; the second continues the first, and what it adds is the
@@ -144,8 +144,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     """Token ids of each text; special tokens are in the text already."""
     if not texts:
         return []
-    found: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return found["input_ids"]
+    encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]
 
 
 def _same_text(tokenizer: PreTrainedTokenizerBase, one: list[int], other: list[int]) -> bool:
@@ -187,5 +187,5 @@ def fit(labelled: Labelled, row: int, max_length: int, train_on: TrainOn) -> Str
     if length > max_length:
         whole_turns = [end for end in labelled.ends if end <= max_length]
         cut = whole_turns[-1] if whole_turns and train_on != "all" else max_length
-    kept = Stretch(labelled.ids[:cut], labelled.labels[:cut], row, length - cut)
-    return kept if kept.weight else None
+    stretch = Stretch(labelled.ids[:cut], labelled.labels[:cut], row, length - cut)
+    return stretch if stretch.weight else None

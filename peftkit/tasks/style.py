@@ -21,7 +21,7 @@ from peftkit.errors import DataError, ModelError, did_you_mean
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
-from peftkit.tasks.windows import Stretch, columns, stream
+from peftkit.tasks.windows import Stretch, stream, to_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ class Style(LanguageTask):
         windows: list[list[Stretch]] = []
         for group in [documents] if self.packing else [[document] for document in documents]:
             windows += stream(group, data.max_length)
-        return columns(windows, positions=self.packing)
+        return to_columns(windows, positions=self.packing)
 
     def prompt(self, row: Row) -> tuple[str, str]:
         """(the document's first ``prompt_words`` words, what follows), spaces and lines kept, for generation."""
@@ -98,10 +98,10 @@ def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token (eos_token), so documents cannot be told apart")
-    found: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     opening: Any = tokenizer("a")["input_ids"][:1]
     start = [bos for bos in opening if bos == tokenizer.bos_token_id]
-    return [[*start, *ids, tokenizer.eos_token_id] for ids in found["input_ids"]]
+    return [[*start, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
 
 
 def _end_of_word(text: str, words: int) -> int:

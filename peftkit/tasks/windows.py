@@ -1,6 +1,6 @@
-"""Token sequences put together into windows, so that no token is lost and none sees another sequence.
+"""Packs token sequences into windows: no token is lost, and none attends to another sequence.
 
-A window's ``position_ids`` restart at 0 where a sequence begins; attention is kept within a sequence by them. The
+A window's ``position_ids`` restart at 0 where a sequence begins, which keeps attention within it. The
 first label of every sequence is -100: nothing stands before it that could predict it.
 """
 
@@ -23,7 +23,7 @@ class Stretch:
     labels: list[int]
     """-100 where a token is not scored; not shifted: token t is predicted from those before it."""
     row: int
-    """The row of the batch that it was made of."""
+    """The row of the batch that it comes from."""
     truncated: int = 0
     """Tokens of the row that were cut off."""
 
@@ -78,23 +78,23 @@ def stream(documents: Iterable[tuple[int, list[int]]], size: int) -> Iterator[li
         yield window
 
 
-def columns(windows: Iterable[Sequence[Stretch]], *, positions: bool) -> dict[str, list[Any]]:
+def to_columns(windows: Iterable[Sequence[Stretch]], *, positions: bool) -> dict[str, list[Any]]:
     """Windows as the columns of examples.
 
     ``row`` is the window's first row, ``row_offsets`` are all of its rows counted from that one ([0] for a single row),
-    so that rows of which no example was made can be told.
+    which tells the rows that made no example.
     """
     names = ("input_ids", "labels", "weight", "row", "row_offsets", "truncated")
-    made: dict[str, list[Any]] = {name: [] for name in names}
+    columns: dict[str, list[Any]] = {name: [] for name in names}
     if positions:
-        made["position_ids"] = []
+        columns["position_ids"] = []
     for window in windows:
-        made["input_ids"].append([token for part in window for token in part.ids])
-        made["labels"].append([label for part in window for label in (IGNORE, *part.labels[1:])])
-        made["weight"].append(float(sum(part.weight for part in window)))
-        made["row"].append(window[0].row)
-        made["row_offsets"].append(list(dict.fromkeys(part.row - window[0].row for part in window)))
-        made["truncated"].append(sum(part.truncated for part in window))
+        columns["input_ids"].append([token for part in window for token in part.ids])
+        columns["labels"].append([label for part in window for label in (IGNORE, *part.labels[1:])])
+        columns["weight"].append(float(sum(part.weight for part in window)))
+        columns["row"].append(window[0].row)
+        columns["row_offsets"].append(list(dict.fromkeys(part.row - window[0].row for part in window)))
+        columns["truncated"].append(sum(part.truncated for part in window))
         if positions:
-            made["position_ids"].append([position for part in window for position in range(len(part.ids))])
-    return made
+            columns["position_ids"].append([position for part in window for position in range(len(part.ids))])
+    return columns

@@ -53,15 +53,15 @@ def class_directions(inputs_NH: Tensor, labels_N: Tensor, classes: int) -> Tenso
 
 def _head(loaded: LoadedModel, classes: int) -> nn.Linear:
     """The trained linear layer that gives the logits."""
-    found = [
+    layers = [
         module
         for name, module in loaded.model.named_modules()
         if isinstance(module, nn.Linear) and set(name.split(".")) & set(loaded.head_names)
         if module.weight.requires_grad and module.bias is not None and module.out_features == classes
     ]
-    if not found:
+    if not layers:
         raise _unfit(loaded)
-    return found[-1]
+    return layers[-1]
 
 
 def _inputs(head: nn.Linear, loaded: LoadedModel, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
