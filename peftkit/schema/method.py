@@ -60,8 +60,7 @@ class Method(ConfigSection):
             known = ", ".join(["null", *self.quantizations])
             raise MethodError(
                 f"method.kind={self.kind} cannot train over weights with quantization.kind={quantization}; "
-                f"it works with "
-                f"quantization={known}"
+                f"it works with quantization={known}"
             )
         if recipe.training.gradient_checkpointing != "off" and not self.checkpoints_activations:
             raise MethodError(

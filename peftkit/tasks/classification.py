@@ -36,7 +36,7 @@ class Classification(Task):
 
     kind: Literal["classification"] = "classification"
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
-    """auto: several label columns or a list per row are multi-label, fractions a regression, all else one label per row."""
+    """auto: several label columns or a list per row are multi-label; fractions are a regression."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016); single label only."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
