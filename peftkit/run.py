@@ -15,7 +15,7 @@ from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
 from peftkit.distributed import sharding
 from peftkit.distributed.session import Session, open_session
 from peftkit.export.adapter import export_run
-from peftkit.models import dtypes
+from peftkit.models import dtypes, packing
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import run_report
@@ -142,15 +142,17 @@ def _data_and_model(
         tokenizer = load_tokenizer(recipe.model)
         prepared = prepare(recipe)
         encoded = encode(prepared, tokenizer, recipe)
-        loaded = build(recipe, prepared.info, tokenizer, session.device)
-        if not_packable(recipe, loaded):
+        model = build(recipe, prepared.info, tokenizer, session.device)
+        packable, reason = packing.supports_packing(model.model) if recipe.task.packs else (True, "")
+        if not packable:
+            model.notes.append(f"rows are batched by length instead of packed: {reason}")
             recipe = replace(recipe, task=recipe.task.without_packing())
             encoded = encode(prepared, tokenizer, recipe)
     with session.accelerator.autocast():
         batches = FirstBatches(encoded.splits["train"], tokenizer, session)
-        recipe.method.initialize(loaded, batches)
-        head_of(prepared.info, recipe.task).initialize(loaded, batches)
-    return recipe, tokenizer, prepared, encoded, loaded
+        recipe.method.initialize(model, batches)
+        head_of(prepared.info, recipe.task).initialize(model, batches)
+    return recipe, tokenizer, prepared, encoded, model
 
 
 def _unsharded(model: LoadedModel, loop: Loop, info: TaskInfo) -> LoadedModel:
@@ -164,15 +166,3 @@ def _unsharded(model: LoadedModel, loop: Loop, info: TaskInfo) -> LoadedModel:
     trained = {name: parameter for name, parameter in copy.model.named_parameters() if parameter.requires_grad}
     sharding.load_full(trained, weights)
     return copy
-
-
-def not_packable(recipe: Recipe, loaded: LoadedModel) -> bool:
-    """Whether the recipe packs rows for a model that cannot separate them; they are batched by length instead."""
-    if not recipe.task.packs:
-        return False
-    from peftkit.models.packing import supports_packing
-
-    able, reason = supports_packing(loaded.model)
-    if not able:
-        loaded.notes.append(f"rows are batched by length and not packed: {reason}")
-    return not able

@@ -33,20 +33,14 @@ class Session(ProcessGroup):
     def __init__(self, accelerator: Accelerator, dtype: torch.dtype, threads: int) -> None:
         super().__init__(int(accelerator.process_index), int(accelerator.num_processes), accelerator.device)
         self.accelerator, self.dtype, self.threads = accelerator, dtype, threads
+        self._zero = sharding.strategy(accelerator) == sharding.DEEPSPEED
+        self.sharded = self._zero or bool(getattr(accelerator, "is_fsdp2", False))
+        """Whether parameters are sharded over the processes."""
         self.notes: list[str] = []
         self.folder: Path | None = None
         """The run's folder, once it is known."""
         self.watchdog = self.new_watchdog()
         """Notices other processes that die or hang, while it is entered."""
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are sharded over the processes."""
-        return bool(getattr(self.accelerator, "is_fsdp2", False)) or self._zero
-
-    @property
-    def _zero(self) -> bool:
-        return sharding.strategy(self.accelerator) == sharding.DEEPSPEED
 
     def prepare(self, recipe: Recipe, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Module and optimizer as Accelerate wraps them for this run's processes."""

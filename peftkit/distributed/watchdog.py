@@ -312,8 +312,7 @@ class Watchdog:
         if self._closing.wait(GRACE):
             return
         if self.rank == min(set(range(self.world_size)) - {rank}):
-            print(f"peftkit: {self._reason}; the job ends. {self._advice}", file=sys.stderr)
-            sys.stderr.flush()
+            print(f"peftkit: {self._reason}; the job ends. {self._advice}", file=sys.stderr, flush=True)
         self._end(1)
 
 

@@ -23,7 +23,9 @@ COMPARED = ("python", "machine", "device", "threads", "dtype")
 
 def environment(session: Session) -> dict[str, Any]:
     """Versions and hardware; none of the process's environment variables, which may hold secrets."""
-    versions = {}
+    import torch
+
+    device, versions = session.device, {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
@@ -32,7 +34,7 @@ def environment(session: Session) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cores": cores(),
-        "device": _device_name(session),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": session.world_size,
         "threads": session.threads,
         "dtype": str(session.dtype).removeprefix("torch."),
@@ -59,11 +61,3 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _device_name(session: Session) -> str:
-    if session.device.type == "cuda":
-        import torch
-
-        return str(torch.cuda.get_device_name(session.device))
-    return str(session.device.type)
