@@ -52,7 +52,7 @@ def measured(threads: int) -> Machine:
     path = _file(threads)
     with cache.entry_lock(path):
         if not path.is_file():
-            command = [sys.executable, "-m", "peftkit.planning._probe", str(threads)]
+            command = [sys.executable, "-m", "peftkit.planning.machine_probe", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -67,7 +67,7 @@ def is_measured(threads: int) -> bool:
 
 
 def _file(threads: int) -> Path:
-    code = (Path(__file__).parent / "_probe.py").read_text(encoding="utf-8")
+    code = (Path(__file__).parent / "machine_probe.py").read_text(encoding="utf-8")
     key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version, code])
     return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 

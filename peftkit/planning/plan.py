@@ -21,8 +21,8 @@ from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device, here
 from peftkit.planning.machine import Machine
 from peftkit.planning.memory import Held, Phase, held_by, phases
-from peftkit.planning.passes import Shape, TracedModel
 from peftkit.planning.trace import Traced, fake_tensor_mode
+from peftkit.planning.traced_model import Shape, TracedModel
 from peftkit.planning.workload import Workload, of_data
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from peftkit.data.batching import by_length, epoch_batches, pass_tokens, shard_batch, steps_per_epoch
-from peftkit.planning.passes import Shape
 from peftkit.schema.head import possible_heads
+from peftkit.planning.traced_model import Shape
 from peftkit.schema.recipe import Recipe
 
 EVALUATION_ROWS = 32

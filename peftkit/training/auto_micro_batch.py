@@ -100,8 +100,8 @@ def _probe(stepper: Stepper, batch: np.ndarray) -> None:
 def _plan_for_cpu(stepper: Stepper, batch: np.ndarray) -> None:
     import psutil
 
-    from peftkit.planning.passes import Shape
     from peftkit.planning.plan import pass_bytes
+    from peftkit.planning.traced_model import Shape
 
     module = stepper.session.accelerator.unwrap_model(stepper.module)
     piece = max(stepper.share(batch), key=lambda piece: _padded(stepper, piece))

@@ -31,8 +31,8 @@ from torch import nn
 
 from peftkit.models.quantization.meta_layers import SCALES, Held
 from peftkit.planning.memory import held_by
-from peftkit.planning.passes import FEW, MORE, continued
 from peftkit.planning.trace import Tracer, fake_tensor_mode
+from peftkit.planning.traced_model import FEW, MORE, continued
 
 DTYPE, RANK, PIECE = torch.bfloat16, 8, 128
 

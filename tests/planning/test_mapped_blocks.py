@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkit.planning.passes import continued
 from peftkit.planning.trace import MAPPED, OTHER, Tracer, fake_tensor_mode
+from peftkit.planning.traced_model import continued
 
 
 @pytest.mark.parametrize(("size", "resident"), [(MAPPED - 4, 1.5), (MAPPED, 1.0)])

@@ -98,8 +98,8 @@ def _traced(dtype: Any) -> int:
 
     from peftkit.heads.causal_lm import NAME, CausalLM
     from peftkit.models.meta_model import move_to_fake
-    from peftkit.planning.passes import Shape, TracedModel
     from peftkit.planning.trace import fake_tensor_mode
+    from peftkit.planning.traced_model import Shape, TracedModel
     from peftkit.schema.types import LoadedModel, TaskInfo
 
     with fake_tensor_mode():
