@@ -1,7 +1,7 @@
-"""One forward and backward pass of a recipe's model, run without data: its peak in memory, its products, its traffic.
+"""A recipe's model, traced without data: memory, FLOPs and bytes moved by one micro-batch.
 
-A model of many equal blocks is run with three and with five of them, and the figures continued along that line; a model
-whose blocks differ is run whole.
+A model of many equal blocks is traced with three and with five of them, and the results are extrapolated; a model of
+different blocks is traced in full.
 """
 
 from __future__ import annotations
@@ -19,29 +19,34 @@ from peftkit.errors import ModelError
 from peftkit.models import packing
 from peftkit.models.blocks import find_blocks
 from peftkit.models.kernels import linear_cross_entropy
-from peftkit.planning.trace import Traced, Tracer
+from peftkit.planning.trace import Trace, Tracer
 from peftkit.schema.head import Head
 from peftkit.schema.types import LoadedModel
 
 FEW, MORE = 3, 5
-"""Blocks with which a long stack is run."""
+"""Numbers of blocks with which a long stack is traced."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A pass's rectangle of tokens."""
+    """The padded shape of a micro-batch."""
 
     rows: int
     tokens: int
     scored: int
-    """Tokens of it that carry the loss."""
+    """Number of tokens that are scored by the loss."""
     packed: bool = False
-    """Whether a row holds several documents."""
+    """Whether rows hold several documents."""
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens and padding."""
+        return self.rows * self.tokens
 
 
 @dataclass
 class TracedModel:
-    """The model that is run, under its head."""
+    """A model without data, with its head."""
 
     loaded: LoadedModel
     head: Head
@@ -51,53 +56,52 @@ class TracedModel:
     def __post_init__(self) -> None:
         base = packing.underlying(self.loaded.model)
         self._vocabulary = int(base.config.get_text_config().vocab_size)
-        if self.head.writes_text:  # what trials on real weights would find
-            packing._ABILITIES[base] = packing.Abilities(("positions", ""), True)
-            linear_cross_entropy._SHAPING[base] = linear_cross_entropy._declared(base.config.get_text_config())[-1]
+        if self.head.writes_text:  # what is otherwise tried on real weights
+            packing.assume_supported(base)
+            linear_cross_entropy.assume_declared_shaping(base)
 
-    def train(self, shape: Shape, passes: int = 1) -> Traced:
-        """Forward and backward; with several passes, on the gradients that the first has left."""
-        return self._measured(lambda: self._run(shape, passes))
+    def train(self, shape: Shape, micro_batches: int = 1) -> Trace:
+        """Forward and backward of micro-batches, whose gradients accumulate."""
+        return self._trace(shape, micro_batches)
 
-    def evaluate(self, shape: Shape) -> Traced:
-        """A forward pass that keeps nothing."""
-        return self._measured(lambda: self._run(shape, 0))
+    def evaluate(self, shape: Shape) -> Trace:
+        """Forward without gradients."""
+        return self._trace(shape, 0)
 
-    def _measured(self, run: Any) -> Traced:
+    def _trace(self, shape: Shape, micro_batches: int) -> Trace:
         try:
             _, blocks = find_blocks(self.loaded.model)
         except ModelError:
-            return run()  # type: ignore[no-any-return]
+            return self._run(shape, micro_batches)
         count = len(blocks)
         if count <= MORE + 1 or len({_signature(block) for block in blocks}) > 1:
-            return run()  # type: ignore[no-any-return]
-        with _only(blocks, FEW):
-            few = run()
-        with _only(blocks, MORE):
-            more = run()
-        return continued(few, more, count)
+            return self._run(shape, micro_batches)
+        with _shortened(blocks, FEW):
+            few = self._run(shape, micro_batches)
+        with _shortened(blocks, MORE):
+            more = self._run(shape, micro_batches)
+        return extrapolate(few, more, count)
 
-    def _run(self, shape: Shape, passes: int) -> Traced:
+    def _run(self, shape: Shape, micro_batches: int) -> Trace:
         model = self.loaded.model
-        model.train(passes > 0)
+        model.train(micro_batches > 0)
         batch = self.head.example_batch(shape.rows, shape.tokens, packed=shape.packed)
         tracer = Tracer(vocabulary=self._vocabulary, scored=(shape.rows * (shape.tokens - 1), shape.scored))
         tracer.ignore([*model.parameters(), *model.buffers()])
-        with tracer, _as_on_a_gpu() if self.gpu else contextlib.nullcontext():
-            if passes == 0:
+        with tracer, as_on_a_gpu() if self.gpu else contextlib.nullcontext():
+            if micro_batches == 0:
                 with torch.no_grad(), self._precision():
                     self.head.outputs(model, batch, self.loaded.pooling)
-            for _ in range(passes):
+            for _ in range(micro_batches):
                 with self._precision():
                     loss = self.head.loss(model, batch, self.loaded.pooling)
                 loss.backward()
                 del loss
-        found = tracer.finish()
+        trace, count = tracer.finish(), max(1, micro_batches)
         model.zero_grad(set_to_none=True)
-        if passes > 1:
-            found = replace(found, flops=found.flops // passes, moved=found.moved // passes,
-                            operators=found.operators // passes)  # fmt: skip
-        return found
+        return replace(
+            trace, flops=trace.flops // count, moved=trace.moved // count, operators=trace.operators // count
+        )
 
     def _precision(self) -> Any:
         enabled = self.dtype != torch.float32
@@ -109,44 +113,46 @@ def _signature(block: torch.nn.Module) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _only(blocks: torch.nn.ModuleList, count: int) -> Iterator[None]:
-    """Leaves the first blocks of a stack and its last in place for a while: the last may read one token alone."""
-    whole = blocks._modules
-    kept = [*list(whole.values())[: count - 1], list(whole.values())[-1]]
-    blocks._modules = {str(number): block for number, block in enumerate(kept)}
+def _shortened(blocks: torch.nn.ModuleList, count: int) -> Iterator[None]:
+    """Within the context, a stack has its first blocks and its last, which may compute a single token only."""
+    every = blocks._modules
+    remaining = [*list(every.values())[: count - 1], list(every.values())[-1]]
+    blocks._modules = {str(number): block for number, block in enumerate(remaining)}
     try:
         yield
     finally:
-        blocks._modules = whole
+        blocks._modules = every
 
 
-def continued(few: Traced, more: Traced, count: int) -> Traced:
-    """The line through two stacks, at the length of the real one."""
+def extrapolate(few: Trace, more: Trace, count: int) -> Trace:
+    """The trace of a stack of ``count`` blocks, from those of two shorter ones."""
 
     def at(low: int, high: int) -> int:
         return int(high + (high - low) / (MORE - FEW) * (count - MORE))
 
-    parts, mapped = (
-        {name: at(low.get(name, 0), high[name]) for name in high}
-        for low, high in ((few.parts, more.parts), (few.mapped, more.mapped))
-    )
-    return Traced(at(few.peak, more.peak), parts, mapped, at(few.end, more.end), at(few.flops, more.flops),
-                  at(few.moved, more.moved), at(few.operators, more.operators), more.kernels)  # fmt: skip
+    def by_part(low: dict[str, int], high: dict[str, int]) -> dict[str, int]:
+        return {name: at(low.get(name, 0), high[name]) for name in high}
+
+    return Trace(
+        at(few.peak, more.peak), by_part(few.parts, more.parts), by_part(few.mapped, more.mapped),
+        at(few.end, more.end), at(few.flops, more.flops), at(few.moved, more.moved),
+        at(few.operators, more.operators), more.kernels,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Passes go the way that they take on CUDA, for a while."""
+def as_on_a_gpu() -> Iterator[None]:
+    """Within the context, a model on the CPU computes as on CUDA, so that it is traced as on CUDA."""
     token = linear_cross_entropy.AS_ON_A_GPU.set(True)
     try:
-        with _gpu_kernels():
+        with _GpuKernels():
             yield
     finally:
         linear_cross_entropy.AS_ON_A_GPU.reset(token)
 
 
-class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is used
-    """What CUDA does otherwise: normalization in fp32 under autocast, a fused attention that has dropout as well."""
+class _GpuKernels(TorchFunctionMode):
+    """CUDA's own kernels: normalization in fp32 under autocast, and fused attention that includes dropout."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -160,5 +166,5 @@ class _gpu_kernels(TorchFunctionMode):  # a context manager, named as one is use
 
 
 def _gpu_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Dropout whose mask takes a byte an element."""
+    """Dropout with a mask of one byte per element."""
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x

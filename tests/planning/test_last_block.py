@@ -9,8 +9,8 @@ from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import traced_model
 from peftkit.planning.trace import fake_tensor_mode
-from peftkit.schema.head import head_of
 from peftkit.planning.traced_model import Shape, TracedModel
+from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from tests import tiny
 

@@ -273,6 +273,6 @@ def test_a_cpu_takes_its_softmax_by_slices_and_a_gpu_by_whole_chunks(monkeypatch
     monkeypatch.setattr(linear_cross_entropy, "SLICE_BYTES", 2 * 4 * 11)
     chunk = torch.zeros(5, 11)
     assert [(piece.start, piece.stop) for piece in linear_cross_entropy._slices(chunk)] == [(0, 2), (2, 4), (4, 5)]
-    with traced_model._as_on_a_gpu():  # in the plan of a GPU
+    with traced_model.as_on_a_gpu():  # in the plan of a GPU
         assert [(piece.start, piece.stop) for piece in linear_cross_entropy._slices(chunk)] == [(0, 5)]
     assert len(list(linear_cross_entropy._slices(chunk))) == 3
