@@ -111,7 +111,7 @@ class LoadedRun:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``."""
         return self._outputs(texts, batch_size)["logits"]
 
-    def _outputs(self, texts: Text | Sequence[Text], batch_size: int) -> dict[str, np.ndarray]:
+    def _outputs(self, texts: Text | Sequence[Text], batch_size: int | None) -> dict[str, np.ndarray]:
         """What the head makes of each text."""
         from peftkit.data.batching import pass_tokens
         from peftkit.data.pipeline import encode_rows

@@ -22,7 +22,7 @@ from peftkit.models.kernels.attention import cpu_attention
 from peftkit.models.kernels.rms_norm import cpu_normalization
 from peftkit.models.loading import cast_parameters
 from peftkit.planning.machine import import_libraries
-from peftkit.runs.folder import peak_memory
+from peftkit.runs.environment import peak_memory
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.system.memory import bound_kernel_cache, trim_heap
