@@ -154,7 +154,7 @@ def parts(case: str, data: str, work: str) -> dict[str, float]:
         setattr(owner, attribute, stand_in)
 
     timed(run, "_data_and_model", "rows, tokens and the model")
-    timed(features.Plan, "run", "opening the cached features")
+    timed(features.FeaturePlan, "run", "opening the cached features")
     timed(Loop, "run", "steps and validations")
     timed(results, "after_training", "held-out scores and their intervals")
     timed(run, "export_run", "exporting")

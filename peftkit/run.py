@@ -25,8 +25,9 @@ from peftkit.runs.environment import environment_changes
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel, TaskInfo
-from peftkit.training import features, results
+from peftkit.training import results
 from peftkit.training.device_support import check_device_support
+from peftkit.training.features import plan_features
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, ValidationCallback
@@ -94,7 +95,7 @@ def train(
     with guarded(session):
         recipe, tokenizer, prepared, encoded, model = _data_and_model(recipe, session)
         module = TaskModule(model, head_of(prepared.info, recipe.task))
-        frozen = features.plan(module, recipe, encoded, tokenizer, session, model.fingerprint)
+        frozen = plan_features(module, recipe, encoded, tokenizer, session, model.fingerprint)
         model.notes += [frozen.note] if frozen.note else []
         console = run_report.console_reporter(session, quiet=quiet)
         overview = console.start(recipe, session, prepared, encoded, model)

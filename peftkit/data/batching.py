@@ -25,6 +25,8 @@ POOL_BATCHES = 64
 """Batches that are sorted by length together: more means less padding and less shuffling."""
 PASS_TOKENS = {"cpu": 1024}
 OTHER_PASS_TOKENS = 32768
+EVALUATION_ROWS = 32
+"""Rows per batch of evaluation, prediction and embedding, unless a batch size is given."""
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids")
 
 
@@ -108,9 +110,14 @@ def pass_tokens(training: TrainingConfig, device: str) -> int:
     return training.micro_batch_tokens or PASS_TOKENS.get(device, OTHER_PASS_TOKENS)
 
 
-def by_length(lengths: np.ndarray, size: int, tokens: int | None = None) -> list[np.ndarray]:
-    """Batches for evaluation: longest first (too large a batch fails at once), ``size`` rows or ``tokens`` each."""
-    return split_by_budget(np.argsort(-lengths, kind="stable"), lengths, size, tokens)
+def by_length(lengths: np.ndarray, size: int | None = None, tokens: int | None = None) -> list[np.ndarray]:
+    """Batches for evaluation, longest first, so that too large a batch fails at once.
+
+    Args:
+        size: maximum rows; None takes ``EVALUATION_ROWS``.
+        tokens: maximum padded tokens.
+    """
+    return split_by_budget(np.argsort(-lengths, kind="stable"), lengths, size or EVALUATION_ROWS, tokens)
 
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:

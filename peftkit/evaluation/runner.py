@@ -11,8 +11,6 @@ import torch
 from peftkit.data.batching import by_length
 from peftkit.data.pipeline import EncodedSplit
 
-BATCH_SIZE = 32
-
 
 class Stopped(Exception):
     """A stop was asked for in the middle of an evaluation."""
@@ -47,7 +45,7 @@ def predict(
     Returns:
         Arrays whose first dimension is the examples, in the split's order.
     """
-    batches = by_length(split.lengths, batch_size or BATCH_SIZE, tokens)
+    batches = by_length(split.lengths, batch_size, tokens)
     pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for number in range(0, len(batches), world_size):
         if should_stop and should_stop():

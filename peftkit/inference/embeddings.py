@@ -36,7 +36,6 @@ from peftkit.system import output_file
 if TYPE_CHECKING:
     from peftkit.inference.trained_model import LoadedRun
 
-BATCH_SIZE = 64
 WRITERS = (".npy", ".parquet", ".jsonl")
 VECTOR = "vector"
 ROWS = 2048
@@ -57,17 +56,19 @@ class Embedder:
     max_length: int
     dtype: torch.dtype
     """Of the products."""
+    tokens: int
+    """Padded tokens per batch: the run's ``training.micro_batch_tokens``, or the device's default."""
 
     @torch.no_grad()
     def embed(
-        self, texts: str | Sequence[str | Pair], *, normalize: bool = False, batch_size: int = BATCH_SIZE
+        self, texts: str | Sequence[str | Pair], *, normalize: bool = False, batch_size: int | None = None
     ) -> np.ndarray:
         """Vectors [texts, width] fp32, in the order of the texts.
 
         Args:
             texts: texts, or (text, text pair) tuples, which are read together; a single text is a list of one.
             normalize: to length 1, so that a dot product is the cosine.
-            batch_size: texts in a pass; texts of like length go together.
+            batch_size: texts per batch, grouped by length; None takes ``data.batching.EVALUATION_ROWS``.
 
         Raises:
             DataError: something that is not a text.
@@ -84,7 +85,7 @@ class Embedder:
         lengths = np.array([len(ids) for ids in rows], dtype=np.int32)
         device = next(self.model.parameters()).device
         out: np.ndarray | None = None
-        for batch in by_length(lengths, batch_size, pass_tokens(TrainingConfig(), device.type)):
+        for batch in by_length(lengths, batch_size, self.tokens):
             vectors = self._vectors({name: [held[row] for row in batch] for name, held in columns.items()}, device)
             if out is None:
                 out = np.empty((len(given), vectors.shape[1]), dtype=np.float32)
@@ -122,7 +123,7 @@ def of_run(run: LoadedRun) -> Embedder:
     device = next(run.model.parameters()).device
     return Embedder(
         backbone, run.tokenizer, pooling, _limit(run.tokenizer, run.about.max_length),
-        dtypes.dtype_for(run.recipe.model, device),
+        dtypes.dtype_for(run.recipe.model, device), pass_tokens(run.recipe.training, device.type),
     )  # fmt: skip
 
 
@@ -149,7 +150,10 @@ def of_model(source: str, *, max_length: int = 512, device: str | None = None) -
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{source}: the model cannot be loaded: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
-    return Embedder(model, tokenizer, _own_pooling(folder, model.config), _limit(tokenizer, max_length), dtype)
+    return Embedder(
+        model, tokenizer, _own_pooling(folder, model.config), _limit(tokenizer, max_length), dtype,
+        pass_tokens(TrainingConfig(), torch.device(device).type),
+    )  # fmt: skip
 
 
 def open_embedder(source: str, device: str | None = None) -> Embedder:

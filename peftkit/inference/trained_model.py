@@ -32,7 +32,6 @@ from peftkit.schema.recipe import GenerationConfig, Recipe
 from peftkit.schema.types import LoadedModel, Prediction, Row, TaskInfo
 from peftkit.schema.validation import describe
 
-BATCH_SIZE = 32
 Text = str | tuple[str, str]
 Conversation = Sequence[Mapping[str, str]]
 NOT_OPTIONS = ("samples", "prompts")
@@ -93,13 +92,13 @@ class LoadedRun:
         return self.info.labels
 
     def predict(
-        self, texts: Text | Sequence[Text], *, batch_size: int = BATCH_SIZE, threshold: float | None = None
+        self, texts: Text | Sequence[Text], *, batch_size: int | None = None, threshold: float | None = None
     ) -> list[Prediction]:
         """Predictions in the order of the texts.
 
         Args:
             texts: texts, or (text, text pair) tuples; a single one is taken as a list of one.
-            batch_size: texts in a forward pass; texts of like length go together.
+            batch_size: texts per batch, grouped by length; None takes ``data.batching.EVALUATION_ROWS``.
             threshold: probability from which a label of a multi-label task holds; None takes the task's own.
 
         Raises:
@@ -108,11 +107,11 @@ class LoadedRun:
         """
         return self.head.predictions(self._outputs(texts, batch_size), threshold)
 
-    def logits(self, texts: Text | Sequence[Text], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
+    def logits(self, texts: Text | Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``."""
         return self._outputs(texts, batch_size)["logits"]
 
-    def _outputs(self, texts: Text | Sequence[Text], batch_size: int) -> dict[str, np.ndarray]:
+    def _outputs(self, texts: Text | Sequence[Text], batch_size: int | None) -> dict[str, np.ndarray]:
         """What the head makes of each text."""
         from peftkit.data.batching import pass_tokens
         from peftkit.data.pipeline import encode_rows
@@ -134,7 +133,9 @@ class LoadedRun:
             autocast=lambda: dtypes.autocast(dtype, device),
         )  # fmt: skip
 
-    def embed(self, texts: Text | Sequence[Text], *, normalize: bool = False, batch_size: int = 64) -> np.ndarray:
+    def embed(
+        self, texts: Text | Sequence[Text], *, normalize: bool = False, batch_size: int | None = None
+    ) -> np.ndarray:
         """Vectors [texts, width] fp32 of texts, with the model's own pooling; see ``inference.embeddings``.
 
         Raises:

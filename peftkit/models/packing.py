@@ -53,6 +53,11 @@ def underlying(model: Any) -> Any:
             return model
 
 
+def assume_supported(model: nn.Module) -> None:
+    """Record that a model without data supports packing, since it cannot be tried."""
+    _ABILITIES[underlying(model)] = Abilities(("positions", ""), True)
+
+
 def supports_packing(model: Any) -> tuple[bool, str]:
     """Whether documents packed into one row stay apart in this model, tried on it; and why not."""
     strategy, reason = _packing(model)

@@ -1,4 +1,4 @@
-"""Devices by name, and those that are here."""
+"""The device that a run is planned for: a card, a size of memory, or this machine's."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ GPUS = {
     "rtx3090": 24, "rtx4060": 8, "rtx4060ti": 16, "rtx4070": 12, "rtx4080": 16, "rtx4090": 24, "rtx5080": 16,
     "rtx5090": 32,
 }  # fmt: skip
-"""GiB of memory by the manufacturer's name."""
-UNITS = {"gb": 10**9, "gib": GIB, "g": GIB, "mb": 10**6, "mib": 2**20}
+"""GiB of memory by model."""
+UNITS = {"gb": GIB, "gib": GIB, "g": GIB, "mb": 10**6, "mib": 2**20}
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run is planned for."""
+    """A device to plan for."""
 
     name: str
     memory: int
-    """Bytes that a run may use."""
+    """Available bytes."""
     gpu: bool
 
 
-def named(text: str) -> Device:
-    """``8GB``, ``7.5GiB`` or ``rtx4090``; raises RecipeError for anything else.
+def parse_device(text: str) -> Device:
+    """A GPU by size or model: ``8GB``, ``7.5GiB``, ``rtx4090``. As cards are sold, 8GB means 8 GiB.
 
-    A size in GB is taken as cards are sold: 8GB is 8 GiB.
+    Raises:
+        RecipeError: ``text`` is neither.
     """
     key = re.sub(r"[\s_]", "", text.lower())
     if key in GPUS:
         return Device(key, GPUS[key] * GIB, True)
     size = re.fullmatch(r"(\d+(?:\.\d+)?)(gib|gb|g|mib|mb)", key)
     if size and float(size[1]) > 0:
-        unit = GIB if size[2] == "gb" else UNITS[size[2]]
-        return Device(f"GPU of {text}", int(float(size[1]) * unit), True)
-    raise RecipeError(f"--gpu {text}: expected a size (8GB) or a card: {did_you_mean(key, GPUS)}")
+        return Device(f"GPU of {text}", int(float(size[1]) * UNITS[size[2]]), True)
+    raise RecipeError(f"--gpu {text}: expected a size (8GB) or a model: {did_you_mean(key, GPUS)}")
 
 
-def here(*, gpu: bool = True) -> Device:
-    """The device that a run would use now: the first GPU, else (or without ``gpu``) the CPU with what is free."""
+def local_device(*, gpu: bool = True) -> Device:
+    """The device that a run would use here: the first GPU, or else the CPU with its free memory."""
     import psutil
     import torch
 
@@ -53,6 +53,6 @@ def here(*, gpu: bool = True) -> Device:
     return Device("CPU", int(psutil.virtual_memory().available), False)
 
 
-def shown(size: float) -> str:
-    """Bytes for people, in GB of 10⁹ or MB of 10⁶."""
+def format_bytes(size: float) -> str:
+    """Bytes in GB (10⁹) or MB (10⁶)."""
     return f"{size / 1e9:.2f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"

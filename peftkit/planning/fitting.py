@@ -1,7 +1,7 @@
-"""The smallest set of changes with which a recipe fits, each with what it costs in time.
+"""The smallest set of changes that makes a recipe fit a device, and their cost in time.
 
-One change is tried before two, two before three, among fewer rows a pass, checkpointing, quantization, and shorter
-rows, which alone change what is learned from.
+Single changes are tried before pairs, and pairs before triples, of: fewer rows per micro-batch, checkpointing,
+quantization, and shorter rows, which alone change what is learned from.
 """
 
 from __future__ import annotations
@@ -11,94 +11,85 @@ from itertools import combinations
 from typing import Any
 
 from peftkit.errors import UserError
-from peftkit.planning.devices import Device
 from peftkit.planning.plan import Plan, PlanInputs, make_plan
-from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.recipe import replace
 
 SHORTEST = 64
-"""Tokens below which rows are not cut."""
+"""Tokens below which rows are not truncated."""
 Change = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Changes of a recipe that make it fit."""
+    """Changes that make a recipe fit."""
 
     changes: tuple[str, ...]
     """As overrides: ``training.micro_batch=2``."""
     plan: Plan
     slower: float
-    """Its time by that of the recipe as it was."""
+    """Its time relative to the unchanged recipe."""
 
 
-def suggest(plan: Plan, known: PlanInputs) -> Suggestion | None:
-    """The fewest changes that fit, the quickest among equals; None where none does."""
+def suggest(plan: Plan, inputs: PlanInputs) -> Suggestion | None:
+    """The fewest changes that fit, the fastest among equals; None if the plan fits or nothing helps."""
     if plan.fits:
         return None
-    moves = _moves(plan)
-    for count in range(1, len(moves) + 1):
-        found = []
-        for chosen in combinations(moves.values(), count):
-            made = _first_that_fits(plan, chosen, known)
-            if made is not None:
-                found.append(made)
-        if found:
-            return min(found, key=lambda suggestion: suggestion.slower)
+    options = _options(plan)
+    for count in range(1, len(options) + 1):
+        suggestions = [_first_that_fits(plan, kinds, inputs) for kinds in combinations(options, count)]
+        fitting = [suggestion for suggestion in suggestions if suggestion is not None]
+        if fitting:
+            return min(fitting, key=lambda suggestion: suggestion.slower)
     return None
 
 
-def _moves(plan: Plan) -> dict[str, list[Change]]:
-    """Kinds of change, each as its steps from mild to strong."""
+def _options(plan: Plan) -> list[list[Change]]:
+    """Kinds of change, each from mild to strong."""
     recipe, largest = plan.recipe, plan.workload.largest
-    moves: dict[str, list[Change]] = {}
-    if largest.rows > 1:
-        rows, steps = largest.rows, []
-        while rows > 1:
-            rows //= 2
-            steps.append({"training": {"micro_batch": rows}})
-        moves["micro_batch"] = steps
-    if recipe.training.gradient_checkpointing != "full":
-        modes = ["selective", "full"] if recipe.training.gradient_checkpointing == "off" else ["full"]
-        moves["checkpointing"] = [{"training": {"gradient_checkpointing": mode}} for mode in modes]
-    if recipe.quantization is None:
-        moves["quantization"] = [{"quantization": {"kind": "nf4", "double": True}}]
-    length, steps = largest.tokens, []
-    while length // 2 >= SHORTEST:
-        length //= 2
-        steps.append({"data": {"max_length": length}})
-    if steps:
-        moves["length"] = steps
-    return moves
+    checkpointing = recipe.training.gradient_checkpointing
+    modes = {"off": ["selective", "full"], "full": []}.get(str(checkpointing), ["full"])
+    options: list[list[Change]] = [
+        [{"training": {"micro_batch": rows}} for rows in _halvings(largest.rows, 1)],
+        [{"training": {"gradient_checkpointing": mode}} for mode in modes],
+        [{"quantization": {"kind": "nf4", "double": True}}] if recipe.quantization is None else [],
+        [{"data": {"max_length": tokens}} for tokens in _halvings(largest.tokens, SHORTEST)],
+    ]
+    return [steps for steps in options if steps]
 
 
-def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], known: PlanInputs) -> Suggestion | None:
-    """The mildest of some kinds of change that fits; the strongest is tried first, for where it fails none will do."""
-    strongest = _try(plan.recipe, [steps[-1] for steps in kinds], plan.device, known)
-    if strongest is None or not strongest.fits:
+def _halvings(value: int, smallest: int) -> list[int]:
+    """value/2, value/4, … down to the smallest."""
+    return [value >> shift for shift in range(1, value.bit_length()) if value >> shift >= smallest]
+
+
+def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], inputs: PlanInputs) -> Suggestion | None:
+    """The mildest combination of some kinds of change that fits."""
+    strongest = _plan_changed(plan, [steps[-1] for steps in kinds], inputs)
+    if strongest is None or not strongest.fits:  # then no other combination fits
         return None
     for depth in range(max(map(len, kinds))):
-        chosen = [steps[min(depth, len(steps) - 1)] for steps in kinds]
-        changed = _try(plan.recipe, chosen, plan.device, known)
+        changes = [steps[min(depth, len(steps) - 1)] for steps in kinds]
+        changed = _plan_changed(plan, changes, inputs)
         if changed is not None and changed.fits:
-            return Suggestion(tuple(map(_spelled, chosen)), changed, changed.seconds / plan.seconds)
+            return Suggestion(tuple(map(_as_override, changes)), changed, changed.seconds / plan.seconds)
     return None
 
 
-def _try(recipe: Recipe, changes: list[Change], device: Device, known: PlanInputs) -> Plan | None:
-    """The plan of a changed recipe; None where its method does not allow the change."""
+def _plan_changed(plan: Plan, changes: list[Change], inputs: PlanInputs) -> Plan | None:
+    """The plan of the changed recipe; None if its method does not allow the change."""
     values: Change = {}
     for change in changes:
-        for part, fields in change.items():
-            values[part] = {**values.get(part, {}), **fields}
+        for section, fields in change.items():
+            values[section] = {**values.get(section, {}), **fields}
     try:
-        return make_plan(replace(recipe, **values), device, known)
+        return make_plan(replace(plan.recipe, **values), plan.device, inputs)
     except UserError:
         return None
 
 
-def _spelled(change: Change) -> str:
-    ((part, fields),) = change.items()
+def _as_override(change: Change) -> str:
+    ((section, fields),) = change.items()
     if "kind" in fields:
-        inside = ", ".join(f"{name}: {str(value).lower()}" for name, value in fields.items())
-        return f"{part}={{{inside}}}"
-    return " ".join(f"{part}.{name}={value}" for name, value in fields.items())
+        values = ", ".join(f"{name}: {str(value).lower()}" for name, value in fields.items())
+        return f"{section}={{{values}}}"
+    return " ".join(f"{section}.{name}={value}" for name, value in fields.items())

@@ -1,7 +1,7 @@
-"""The data as the model will see it: rows, classes, lengths, truncation, padding, and examples token by token.
+"""The data as the model will see them: rows, classes, lengths, truncation, padding, and examples token by token.
 
-found = inspect(recipe)   # loads the tokenizer, no model
-json.dumps(found.as_dict())
+inspection = inspect(recipe)   # loads the tokenizer, no model
+json.dumps(inspection.as_dict())
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peftkit.data.batching import epoch_batches
 from peftkit.data.pipeline import EncodedSplit, PreparedData, encode, prepare
 from peftkit.data.steps import CleaningStep
 from peftkit.data.tables import iterate
@@ -26,12 +27,12 @@ IGNORE = -100
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 BINS = 20
 EXAMPLES = 3
-STRETCH = 64
+WINDOW = 64
 
 
 @dataclass(frozen=True)
 class Bin:
-    """A bar of the length histogram: examples with ``low`` to ``high`` tokens, both included."""
+    """A bar of the length histogram: examples of ``low`` to ``high`` tokens, both included."""
 
     low: int
     high: int
@@ -40,7 +41,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an example as text, and what the model learns of it."""
+    """A token of an example as text, and whether the model learns to predict it."""
 
     text: str
     special: bool
@@ -49,7 +50,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded example; ``label`` is its class, or empty where every token has a label of its own."""
+    """An encoded example; ``label`` is its class, or empty if every token has its own."""
 
     place: str
     label: str
@@ -65,19 +66,19 @@ class SplitView:
     rows: int
     examples: int
     classes: dict[str, int]
-    """Rows of each class, in id order; empty where there are none."""
+    """Rows per class, in id order; empty without classes."""
     tokens: int
     quantiles: dict[str, int]
-    """"0%" … "100%" → tokens of an example."""
+    """Tokens per example, by "0%" … "100%"."""
     histogram: tuple[Bin, ...]
     truncated_examples: int
     truncated_tokens: int
     padding: float
-    """Share of padding in the first epoch's batches at the recipe's batch size."""
+    """Share of padding in the first epoch's global batches."""
     padding_unsorted: float
-    """The same if batches were made of rows in random order."""
+    """The same with batches of rows in random order."""
     supervised: float | None
-    """Share of tokens that have a label; None where a row has one label as a whole."""
+    """Share of tokens with a label; None if labels are per row."""
     shown: tuple[Example, ...]
 
 
@@ -97,18 +98,18 @@ class Inspection:
     splits: tuple[SplitView, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """The inspection as plain values."""
         return asdict(self)
 
 
 def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
-    """Prepares and encodes the recipe's data, and looks at them.
+    """Prepare, encode and inspect a recipe's data.
 
     Args:
-        examples: encoded examples shown of each split.
+        examples: number of encoded examples per split.
 
     Raises:
-        DataError, HubError, ModelError: what ``prepare``, ``encode`` and the tokenizer raise.
+        DataError, HubError, ModelError: those of ``prepare``, ``encode`` and the tokenizer.
     """
     from peftkit.models.tokenizer import load_tokenizer
 
@@ -119,31 +120,20 @@ def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
         view_split(name, prepared, encoded.splits[name], tokenizer, recipe, examples) for name in prepared.splits
     )
     return Inspection(
-        recipe.name,
-        prepared.sources,
-        recipe.task.kind,
-        prepared.info.problem_type,
-        prepared.info.labels,
-        recipe.data.max_length,
-        recipe.training.batch_size,
-        encoded.fingerprint,
-        prepared.steps,
-        views,
-    )
+        recipe.name, prepared.sources, recipe.task.kind, prepared.info.problem_type, prepared.info.labels,
+        recipe.data.max_length, recipe.training.batch_size, encoded.fingerprint, prepared.steps, views,
+    )  # fmt: skip
 
 
 def view_split(
-    name: str,
-    prepared: PreparedData,
-    encoded: EncodedSplit,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
+    name: str, prepared: PreparedData, encoded: EncodedSplit, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
     examples: int = EXAMPLES,
-) -> SplitView:
+) -> SplitView:  # fmt: skip
     """Statistics of one split, and its first examples."""
     rows, lengths = prepared.splits[name], encoded.lengths
     head = head_of(prepared.info, recipe.task)
-    cut = np.array(encoded.examples["truncated"]) if "truncated" in encoded.examples.column_names else np.zeros(1, int)
+    has_truncated = "truncated" in encoded.examples.column_names
+    truncated = np.array(encoded.examples["truncated"]) if has_truncated else np.zeros(1, int)
     return SplitView(
         name=name,
         rows=len(rows),
@@ -152,8 +142,8 @@ def view_split(
         tokens=int(lengths.sum()),
         quantiles={f"{share:.0%}": int(np.quantile(lengths, share, method="lower")) for share in QUANTILES},
         histogram=histogram(lengths),
-        truncated_examples=int((cut > 0).sum()),
-        truncated_tokens=int(cut.sum()),
+        truncated_examples=int((truncated > 0).sum()),
+        truncated_tokens=int(truncated.sum()),
         padding=_padding(lengths, recipe, recipe.training.batching),
         padding_unsorted=_padding(lengths, recipe, "random"),
         supervised=_supervised_share(encoded),
@@ -164,7 +154,7 @@ def view_split(
 
 
 def histogram(lengths: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
-    """Bars of equal width over the lengths; every example stands in exactly one."""
+    """Bars of equal width over the lengths; every example is in exactly one."""
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high - low + 1) // bins))
     counts = np.bincount((lengths - low) // width)
@@ -175,8 +165,6 @@ def histogram(lengths: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
 
 
 def _padding(lengths: np.ndarray, recipe: Recipe, batching: str) -> float:
-    from peftkit.data.batching import epoch_batches
-
     training = recipe.training.model_copy(update={"batching": batching})
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in epoch_batches(lengths, training, 0))
     return 1 - float(lengths.sum()) / padded
@@ -194,8 +182,8 @@ def _supervised_share(encoded: EncodedSplit) -> float | None:
 def _per_token(example: dict[str, Any]) -> bool:
     """Whether labels are token ids: a list of integers as long as the input."""
     labels = example["labels"]
-    same = isinstance(labels, list) and len(labels) == len(example["input_ids"])
-    return same and all(isinstance(label, int) for label in labels)
+    per_token = isinstance(labels, list) and len(labels) == len(example["input_ids"])
+    return per_token and all(isinstance(label, int) for label in labels)
 
 
 def _example(example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -204,36 +192,36 @@ def _example(example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreT
     supervised = [label != IGNORE for label in example["labels"]] if _per_token(example) else []
     texts = token_texts(example["input_ids"], tokenizer)
     tokens = tuple(
-        Token(text, token in special, bool(supervised and supervised[place]))
-        for place, (token, text) in enumerate(zip(example["input_ids"], texts))
+        Token(text, token in special, bool(supervised and supervised[index]))
+        for index, (token, text) in enumerate(zip(example["input_ids"], texts))
     )
     label = "" if supervised else head.label_text(example["labels"])
     return Example(f"{row['_file']}:{row['_line']}", label, tokens, int(example.get("truncated") or 0))
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the decoded text; joined, they are the decoded text.
+    """What each token adds to the decoded text, so that all of them joined are that text.
 
-    A character that is made of several tokens appears with the last of them.
+    A character of several tokens appears with the last of them.
     """
 
-    def decoded(wanted: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(wanted), clean_up_tokenization_spaces=False))
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     texts: list[str] = []
     special = set(tokenizer.all_special_ids)
-    start, said = 0, ""
-    for place, token in enumerate(ids):
+    start, before = 0, ""
+    for index, token in enumerate(ids):
         if token in special:
-            texts.append(decoded([token]))
-            start, said = place + 1, ""
+            texts.append(decode([token]))
+            start, before = index + 1, ""
             continue
-        now = decoded(ids[start : place + 1])
-        if now.endswith("\ufffd") and place + 1 < len(ids):
+        text = decode(ids[start : index + 1])
+        if text.endswith("\ufffd") and index + 1 < len(ids):
             texts.append("")
             continue
-        texts.append(now[len(said) :])
-        said, alone = now, decoded([token])
-        if place - start > STRETCH and "\ufffd" not in alone:
-            start, said = place, alone  # so that the work does not grow with the square of the length
+        texts.append(text[len(before) :])
+        before, alone = text, decode([token])
+        if index - start > WINDOW and "\ufffd" not in alone:
+            start, before = index, alone  # keeps the time linear in the length
     return texts

@@ -1,4 +1,4 @@
-"""What was measured of this machine, once: overhead, allocator, rates. Cached by versions, threads, what measures."""
+"""Overhead, allocator and speed of this machine, measured once and cached by versions, threads and measuring code."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from peftkit.system import cache
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 CUDA_BYTES = 500_000_000
-"""Taken for a CUDA context where there is no GPU to measure one on."""
+"""Assumed size of a CUDA context if there is no GPU to measure it on."""
 GPU_RATES = (100e12, 600e9, 5e-6)
-"""Products and bytes a second, and seconds an operator, of a GPU that is not here: figures of the order of a recent
-consumer card in bf16, good for comparing plans with one another."""
+"""Assumed FLOP/s, bytes per second and seconds per operator of any GPU: those of a recent consumer card in bf16, which
+are good enough to compare plans."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured figures."""
+    """Measurements of a machine."""
 
     framework_bytes: int
-    """Resident set of a process that has imported everything and trained a tiny model."""
+    """Resident memory of a process that has imported the libraries and trained a tiny model."""
     allocator_ratio: float
-    """Growth of the resident set over passes, by the bytes that are alive at their peak: freed memory that the
-    allocator keeps between tensors that live."""
-    flops_a_second: float
-    bytes_a_second: float
-    seconds_an_operator: float
+    """Growth of resident memory in training, relative to the most bytes alive at once: the allocator keeps freed memory
+    between live tensors."""
+    flops_per_second: float
+    bytes_per_second: float
+    seconds_per_operator: float
     kernel_bytes: float = 0.0
-    """What oneDNN keeps of a bf16 product of a new shape."""
+    """Bytes that oneDNN caches for a bf16 matmul of a new shape."""
     cuda_bytes: int = CUDA_BYTES
-    """Bytes of a GPU's memory that its context takes."""
+    """Bytes of GPU memory that a CUDA context takes."""
 
     def seconds(self, flops: float, moved: float, operators: float) -> float:
-        """Time of work: products, traffic and the calls themselves, one after the other."""
-        return flops / self.flops_a_second + moved / self.bytes_a_second + operators * self.seconds_an_operator
+        """Time for matmuls, memory traffic and operator calls, one after the other."""
+        return flops / self.flops_per_second + moved / self.bytes_per_second + operators * self.seconds_per_operator
 
 
-def measured(threads: int) -> Machine:
-    """The figures of this machine; measures them in a process of its own where the cache has none (half a minute).
+def measure(threads: int) -> Machine:
+    """The measurements of this machine; takes half a minute in a separate process if they are not cached.
 
     Raises:
         PeftkitError: the measuring process failed.
@@ -52,7 +52,7 @@ def measured(threads: int) -> Machine:
     path = _file(threads)
     with cache.entry_lock(path):
         if not path.is_file():
-            command = [sys.executable, "-m", "peftkit.planning._probe", str(threads)]
+            command = [sys.executable, "-m", "peftkit.planning.machine_probe", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -62,17 +62,27 @@ def measured(threads: int) -> Machine:
 
 
 def is_measured(threads: int) -> bool:
-    """Whether ``measured`` has its figures already."""
+    """Whether the measurements are cached."""
     return _file(threads).is_file()
 
 
 def _file(threads: int) -> Path:
-    code = (Path(__file__).parent / "_probe.py").read_text(encoding="utf-8")
+    code = (Path(__file__).parent / "machine_probe.py").read_text(encoding="utf-8")
     key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version, code])
     return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def of_gpu(machine: Machine) -> Machine:
-    """The same with a GPU's rates."""
+def with_gpu_rates(machine: Machine) -> Machine:
+    """A machine with the assumed rates of a GPU."""
     flops, moved, operator = GPU_RATES
     return Machine(machine.framework_bytes, 1.0, flops, moved, operator, 0.0, machine.cuda_bytes)
+
+
+def import_libraries() -> None:
+    """Import what a training run imports, so that its memory counts as the framework's."""
+    import accelerate
+    import datasets
+
+    from peftkit.evaluation import decisions
+
+    assert all((accelerate, datasets, decisions))

@@ -1,27 +1,28 @@
-"""Bytes by part and phase; the peak of a run is the largest of its phases.
+"""Memory by part and phase of a run, whose peak is its largest phase.
 
-weights      numbers × bytes of their dtype; NF4: ½ byte and its scales; INT8: 1 byte and its scales
-gradients    4 bytes a trained number
-states       AdamW 8 bytes a trained number, 8-bit AdamW 2 and its scales, SGD 4, Adafactor a row and a column
-activations  from a trace of the pass (``peftkit.planning.trace``)
+weights      bytes of their dtype per parameter; NF4: ½ byte and scales; INT8: 1 byte and scales
+gradients    4 bytes per trained parameter
+states       AdamW 8 bytes per trained parameter, 8-bit AdamW 2 and scales, SGD 4, Adafactor a row and a column
+activations  from a trace of forward and backward (``peftkit.planning.trace``)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peftkit.models.quantization.meta_layers import SCALES
-from peftkit.planning.trace import Traced
+from peftkit.planning.trace import Trace
 
 BLOCK, SMALL = 256, 4096
-"""8-bit states: numbers to a scale, and the size below which a tensor's states stay in fp32."""
+"""8-bit states: numbers per scale, and the size below which a tensor's states stay in fp32."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is held at the worst moment of a stretch of the run."""
+    """Memory at the worst moment of a phase of the run."""
 
     name: str
     parts: dict[str, int] = field(default_factory=dict)
@@ -33,8 +34,8 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What stays in memory between steps."""
+class PersistentMemory:
+    """Bytes that stay in memory between steps, and gradients."""
 
     frozen: int
     constants: int
@@ -44,36 +45,30 @@ class Held:
     averages: int = 0
 
     def parts(self) -> dict[str, int]:
-        """By name, gradients left out: they are there only within a step."""
+        """By name, without gradients, which exist only within a step."""
         parts = {"frozen weights": self.frozen, "quantization constants": self.constants,
                  "trained weights": self.trained, "optimizer states": self.states}  # fmt: skip
         return parts | ({"averaged weights": self.averages} if self.averages else {})
 
-    @property
-    def persistent(self) -> int:
-        """Weights, constants, adapters and optimizer states."""
-        return sum(self.parts().values())
 
+def persistent_memory(model: Any, optimizer: str, *, averaged: bool = False) -> PersistentMemory:
+    """Memory of a model (with or without data), its optimizer, and the average of its trained weights.
 
-def held_by(model: Any, optimizer: str, *, averaged: bool = False) -> Held:
-    """What a model (with or without data), its optimizer and an average of its trained weights hold; tied weights
-    count once.
+    Tied weights count once.
     """
     parameters = list({id(p): p for p in model.parameters()}.values())
     trained = [p for p in parameters if p.requires_grad]
-    scales = [b for name, b in model.named_buffers() if name.endswith(SCALES)]
-    other = [b for name, b in model.named_buffers() if not name.endswith(SCALES)]
     frozen = [p for p in parameters if not p.requires_grad]
+    scales = [b for name, b in model.named_buffers() if name.endswith(SCALES)]
+    buffers = [b for name, b in model.named_buffers() if not name.endswith(SCALES)]
     states = sum(state_bytes(optimizer, tuple(p.shape)) for p in trained)
-    held = _bytes(trained)
-    return Held(_bytes([*frozen, *other]), _bytes(scales), held, states, held, held if averaged else 0)
+    size = _bytes(trained)
+    return PersistentMemory(_bytes([*frozen, *buffers]), _bytes(scales), size, states, size, size if averaged else 0)
 
 
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
     """Bytes of an optimizer's states for one trained tensor."""
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         return 2 * (count + 4 * -(-count // BLOCK)) if count >= SMALL else 8 * count
     if optimizer == "sgd":
@@ -83,44 +78,40 @@ def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
     return 8 * count
 
 
-def phases(
-    held: Held,
-    train: Traced,
-    evaluation: Traced,
-    *,
-    framework: int,
-    loader: int,
-    file: int,
-    ratio: float,
-    gpu: bool,
-    kernels: int = 0,
-) -> tuple[Phase, ...]:
+def plan_phases(
+    persistent: PersistentMemory, train: Trace, evaluation: Trace, *, framework: int, loader: int, file: int,
+    ratio: float, gpu: bool, kernels: int = 0,
+) -> tuple[Phase, ...]:  # fmt: skip
     """The phases of a run.
 
     Args:
-        train: a step's passes; gradients that they leave are among its bytes.
-        framework, loader: bytes of the libraries, and of tokenizer and data.
-        file: bytes of the weight files, which are mapped while the model is built from them on a CPU.
-        ratio: what the allocator takes for each byte that is alive within a pass, mapped blocks apart.
-        kernels: bytes of the kernels that a CPU's library keeps for the shapes of all passes.
+        train: of the micro-batches of a step; its bytes include the gradients that they leave.
+        framework: bytes of the libraries.
+        loader: bytes of tokenizer and data.
+        file: bytes of the weight files, which are mapped while a CPU loads the model from them.
+        ratio: bytes that the allocator takes per byte of activations, mapped blocks excepted.
+        kernels: bytes of the kernels that a CPU's library caches for all shapes of micro-batches.
     """
     base = {"framework": framework, "loader": loader}
-    weights = {name: size for name, size in held.parts().items() if name != "optimizer states"}
-    loading = {**base, **weights} | ({} if gpu else {"weight files": file})
-    full = {**base, **({"kernels": kernels} if kernels else {}), **held.parts()}
-    saved = max(held.trained, held.states)
-    aside = {"copies": held.averages} if held.averages else {}  # the weights, while their average is evaluated
+    weights = {name: size for name, size in persistent.parts().items() if name != "optimizer states"}
+    full = {**base, **({"kernels": kernels} if kernels else {}), **persistent.parts()}
+    # the trained weights, saved while their average is evaluated
+    backup = {"copies": persistent.averages} if persistent.averages else {}
     parts = train.resident(ratio)
-    gradients = min(held.gradients, train.end, parts.get("activations", 0))
+    gradients = min(persistent.gradients, train.end, parts.get("activations", 0))
     if gradients:
         parts = {"gradients": gradients, **parts, "activations": parts["activations"] - gradients}
+
+    def on_cpu(name: str, size: int) -> dict[str, int]:
+        return {} if gpu else {name: size}
+
     return (
-        Phase("load", loading),
+        Phase("load", {**base, **weights, **on_cpu("weight files", file)}),
         Phase("forward and backward", {**full, **parts}),
-        Phase("optimizer step", {**full, "gradients": held.gradients}),
-        Phase("evaluation", {**full, **aside, **evaluation.resident(ratio)}),
-        Phase("checkpoint", {**full, **({} if gpu else {"copies": saved})}),
-        Phase("export", {**full, **({} if gpu else {"copies": held.trained})}),
+        Phase("optimizer step", {**full, "gradients": persistent.gradients}),
+        Phase("evaluation", {**full, **backup, **evaluation.resident(ratio)}),
+        Phase("checkpoint", {**full, **on_cpu("copies", max(persistent.trained, persistent.states))}),
+        Phase("export", {**full, **on_cpu("copies", persistent.trained)}),
     )
 
 

@@ -1,7 +1,7 @@
-"""The plan of a run: what is trained, what it takes in memory and time, and whether it fits.
+"""The plan of a run: what is trained, its memory and time, and whether it fits a device.
 
-plan = make_plan(recipe)                 # on the device that is here
-plan = make_plan(recipe, named("8GB"))   # on another
+plan = make_plan(recipe)                        # on this machine
+plan = make_plan(recipe, parse_device("8GB"))   # on another
 plan.peak.total, plan.fits, plan.seconds
 """
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
+import torch
 
 from peftkit.models import dtypes
 from peftkit.models.inventory import TablePart, trainable_table
@@ -18,12 +19,12 @@ from peftkit.models.meta_model import build_meta_model, weight_file_bytes
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
-from peftkit.planning.devices import Device, here
+from peftkit.planning.devices import Device, local_device
 from peftkit.planning.machine import Machine
-from peftkit.planning.memory import Held, Phase, held_by, phases
-from peftkit.planning.passes import Shape, TracedModel
-from peftkit.planning.trace import Traced, fake_tensor_mode
-from peftkit.planning.workload import Workload, of_data
+from peftkit.planning.memory import PersistentMemory, Phase, persistent_memory, plan_phases
+from peftkit.planning.trace import Trace, fake_tensor_mode
+from peftkit.planning.traced_model import Shape, TracedModel
+from peftkit.planning.workload import Workload, data_workload
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo
@@ -32,40 +33,40 @@ from peftkit.system.memory import KERNELS
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a run that has not begun."""
+    """Memory and time of a run, estimated beforehand."""
 
     recipe: Recipe
     device: Device
     dtype: str
     parameters: tuple[TablePart, ...]
     phases: tuple[Phase, ...]
-    held: Held
+    persistent: PersistentMemory
     workload: Workload
-    flops_a_token: float
-    """Products of forward and backward, a real token."""
+    flops_per_token: float
+    """Matmul FLOPs of forward and backward, per token without padding."""
     training_seconds: float
-    """Estimate of all steps, as a run counts its own."""
+    """Of all steps, as a run counts its own."""
     evaluation_seconds: float
-    """Estimate of the validations."""
+    """Of all validations."""
     notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> Phase:
-        """The phase that takes most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def seconds(self) -> float:
-        """Estimate of training and its validations."""
+        """Of training and its validations."""
         return self.training_seconds + self.evaluation_seconds
 
     @property
     def fits(self) -> bool:
-        """Whether the peak stays within the device's memory."""
+        """Whether the device has enough memory for the peak."""
         return self.peak.total <= self.device.memory
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The plan as plain values."""
         largest = self.workload.largest
         return {
             "name": self.recipe.name,
@@ -77,7 +78,7 @@ class Plan:
             "fits": self.fits,
             "steps": self.workload.steps,
             "largest_pass": {"rows": largest.rows, "tokens": largest.tokens, "scored": largest.scored},
-            "flops_a_token": self.flops_a_token,
+            "flops_a_token": self.flops_per_token,
             "seconds": self.seconds,
             "training_seconds": self.training_seconds,
             "notes": list(self.notes),
@@ -86,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What planning needs besides the recipe, found once for all changes of it."""
+    """What planning needs besides the recipe, collected once for all variants of it."""
 
     tokenizer: Any
     info: TaskInfo
@@ -102,122 +103,110 @@ class PlanInputs:
 
 
 def collect_inputs(recipe: Recipe) -> PlanInputs:
-    """Reads tokenizer, data and machine; no weight is loaded."""
-    import accelerate
-    import datasets
-
+    """Load tokenizer and data, and measure the machine; no weights are loaded."""
     from peftkit.data.pipeline import encode, prepare
-    from peftkit.evaluation import decisions
     from peftkit.system.parallel import cores
-    from peftkit.training import loop
 
-    taken = (accelerate, datasets, decisions, loop)  # counted as the framework's; what grows from here on is the data's
-    assert all(taken)
-    machine = machines.measured(recipe.training.threads or cores())
+    machines.import_libraries()
+    machine = machines.measure(recipe.training.threads or cores())
     before = psutil.Process().memory_info().rss
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
-    grown = max(0, psutil.Process().memory_info().rss - before)
+    loader = max(0, psutil.Process().memory_info().rss - before)
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
-    return PlanInputs(tokenizer, prepared.info, encoded, machine, grown, files)
+    return PlanInputs(tokenizer, prepared.info, encoded, machine, loader, files)
 
 
-def make_plan(recipe: Recipe, device: Device | None = None, known: PlanInputs | None = None) -> Plan:
+def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs | None = None) -> Plan:
     """The plan of a recipe.
 
     Args:
-        device: where it is to run; None takes what is here.
-        known: what an earlier plan on the same data has read.
+        device: None takes this machine's.
+        inputs: those of an earlier plan with the same data.
 
     Raises:
-        UserError: the recipe, its data or its base model are wrong, as a run would say it.
+        UserError: the recipe, its data or its base model are wrong; the errors are those of a run.
     """
     dtypes.silence_libraries()
-    known, device = known or collect_inputs(recipe), device or here()
-    workload = of_data(recipe, known.encoded, "cuda" if device.gpu else "cpu", packed=known.packed)
-    return plan_workload(recipe, device, known, workload)
+    inputs, device = inputs or collect_inputs(recipe), device or local_device()
+    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu", packed=inputs.packed)
+    return plan_workload(recipe, device, inputs, workload)
 
 
-def plan_workload(recipe: Recipe, device: Device, known: PlanInputs, workload: Workload) -> Plan:
-    """The plan of given passes."""
-    import torch
-
+def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: Workload) -> Plan:
+    """The plan of a recipe with given micro-batches."""
     dtype = planned_dtype(recipe, device)
-    machine = machines.of_gpu(known.machine) if device.gpu else known.machine
+    machine = machines.with_gpu_rates(inputs.machine) if device.gpu else inputs.machine
     with fake_tensor_mode():
-        loaded = build_meta_model(recipe, known.info, known.tokenizer, dtype, gpu=device.gpu)
-        subject = TracedModel(loaded, head_of(known.info, recipe.task), dtype, device.gpu)
-        held = held_by(loaded.model, recipe.training.optimizer, averaged=bool(recipe.training.weight_averaging))
+        loaded = build_meta_model(recipe, inputs.info, inputs.tokenizer, dtype, gpu=device.gpu)
+        model = TracedModel(loaded, head_of(inputs.info, recipe.task), dtype, device.gpu)
+        averaged = bool(recipe.training.weight_averaging)
+        persistent = persistent_memory(loaded.model, recipe.training.optimizer, averaged=averaged)
         parameters = tuple(trainable_table(loaded.model))
-        train = subject.train(workload.largest, 2 if workload.accumulates else 1)
-        evaluation = subject.evaluate(workload.largest_evaluation)
-        training, validations, flops = _time(subject, workload, train, evaluation, machine)
-    found = phases(
-        held, train, evaluation, ratio=1.0 if device.gpu else machine.allocator_ratio, gpu=device.gpu,
+        train = model.train(workload.largest, 2 if workload.accumulates else 1)
+        evaluation = model.evaluate(workload.largest_evaluation)
+        times = _estimate_times(model, workload, train, evaluation, machine)
+    phases = plan_phases(
+        persistent, train, evaluation, ratio=1.0 if device.gpu else machine.allocator_ratio, gpu=device.gpu,
         framework=machine.cuda_bytes if device.gpu else machine.framework_bytes,
-        loader=0 if device.gpu else known.loader_bytes, file=known.file_bytes,
+        loader=0 if device.gpu else inputs.loader_bytes, file=inputs.file_bytes,
         kernels=0 if dtype != torch.bfloat16 else int(_kernels(workload, train, evaluation) * machine.kernel_bytes),
     )  # fmt: skip
     notes = _notes(recipe, device, torch.cuda.is_available())
-    shown = str(dtype).removeprefix("torch.")
-    return Plan(recipe, device, shown, parameters, found, held, workload, flops, training, validations, notes)
+    name = str(dtype).removeprefix("torch.")
+    return Plan(recipe, device, name, parameters, phases, persistent, workload, *times, notes)
 
 
-def _kernels(workload: Workload, train: Traced, evaluation: Traced) -> int:
-    """How many kernels the passes of a run have oneDNN keep: those of every shape of pass, up to its bound."""
-    trained, evaluated = ({(s.rows, s.tokens) for s in made} for made in (workload.train, workload.evaluation))
-    made = train.kernels * len(trained) + evaluation.kernels * len(evaluated - trained)
-    return min(KERNELS, made)
+def _kernels(workload: Workload, train: Trace, evaluation: Trace) -> int:
+    """Number of kernels that oneDNN caches for all shapes of micro-batches, up to its limit."""
+    trained, evaluated = ({(s.rows, s.tokens) for s in shapes} for shapes in (workload.train, workload.evaluation))
+    return min(KERNELS, train.kernels * len(trained) + evaluation.kernels * len(evaluated - trained))
 
 
-def pass_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
-    """Bytes that training takes on a CPU beside the model that is loaded: a pass, gradients and optimizer states."""
+def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
+    """Bytes that training with micro-batches of that shape needs on a CPU, in addition to the loaded model."""
     from peftkit.system.parallel import cores
 
-    machine = machines.measured(recipe.training.threads or cores())
+    machine = machines.measure(recipe.training.threads or cores())
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, info, tokenizer, dtype)
-        subject = TracedModel(loaded, head_of(info, recipe.task), dtype)
-        held = held_by(subject.loaded.model, recipe.training.optimizer)
-        return sum(subject.train(shape, 2).resident(machine.allocator_ratio).values()) + held.states
+        model = TracedModel(loaded, head_of(info, recipe.task), dtype)
+        states = persistent_memory(loaded.model, recipe.training.optimizer).states
+        return sum(model.train(shape, 2).resident(machine.allocator_ratio).values()) + states
 
 
 def planned_dtype(recipe: Recipe, device: Device) -> Any:
-    """The dtype of frozen weights there: a GPU that is only named is taken to have bf16."""
-    import torch
-
+    """The dtype of frozen weights; without a GPU here, the planned one is assumed to have bf16."""
     if device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available():
         return torch.bfloat16
     return dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
 
 
-def _time(
-    subject: TracedModel, workload: Workload, train: Traced, evaluation: Traced, machine: Machine
+def _estimate_times(
+    model: TracedModel, workload: Workload, train: Trace, evaluation: Trace, machine: Machine
 ) -> tuple[float, float, float]:
-    """(seconds of all steps, of all validations, products a real token): a row costs a·tokens + b·tokens²."""
+    """FLOPs per token, seconds of all steps, and of all validations; a row costs a·tokens + b·tokens²."""
     largest = workload.largest
     half = Shape(largest.rows, max(2, largest.tokens // 2), max(1, largest.scored // 2), largest.packed)
-    small = subject.train(half)
+    small = model.train(half)
 
-    def cost(shape: Shape) -> tuple[float, float]:
-        return tuple(  # type: ignore[return-value]
-            shape.rows * _quadratic(shape.tokens, (half.tokens, low / half.rows), (largest.tokens, high / largest.rows))
-            for low, high in ((small.flops, train.flops), (small.moved, train.moved))
-        )
+    def total(low: int, high: int) -> float:
+        """Cost of an epoch, from those of the two traced shapes."""
+        points = (half.tokens, low / half.rows), (largest.tokens, high / largest.rows)
+        return sum(shape.rows * _quadratic(shape.tokens, *points) for shape in workload.train)
 
-    costs = [cost(shape) for shape in workload.train]
-    flops, moved = sum(c[0] for c in costs), sum(c[1] for c in costs)
+    flops, moved = total(small.flops, train.flops), total(small.moved, train.moved)
     seconds = machine.seconds(flops, moved, train.operators * len(workload.train)) * workload.epochs
-    first = workload.largest_evaluation
-    share = sum(s.rows * s.tokens for s in workload.evaluation) / (first.rows * first.tokens)
+    tokens = sum(shape.padded_tokens for shape in workload.train)
+    share = sum(shape.padded_tokens for shape in workload.evaluation) / workload.largest_evaluation.padded_tokens
     calls = evaluation.operators * len(workload.evaluation)
-    once = machine.seconds(evaluation.flops * share, evaluation.moved * share, calls)
-    return seconds, once * max(1.0, workload.epochs), flops / sum(shape.rows * shape.tokens for shape in workload.train)
+    validation = machine.seconds(evaluation.flops * share, evaluation.moved * share, calls)
+    return flops / tokens, seconds, validation * max(1.0, workload.epochs)
 
 
 def _quadratic(at: int, low: tuple[int, float], high: tuple[int, float]) -> float:
-    """Through the origin and two points."""
+    """The value at a point of the parabola through the origin and two points."""
     if low[0] == high[0]:
         return high[1] * at / high[0]
     slope = (high[1] / high[0] - low[1] / low[0]) / (high[0] - low[0])
@@ -227,11 +216,11 @@ def _quadratic(at: int, low: tuple[int, float], high: tuple[int, float]) -> floa
 def _notes(recipe: Recipe, device: Device, has_gpu: bool) -> tuple[str, ...]:
     notes = []
     if device.gpu and not has_gpu:
-        notes.append("no GPU is here: its context is taken as 0.5 GB, and times serve to compare plans with each other")
+        notes.append("no GPU was measured: its context is assumed to take 0.5 GB, and times only compare plans")
     if not recipe.method.adapts_backbone and recipe.training.feature_cache_gb:
-        notes.append("features of the frozen backbone are kept after the first epoch: the time is an upper bound")
+        notes.append("features of the frozen backbone are cached after the first epoch: the time is an upper bound")
     if recipe.training.optimizer.startswith("paged"):
-        notes.append("paged optimizer states are counted in full; where memory is short they move out of it")
+        notes.append("paged optimizer states are counted in full, but move to the CPU when memory is short")
     if recipe.training.compile:
-        notes.append("planned as if not compiled: what the compiler keeps, and the minute it takes, are not in it")
+        notes.append("planned as not compiled: the compiler's memory and its first minute are not included")
     return tuple(notes)

@@ -1,9 +1,9 @@
-"""A run that is over beside its plan, made from the recipe and lengths that it had: how far a plan can be trusted.
+"""The plan of a finished run compared with what it measured, to show how far a plan can be trusted.
 
 plan.json    {"plan": Plan.to_json(), "beside": [{"figure", "planned", "measured", "off"}, …]}, or {"reason": …}
 
-The plan is made when training is done: it costs the start nothing, and its own memory is not measured with the run's.
-Where this machine has not been measured yet, which takes half a minute, only a long run does it.
+The plan is made after training, so that it neither delays the start nor counts as memory of the run. Measuring the
+machine takes half a minute, which only a long run spends on it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from peftkit.data.pipeline import EncodedData
 from peftkit.planning import machine as machines
+from peftkit.planning.machine import Machine
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import TaskInfo
 
@@ -21,69 +24,59 @@ if TYPE_CHECKING:
 
 FILE = "plan.json"
 LONG = 300.0
-"""Seconds of training from which on half a minute more is spent on measuring the machine."""
+"""Seconds of training from which on the machine is measured."""
 
 
 def compare_with_measured(
-    recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, found: Mapping[str, Any], *, device: Any,
+    recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, metrics: Mapping[str, Any], *, device: Any,
     world_size: int = 1, sharded: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The plan of a run and the figures that were measured of it, for ``plan.json``.
+    """The plan of a run and its measurements, for ``plan.json``.
 
     Args:
-        found: the run's figures of training: ``seconds``, ``peak_memory_bytes``, ``micro_batch``.
-        device: where it ran, ``torch.device``.
-        sharded: whether its weights were spread over processes, which is not planned.
+        metrics: of training: ``seconds``, ``peak_memory_bytes``, ``micro_batch``.
+        device: the run's ``torch.device``.
+        sharded: whether its weights were sharded over processes, which is not planned.
     """
     from peftkit.system.parallel import cores
 
     threads = recipe.training.threads or cores()
     if sharded:
-        return {"reason": "weights spread over processes are not planned"}
-    if not machines.is_measured(threads) and found["seconds"] < LONG:
-        return {"reason": "this machine has not been measured; `peftkit plan` does it, once"}
+        return {"reason": "sharded weights are not planned"}
+    if not machines.is_measured(threads) and metrics["seconds"] < LONG:
+        return {"reason": "this machine has not been measured; run `peftkit plan` once"}
     try:
-        plan = _plan(recipe, info, tokenizer, encoded, found, device, world_size, threads)
-    except Exception as error:  # whatever an architecture does to a trace: a run that is over is not lost by its plan
+        machine = machines.measure(threads)
+        plan = _plan(recipe, info, tokenizer, encoded, metrics, device, world_size, machine)
+    except Exception as error:  # an architecture that cannot be traced must not fail a finished run
         return {"reason": f"{recipe.model.source} could not be planned: {type(error).__name__}: {error}"}
-    measured = _peak(device, found, threads)
-    rows = [("peak_memory_bytes", plan.peak.total, measured), ("seconds", plan.training_seconds, found["seconds"])]
-    return {
-        "plan": plan.to_json(),
-        "beside": [
-            {"figure": name, "planned": planned, "measured": value, "off": planned / value - 1 if value else None}
-            for name, planned, value in rows
-        ],
-    }
+    peak = int(metrics["peak_memory_bytes"])
+    if device.type == "cuda":  # the allocator's blocks and the context
+        peak = int(torch.cuda.max_memory_reserved(device)) + machine.cuda_bytes
+    rows = [("peak_memory_bytes", plan.peak.total, peak), ("seconds", plan.training_seconds, metrics["seconds"])]
+    columns = ("figure", "planned", "measured", "off")
+    beside = [(name, planned, value, planned / value - 1 if value else None) for name, planned, value in rows]
+    return {"plan": plan.to_json(), "beside": [dict(zip(columns, row)) for row in beside]}
 
 
-def plan_error_metrics(made: Mapping[str, Any]) -> dict[str, float]:
-    """The planned figures for ``metrics.json``: ``planned_peak_memory_bytes`` and ``planned_seconds``."""
-    return {f"planned_{row['figure']}": row["planned"] for row in made.get("beside", [])}
+def planned_metrics(comparison: Mapping[str, Any]) -> dict[str, float]:
+    """``planned_peak_memory_bytes`` and ``planned_seconds``, for ``metrics.json``."""
+    return {f"planned_{row['figure']}": row["planned"] for row in comparison.get("beside", [])}
 
 
 def _plan(
-    recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, found: Mapping[str, Any], device: Any,
-    world_size: int, threads: int,
+    recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, metrics: Mapping[str, Any], device: Any,
+    world_size: int, machine: Machine,
 ) -> Plan:  # fmt: skip
     from peftkit.models.meta_model import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
-    from peftkit.planning.devices import here
+    from peftkit.planning.devices import local_device
     from peftkit.planning.plan import PlanInputs, plan_workload
-    from peftkit.planning.workload import of_data
+    from peftkit.planning.workload import data_workload
 
-    chosen = replace(recipe, training={"micro_batch": found.get("micro_batch")})
+    recipe = replace(recipe, training={"micro_batch": metrics.get("micro_batch")})
     tables = sum(int(split.examples.data.nbytes) for split in encoded.splits.values())
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
-    known = PlanInputs(tokenizer, info, encoded, machines.measured(threads), tables, files)
-    work = of_data(chosen, encoded, device.type, packed=known.packed, world_size=world_size)
-    return plan_workload(chosen, here(gpu=device.type == "cuda"), known, work)
-
-
-def _peak(device: Any, found: Mapping[str, Any], threads: int) -> int:
-    """What the device that is planned for has held at most: of a GPU, the allocator's blocks and the context."""
-    if device.type != "cuda":
-        return int(found["peak_memory_bytes"])
-    import torch
-
-    return int(torch.cuda.max_memory_reserved(device)) + machines.measured(threads).cuda_bytes
+    inputs = PlanInputs(tokenizer, info, encoded, machine, tables, files)
+    workload = data_workload(recipe, encoded, device.type, packed=inputs.packed, world_size=world_size)
+    return plan_workload(recipe, local_device(gpu=device.type == "cuda"), inputs, workload)

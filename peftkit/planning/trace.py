@@ -1,19 +1,18 @@
-"""What a piece of torch code holds in memory and how much it computes, found by running it on tensors without data.
+"""Memory and FLOPs of torch code, traced by running it on tensors without data.
 
-The real modules, the real loss and the real autograd run under torch's fake tensors; every storage is counted when an
-operator makes it and taken off when its last reference dies. The peak is therefore that of the code itself, whatever
-the architecture and the method: tensors saved for the backward pass, temporaries, gradients. What an operator uses
-inside itself is not seen.
+The real modules, loss and autograd run under torch's fake tensors. Every storage counts from the operator that creates
+it until its last reference is gone, so that the peak is the code's own for any architecture and method: tensors saved
+for the backward pass, temporaries, gradients. Memory that an operator uses internally is not seen.
 
-Where code asks a fake tensor for its value, it is answered: true, 1, or 1.0; ``nonzero`` finds as many elements as
-``Tracer.scored`` says (the tokens that carry the loss).
+Code that reads a fake tensor's value gets true, 1, or 1.0; ``nonzero`` finds as many elements as ``Tracer.scored`` says
+(the tokens that are scored by the loss).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,56 +21,75 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 aten = torch.ops.aten
+
+
+def _attention_flops(matmuls: int, query: Sequence[int], key: Sequence[int]) -> int:
+    """FLOPs of an attention of so many matmuls; query and key have shapes [rows, heads, tokens, width]."""
+    rows, heads, queries, width = query
+    return matmuls * 2 * rows * heads * queries * key[2] * width
+
+
+CPU_ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, *_, **__: _attention_flops(2, query, key),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda _, query, key, *__, **___: _attention_flops(5, query, key)
+    ),
+}
+"""Formulas of the attention kernels that torch does not count, over the shapes of their arguments."""
+FLOPS = {**flop_registry, **{kernel: shape_wrapper(formula) for kernel, formula in CPU_ATTENTION_FLOPS.items()}}
 LOGITS, OTHER = "logits", "activations"
 MAPPED = 32 * 2**20
-"""Bytes from which glibc always maps a block by itself (its largest M_MMAP_THRESHOLD): it leaves no holes."""
+"""Bytes from which glibc always maps a block on its own (its largest M_MMAP_THRESHOLD), which leaves no holes."""
 
 
 @dataclass
-class Traced:
-    """What a stretch of code did."""
+class Trace:
+    """Memory and work of traced code."""
 
     peak: int = 0
-    """Most bytes alive at once, over those alive when the tracer began."""
+    """Most bytes alive at once, in addition to those alive at the start."""
     parts: dict[str, int] = field(default_factory=dict)
-    """Those bytes by part."""
+    """The bytes of the peak, by part."""
     mapped: dict[str, int] = field(default_factory=dict)
-    """Of these, the bytes in storages of ``MAPPED`` bytes and more."""
+    """Those of them in storages of at least ``MAPPED`` bytes."""
     end: int = 0
-    """Bytes still alive at the end."""
+    """Bytes alive at the end."""
     flops: int = 0
-    """Multiplications and additions of matrix products, convolutions and attention."""
+    """FLOPs of matmuls, convolutions and attention."""
     moved: int = 0
     """Bytes read and written by all other operators."""
     operators: int = 0
-    """Operators called."""
+    """Number of operator calls."""
     kernels: int = 0
-    """Products unlike each other in shape or type, for each of which a CPU's library may make a kernel of its own."""
+    """Matmuls that differ in shape or dtype: a CPU's library may compile a kernel for each."""
 
     def resident(self, ratio: float) -> dict[str, int]:
-        """The peak's bytes by part where an allocator takes ``ratio`` for each byte in storages that are not mapped."""
+        """The peak by part if the allocator takes ``ratio`` bytes per byte in storages that are not mapped."""
         mapped = {name: self.mapped.get(name, 0) for name in self.parts}
         return {name: mapped[name] + int((size - mapped[name]) * ratio) for name, size in self.parts.items()}
 
 
-class Answers(TorchDispatchMode):
-    """Answers code that asks a tensor without data for its value: true, 1, or 1.0; two such tensors are equal."""
+class FakeValues(TorchDispatchMode):
+    """Gives tensors without data the value true, 1, or 1.0; two such tensors are equal."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten._local_scalar_dense.default, aten.equal.default) and _has_no_data(args[0]):
-            return True if func is aten.equal.default else _plausible(args[0].dtype)
+        read = func in (aten._local_scalar_dense.default, aten.equal.default)
+        if read and (isinstance(args[0], FakeTensor) or args[0].is_meta):
+            if func is aten.equal.default or args[0].dtype == torch.bool:
+                return True
+            return 1.0 if args[0].dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
 
 
-class Tracer(Answers):
-    """Counts storages, products and operators while it is active.
+class Tracer(FakeValues):
+    """Counts storages, matmuls and operators while it is active.
 
     Args:
-        vocabulary: tensors whose last dimension is this count as logits.
-        scored: (elements in question, how many of them are not zero) for ``nonzero``.
+        vocabulary: tensors with this last dimension count as logits.
+        scored: for ``nonzero``: (number of elements of the tensor, how many of them are not zero).
     """
 
     def __init__(self, *, vocabulary: int = 0, scored: tuple[int, int] | None = None) -> None:
@@ -81,27 +99,25 @@ class Tracer(Answers):
         self._live: Counter[str] = Counter()
         self._mapped: Counter[str] = Counter()
         self._total = 0
-        self._products: set[Any] = set()
-        self.found = Traced()
+        self._matmuls: set[Any] = set()
+        self.trace = Trace()
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """These stand in memory already and are counted elsewhere."""
+        """Do not count these tensors, which are in memory already."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._known[storage._cdata] = weakref.ref(storage)
 
-    def finish(self) -> Traced:
-        """What was found; call it at the end, while what is to be kept is still referenced."""
-        self.found.end, self.found.kernels = self._total, len(self._products)
-        return self.found
+    def finish(self) -> Trace:
+        """The trace up to here; to be called while the results are still referenced."""
+        self.trace.end, self.trace.kernels = self._total, len(self._matmuls)
+        return self.trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         nonzero = func is aten.nonzero.default
         out = self._nonzero(args[0]) if nonzero else super().__torch_dispatch__(func, types, args, kwargs)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        fresh = [tensor for tensor in made if self._see(tensor)]
-        self._count(func, args, kwargs, out, fresh)
+        self._count_work(func, args, kwargs, out, [tensor for tensor in _tensors(out) if self._count_storage(tensor)])
         return out
 
     def _nonzero(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -110,73 +126,58 @@ class Tracer(Answers):
             count = self._scored[1]
         return torch.empty((count, tensor.dim()), dtype=torch.int64, device=tensor.device)
 
-    def _see(self, tensor: torch.Tensor) -> bool:
+    def _count_storage(self, tensor: torch.Tensor) -> bool:
+        """Count a tensor's storage if it is new; returns whether it is."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        held = self._known.get(key)
-        if held is not None and held() is storage:
+        known = self._known.get(key)
+        if known is not None and known() is storage:
             return False
         part = LOGITS if self._vocabulary and tensor.dim() and tensor.shape[-1] == self._vocabulary else OTHER
-        self._known[key] = weakref.ref(storage, self._forget(key, part, size))
-        self._book(part, size, 1)
-        if self._total > self.found.peak:
-            self.found.peak, self.found.parts = self._total, dict(self._live)
-            self.found.mapped = dict(self._mapped)
+        self._known[key] = weakref.ref(storage, self._on_free(key, part, size))
+        self._add(part, size)
+        if self._total > self.trace.peak:
+            self.trace.peak, self.trace.parts = self._total, dict(self._live)
+            self.trace.mapped = dict(self._mapped)
         return True
 
-    def _book(self, part: str, size: int, sign: int) -> None:
-        self._live[part] += sign * size
-        self._mapped[part] += sign * size if size >= MAPPED else 0
-        self._total += sign * size
+    def _add(self, part: str, size: int) -> None:
+        self._live[part] += size
+        self._mapped[part] += size if abs(size) >= MAPPED else 0
+        self._total += size
 
-    def _forget(self, key: int, part: str, size: int) -> Callable[[Any], None]:
-        def gone(reference: Any) -> None:
-            self._book(part, size, -1)
+    def _on_free(self, key: int, part: str, size: int) -> Callable[[Any], None]:
+        def on_free(reference: Any) -> None:
+            self._add(part, -size)
             if self._known.get(key) is reference:
                 del self._known[key]
 
-        return gone
+        return on_free
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, fresh: list[torch.Tensor]) -> None:
-        formula = flop_registry.get(func._overloadpacket)
-        self.found.operators += 1
+    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, created: list[torch.Tensor]) -> None:
+        formula = FLOPS.get(func._overloadpacket)
+        self.trace.operators += 1
         if formula is not None:
-            self.found.flops += int(formula(*args, **kwargs, out_val=out))
-            kinds = ((tuple(t.shape), t.stride(), t.dtype) for t in tree_leaves(args) if isinstance(t, torch.Tensor))
-            self._products.add((func, *kinds))
-        elif func._overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu:
-            self.found.flops += _attention_flops(args[0], args[1], 2)
-        elif func._overloadpacket is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.found.flops += _attention_flops(args[1], args[2], 5)
-        elif fresh or func._schema.is_mutable:
-            read = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-            self.found.moved += sum(t.numel() * t.element_size() for t in (*read, *fresh))
+            self.trace.flops += int(formula(*args, **kwargs, out_val=out))
+            if func._overloadpacket in flop_registry:
+                self._matmuls.add((func, *((tuple(t.shape), t.stride(), t.dtype) for t in _tensors(args))))
+        elif created or func._schema.is_mutable:
+            self.trace.moved += sum(t.numel() * t.element_size() for t in (*_tensors(args), *created))
 
 
-def _attention_flops(query: torch.Tensor, key: torch.Tensor, products: int) -> int:
-    rows, heads, queries, width = query.shape
-    return products * 2 * rows * heads * queries * key.shape[2] * width
-
-
-def _has_no_data(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
-
-
-def _plausible(dtype: torch.dtype) -> Any:
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @contextmanager
 def fake_tensor_mode() -> Iterator[FakeTensorMode]:
-    """Tensors made inside have shapes and no data; random generators are left as they are."""
+    """Within the context, new tensors have shapes and no data, and random generators do not change."""
     state = _GET()
     try:
-        # checkpointing keeps and restores the state of dropout's generator, which fake tensors do not have
+        # activation checkpointing saves and restores the generator's state, which fails on fake tensors
         torch.get_rng_state = torch.random.get_rng_state = lambda: state  # type: ignore[assignment]
         torch.set_rng_state = torch.random.set_rng_state = lambda _: None  # type: ignore[assignment]
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, Answers():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, FakeValues():
             yield mode
     finally:
         torch.get_rng_state = torch.random.get_rng_state = _GET  # type: ignore[assignment]

@@ -43,7 +43,7 @@ from peftkit.quantize.low_rank_fit import Factors, completed
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import Batch, LoadedModel
-from peftkit.training.log import bar
+from peftkit.training.log import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +145,7 @@ def _fit(
     causal = judge.causal
     lost = {"unquantized": judge.figures(whole), "nf4": judge.figures(quantized)}
     wanted = [targets(whole, one, _forward, causal) for one in learned]
-    with bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
+    with progress_bar("blocks quantized", len(find_blocks(whole)[1])) as advance:
         loss = linear_cross_entropy.loss if causal else None
         found = quantize_blocks(whole, quantized, chosen, _forward, loss, block_size, ranks, advance)
     lost["calibrated nf4"] = judge.figures(quantized)
@@ -154,7 +154,7 @@ def _fit(
         if starts:
             lost["and LoRA's start"] = judge.figures(quantized)
         if learned:
-            with bar("batches to train scales on", len(learned)) as advance:
+            with progress_bar("batches to train scales on", len(learned)) as advance:
                 distill(quantized, learned, wanted, _forward, causal, advance)
             lost["tuned nf4"] = judge.figures(quantized)
     return _Fitted(len(found), starts, lost)

@@ -16,11 +16,10 @@ from rich.table import Table
 
 from peftkit.errors import RecipeError
 from peftkit.planning import devices
-from peftkit.planning.devices import shown
+from peftkit.planning.devices import format_bytes
 from peftkit.planning.fitting import Suggestion, suggest
 from peftkit.planning.plan import Plan, collect_inputs, make_plan
-from peftkit.planning.table import PRECISIONS, Cell
-from peftkit.planning.table import table as methods_table
+from peftkit.planning.table import PRECISIONS, Cell, methods_table
 from peftkit.reporting.experiment import LOG_WIDTH
 from peftkit.schema.recipe import Recipe
 
@@ -38,7 +37,7 @@ def plan_command(
     Raises:
         UserError: wrong input, or no change makes the recipe fit.
     """
-    device = devices.named(gpu) if gpu else devices.here()
+    device = devices.parse_device(gpu) if gpu else devices.local_device()
     if table is not None:
         cells = methods_table(table, device)
         return json.dumps([asdict(cell) for cell in cells], indent=2) + "\n" if as_json else _table_text(cells, table)
@@ -74,11 +73,11 @@ def text(plan: Plan, suggestion: Suggestion | None) -> str:
     out.print(_phases(plan))
     out.print(
         f"largest micro-batch: {largest.rows} rows × {largest.tokens} tokens; {plan.workload.steps:,} steps, "
-        f"{plan.flops_a_token / 1e9:.2f} GFLOP per token, about {duration(plan.seconds)}"
+        f"{plan.flops_per_token / 1e9:.2f} GFLOP per token, about {duration(plan.seconds)}"
     )
     verdict = "fits" if plan.fits else "does not fit"
-    out.print(f"peak {shown(plan.peak.total)} in {plan.peak.name}: {verdict} {plan.device.name} "
-              f"({shown(plan.device.memory)})", markup=False)  # fmt: skip
+    out.print(f"peak {format_bytes(plan.peak.total)} in {plan.peak.name}: {verdict} {plan.device.name} "
+              f"({format_bytes(plan.device.memory)})", markup=False)  # fmt: skip
     for line in [*remedies(plan, suggestion), *(f"note: {note}" for note in plan.notes)]:
         out.print(line, markup=False, soft_wrap=True)
     return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
@@ -91,7 +90,7 @@ def remedies(plan: Plan, suggestion: Suggestion | None) -> list[str]:
     if suggestion is None:
         return ["no change of micro-batch, checkpointing, quantization or length makes it fit; use a smaller model"]
     changes = " ".join(f"'{change}'" if " " in change else change for change in suggestion.changes)
-    return [f"fits with {changes}: {shown(suggestion.plan.peak.total)}, {suggestion.slower:.2f} × the time"]
+    return [f"fits with {changes}: {format_bytes(suggestion.plan.peak.total)}, {suggestion.slower:.2f} × the time"]
 
 
 def _table_text(cells: Sequence[Cell], model: str) -> str:
@@ -103,7 +102,7 @@ def _table_text(cells: Sequence[Cell], model: str) -> str:
     for method in dict.fromkeys(cell.method for cell in cells):
         row = {cell.precision: cell for cell in cells if cell.method == method}
         trained = max(cell.trained for cell in row.values())
-        sizes = [shown(row[name].peak) if not row[name].reason else "–" for name in PRECISIONS]
+        sizes = [format_bytes(row[name].peak) if not row[name].reason else "–" for name in PRECISIONS]
         table.add_row(method, f"{trained:,}", *sizes)
     out = _console()
     out.print(table)
@@ -132,8 +131,8 @@ def _phases(plan: Plan) -> Table:
     for name in names:
         sizes = [phase.parts.get(name, 0) for phase in plan.phases]
         if any(sizes):
-            table.add_row(name, *(shown(size) if size else "" for size in sizes))
-    table.add_row("total", *(shown(phase.total) for phase in plan.phases), style="bold")
+            table.add_row(name, *(format_bytes(size) if size else "" for size in sizes))
+    table.add_row("total", *(format_bytes(phase.total) for phase in plan.phases), style="bold")
     return table
 
 

@@ -1,120 +1,116 @@
-"""``training.micro_batch=auto``: as many rows a pass as memory holds, found in the first second and kept in view.
+"""``training.micro_batch=auto``: as many rows per micro-batch as memory holds.
 
-Before the first step the heaviest pass of the epoch is tried, forward and backward, and its gradients are thrown away;
-where memory runs out, passes get half the rows and it is tried again. The same happens to a step later on: its
-gradients are dropped and the whole step is done anew. The global batch stays, so the gradient does, too. A CPU does not
-refuse memory until it is too late; there the pass is planned (``peftkit.planning``) and compared with what is free.
-Of several processes each tries its own share, and all take the fewest rows that any of them found to fit: with unlike
-numbers of passes they would wait for each other for ever.
+Before the first step the largest micro-batch of the first epoch is tried, and its gradients are discarded; when memory
+runs out, the rows are halved and it is tried again. A later step that runs out of memory is repeated likewise. The
+global batch does not change, so neither does the gradient. A CPU does not refuse memory until it is too late: there the
+micro-batch is planned first (``peftkit.planning``) and compared with the free memory. Several processes each try their
+own shard, and all take the fewest rows: with unequal numbers of micro-batches they would wait for each other forever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from peftkit.data.batching import MicroBatch, epoch_batches
-
-if TYPE_CHECKING:
-    from peftkit.training.step import Stepper
+from peftkit.training.step import Stepper
 
 Result = TypeVar("Result")
 AUTO = "auto"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether fewer rows a pass may help."""
-    from accelerate.utils.memory import should_reduce_batch_size
+class AutoStepper(Stepper):
+    """A Stepper that halves its rows per micro-batch when memory runs out."""
 
-    return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.report: Callable[[str], None] = lambda message: None
+        """Called with a message at every change."""
 
+    def find_micro_batch(self) -> None:
+        """Try the largest micro-batch of the first epoch; leaves no gradients, and the random state unchanged."""
+        batch, device = self.largest_batch(), self.session.device
+        if device.type == "cpu":
+            self._plan_for_cpu(batch)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._retry_on_oom(batch, partial(self._probe, batch))
+        rows = self.micro_batch or 2**31 - 1
+        fewest = -self.session.all_reduce_max(-rows)
+        if fewest != rows:
+            self._set_rows(fewest, "another process has less memory: continuing")
 
-def find_micro_batch(stepper: Stepper) -> None:
-    """Tries the heaviest pass of the first epoch; leaves no gradient, and random generators as they were."""
-    batch = heaviest(stepper)
-    if stepper.session.device.type == "cpu":
-        _plan_for_cpu(stepper, batch)
-    devices = [stepper.session.device] if stepper.session.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        retry_on_oom(stepper, batch, lambda: _probe(stepper, batch))
-    _agree(stepper)
+    def accumulate(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
+        """Accumulate gradients, and retry in a single process; of several, the others are already waiting."""
+        accumulate = partial(super().accumulate, batch, weight, step)
+        return accumulate() if self.session.world_size > 1 else self._retry_on_oom(batch, accumulate)
 
+    def largest_batch(self) -> np.ndarray:
+        """The global batch of the first epoch whose largest micro-batch has the most padded tokens."""
+        batches = epoch_batches(self.split.lengths, self.recipe.training, 0)
+        return max(batches, key=lambda batch: self._size(self._largest_micro_batch(batch)))
 
-def _agree(stepper: Stepper) -> None:
-    """The fewest rows a pass of all processes."""
-    own, unbounded = stepper.micro_batch, 2**31 - 1
-    fewest = -stepper.session.all_reduce_max(-(own or unbounded))
-    if fewest != (own or unbounded):
-        stepper.micro_batch = fewest
-        stepper.tell(f"another process has memory for {fewest} rows a pass: going on with them, the global batch stays")
+    def _largest_micro_batch(self, batch: np.ndarray) -> MicroBatch:
+        return max(self.micro_batches(batch), key=self._size)
 
+    def _size(self, micro_batch: MicroBatch) -> tuple[int, int]:
+        """Its padded tokens, and the tokens of its longest row."""
+        longest = int(self.split.lengths[micro_batch.rows].max())
+        return longest * len(micro_batch.rows), longest
 
-def retry_on_oom(stepper: Stepper, batch: np.ndarray, work: Callable[[], Result]) -> Result:
-    """Does ``work`` on a global batch; where memory runs out and the recipe leaves it to us, halves and does it anew.
+    def _retry_on_oom(self, batch: np.ndarray, run: Callable[[], Result]) -> Result:
+        """Run on a global batch, with half the rows per micro-batch each time that memory runs out."""
+        from accelerate.utils.memory import should_reduce_batch_size
 
-    With several processes only the trial before the first step is repeated: in a step the others already wait.
-    """
-    while True:
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            rows = max(len(piece.rows) for piece in stepper.share(batch))
-            if stepper.recipe.training.micro_batch != AUTO or rows == 1 or not is_out_of_memory(error):
-                raise
-        # here the exception, whose frames hold the pass's tensors, is gone
-        stepper.optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        stepper.micro_batch = rows // 2
-        stepper.tell(f"out of memory with {rows} rows a pass: going on with {rows // 2}, the global batch stays")
+        while True:
+            try:
+                return run()
+            except (RuntimeError, MemoryError) as error:
+                rows = max(len(micro_batch.rows) for micro_batch in self.micro_batches(batch))
+                if rows == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                    raise
+            # only here is the exception gone, whose frames hold the micro-batch's tensors
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._set_rows(rows // 2, f"out of memory with {rows} rows: retrying")
 
+    def _set_rows(self, rows: int, reason: str) -> None:
+        self.micro_batch = rows
+        self.report(f"{reason} with {rows} rows per micro-batch; global batch unchanged")
 
-def heaviest(stepper: Stepper) -> np.ndarray:
-    """The global batch of the first epoch that holds the pass with the most padded tokens."""
-    batches = epoch_batches(stepper.split.lengths, stepper.recipe.training, 0)
-    return max(batches, key=lambda batch: max(_padded(stepper, piece) for piece in stepper.share(batch)))
+    def _probe(self, batch: np.ndarray) -> None:
+        """Run the largest micro-batch forward and backward, discard its gradients, and wait for no other process."""
+        rows = self._largest_micro_batch(batch).rows
+        session, module = self.session, self.module
+        module.train()
+        with session.accelerator.no_sync(module):
+            # DDP's forward waits for the buffers of the others; a process that retries would wait alone
+            local = module if session.sharded else session.accelerator.unwrap_model(module)
+            with session.accelerator.autocast():
+                loss = local(self.collate(rows))
+            session.accelerator.backward(loss)
+        self.optimizer.zero_grad(set_to_none=True)
 
+    def _plan_for_cpu(self, batch: np.ndarray) -> None:
+        import psutil
 
-def _padded(stepper: Stepper, piece: MicroBatch) -> tuple[int, int]:
-    longest = int(stepper.split.lengths[piece.rows].max())
-    return longest * len(piece.rows), longest
+        from peftkit.planning.plan import micro_batch_bytes
+        from peftkit.planning.traced_model import Shape
 
-
-def _probe(stepper: Stepper, batch: np.ndarray) -> None:
-    """Forward and backward of the heaviest pass, gradients discarded, no process waiting for another."""
-    piece = max(stepper.share(batch), key=lambda piece: _padded(stepper, piece))
-    session, module = stepper.session, stepper.module
-    module.train()
-    with session.accelerator.no_sync(module):
-        # DDP's forward pass waits for the others' buffers; a process that tries once more would wait alone
-        own = module if session.sharded else session.accelerator.unwrap_model(module)
-        with session.accelerator.autocast():
-            loss = own(stepper.batch(piece.rows))
-        session.accelerator.backward(loss)
-    stepper.optimizer.zero_grad(set_to_none=True)
-
-
-def _plan_for_cpu(stepper: Stepper, batch: np.ndarray) -> None:
-    import psutil
-
-    from peftkit.planning.passes import Shape
-    from peftkit.planning.plan import pass_bytes
-
-    module = stepper.session.accelerator.unwrap_model(stepper.module)
-    piece = max(stepper.share(batch), key=lambda piece: _padded(stepper, piece))
-    padded, tokens = _padded(stepper, piece)
-    rows, free = padded // tokens, int(psutil.virtual_memory().available)
-    scored = stepper.split.weights[piece.rows].mean() if module.head.scores_tokens else 0.0
-    chosen = rows
-    while chosen > 1:
-        shape = Shape(chosen, tokens, min(int(scored * chosen), chosen * (tokens - 1)))
-        planned = pass_bytes(stepper.recipe, module.head.info, stepper.tokenizer, stepper.session.dtype, shape)
-        if planned <= free:
-            break
-        chosen //= 2
-    if chosen < rows:
-        stepper.micro_batch = chosen
-        stepper.tell(f"a pass of {rows} rows would take more than is free: {chosen} rows, the global batch stays")
+        module = self.session.accelerator.unwrap_model(self.module)
+        micro_batch = self._largest_micro_batch(batch)
+        _, tokens = self._size(micro_batch)
+        rows = wanted = len(micro_batch.rows)
+        free = int(psutil.virtual_memory().available)
+        scored = self.split.weights[micro_batch.rows].mean() if module.head.scores_tokens else 0.0
+        while rows > 1:
+            shape = Shape(rows, tokens, min(int(scored * rows), rows * (tokens - 1)))
+            if micro_batch_bytes(self.recipe, module.head.info, self.tokenizer, self.session.dtype, shape) <= free:
+                break
+            rows //= 2
+        if rows < wanted:
+            self._set_rows(rows, f"{wanted} rows need more memory than is free: starting")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run in their turn; one that could not be written is made up for where the run still needs it."""
+"""Writes a run's checkpoints and retries failed ones that the run still needs."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a checkpoint is to hold."""
+class CheckpointContent:
+    """What is written to a checkpoint."""
 
     step: int
     model: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
 
-    def copied(self) -> Content:
-        """The same in memory of its own, so that training does not change it."""
-        return Content(self.step, _copied(self.model), _copied(self.optimizer), self.state)
+    def copy(self) -> CheckpointContent:
+        """A copy in CPU memory, which further training does not change."""
+        return CheckpointContent(self.step, _copy(self.model), _copy(self.optimizer), self.state)
+
+    def save(self, root: Path) -> None:
+        """Write the checkpoint under ``root``; raises CheckpointError."""
+        checkpoints.save(root, self.step, model=self.model, optimizer=self.optimizer, state=self.state)
 
 
-def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copy(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-class Saver:
-    """Writes and prunes the checkpoints under ``root``; on the main process.
+class CheckpointWriter:
+    """Writes and prunes the checkpoints under ``root``, on the main process.
 
-    The weights of the best step are put back at the end, so that a checkpoint of it that could not be written (a disk
-    that was full for a while) is held in memory and written first as soon as that is possible. No later one is
-    written before: it would point to a checkpoint that does not exist.
+    A run ends with the weights of its best step. If the checkpoint of that step cannot be written (a disk that was full
+    for a while), it is kept in memory and written before any later one, which would refer to it.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         self._root, self._keep = root, keep
-        self._owed: Content | None = None
+        self._pending: CheckpointContent | None = None
 
-    def write(self, content: Content, best: int | None, flush: Callable[[], Any]) -> str | None:
-        """Writes a checkpoint, after the one that is owed; what kept it from being written, if anything did.
+    def write(self, content: CheckpointContent, best: int | None, flush: Callable[[], Any]) -> str | None:
+        """Write the pending checkpoint, if any, and then this one; returns the error if that failed.
 
         Args:
             best: the best step so far; its checkpoint is never pruned.
-            flush: brings to the disk what the checkpoint relies on; raises OSError where it cannot.
+            flush: writes to disk what the checkpoint relies on; may raise OSError.
         """
-        said = self._attempt(content, best, flush)
-        if said and content.step == best:
-            self._owed = content.copied()
-        if not said:
-            self._owed = None
+        error = self._try_to_write(content, best, flush)
+        if error and content.step == best:
+            self._pending = content.copy()
+        if not error:
+            self._pending = None
             checkpoints.prune(self._root, keep=self._keep, protect={best} if best is not None else set())
-        return said
+        return error
 
-    def _attempt(self, content: Content, best: int | None, flush: Callable[[], Any]) -> str | None:
-        owed = self._owed if self._owed and self._owed.step == best != content.step else None
+    def _try_to_write(self, content: CheckpointContent, best: int | None, flush: Callable[[], Any]) -> str | None:
         try:
             flush()
-            for held in (owed, content):
-                if held:
-                    checkpoints.save(
-                        self._root, held.step, model=held.model, optimizer=held.optimizer, state=held.state
-                    )
-        except CheckpointError as failure:
-            return str(failure)
-        except OSError as failure:
-            return f"checkpoint of step {content.step} could not be written: the log cannot be flushed: {failure}"
+            if self._pending and self._pending.step == best != content.step:
+                self._pending.save(self._root)
+            content.save(self._root)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"checkpoint of step {content.step} could not be written: the log cannot be flushed: {error}"
         return None

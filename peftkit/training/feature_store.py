@@ -1,4 +1,4 @@
-"""Features on disk: what a split's batches read of them, what an entry is named by, and how much may lie there.
+"""Features on disk: the batches of a split that read them, digests for cache keys, and eviction.
 
 features/KEY/features.npy    [rows, width], or [tokens, width] with the rows' tokens end to end; manifest.json
 """
@@ -20,56 +20,49 @@ from torch import Tensor
 from peftkit.data.batching import MODEL_INPUTS
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.system.cache import cache_folder
-from peftkit.training import frozen_trunk as trunks
+from peftkit.training.frozen_trunk import FEATURES
 
 FILE = "features.npy"
-VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
-"""numpy has no bf16: its bits are kept as whole numbers."""
-CODE = (
-    "models/classifier.py",
-    "models/kernels/attention.py",
-    "models/kernels/first_token.py",
-    "models/kernels/rms_norm.py",
-    "models/loading.py",
-    "models/packing.py",
-    "training/feature_store.py",
-    "training/frozen_trunk.py",
-)
-"""Files between tokens and features, under the package: no other version's features are taken for this one's."""
+"""numpy has no bf16: its bits are stored as integers."""
+CODE = ("models/classifier.py", "models/kernels/attention.py", "models/kernels/first_token.py",
+        "models/kernels/rms_norm.py", "models/loading.py", "models/packing.py", "training/feature_store.py",
+        "training/frozen_trunk.py")  # fmt: skip
+"""Files of the package that compute features from tokens: a change of them invalidates all features."""
 GB = 10**9
 
 
 @dataclass(frozen=True)
 class FeatureSplit(EncodedSplit):
-    """A split whose batches carry ``features`` and, where one vector a row is enough, a single token of each row."""
+    """A split whose batches carry ``features`` and, with one vector per row, a single token per row."""
 
     stored: np.ndarray
     """[rows, width], or [tokens, width] with the rows' tokens end to end; memory-mapped."""
     dtype: torch.dtype
     per_row: bool
     starts: np.ndarray = field(repr=False)
-    """First token of each row."""
+    """Index of each row's first token."""
     columns: Mapping[str, Tensor] = field(repr=False)
-    """``labels`` and ``weight`` of all rows, where one vector a row is enough."""
+    """``labels`` and ``weight`` of all rows, with one vector per row."""
 
     def batch(self, rows: np.ndarray, tokenizer: Any) -> dict[str, Tensor]:
         """The rows as padded tensors, with the trunk's output."""
         if self.per_row:
             ids = torch.zeros(len(rows), 1, dtype=torch.long)
-            held = {name: values[torch.from_numpy(rows)] for name, values in self.columns.items()}
+            columns = {name: values[torch.from_numpy(rows)] for name, values in self.columns.items()}
             features = self._tensor(self.stored[rows])
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **held, trunks.FEATURES: features}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **columns, FEATURES: features}
         batch = super().batch(rows, tokenizer)
-        return {**batch, trunks.FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
+        return {**batch, FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
 
     def _padded(self, rows: np.ndarray, left: bool) -> Tensor:
         width = int(self.lengths[rows].max())
         out = np.zeros((len(rows), width, self.stored.shape[1]), dtype=self.stored.dtype)
         for index, row in enumerate(rows):
             length, start = int(self.lengths[row]), int(self.starts[row])
-            place = slice(width - length, width) if left else slice(0, length)
-            out[index, place] = self.stored[start : start + length]
+            columns = slice(width - length, width) if left else slice(0, length)
+            out[index, columns] = self.stored[start : start + length]
         return self._tensor(out)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
@@ -78,7 +71,7 @@ class FeatureSplit(EncodedSplit):
 
 
 def open_split(split: EncodedSplit, path: Path, dtype: torch.dtype, *, per_row: bool) -> FeatureSplit:
-    """A split with the features of the entry at ``path``, memory-mapped."""
+    """A split with the memory-mapped features of the entry at ``path``."""
     stored = np.load(path / FILE, mmap_mode="r", allow_pickle=False)
     return FeatureSplit(
         split.examples, split.lengths, split.weights, stored, dtype, per_row, starts(split.lengths),
@@ -87,7 +80,7 @@ def open_split(split: EncodedSplit, path: Path, dtype: torch.dtype, *, per_row: 
 
 
 def inputs_digest(split: EncodedSplit) -> str:
-    """SHA-256 over all that a model reads of a split; labels and weights do not matter to features."""
+    """SHA-256 of a split's model inputs; labels and weights do not affect features."""
     digest = hashlib.sha256(split.lengths.tobytes())
     for name in MODEL_INPUTS:
         if name in split.examples.column_names:
@@ -99,18 +92,18 @@ def inputs_digest(split: EncodedSplit) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that compute features."""
-    found = {}
-    for name in VERSIONS:
+    """Versions of the packages that compute features."""
+    installed = {}
+    for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = ""
-    return found
+            installed[name] = ""
+    return installed
 
 
 def code_digest() -> str:
-    """Digest of the code between tokens and features."""
+    """SHA-256 of the code that computes features from tokens."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
     for name in CODE:
         digest.update((package / name).read_bytes())
@@ -118,7 +111,7 @@ def code_digest() -> str:
 
 
 def _columns(split: EncodedSplit) -> dict[str, Tensor]:
-    """The labels as ``collate`` would give them, and the weights."""
+    """The labels and weights as ``collate`` returns them."""
     table = split.examples.select_columns(["labels", "weight"]).with_format("arrow")[:]
     return {
         "labels": torch.tensor(table["labels"].to_pylist()),
@@ -127,18 +120,18 @@ def _columns(split: EncodedSplit) -> dict[str, Tensor]:
 
 
 def starts(lengths: np.ndarray) -> np.ndarray:
-    """First token of each row where the rows' tokens lie end to end."""
+    """Index of each row's first token, with the rows' tokens end to end."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
 
 
 def as_array(hidden: Tensor) -> np.ndarray:
-    """The tensor as numpy keeps it; see ``STORED``."""
+    """The tensor as an array of the dtype in ``STORED``."""
     hidden = hidden.contiguous()
     return (hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden).numpy()
 
 
 def make_room(needed: int, limit_gb: float, keep: set[Path]) -> None:
-    """Removes entries that were not used for the longest time until ``needed`` bytes more stay within the limit."""
+    """Remove the least recently used entries until ``needed`` more bytes stay within the limit."""
     entries = [path for path in cache_folder("features").iterdir() if path.is_dir() and not path.name.startswith(".")]
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
     total = sum(sizes.values()) + needed

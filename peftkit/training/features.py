@@ -1,11 +1,11 @@
-"""Features of a frozen trunk, computed once and kept on disk: every later epoch, run and sweep reads them.
+"""Features of a frozen trunk, computed once and cached on disk for all later epochs, runs and sweeps.
 
-    plan = features.plan(module, recipe, encoded, tokenizer, session, fingerprint)
-    data = plan.run()                        # the same splits, whose batches carry the trunk's output
+    plan = plan_features(module, recipe, encoded, tokenizer, session, fingerprint)
+    data = plan.run()                        # the same splits, whose batches have the trunk's output
 
-The cache key covers the base's files, the tokens of one split, the cut point, dtype, device, versions and this code.
-What is trained above the cut (head, learning rate, labels, dropout, seed) is not part of it. Linear probing on
-precomputed features follows Alain & Bengio (2016, arXiv:1610.01644).
+The cache key covers the base model's files, the tokens of a split, the cut point, dtype, device, versions and this
+code, but nothing above the cut point: head, labels, learning rate, dropout and seed. Linear probing on precomputed
+features follows Alain & Bengio (2016, arXiv:1610.01644).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,9 @@ from peftkit.models import classifier
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cache import atomic_folder, cache_folder, entry_lock, is_intact
 from peftkit.training import feature_store as store
-from peftkit.training import frozen_trunk as trunks
 from peftkit.training.feature_store import FeatureSplit
-from peftkit.training.frozen_trunk import FrozenTrunk
-from peftkit.training.log import bar
+from peftkit.training.frozen_trunk import FEATURES, HALF_TOLERANCE, TOLERANCE, FrozenTrunk, find_frozen_trunk
+from peftkit.training.log import progress_bar
 from peftkit.training.step import TaskModule
 
 PROBE_ROWS = 4
@@ -40,8 +39,8 @@ BATCH_ROWS = 64
 
 
 @dataclass
-class Plan:
-    """What is known before anything is computed."""
+class FeaturePlan:
+    """Whether the features of a run are cached, and where."""
 
     module: TaskModule
     recipe: Recipe
@@ -53,40 +52,41 @@ class Plan:
     trunk: FrozenTrunk | None = None
     dtype: torch.dtype = torch.float32
     width: int = 0
-    active: bool = False
+    enabled: bool = False
     note: str = ""
-    """What was decided and why, for the user; empty where there is nothing to say."""
-    found: dict[str, Path] = field(default_factory=dict)
-    """Place of each split's entry."""
+    """The decision and its reason, for the user; empty if there is nothing to report."""
+    paths: dict[str, Path] = field(default_factory=dict)
+    """The cache entry of each split."""
 
     def bytes_of(self, split: EncodedSplit) -> int:
         """Size of a split's features on disk."""
-        assert self.trunk is not None
-        count = len(split.lengths) if self.trunk.per_row else int(split.lengths.sum())
-        return count * self.width * torch.empty((), dtype=self.dtype).element_size()
+        return self._length(split) * self.width * torch.empty((), dtype=self.dtype).element_size()
 
     def run(self, *, final: bool = True) -> EncodedData:
-        """The data with features, computed where no earlier run left them; the data as they are where this is off.
+        """The data with features, computed unless they are cached; the data itself if the cache is not used.
 
         Args:
             final: False leaves the test split as it is.
         """
-        if not self.active:
+        if not self.enabled:
             return self.encoded
         splits: dict[str, EncodedSplit] = {}
         for name, split in self.encoded.splits.items():
-            wanted = final or name != "test"
-            splits[name] = self._open(split, self._entry(name, split)) if wanted else split
+            splits[name] = self._open(split, self._entry(name, split)) if final or name != "test" else split
         return EncodedData(splits, self.encoded.fingerprint)
 
+    def _length(self, split: EncodedSplit) -> int:
+        """Number of vectors."""
+        assert self.trunk is not None
+        return len(split.lengths) if self.trunk.per_row else int(split.lengths.sum())
+
     def _entry(self, name: str, split: EncodedSplit) -> Path:
-        """The split's entry on disk; of several processes one makes it, and the others wait for it."""
-        path = self.found[name]
+        """The split's entry on disk; one process writes it, and the others wait."""
+        path = self.paths[name]
         with entry_lock(path):
-            if not (is_intact(path) and self._agrees(split, path)):
-                store.make_room(
-                    self.bytes_of(split), self.recipe.training.feature_cache_gb, keep=set(self.found.values())
-                )
+            if not (is_intact(path) and self._is_correct(split, path)):
+                limit = self.recipe.training.feature_cache_gb
+                store.make_room(self.bytes_of(split), limit, keep=set(self.paths.values()))
                 with atomic_folder(path) as folder:
                     self._compute(name, split, folder / store.FILE)
             path.touch()
@@ -94,13 +94,12 @@ class Plan:
 
     def _compute(self, name: str, split: EncodedSplit, file: Path) -> None:
         assert self.trunk is not None
-        starts = store.starts(split.lengths)
-        rows = len(split.lengths) if self.trunk.per_row else int(split.lengths.sum())
-        out = np.lib.format.open_memmap(file, mode="w+", dtype=store.STORED[self.dtype], shape=(rows, self.width))
+        starts, shape = store.starts(split.lengths), (self._length(split), self.width)
+        out = np.lib.format.open_memmap(file, mode="w+", dtype=store.STORED[self.dtype], shape=shape)
         tokens = pass_tokens(self.recipe.training, self.session.device.type)
-        with bar(f"features of {name}", len(split.lengths), shown=self.session.is_main) as advance:
+        with progress_bar(f"features of {name}", len(split.lengths), shown=self.session.is_main) as advance:
             for batch in by_length(split.lengths, BATCH_ROWS, tokens):
-                hidden, mask = self._captured(split, batch)
+                hidden, mask = self._capture(split, batch)
                 if self.trunk.per_row:
                     out[batch] = store.as_array(hidden)
                 else:
@@ -110,140 +109,125 @@ class Plan:
                 advance(len(batch))
         out.flush()
 
-    def _captured(self, split: EncodedSplit, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What crosses the cut point for some rows, and their attention mask, on the CPU."""
+    def _capture(self, split: EncodedSplit, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The trunk's output for some rows, and their attention mask, on the CPU."""
         assert self.trunk is not None
-        device = self.session.device
-        batch = {name: tensor.to(device) for name, tensor in split.batch(rows, self.tokenizer).items()}
+        batch = self._batch(split, rows)
         self.module.eval()
         with torch.no_grad(), self.session.accelerator.autocast():
             hidden = self.trunk.capture(lambda: self.module(batch, outputs=True), batch)
         return hidden.cpu(), batch["attention_mask"].bool().cpu()
 
-    def _agrees(self, split: EncodedSplit, path: Path) -> bool:
-        """Whether a few rows, computed afresh, have the features that are stored."""
-        opened = self._open(split, path)
-        rows = probe_rows(split)
-        hidden, mask = self._captured(split, rows)
-        stored = opened.batch(rows, self.tokenizer)[trunks.FEATURES]
+    def _batch(self, split: EncodedSplit, rows: np.ndarray) -> dict[str, Tensor]:
+        batch = split.batch(rows, self.tokenizer)
+        return {name: tensor.to(self.session.device) for name, tensor in batch.items()}
+
+    def _is_correct(self, split: EncodedSplit, path: Path) -> bool:
+        """Whether a few rows, computed again, have the stored features."""
         assert self.trunk is not None
+        rows = probe_rows(split)
+        hidden, mask = self._capture(split, rows)
+        stored = self._open(split, path).batch(rows, self.tokenizer)[FEATURES]
         if not self.trunk.per_row:
             hidden = hidden * mask[:, :, None]
-        allowed = trunks.TOLERANCE.get(self.dtype, trunks.HALF_TOLERANCE)
+        tolerance = TOLERANCE.get(self.dtype, HALF_TOLERANCE)
         difference = float((hidden.float() - stored.float()).abs().max())
-        return hidden.shape == stored.shape and difference <= allowed * float(hidden.float().abs().max())
+        return hidden.shape == stored.shape and difference <= tolerance * float(hidden.float().abs().max())
 
     def _open(self, split: EncodedSplit, path: Path) -> FeatureSplit:
         assert self.trunk is not None
         return store.open_split(split, path, self.dtype, per_row=self.trunk.per_row)
 
+    def find_trunk(self) -> None:
+        """Find the model's frozen trunk, and keep it in evaluation mode from now on."""
+        train = self.encoded.splits["train"]
+        batch = self._batch(train, probe_rows(train))
+        self.module.eval()
 
-def plan(module: TaskModule, recipe: Recipe, encoded: EncodedData, tokenizer: Any, session: Session, base: str) -> Plan:
-    """Finds the model's frozen trunk, holds it in evaluation mode from now on, and decides whether features are kept.
+        def forward(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return self.module(dict(batch), outputs=True)  # type: ignore[no-any-return]
+
+        with self.session.accelerator.autocast():
+            self.trunk, reason = find_frozen_trunk(self.module.model, forward, batch, self.module.pooling)
+            if self.trunk is None:
+                # where the method trains the first block anyway, there is nothing to report
+                self.note = "" if "first block" in reason else f"features are not cached: {reason}"
+                return
+            self.module.freeze_trunk(self.trunk)
+            with torch.no_grad():
+                hidden = self.trunk.capture(lambda: forward(batch), batch)
+        self.dtype, self.width = hidden.dtype, hidden.shape[-1]
+        self.paths = {name: cache_folder("features") / self._key(split) for name, split in self.encoded.splits.items()}
+
+    def decide(self) -> None:
+        """Set ``enabled`` and ``note``, which reports size and limit before anything is computed."""
+        assert self.trunk is not None
+        training, folder, splits = self.recipe.training, cache_folder("features"), self.encoded.splits
+        sizes = {name: self.bytes_of(split) for name, split in splits.items()}
+        size = sum(sizes.values())
+        missing = sum(sizes[name] for name in splits if not self.paths[name].is_dir())
+        free = shutil.disk_usage(folder).free
+        epochs = min(
+            training.epochs, (training.max_steps or 10**12) / steps_per_epoch(splits["train"].lengths, training)
+        )
+        needed = f"the features would need {size / store.GB:.2f} GB on disk"
+        if training.feature_cache_gb == 0:
+            decision = "recomputed in every epoch, since the cache is off (training.feature_cache_gb=0)"
+        elif size > training.feature_cache_gb * store.GB:
+            limit = f"training.feature_cache_gb allows {training.feature_cache_gb:g}"
+            decision = f"recomputed in every epoch, since {needed} and {limit}"
+        elif missing > free / 2:
+            decision = f"recomputed in every epoch, since {needed} and {free / store.GB:.2f} GB are free"
+        elif missing and epochs < 1:
+            decision = "not cached, since training ends before it has seen every row once"
+        else:
+            self.enabled = True
+            partly = "read from, or computed once and cached in,"
+            how = {0: "read from", size: "computed once and cached in"}.get(missing, partly)
+            decision = f"{how} {folder} ({size / 10**6:.1f} MB)"
+        blocks = f"the first {self.trunk.cut} of {len(self.trunk.blocks)} blocks are"
+        frozen = "the backbone is" if self.trunk.is_backbone else blocks
+        self.note = f"{frozen} frozen and run without dropout; the features are {decision}"
+
+    def _key(self, split: EncodedSplit) -> str:
+        """Digest of everything that a split's features depend on."""
+        assert self.trunk is not None
+        quantization, inner = self.recipe.quantization, classifier.unwrap(self.module.model)
+        parts = {
+            "base": self.base,
+            "class": type(inner).__name__,
+            "quantization": None if quantization is None else quantization.model_dump(mode="json"),
+            "dtype": str(self.dtype),
+            "device": self.session.device.type,
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "attention": inner.config._attn_implementation,
+            "cut": self.trunk.cut,
+            "kind": self.trunk.kind,
+            "inputs": store.inputs_digest(split),
+            "versions": store.versions(),
+            "code": store.code_digest(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def plan_features(
+    module: TaskModule, recipe: Recipe, encoded: EncodedData, tokenizer: Any, session: Session, base: str
+) -> FeaturePlan:
+    """Find the model's frozen trunk, and decide whether its features are cached.
 
     Args:
-        module: the model under its task, not wrapped; its ``trunk`` is set.
+        module: the model with its task, not wrapped; its ``trunk`` is set, and kept in evaluation mode.
         base: fingerprint of the base model.
     """
-    made = Plan(module, recipe, encoded, tokenizer, session, base)
-    if recipe.training.neftune_alpha:
-        return made  # the noise is drawn below everything, anew at every step
-    train = encoded.splits["train"]
-    batch = {name: tensor.to(session.device) for name, tensor in train.batch(probe_rows(train), tokenizer).items()}
-    module.eval()
-    with session.accelerator.autocast():
-        forward = _forward(module)
-        found, reason = trunks.find_frozen_trunk(module.model, forward, batch, module.pooling)
-        if found is None:
-            made.note = _unused(module, reason)
-            return made
-        module.hold(found)
-        made.trunk = found
-        with torch.no_grad():
-            hidden = found.capture(lambda: forward(batch), batch)
-    made.dtype, made.width = hidden.dtype, hidden.shape[-1]
-    made.found = {name: cache_folder("features") / _key(made, split) for name, split in encoded.splits.items()}
-    _decide(made)
-    return made
+    plan = FeaturePlan(module, recipe, encoded, tokenizer, session, base)
+    if not recipe.training.neftune_alpha:  # its noise is added to the embeddings, anew in every step
+        plan.find_trunk()
+    if plan.trunk is not None:
+        plan.decide()
+    return plan
 
 
 def probe_rows(split: EncodedSplit) -> np.ndarray:
     """A few rows from the shortest to the longest."""
     order = np.argsort(split.lengths, kind="stable")
     return order[np.unique(np.linspace(0, len(order) - 1, min(PROBE_ROWS, len(order))).astype(int))]
-
-
-def _forward(module: TaskModule) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
-    return lambda batch: module(dict(batch), outputs=True)
-
-
-def _decide(made: Plan) -> None:
-    """Sets ``active`` and ``note``: size and limit are told before anything is computed."""
-    training = made.recipe.training
-    size = sum(made.bytes_of(split) for split in made.encoded.splits.values())
-    missing = sum(
-        made.bytes_of(split) for name, split in made.encoded.splits.items() if not (made.found[name]).is_dir()
-    )
-    what = _what(made)
-    limit = training.feature_cache_gb * store.GB
-    free = shutil.disk_usage(cache_folder("features")).free
-    if limit == 0:
-        said = f"{what}; the cache is off (training.feature_cache_gb=0), so they are computed in every epoch"
-    elif size > limit:
-        said = (
-            f"{what}, which would take {size / store.GB:.2f} GB on disk and training.feature_cache_gb allows "
-            f"{training.feature_cache_gb:g}: they are computed in every epoch"
-        )
-    elif missing > free / 2:
-        said = (
-            f"{what}, which would take {size / store.GB:.2f} GB of {free / store.GB:.2f} free: they are computed in "
-            "every epoch"
-        )
-    elif missing and _passes(made) < 1:
-        said = f"{what}; training ends before it has seen every row once, so they are not kept"
-    else:
-        made.active = True
-        how = "computed once and kept" if missing == size else "read" if not missing else "read or computed once"
-        said = f"{what}: {how} in {cache_folder('features')} ({size / 10**6:.1f} MB)"
-    made.note = said
-
-
-def _what(made: Plan) -> str:
-    assert made.trunk is not None
-    if not made.trunk.whole:
-        below = f"the first {made.trunk.cut} of {len(made.trunk.blocks)} blocks are frozen"
-        return f"{below}, and held without dropout; what leaves them is fixed"
-    return "the backbone is frozen, and held without dropout; what leaves it is fixed"
-
-
-def _unused(module: TaskModule, reason: str) -> str:
-    """Nothing is said where the method trains the first block anyway: there is nothing to compute once."""
-    return "" if "first block" in reason else f"no features are kept: {reason}"
-
-
-def _passes(made: Plan) -> float:
-    training = made.recipe.training
-    per_epoch = steps_per_epoch(made.encoded.splits["train"].lengths, training)
-    return min(training.epochs, (training.max_steps or 10**12) / per_epoch)
-
-
-def _key(made: Plan, split: EncodedSplit) -> str:
-    """Everything that a split's features depend on."""
-    trunk, recipe = made.trunk, made.recipe
-    assert trunk is not None
-    inner = classifier.unwrap(made.module.model)
-    parts = {
-        "base": made.base,
-        "class": type(inner).__name__,
-        "quantization": None if recipe.quantization is None else recipe.quantization.model_dump(mode="json"),
-        "dtype": str(made.dtype),
-        "device": made.session.device.type,
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "attention": inner.config._attn_implementation,
-        "cut": trunk.cut,
-        "kind": trunk.kind,
-        "inputs": store.inputs_digest(split),
-        "versions": store.versions(),
-        "code": store.code_digest(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The few batches of training rows that a method may look at before its first step."""
+"""The few training batches that a method or task may look at before the first step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 
-ROWS, COUNT = 32, 8
+ROWS, BATCHES = 32, 8
 
 
 class FirstBatches(Sequence[dict[str, torch.Tensor]]):
-    """Up to 8 batches of 32 rows spread over the training split, the same on every process.
+    """Up to 8 batches of 32 rows spread over the training split, equal on all processes.
 
-    A batch is formed when it is asked for, so that a method that asks for none costs nothing.
+    A batch is collated on access, so that a method that needs none costs nothing.
     """
 
     def __init__(self, split: EncodedSplit, tokenizer: Any, session: Session) -> None:
         self.split, self.tokenizer, self.session = split, tokenizer, session
         rows = len(split.lengths)
-        chosen = np.linspace(0, rows - 1, min(rows, ROWS * COUNT)).round().astype(int)
-        self._rows = np.array_split(chosen, -(-len(chosen) // ROWS))
+        spread = np.linspace(0, rows - 1, min(rows, ROWS * BATCHES)).round().astype(int)
+        self._rows = np.array_split(spread, -(-len(spread) // ROWS))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,7 +1,7 @@
-"""How much of the machine training used: matrix products a second over the rate of nothing but matrix products.
+"""Model FLOPs utilization (MFU): the matmul FLOP/s of training over those of a plain matmul on the same machine.
 
-Model FLOPs utilization as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), with the products counted and
-not estimated: what the frozen weights do not need in the backward pass is not counted, and neither is padding.
+As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), but with FLOPs that are counted, not estimated:
+frozen weights need no weight gradients, and padding is not counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from peftkit.training.loop import Loop
 
 SIZES = {"cpu": 2048}
-OTHER_SIZE = 8192
 REPEATS = 5
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product, the best of a few; kept on disk by device, dtype, threads and torch version.
+    """FLOP/s of a square matmul in this process with its threads, the best of a few.
 
-    Takes a second or less, once. The figure is one process's, with the threads that torch has in this one.
+    Takes a second or less, once: cached by device, dtype, threads and torch version.
     """
     device = torch.device(device)
-    path = cache_folder("machine") / f"matmul-{_digest(_describe(device), str(dtype), torch.__version__)}.json"
+    key = "\n".join((_describe(device), str(dtype), torch.__version__))
+    path = cache_folder("machine") / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with entry_lock(path):
         if not path.is_file():
             path.write_text(json.dumps({"flops_a_second": _measure(device, dtype)}), encoding="utf-8")
@@ -40,20 +40,21 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def flops_per_token(loop: Loop) -> float:
-    """Matrix-product FLOPs that training needs for a token of a row of common length, forward and backward.
+    """Matmul FLOPs of training, forward and backward, per token of a row of mean length.
 
-    Counted on one pass over a row of the mean length; the gradients that it leaves are removed. A single row, for while
-    torch counts, it keeps tensors that a pass would free.
+    Counted on a single row, since torch keeps tensors while it counts that training would free.
     """
     from torch.utils.flop_counter import FlopCounterMode
+
+    from peftkit.planning.trace import CPU_ATTENTION_FLOPS
 
     split = loop.train_split
     order = np.argsort(np.abs(split.lengths - split.lengths.mean()), kind="stable")
     rows = order[:1]
-    batch = loop.stepper.batch(rows)
+    batch = loop.stepper.collate(rows)
     loop.module.train()
-    counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
-    with torch.random.fork_rng(devices=[]), compile.without(), counter:  # inside compiled code nobody can count
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    with torch.random.fork_rng(devices=[]), compile.without(), counter:  # torch cannot count in compiled code
         with loop.session.accelerator.autocast():
             loss = loop.module(batch)
         loss.backward()
@@ -63,14 +64,14 @@ def flops_per_token(loop: Loop) -> float:
 
 
 def utilization_metrics(loop: Loop) -> dict[str, float]:
-    """``flops_per_token``, ``flops_per_second`` of a process, ``matmul_flops_per_second``, and their ratio."""
+    """``flops_per_token``, ``flops_per_second`` per process, ``matmul_flops_per_second``, and ``flops_utilization``."""
     state, session = loop.state, loop.session
     if not state.seconds or getattr(session, "sharded", False):
-        return {}  # of sharded weights a pass of one process alone would wait for the others
-    needed, rate = flops_per_token(loop), matmul_rate(session.device, session.dtype)
-    achieved = needed * state.tokens / state.seconds / session.world_size
+        return {}  # with sharded weights, one process's forward would wait for the others
+    per_token, rate = flops_per_token(loop), matmul_rate(session.device, session.dtype)
+    achieved = per_token * state.tokens / state.seconds / session.world_size
     return {
-        "flops_per_token": needed,
+        "flops_per_token": per_token,
         "flops_per_second": achieved,
         "matmul_flops_per_second": rate,
         "flops_utilization": achieved / rate,
@@ -78,20 +79,20 @@ def utilization_metrics(loop: Loop) -> dict[str, float]:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    size = SIZES.get(device.type, OTHER_SIZE)
-    trim_heap()  # so that the run's peak stays training's own
-    one, other, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    size = SIZES.get(device.type, 8192)
+    trim_heap()  # the run's peak memory should be training's
+    a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
     for _ in range(REPEATS):
-        _wait(device)
+        _synchronize(device)
         started = time.perf_counter()
-        torch.mm(one, other, out=out)
-        _wait(device)
+        torch.mm(a, b, out=out)
+        _synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -102,25 +103,3 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _cpu_attention() -> dict[Any, Any]:
-    """torch counts the attention kernels of GPUs; that of the CPU has the same products."""
-    aten = torch.ops.aten
-    found: dict[Any, Any] = {}
-    forward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    backward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-    if forward is not None and backward is not None:
-        found[forward] = lambda query, key, *_, **__: 4 * _products(query, key)
-        found[backward] = lambda _, query, key, *__, **___: 10 * _products(query, key)
-    return found
-
-
-def _products(query: Any, key: Any) -> int:
-    """Multiplications of one product of attention: query and key come as shapes [rows, heads, tokens, width]."""
-    rows, heads, tokens, width = query
-    return int(rows * heads * tokens * key[-2] * width)

@@ -1,14 +1,14 @@
-"""The part of a model that training leaves as it is, and what leaves it: computed once, it can be put back at will.
+"""The frozen trunk of a model, and its outputs: computed once, they replace the trunk in later forward passes.
 
-    trunk = find(module.model, task_forward, batch)      # None where the first block is trained
-    hidden = trunk.capture(lambda: forward(batch))       # runs the model up to the cut, and no further
+    trunk, reason = find_frozen_trunk(model, forward, batch, pooling)   # None if the first block is trained
+    hidden = trunk.capture(lambda: forward(batch), batch)               # runs the model up to the cut point only
     with trunk.replay(hidden):
-        forward(trunk.reduced(batch))                    # the model's own forward, from the cut on
+        forward(trunk.reduced(batch))                                   # the model's own forward, above the cut point
 
-The cut lies below the lowest trained weight. Under a fully frozen backbone a classifier needs one vector a row (the
-mean, the first or the last token, or the pooler's output: whichever is tried and seen to give the same logits);
-between two blocks it needs every token. Nothing is assumed of an architecture: the order of calls is traced, and
-a cut point is used only after a few rows went both ways with equal results.
+The cut point is below the lowest trained weight. Above a fully frozen backbone a classifier needs one vector per row
+(the mean, the first or last token, or the pooler's output: the first of them that gives the same logits); between two
+blocks every token is needed. Nothing is assumed of an architecture: the order of calls is traced, and a cut point is
+used only if a few rows give the same outputs both ways.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from peftkit.models import classifier
 from peftkit.models.blocks import find_blocks
 
 FEATURES = "features"
-"""Under this name a batch carries the trunk's output."""
+"""Name of the trunk's output in a batch."""
 TOKENS = "tokens"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF_TOLERANCE = 3e-2
-"""Largest difference of outputs, relative to the largest output, between both ways; half precision rounds coarsely."""
+"""Largest difference of outputs between both ways, relative to the largest output."""
 
 Outputs = Mapping[str, Tensor]
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the cut."""
+class _CutPointReached(Exception):
+    """Ends a forward pass at the cut point."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -44,83 +44,83 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class FrozenTrunk:
-    """A frozen, deterministic lower part of a model, and the cut point above it."""
+    """The frozen, deterministic lower part of a model, up to a cut point."""
 
     backbone: nn.Module
     blocks: tuple[nn.Module, ...]
     cut: int
-    """Blocks below the cut point; all of them when the whole backbone is frozen."""
+    """Number of blocks below the cut point; all of them if the whole backbone is frozen."""
     kind: str
-    """The trunk's output: "tokens" [rows, tokens, width], or one vector a row: mean, cls, first, last, pooler."""
+    """The trunk's output: "tokens" [rows, tokens, width], or one vector per row: mean, cls, first, last, pooler."""
     pad_token_id: int | None = None
-    wraps: int | None = None
-    """Length of the tuple that a block returns; None where it returns the tensor itself."""
+    tuple_length: int | None = None
+    """Length of the tuple that a block returns; None if it returns a tensor."""
     output_type: type | None = None
-    still: tuple[nn.Module, ...] = field(default=(), repr=False)
-    """Modules of the trunk; kept in evaluation mode, so that no dropout below the cut point changes what crosses it."""
+    eval_modules: tuple[nn.Module, ...] = field(default=(), repr=False)
+    """Modules of the trunk, kept in evaluation mode: dropout would change its output."""
 
     @property
-    def whole(self) -> bool:
-        """Whether the cut point lies above the whole backbone."""
+    def is_backbone(self) -> bool:
+        """Whether the whole backbone is below the cut point."""
         return self.cut == len(self.blocks)
 
     @property
     def per_row(self) -> bool:
-        """Whether one vector a row crosses the cut point."""
+        """Whether the output is one vector per row."""
         return self.kind != TOKENS
 
     def capture(self, forward: Callable[[], Any], batch: Mapping[str, Tensor]) -> Tensor:
-        """What crosses the cut point for a batch: [rows, width], or [rows, tokens, width] with padding as it came.
+        """The trunk's output for a batch: [rows, width], or [rows, tokens, width] with padding left as it is.
 
         Args:
-            forward: runs the model on ``batch``; it is left at the cut point, so that nothing above costs anything.
+            forward: runs the model on ``batch``; stopped at the cut point.
         """
-        with self._stopping():
+        with self._stop_at_cut_point():
             try:
                 forward()
-            except _Reached as reached:
+            except _CutPointReached as reached:
                 return self._reduce(reached.value, batch)
-        raise ModelError("the forward pass never reached the blocks")
+        raise ModelError("the forward pass did not reach the model's blocks")
 
     @contextlib.contextmanager
     def replay(self, hidden: Tensor) -> Iterator[None]:
-        """Within it the model's own forward begins at the cut point, with ``hidden`` as the trunk's output.
+        """Within the context, ``hidden`` replaces the trunk's output; a model's forward has no parameter for that.
 
-        A block hands on its output, so that whatever runs a block again (gradient checkpointing) sees the same input.
+        Replaced blocks pass their input on, so that a block that is run again (gradient checkpointing) sees the same.
         """
-        stood_in = dict(self._stand_ins(hidden))
-        before = {module: vars(module).get("forward") for module in stood_in}  # device maps put one on the instance
-        for module, forward in stood_in.items():
+        replacements = dict(self._replacements(hidden))
+        originals = {module: vars(module).get("forward") for module in replacements}  # device maps set one per instance
+        for module, forward in replacements.items():
             module.forward = forward
         try:
             yield
         finally:
-            for module, forward in before.items():
+            for module, forward in originals.items():
                 if forward is None:
                     del module.forward
                 else:
                     module.forward = forward
 
     def reduced(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch that goes with the trunk's output: rows of a single token where one vector a row does."""
+        """The batch to replay: with one vector per row, its rows have a single token."""
         if not self.per_row:
             return dict(batch)
         ids = batch["input_ids"][:, :1]
-        kept = {name: batch[name] for name in ("labels", "weight") if name in batch}
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **kept}
+        targets = {name: batch[name] for name in ("labels", "weight") if name in batch}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **targets}
 
     @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        def enter(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            raise _Reached(arguments[0] if arguments else options["hidden_states"])
+    def _stop_at_cut_point(self) -> Iterator[None]:
+        def before_block(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            raise _CutPointReached(arguments[0] if arguments else options["hidden_states"])
 
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            raise _Reached(output)
+        def after_backbone(_: nn.Module, __: Any, output: Any) -> None:
+            raise _CutPointReached(output)
 
-        if self.whole:
-            handle = self.backbone.register_forward_hook(leave)
+        if self.is_backbone:
+            handle = self.backbone.register_forward_hook(after_backbone)
         else:
-            handle = self.blocks[self.cut].register_forward_pre_hook(enter, with_kwargs=True)
+            handle = self.blocks[self.cut].register_forward_pre_hook(before_block, with_kwargs=True)
         try:
             yield
         finally:
@@ -129,29 +129,29 @@ class FrozenTrunk:
     def _reduce(self, value: Any, batch: Mapping[str, Tensor]) -> Tensor:
         if self.kind == "pooler":
             return value.pooler_output
-        hidden: Tensor = value.last_hidden_state if self.whole else value
+        hidden: Tensor = value.last_hidden_state if self.is_backbone else value
         if self.kind in ("mean", "cls"):
             return classifier.pool(hidden, batch["attention_mask"], self.kind).to(hidden.dtype)
         if self.kind == "first":
             return hidden[:, 0]
         if self.kind == "last":
             ids = batch["input_ids"]
-            places = torch.arange(ids.shape[1], device=ids.device) * (ids != self.pad_token_id)
-            return hidden[torch.arange(len(ids), device=ids.device), places.argmax(-1)]
+            positions = torch.arange(ids.shape[1], device=ids.device) * (ids != self.pad_token_id)
+            return hidden[torch.arange(len(ids), device=ids.device), positions.argmax(-1)]
         return hidden
 
-    def _stand_ins(self, hidden: Tensor) -> Iterator[tuple[Any, Callable[..., Any]]]:
-        if self.whole:
-            yield self.backbone, lambda *_, **__: self._output(hidden)
+    def _replacements(self, hidden: Tensor) -> Iterator[tuple[Any, Callable[..., Any]]]:
+        if self.is_backbone:
+            yield self.backbone, lambda *_, **__: self._backbone_output(hidden)
             return
         for block in self.blocks[: self.cut - 1]:
-            yield block, lambda x=None, *_, **options: self._wrapped(options["hidden_states"] if x is None else x)
-        yield self.blocks[self.cut - 1], lambda *_, **__: self._wrapped(hidden)
+            yield block, lambda x=None, *_, **options: self._block_output(options["hidden_states"] if x is None else x)
+        yield self.blocks[self.cut - 1], lambda *_, **__: self._block_output(hidden)
 
-    def _wrapped(self, hidden: Tensor) -> Any:
-        return hidden if self.wraps is None else (hidden, *[None] * (self.wraps - 1))
+    def _block_output(self, hidden: Tensor) -> Any:
+        return hidden if self.tuple_length is None else (hidden, *[None] * (self.tuple_length - 1))
 
-    def _output(self, hidden: Tensor) -> Any:
+    def _backbone_output(self, hidden: Tensor) -> Any:
         assert self.output_type is not None
         tokens = hidden[:, None] if self.per_row else hidden
         pooler = getattr(self.backbone, "pooler", None)
@@ -166,12 +166,12 @@ class FrozenTrunk:
 def find_frozen_trunk(
     model: nn.Module, forward: Callable[[Mapping[str, Tensor]], Outputs], batch: Mapping[str, Tensor], pooling: str
 ) -> tuple[FrozenTrunk | None, str]:
-    """The frozen trunk of a model in evaluation mode, and, where there is none, why not in words.
+    """The frozen trunk of a model in evaluation mode, or None and the reason.
 
     Args:
-        model: with ``requires_grad`` set everywhere.
-        forward: outputs of a batch by name, through the task.
-        batch: a few rows of unequal length, on the model's device.
+        model: its ``requires_grad`` must be final.
+        forward: a batch's outputs by name, through the task.
+        batch: a few rows of unequal lengths, on the model's device.
         pooling: "own", "mean" or "cls", as in ``classifier.logits``.
     """
     inner = classifier.unwrap(model)
@@ -182,58 +182,52 @@ def find_frozen_trunk(
         return None, str(error)
     if not isinstance(backbone, nn.Module):
         return None, f"{type(inner).__name__} has no backbone apart from its head"
-    first_is_trained = any(parameter.requires_grad for parameter in blocks[0].parameters())  # told without a pass
-    trace = _Trace() if first_is_trained else _traced(model, backbone, blocks, lambda: forward(batch))
-    cut = 0 if first_is_trained else _cut(model, blocks, trace)
+    if any(parameter.requires_grad for parameter in blocks[0].parameters()):
+        return None, "the first block is trained"
+    trace = _Trace(model, backbone, blocks[0], lambda: forward(batch))
+    cut = _find_cut(model, blocks, trace)
     if cut == 0:
-        return None, "something is trained below the first block, or in it"
-    held = FrozenTrunk(
-        backbone, blocks, cut, TOKENS, inner.config.get_text_config().pad_token_id, trace.wraps,
-        type(trace.output), _still(backbone, blocks, cut, trace),
+        return None, "a weight below the first block is trained"
+    every_token = FrozenTrunk(
+        backbone, blocks, cut, TOKENS, inner.config.get_text_config().pad_token_id, trace.tuple_length,
+        type(trace.output), _eval_modules(backbone, blocks, cut, trace),
     )  # fmt: skip
-    for kind in _kinds(held, pooling, trace):
-        trunk = replace(held, kind=kind)
+    for kind in _kinds(every_token, pooling, trace):
+        trunk = replace(every_token, kind=kind)
         if _same_both_ways(trunk, forward, batch, trace.outputs):
             return trunk, ""
     return None, f"{type(inner).__name__} gives other outputs when it is entered above its frozen blocks"
 
 
-@dataclass
 class _Trace:
-    """One forward pass: which modules were called in which order, and what they gave."""
+    """One forward pass: the order in which modules are called, and the outputs of block, backbone and task."""
 
-    order: dict[nn.Module, int] = field(default_factory=dict)
-    wraps: int | None = None
-    output: Any = None
-    outputs: Outputs = field(default_factory=dict)
+    def __init__(self, model: nn.Module, backbone: nn.Module, block: nn.Module, forward: Callable[[], Outputs]) -> None:
+        self.order: dict[nn.Module, int] = {}
+        self.tuple_length: int | None = None
+        self.output: Any = None
+        handles = [module.register_forward_pre_hook(self._before) for module in model.modules()]
+        handles += [block.register_forward_hook(self._after_block)]
+        handles += [backbone.register_forward_hook(self._after_backbone)]
+        try:
+            self.outputs = forward()
+        finally:
+            for handle in handles:
+                handle.remove()
 
+    def _before(self, module: nn.Module, _: Any) -> None:
+        self.order.setdefault(module, len(self.order))
 
-def _traced(model: nn.Module, backbone: nn.Module, blocks: tuple[nn.Module, ...], run: Callable[[], Outputs]) -> _Trace:
-    trace = _Trace()
+    def _after_block(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.tuple_length = len(output) if isinstance(output, tuple) else None
 
-    def called(module: nn.Module, _: Any) -> None:
-        trace.order.setdefault(module, len(trace.order))
-
-    def block_left(_: nn.Module, __: Any, output: Any) -> None:
-        trace.wraps = len(output) if isinstance(output, tuple) else None
-
-    def backbone_left(_: nn.Module, __: Any, output: Any) -> None:
-        trace.output = output
-
-    handles = [module.register_forward_pre_hook(called) for module in model.modules()]
-    handles += [blocks[0].register_forward_hook(block_left), backbone.register_forward_hook(backbone_left)]
-    try:
-        trace.outputs = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace
+    def _after_backbone(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.output = output
 
 
-def _cut(model: nn.Module, blocks: tuple[nn.Module, ...], trace: _Trace) -> int:
-    """Blocks below the lowest trained weight; 0 where a weight outside the blocks is not seen to be used above them."""
-    number = {module: index for index, block in reversed(list(enumerate(blocks))) for module in block.modules()}
-    holds_blocks = {module for module in model.modules() if blocks[0] in set(module.modules())}
+def _find_cut(model: nn.Module, blocks: tuple[nn.Module, ...], trace: _Trace) -> int:
+    """Number of blocks below the lowest trained weight; 0 if a trained weight may be used before the last block."""
+    index_of = {module: index for index, block in reversed(list(enumerate(blocks))) for module in block.modules()}
     last = trace.order.get(blocks[-1])
     if last is None:
         return 0
@@ -241,62 +235,64 @@ def _cut(model: nn.Module, blocks: tuple[nn.Module, ...], trace: _Trace) -> int:
     for path, module in model.named_modules():
         if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             continue
-        if module in number:
-            lowest = min(lowest, number[module])
-        elif not _called_after(model, path, trace, last, holds_blocks):
+        if module in index_of:
+            lowest = min(lowest, index_of[module])
+        elif _first_call(model, path, blocks[0], trace) <= last:
             return 0
     return lowest
 
 
-def _called_after(model: nn.Module, path: str, trace: _Trace, last: int, holds_blocks: set[nn.Module]) -> bool:
-    """Whether a module, or the nearest one around it that was called, was first called after the last block."""
-    steps = path.split(".")
-    for end in range(len(steps), 0, -1):
-        module = model.get_submodule(".".join(steps[:end]))
-        if module in holds_blocks:
-            return False
+def _first_call(model: nn.Module, path: str, block: nn.Module, trace: _Trace) -> int:
+    """When a module, or the nearest called one around it, was first called; -1 if that contains the blocks."""
+    names = path.split(".")
+    for end in range(len(names), 0, -1):
+        module = model.get_submodule(".".join(names[:end]))
+        if block in set(module.modules()):
+            return -1
         if module in trace.order:
-            return trace.order[module] > last
-    return False
+            return trace.order[module]
+    return -1
 
 
-def _still(backbone: nn.Module, blocks: tuple[nn.Module, ...], cut: int, trace: _Trace) -> tuple[nn.Module, ...]:
-    """The blocks below the cut, what runs before them, and above a whole frozen backbone what is frozen in it."""
+def _eval_modules(backbone: nn.Module, blocks: tuple[nn.Module, ...], cut: int, trace: _Trace) -> tuple[nn.Module, ...]:
+    """The blocks below the cut point, what runs before them, and of a frozen backbone what runs after them."""
     first = trace.order[blocks[0]]
-    inside = {module for block in blocks for module in block.modules()}
-    found: list[nn.Module] = list(blocks[:cut])
+    in_blocks = {module for block in blocks for module in block.modules()}
+    modules: list[nn.Module] = list(blocks[:cut])
     for module in backbone.modules():
-        if module in inside or blocks[0] in set(module.modules()) or module not in trace.order:
+        if module in in_blocks or blocks[0] in set(module.modules()) or module not in trace.order:
             continue
         trained = any(parameter.requires_grad for parameter in module.parameters())
         if trace.order[module] < first or (cut == len(blocks) and not trained):
-            found.append(module)
-    return tuple(found)
+            modules.append(module)
+    return tuple(modules)
 
 
 def _kinds(trunk: FrozenTrunk, pooling: str, trace: _Trace) -> list[str]:
-    """What may cross the cut point, the smallest first."""
-    if not trunk.whole:
+    """Possible kinds of output, the smallest first."""
+    if not trunk.is_backbone:
         return [TOKENS]
     if not hasattr(trace.output, "last_hidden_state"):
         return []
     if pooling != "own":
         return [pooling, TOKENS]
     pooler = getattr(trunk.backbone, "pooler", None)
-    given = getattr(trace.output, "pooler_output", None) is not None
+    pooled = getattr(trace.output, "pooler_output", None) is not None
     frozen = pooler is None or not any(parameter.requires_grad for parameter in pooler.parameters())
-    return [*(["pooler"] if given and frozen else []), "first", "last", TOKENS]
+    return [*(["pooler"] if pooled and frozen else []), "first", "last", TOKENS]
 
 
 def _same_both_ways(
-    trunk: FrozenTrunk, forward: Callable[[Mapping[str, Tensor]], Outputs], batch: Mapping[str, Tensor], real: Outputs
+    trunk: FrozenTrunk, forward: Callable[[Mapping[str, Tensor]], Outputs], batch: Mapping[str, Tensor], full: Outputs
 ) -> bool:
     hidden = trunk.capture(lambda: forward(batch), batch)
     with trunk.replay(hidden):
-        again = forward(trunk.reduced(batch))
-    allowed = TOLERANCE.get(hidden.dtype, HALF_TOLERANCE)
-    return all(
-        found.shape == again[name].shape
-        and float((found.float() - again[name].float()).abs().max()) <= allowed * max(float(found.abs().max()), 1e-6)
-        for name, found in real.items()
-    )
+        replayed = forward(trunk.reduced(batch))
+    tolerance = TOLERANCE.get(hidden.dtype, HALF_TOLERANCE)
+    for name, output in full.items():
+        if output.shape != replayed[name].shape:
+            return False
+        difference = float((output.float() - replayed[name].float()).abs().max())
+        if not difference <= tolerance * max(float(output.abs().max()), 1e-6):
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, trackers, and a progress bar or plain lines."""
+"""The log of a run in training: metrics.jsonl, trackers, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -28,36 +28,35 @@ console = Console(stderr=True, highlight=False)
 
 
 def columns() -> list[ProgressColumn]:
-    """What a progress bar shows: steps, loss and rate, time taken, time to come."""
-    said = TextColumn("{task.fields[said]}")
+    """Columns of a progress bar: steps, metrics, elapsed and remaining time."""
     steps: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    return [*steps, said, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()]
+    return [*steps, TextColumn("{task.fields[metrics]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()]
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, and a line at every quarter elsewhere; gives what is told how many more are done."""
+def progress_bar(name: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, else a line at every quarter; yields a function to call with each count done."""
     if shown and console.is_terminal:
         with Progress(*columns(), console=console) as progress:
-            task = progress.add_task(what, total=total, said="")
-            yield lambda more: progress.advance(task, more)
+            task = progress.add_task(name, total=total, metrics="")
+            yield lambda count: progress.advance(task, count)
         return
     done = 0
 
-    def advance(more: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
-        before, done = done, done + more
+        before, done = done, done + count
         if shown and 4 * before // total < 4 * done // total:
-            print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{name}: {done}/{total}", file=sys.stderr, flush=True)
 
     yield advance
 
 
 class RunLog:
-    """The metrics log of a run, on the main process; silent on the others.
+    """The metrics log of a run on the main process; does nothing on the others.
 
-    ``metrics.jsonl`` is cut back to a checkpoint's offset on resume, so that no step is logged twice. A line that
-    cannot be written (disk full) is kept and tried again with the next one.
+    ``metrics.jsonl`` is truncated to a checkpoint's offset on resume, so that no step is logged twice. A line that
+    cannot be written (disk full) is retried with the next one.
     """
 
     def __init__(self, path: Path, session: Session, total_steps: int, *, offset: int = 0, step: int = 0) -> None:
@@ -66,63 +65,67 @@ class RunLog:
         self._file: int | None = None
         self._bar: Progress | None = None
         self._pending = b""
-        self._trouble = ""
+        self._error = ""
         self._size = 0
         if session.is_main:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             self._size = min(offset, os.fstat(self._file).st_size)
             os.ftruncate(self._file, self._size)
             if self._size < offset:
-                self._say(f"{path} is {offset - self._size} bytes shorter than its checkpoint knows: lines were lost")
+                missing = offset - self._size
+                self._print(f"{path} is {missing} bytes shorter than when its checkpoint was saved: lines were lost")
             if console.is_terminal:
                 self._bar = Progress(*columns(), console=console)
-                self._task = self._bar.add_task("training", total=total_steps, completed=step, said="")
+                self._task = self._bar.add_task("training", total=total_steps, completed=step, metrics="")
                 self._bar.start()
 
     @property
     def end(self) -> int:
-        """Bytes of the log, those included that could not be written yet."""
+        """Size of the log in bytes, pending lines included."""
         return self._size + len(self._pending)
 
     def flush(self) -> None:
-        """Brings all lines to the disk; raises OSError when they cannot be brought there."""
+        """Write all lines to disk; raises OSError."""
         if self._file is not None:
             self._flush()
             os.fsync(self._file)
 
     def advance(self, step: int) -> None:
-        """Moves the bar."""
+        """Move the progress bar to a step."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
-    def train(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
-        """Logs figures of the steps since the last line."""
-        self._write({"step": step, "epoch": round(epoch, 4), **figures})
-        self._session.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=step)
-        said = f"loss {figures['loss']:.4f}  {figures['rows_per_second']:.1f} rows/s"
+    def train(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """Log metrics of the steps since the last call."""
+        self._log("train", {"step": step, "epoch": round(epoch, 4)}, metrics)
+        shown = f"loss {metrics['loss']:.4f}  {metrics['rows_per_second']:.1f} rows/s"
         if self._bar:
-            self._bar.update(self._task, completed=step, said=said)
+            self._bar.update(self._task, completed=step, metrics=shown)
         else:
-            self._say(f"step {step}/{self._total}  epoch {epoch:.2f}  {said}  {self._eta(step)}")
+            self._print(f"step {step}/{self._total}  epoch {epoch:.2f}  {shown}  {self._eta(step)}")
 
-    def evaluation(self, step: int, epoch: float, split: str, figures: Mapping[str, float]) -> None:
-        """Logs figures of a validation."""
-        self._write({"step": step, "epoch": round(epoch, 4), "split": split, **figures})
-        self._session.accelerator.log({f"{split}/{name}": value for name, value in figures.items()}, step=step)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name)
-        self._say(f"step {step}/{self._total}  epoch {epoch:.2f}  {split}: {shown}")
+    def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, float]) -> None:
+        """Log metrics of a validation."""
+        self._log(split, {"step": step, "epoch": round(epoch, 4), "split": split}, metrics)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name)
+        self._print(f"step {step}/{self._total}  epoch {epoch:.2f}  {split}: {shown}")
 
     def event(self, step: int, name: str, message: str) -> None:
-        """Logs something worth knowing, and says it."""
+        """Log an event and print its message."""
         self._write({"step": step, "event": name, "message": message})
-        self._say(message)
+        self._print(message)
 
     def close(self) -> None:
-        """Stops the bar and closes the file."""
+        """Stop the bar and close the file."""
         if self._bar:
             self._bar.stop()
         if self._file is not None:
             os.close(self._file)
+
+    def _log(self, prefix: str, place: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        self._write({**place, **metrics})
+        tracked = {f"{prefix}/{name}": value for name, value in metrics.items()}
+        self._session.accelerator.log(tracked, step=place["step"])
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -131,18 +134,18 @@ class RunLog:
         try:
             self._flush()
         except OSError as error:
-            if self._trouble != str(error):
-                self._trouble = str(error)
-                self._say(f"the log cannot be written ({error.strerror}); its lines are kept and tried again")
+            if self._error != str(error):
+                self._error = str(error)
+                self._print(f"the log cannot be written ({error.strerror}); its lines will be retried")
 
     def _flush(self) -> None:
-        """Writes what is pending; of a line that was written in part, the rest follows at the next call."""
+        """Write pending lines; the rest of a partly written one follows at the next call."""
         assert self._file is not None
         while self._pending:
-            done = os.pwrite(self._file, self._pending, self._size)
-            self._pending, self._size = self._pending[done:], self._size + done
+            written = os.pwrite(self._file, self._pending, self._size)
+            self._pending, self._size = self._pending[written:], self._size + written
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._session.is_main:
             if self._bar:
                 self._bar.console.print(text)

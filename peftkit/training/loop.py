@@ -1,6 +1,6 @@
-"""The training loop: steps, validations, checkpoints, stopping. What a step does is in step.py.
+"""The training loop: steps, validations, checkpoints and stopping. A step itself is in step.py.
 
-for epoch: for batch in plan(epoch): step → log → validate? → checkpoint? → stop?
+for each epoch: for each batch of its plan: step → log → stop? → validate? → save a checkpoint?
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +26,24 @@ from peftkit.runs import checkpoints
 from peftkit.runs.checkpoints import Checkpoint
 from peftkit.schema.recipe import Recipe
 from peftkit.system.memory import trim_heap, trim_heap_after
-from peftkit.training import auto_micro_batch
-from peftkit.training.checkpoint_writer import Content, Saver
+from peftkit.training.auto_micro_batch import AUTO, AutoStepper
+from peftkit.training.checkpoint_writer import CheckpointContent, CheckpointWriter
 from peftkit.training.log import RunLog
 from peftkit.training.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from peftkit.training.state import TrainingState
 from peftkit.training.step import Stepper, StepResult, TaskModule
-from peftkit.training.stopping import StopRequest
+from peftkit.training.stopping import TIME_IS_UP, StopRequest
 from peftkit.training.weights import TrainedWeights
 
 ValidationCallback = Callable[[int, Mapping[str, float]], None]
 PROBE_ROWS = 2
-TIME_IS_UP = 1 << 10
-"""Stands beside the signals' numbers for the time limit."""
 SPIKE = 5.0
-"""A step's loss over this many times the running mean is flagged."""
+"""A loss of more than this many times the running mean is logged."""
 
 
 @dataclass
 class Loop:
-    """One run's training; ``run`` leaves the best weights in the module."""
+    """The training of one run; ``run`` leaves the best weights in the module."""
 
     recipe: Recipe
     session: Session
@@ -54,88 +52,84 @@ class Loop:
     data: EncodedData
     folder: Path
     fingerprints: Mapping[str, Any]
-    """What a resumed run must share with the one that stopped; stored in every checkpoint."""
+    """What a resumed run must have in common with the stopped one; stored in every checkpoint."""
     on_validation: ValidationCallback | None = None
-    """Told the step and the figures of every validation, on every process."""
+    """Called with the step and the metrics of every validation, on every process."""
     rows: Any = None
-    """The training rows that the examples were made of, to name them by file and line."""
+    """The training rows, from which errors name an example by file and line."""
 
     def __post_init__(self) -> None:
         training = self.recipe.training
         self.state = TrainingState()
+        self.checkpoints = self.folder / "checkpoints"
         self.train_split = self.data.splits["train"]
         per_epoch = steps_per_epoch(self.train_split.lengths, training)
         self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
         self.metric = training.best_metric or self.module.head.best_metric
         self.recipe.method.begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
-        # the schedule is not given to Accelerate, which would step it once a process
+        # the scheduler is not prepared by Accelerate, which would step it once per process
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
         wrapped, prepared = self.session.prepare(self.recipe, self.module, self.optimizer)
         self.weights = TrainedWeights(self.module, self.recipe, self.session)
-        self._saver = Saver(self.checkpoints, training.keep_checkpoints)
-        self.stepper = Stepper(
+        self._writer = CheckpointWriter(self.checkpoints, training.keep_checkpoints)
+        self._stop: StopRequest | None = None
+        stepper = AutoStepper if training.micro_batch == AUTO else Stepper
+        self.stepper = stepper(
             self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer
         )
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
     def run(self, resume_from: Checkpoint | None = None) -> TrainingState:
-        """Trains to the end.
+        """Train to the end, from the start or from a checkpoint.
 
         Raises:
             Interrupted: a signal or the time limit; a checkpoint has been written.
-            TrainingError: loss or gradients were not finite.
+            TrainingError: the loss or the gradients were not finite.
         """
-        # a task's own metric is right; but what is tried on a model at its first rows, all processes must try together
+        # a task's own metric needs no check, but what the first forward pass probes, all processes must probe together
         if self.recipe.training.best_metric or self.session.world_size > 1:
             self._check_metric_name()
         if resume_from:
             self._restore(resume_from)
-        trim_heap()  # what preparing the data and loading the weights left free
-        training = self.recipe.training
+        trim_heap()  # free what preparing the data and loading the weights left behind
         if self.session.is_main:
             checkpoints.remove_staged(self.checkpoints)
         self.log = RunLog(
             self.folder / "metrics.jsonl", self.session, self.total, offset=self.state.log_offset, step=self.state.step
         )
         try:
-            with StopRequest(training.max_time) as stop, self.session.watchdog.training():
-                self._stop = stop
-                self._epochs()
+            with StopRequest(self.recipe.training.max_time) as self._stop, self.session.watchdog.training():
+                self._run_epochs()
         finally:
             self.log.close()
-            del self._stop  # what follows is not stopped between passes
+            self._stop = None  # later evaluations run to their end
         self._restore_best()
         self.recipe.method.finish(self.module.model)
         return self.state
 
-    def _epochs(self) -> None:
+    def _run_epochs(self) -> None:
         state = self.state
-        if self.recipe.training.micro_batch == auto_micro_batch.AUTO:
-            self.stepper.tell = lambda said: self.log.event(self.state.step, "micro_batch", said)
-            auto_micro_batch.find_micro_batch(self.stepper)
+        if isinstance(self.stepper, AutoStepper):
+            self.stepper.report = lambda message: self.log.event(self.state.step, "micro_batch", message)
+            self.stepper.find_micro_batch()
         if state.step:
-            self._finish_step()  # a run stopped before its validation makes up for it
+            self._validate_and_save_if_due()  # a run stopped between a step and its validation
         while state.step < self.total and not state.stopped_early:
-            self._epoch_from_here()
+            self._run_epoch()
         if state.evaluated != state.step:
             self._validate()
-            self._save(must=True)
-        elif not self._is_saved():
-            self._save(must=True)
+            self._save(required=True)
+        elif (newest := self._newest_checkpoint()) is None or newest.step != state.step:
+            self._save(required=True)
 
-    def _epoch_from_here(self) -> None:
-        """The rest of the current epoch's plan, or as much of it as the run still needs."""
+    def _run_epoch(self) -> None:
+        """Run the rest of the current epoch, or as much of it as the run still needs."""
         state = self.state
         batches = epoch_batches(self.train_split.lengths, self.recipe.training, state.epoch)
         for number in range(state.batch, len(batches)):
             self._step(batches[number], last=number + 1 == len(batches))
-            self._stop_if_asked()
-            self._finish_step()
+            self._stop_if_requested()
+            self._validate_and_save_if_due()
             if state.step >= self.total or state.stopped_early:
                 return
 
@@ -150,39 +144,29 @@ class Loop:
         state.seconds += seconds
         trim_heap_after(state.step)
         if not result.finite:
-            self._not_finite(batch, result)
-        self._flag_spike(result)
+            self._skip_or_raise(batch, result)
+        self._log_spike(result)
         self._log_step(result, seconds)
 
-    def _finish_step(self) -> None:
-        """Validates and saves, where these are due after the step just done."""
-        state, every = self.state, self.recipe.training.save_every
-        improved = state.evaluated != state.step and self._evaluation_due() and self._validate()
-        if improved or (state.batch == 0 if every == "epoch" else state.step % every == 0):
+    def _validate_and_save_if_due(self) -> None:
+        state, training = self.state, self.recipe.training
+        improved = state.evaluated != state.step and self._is_due(training.evaluate_every) and self._validate()
+        if improved or self._is_due(training.save_every):
             self._save()
 
-    def _evaluation_due(self) -> bool:
-        every, state = self.recipe.training.evaluate_every, self.state
-        return state.batch == 0 if every == "epoch" else state.step % every == 0
-
-    # -- figures ---------------------------------------------------------------------------------------------------
+    def _is_due(self, every: int | str) -> bool:
+        return self.state.batch == 0 if isinstance(every, str) else self.state.step % every == 0
 
     def _log_step(self, result: StepResult, seconds: float) -> None:
         window = self.state.window
-        added = {
-            "loss": result.loss * result.weight,
-            "weight": result.weight,
-            "rows": result.rows,
-            "tokens": result.tokens,
-            "seconds": seconds,
-            "steps": 1,
-        }
-        for name, value in added.items():
+        values = {"loss": result.loss * result.weight, "weight": result.weight, "rows": result.rows,
+                  "tokens": result.tokens, "seconds": seconds, "steps": 1}  # fmt: skip
+        for name, value in values.items():
             if math.isfinite(value):
                 window[name] = window.get(name, 0.0) + value
         self.log.advance(self.state.step)
         if self.state.step % self.recipe.training.log_every == 0 or self.state.step == self.total:
-            figures = {
+            metrics = {
                 "loss": window["loss"] / window["weight"] if window.get("weight") else 0.0,
                 "learning_rate": float(self.scheduler.get_last_lr()[0]),
                 "grad_norm": result.grad_norm,
@@ -190,91 +174,84 @@ class Loop:
                 "tokens_per_second": window["tokens"] / window["seconds"],
             }
             window.clear()
-            self.log.train(self.state.step, self._epoch(), figures)
+            self.log.train(self.state.step, self._epoch(), metrics)
 
     def _epoch(self) -> float:
         return self.state.step / steps_per_epoch(self.train_split.lengths, self.recipe.training)
 
-    def _flag_spike(self, result: StepResult) -> None:
+    def _log_spike(self, result: StepResult) -> None:
         window = self.state.window
         if window.get("steps", 0) >= 5 and window.get("weight"):
             mean = window["loss"] / window["weight"]
             if result.loss > SPIKE * mean and result.loss > 1.0:
-                said = f"loss {result.loss:.3f} at step {self.state.step}, after a mean of {mean:.3f}"
-                self.log.event(self.state.step, "loss_spike", said)
+                message = f"loss spike: {result.loss:.3f} at step {self.state.step}, after a mean of {mean:.3f}"
+                self.log.event(self.state.step, "loss_spike", message)
 
-    def _not_finite(self, batch: np.ndarray, result: StepResult) -> None:
-        what = (
+    def _skip_or_raise(self, batch: np.ndarray, result: StepResult) -> None:
+        details = (
             f"loss {result.loss}, gradient norm {result.grad_norm} at step {self.state.step}, "
-            f"training rows {self._names(batch)}"
+            f"training rows {self._describe_rows(batch)}"
         )
         if self.recipe.training.nonfinite == "skip":
             self.state.skipped += 1
-            self.log.event(self.state.step, "skipped", f"step skipped: {what}")
+            self.log.event(self.state.step, "skipped", f"step skipped: {details}")
             return
         raise TrainingError(
-            f"not a finite number: {what}; {self._last_kept()}. Lower training.learning_rate, look at these rows, use "
-            "model.dtype=float32, or skip such steps with training.nonfinite=skip"
+            f"loss or gradients are not finite: {details}; {self._last_checkpoint()}. Lower training.learning_rate, "
+            "check these rows, use model.dtype=float32, or skip such steps with training.nonfinite=skip"
         )
 
-    def _names(self, batch: np.ndarray, most: int = 16) -> str:
+    def _describe_rows(self, batch: np.ndarray, limit: int = 16) -> str:
         """Examples of a batch by number, and by file and line where these are known."""
-        named = []
-        for example in sorted(batch.tolist())[:most]:
-            held = self.train_split.examples[example]
-            rows = [held["row"] + offset for offset in held.get("row_offsets") or [0]] if "row" in held else []
+        names = []
+        for number in sorted(batch.tolist())[:limit]:
+            example = self.train_split.examples[number]
+            rows = [example["row"] + offset for offset in example.get("row_offsets") or [0]] if "row" in example else []
             sources = [self.rows[int(row)] for row in rows] if self.rows is not None else []
             places = [f"{row['_file']}:{row['_line']}" for row in sources if row.get("_line")]
-            named.append(f"{example} ({', '.join(places)})" if places else str(example))
-        return ", ".join(named) + (f" and {len(batch) - most} more" if len(batch) > most else "")
-
-    # -- validation ------------------------------------------------------------------------------------------------
+            names.append(f"{number} ({', '.join(places)})" if places else str(number))
+        return ", ".join(names) + (f" and {len(batch) - limit} more" if len(batch) > limit else "")
 
     def evaluate(self, split: EncodedSplit) -> dict[str, np.ndarray]:
-        """Outputs for every example of a split, gathered on every process."""
+        """Outputs of every example of a split, gathered on every process."""
         self.module.eval()
         self.session.watchdog.arm()
-        trim_heap()  # its passes are of other shapes than training's, and so are the holes that they leave
+        trim_heap()  # its batches have other shapes than training's, which fragments the heap
         outputs = predict(
-            self.module,
-            split,
-            self.tokenizer,
-            device=self.session.device,
+            self.module, split, self.tokenizer, device=self.session.device,
             batch_size=self.recipe.evaluation.batch_size,
             tokens=pass_tokens(self.recipe.training, self.session.device.type),
-            autocast=self.session.accelerator.autocast,
-            rank=self.session.rank,
-            world_size=self.session.world_size,
+            autocast=self.session.accelerator.autocast, rank=self.session.rank, world_size=self.session.world_size,
             progress=lambda _: self.session.watchdog.report_progress(),
-            should_stop=(lambda: bool(self._asked_to_stop())) if hasattr(self, "_stop") else None,
-        )
+            should_stop=(lambda: bool(self._stop_code())) if self._stop else None,
+        )  # fmt: skip
         trim_heap()
         self.session.watchdog.disarm()
         return outputs
 
     def _validate(self) -> bool:
-        """Validates, and says whether this is the best model so far."""
+        """Validate; returns whether this is the best model so far."""
         state, training = self.state, self.recipe.training
         try:
             with self.weights.swap_ema():
                 outputs = self.evaluate(self.data.splits["validation"])
         except Stopped:
-            self._stop_if_asked()
+            self._stop_if_requested()
             raise
-        figures = self.module.head.metrics(outputs, self.recipe.evaluation)
+        metrics = self.module.head.metrics(outputs, self.recipe.evaluation)
         state.evaluated = state.step
-        self.log.evaluation(state.step, self._epoch(), "validation", figures)
+        self.log.evaluation(state.step, self._epoch(), "validation", metrics)
         if self.on_validation:
-            self.on_validation(state.step, figures)
-        value, sign = figures[self.metric], 1 if greater_is_better(self.metric) else -1
+            self.on_validation(state.step, metrics)
+        value, sign = metrics[self.metric], 1 if greater_is_better(self.metric) else -1
         improvement = math.inf if state.best_value is None else sign * (value - state.best_value)
         stopping = training.early_stopping
         if not improvement > (stopping.min_delta if stopping else 0.0):
             state.stale += 1
             if stopping and state.stale >= stopping.patience:
                 state.stopped_early = True
-                said = f"no better {self.metric} in {state.stale} validations: stopping"
-                self.log.event(state.step, "early_stopping", said)
+                message = f"early stopping: {self.metric} has not improved in {state.stale} validations"
+                self.log.event(state.step, "early_stopping", message)
         else:
             state.stale = 0
         if improvement > 0:
@@ -282,48 +259,45 @@ class Loop:
         return improvement > 0
 
     def _check_metric_name(self) -> None:
-        """A wrong name is an error before the first step, not after the first epoch."""
+        """A wrong name must fail before the first step, not after the first epoch."""
         split = self.data.splits["validation"]
-        few = np.argsort(split.lengths, kind="stable")[:PROBE_ROWS]
-        probe = split.select(few)
-        figures = self.module.head.metrics(self.evaluate(probe), self.recipe.evaluation)
-        if self.metric not in figures:
-            raise RecipeError(f"training.best_metric: no figure '{self.metric}': {did_you_mean(self.metric, figures)}")
+        rows = np.argsort(split.lengths, kind="stable")[:PROBE_ROWS]
+        metrics = self.module.head.metrics(self.evaluate(split.select(rows)), self.recipe.evaluation)
+        if self.metric not in metrics:
+            raise RecipeError(f"training.best_metric: no metric '{self.metric}': {did_you_mean(self.metric, metrics)}")
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _save(self, *, must: bool = False) -> None:
-        """Writes a checkpoint; one that fails in mid-run is said and the run goes on with those before it."""
+    def _save(self, *, required: bool = False) -> None:
+        """Write a checkpoint; a failed save during training is logged and training continues."""
         self.session.watchdog.disarm()
         model, optimizer = self.weights.tensors(), optimizer_tensors(self.module, self.optimizer)
         broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
         if broken:
-            raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_kept()}")
+            raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_checkpoint()}")
         error = self.session.run_on_main(lambda: self._write(model, optimizer))
-        if error and must:
-            raise CheckpointError(f"{error}; {self._last_kept()}")
+        if error and required:
+            raise CheckpointError(f"{error}; {self._last_checkpoint()}")
         if error:
             self.log.event(self.state.step, "checkpoint_failed", error)
 
     def _write(self, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> str | None:
-        """What kept the checkpoint from being written; on the main process."""
+        """Write a checkpoint on the main process; returns what prevented it."""
         state = self.state
         state.log_offset = self.log.end
-        held = {
-            "training": state.to_json(),
-            "scheduler": _plain_state(self.scheduler),
+        saved = {
+            "training": asdict(state),
+            "scheduler": _scheduler_counters(self.scheduler),
             "fingerprints": dict(self.fingerprints),
             "finished": state.step >= self.total or state.stopped_early,
         }
-        return self._saver.write(Content(state.step, model, optimizer, held), state.best_step, self.log.flush)
+        content = CheckpointContent(state.step, model, optimizer, saved)
+        return self._writer.write(content, state.best_step, self.log.flush)
 
-    def _last_kept(self) -> str:
-        kept = self.session.run_on_main(lambda: checkpoints.newest(self.checkpoints)[0])
-        return f"the last good checkpoint is {kept.path}" if kept else "there is no checkpoint yet"
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        return self.session.run_on_main(lambda: checkpoints.newest(self.checkpoints)[0])  # type: ignore[no-any-return]
 
-    def _is_saved(self) -> bool:
-        newest = self.session.run_on_main(lambda: checkpoints.newest(self.checkpoints)[0])
-        return newest is not None and newest.step == self.state.step
+    def _last_checkpoint(self) -> str:
+        newest = self._newest_checkpoint()
+        return f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._load_model(checkpoint)
@@ -332,14 +306,13 @@ class Loop:
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **saved["scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, saved["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
-        self.state = TrainingState.from_json(saved["training"])
+        self.state = TrainingState(**saved["training"])
 
     def _load_model(self, checkpoint: Checkpoint) -> None:
         self.weights.load(self._read(checkpoint, checkpoints.MODEL), checkpoint.path)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
-        """A checkpoint's tensors on every process; only the main one reads, so that no file system need be shared."""
-        return self.session.broadcast_tensors(lambda: checkpoint.tensors(name))
+        return self.session.broadcast_tensors(lambda: checkpoint.tensors(name))  # only the main process reads
 
     def _restore_best(self) -> None:
         best = self.state.best_step
@@ -348,35 +321,32 @@ class Loop:
                 self._load_model(self.session.run_on_main(lambda: checkpoints.at_step(self.checkpoints, best)))
             except CheckpointError as error:
                 error.args = (
-                    f"{error}; it held the best weights, with which the run is to end. To train them again, from the "
-                    f"checkpoint before it or from the beginning:\n  peftkit train --resume {self.folder}",
+                    f"{error}; it holds the run's best weights. Train them again, from an earlier checkpoint or from "
+                    f"the start:\n  peftkit train --resume {self.folder}",
                 )
                 raise
         self.weights.load_ema()
 
-    # -- stopping --------------------------------------------------------------------------------------------------
-
-    def _stop_if_asked(self) -> None:
-        worst = self._asked_to_stop()
-        if not worst:
+    def _stop_if_requested(self) -> None:
+        code = self._stop_code()
+        if not code:
             return
-        self._save(must=True)
-        why = "the time limit" if worst == TIME_IS_UP else signal.Signals(worst).name
-        number = signal.SIGTERM if worst == TIME_IS_UP else worst
+        self._save(required=True)
+        reason, number = ("the time limit", signal.SIGTERM) if code == TIME_IS_UP else (signal.Signals(code).name, code)
         raise Interrupted(
-            f"stopped by {why} after step {self.state.step} of {self.total}; nothing is lost. Go on with:\n"
+            f"stopped by {reason} after step {self.state.step} of {self.total}; nothing is lost. Resume with:\n"
             f"  peftkit train --resume {self.folder}",
             number,
         )
 
-    def _asked_to_stop(self) -> int:
-        """0, or what asks for an end on any process: a signal's number, or TIME_IS_UP; all get the same answer."""
-        code = self._stop.code
-        return self.session.all_reduce_max(code if code > 0 else (TIME_IS_UP if code else 0))
+    def _stop_code(self) -> int:
+        """0 to continue, or the reason to stop on any process: a signal's number or TIME_IS_UP; equal on all."""
+        assert self._stop is not None
+        return self.session.all_reduce_max(self._stop.code)
 
 
-def _plain_state(scheduler: Any) -> dict[str, Any]:
-    """A schedule's counters without its functions, which the recipe gives anew."""
+def _scheduler_counters(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's state without its functions, which are rebuilt from the recipe."""
     return {
         name: value
         for name, value in scheduler.state_dict().items()

@@ -1,55 +1,55 @@
-"""AdamW whose state takes a quarter of the memory, or lies where it can be paged out, through bitsandbytes.
+"""bitsandbytes' AdamW, with a state of a quarter of the size, or in memory that can be paged out.
 
 adamw_8bit keeps both moments in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022, arXiv:2110.02861);
-tensors of fewer than 4,096 numbers keep them in fp32. The paged ones allocate the state in CUDA's unified memory, from
-which the driver moves pages to the CPU's when the GPU's is short (QLoRA, arXiv:2305.14314). On a CPU there is nothing
-to page, and they are refused.
+tensors of fewer than 4,096 numbers keep fp32 moments. The paged optimizers allocate the state in CUDA's unified memory,
+from which the driver moves pages to the CPU when the GPU's memory is short (QLoRA, arXiv:2305.14314). On a CPU there is
+nothing to page, and they are refused.
 """
 
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from peftkit.errors import RecipeError
 from peftkit.models.dtypes import silence_libraries
+from peftkit.models.quantization import bitsandbytes_support
 
 CLASSES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 CONSTANT = ("qmap1", "qmap2")
-"""Tables of the 256 values that a byte stands for: the same for every parameter, and not part of the state."""
+"""Tables of the 256 values of a byte: equal for all parameters, and not part of the state."""
 
 
 def check(name: str, device: str, *, sharded: bool = False) -> None:
-    """Raises RecipeError unless an optimizer of bitsandbytes works here; other names pass.
+    """Raise RecipeError if an optimizer of bitsandbytes does not work here; other names pass.
 
     Args:
         name: ``training.optimizer``.
-        device: kind of device that trains: cpu, cuda, mps.
-        sharded: whether parameters are spread over processes.
+        device: kind of the training device: cpu, cuda, mps.
+        sharded: whether parameters are sharded over processes.
     """
     if name not in CLASSES:
         return
-    what = f"training.optimizer={name}"
-    if find_spec("bitsandbytes") is None:
-        raise RecipeError(f"{what} needs bitsandbytes: run `pip install 'peftkit[quantization]'`, or use adamw")
+    field = f"training.optimizer={name}"
+    if not bitsandbytes_support.is_installed():
+        raise RecipeError(f"{field} needs bitsandbytes: run `pip install 'peftkit[quantization]'`, or use adamw")
     if name.startswith("paged") and device != "cuda":
-        instead = "adamw_8bit" if name.endswith("8bit") else "adamw"
+        alternative = "adamw_8bit" if name.endswith("8bit") else "adamw"
         raise RecipeError(
-            f"{what} pages its state out of a CUDA GPU's memory, and this runs on {device}; use {instead}"
+            f"{field} pages its state out of a CUDA GPU's memory, but this run is on {device}; use {alternative}"
         )
     if sharded:
-        raise RecipeError(f"{what} cannot hold the state of parameters that are spread over processes; use adamw")
+        raise RecipeError(f"{field} does not support sharded parameters; use adamw")
     reason = _failure(name, device)
     if reason:
-        raise RecipeError(f"{what} does not work on {device} with this bitsandbytes ({reason}); use adamw")
+        raise RecipeError(f"{field} does not work on {device} with this bitsandbytes ({reason}); use adamw")
 
 
 @functools.cache
 def _failure(name: str, device: str) -> str | None:
-    """What goes wrong in one step on a tensor that is large enough for 8 bits; None where all goes well."""
+    """The error of one step on a tensor that is large enough for 8 bits; None if the step works."""
     weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
     weight.grad = torch.ones_like(weight)
     try:
@@ -62,26 +62,24 @@ def _failure(name: str, device: str) -> str | None:
 def build(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """The optimizer of that name over parameter groups; ``options`` are lr, betas and eps."""
     silence_libraries()
-    from bitsandbytes import optim
-
-    optimizer: torch.optim.Optimizer = getattr(optim, CLASSES[name])(groups, **options)
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes_support.optimizers(), CLASSES[name])(groups, **options)
     return optimizer
 
 
 def is_low_bit(optimizer: Any) -> bool:
-    """Whether an optimizer is one of bitsandbytes'."""
+    """Whether an optimizer is bitsandbytes' own."""
     return hasattr(optimizer, "init_state") and hasattr(optimizer, "fill_qmap")
 
 
 def restore(optimizer: Any, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    """Puts a parameter's state back into buffers that the optimizer allocates itself, paged ones among them."""
-    for number, group in enumerate(optimizer.param_groups):
-        for place, one in enumerate(group["params"]):
-            if one is parameter:
-                optimizer.init_state(group, one, number, place)
-    held = optimizer.state[parameter]
+    """Restore a parameter's state into buffers that the optimizer allocates itself, since they may be paged."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, candidate in enumerate(group["params"]):
+            if candidate is parameter:
+                optimizer.init_state(group, candidate, group_index, index)
+    buffers = optimizer.state[parameter]
     for key, tensor in state.items():
         if key == "step":
-            held[key] = int(tensor)  # the kernels take a number
+            buffers[key] = int(tensor)  # the kernels take a number
         else:
-            held[key].copy_(tensor)
+            buffers[key].copy_(tensor)

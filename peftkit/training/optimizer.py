@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a recipe, and their state as tensors and JSON."""
+"""The optimizer and scheduler of a recipe, and the optimizer's state as tensors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from peftkit.training import low_bit_optimizers
 def parameter_groups(
     model: torch.nn.Module, weight_decay: float, method: Method | None = None, learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters in groups of one weight decay and one learning rate.
+    """Trainable parameters in groups by weight decay and learning rate.
 
-    Two groups for most methods: matrices, which decay, and vectors (biases, normalization), which do not. A method that
-    lets some parameters learn faster (LoRA+) has more; those of the plain learning rate come first.
+    Most methods have two groups: matrices, which decay, and vectors (biases, normalization), which do not. A method in
+    which some parameters learn faster (LoRA+) has more; groups with the recipe's own learning rate come first.
     """
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -50,25 +50,17 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
     return torch.optim.Adafactor(groups, lr=rate)
 
 
-def warmup_steps(training: TrainingConfig, total: int) -> int:
-    """``training.warmup`` in steps: a share of the total when below 1, else a count."""
-    return math.ceil(total * training.warmup) if training.warmup < 1 else int(training.warmup)
-
-
 def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, total: int) -> Any:
-    """transformers' schedule of that name; stepped once an optimizer step, and never given to Accelerate."""
+    """transformers' scheduler of that name; to be stepped once per optimizer step, and not prepared by Accelerate."""
     from transformers import get_scheduler
 
-    return get_scheduler(
-        training.scheduler, optimizer, num_warmup_steps=warmup_steps(training, total), num_training_steps=total
-    )
+    # a share of the steps, or their number
+    warmup = math.ceil(total * training.warmup) if training.warmup < 1 else int(training.warmup)
+    return get_scheduler(training.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state as ``PARAMETER/KEY`` → tensor; every value that torch's optimizers keep is one.
-
-    A collective where parameters are sharded.
-    """
+    """The optimizer's state by ``PARAMETER/KEY``; a collective if parameters are sharded."""
     if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         return zero.optimizer_tensors(model, optimizer)
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -83,27 +75,20 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Puts back what ``optimizer_tensors`` gave, beside the parameters it belongs to."""
+    """Restore the result of ``optimizer_tensors``, on the devices of the parameters."""
     if any(zero.is_partitioned(parameter) for parameter in model.parameters()):
         zero.load_optimizer_tensors(model, optimizer, tensors)
         return
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    if low_bit_optimizers.is_low_bit(optimizer):
-        for parameter, state in _by_parameter(tensors).items():
-            low_bit_optimizers.restore(optimizer, parameters[parameter], state)
-        return
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        owner = parameters[parameter]
-        # AdamW keeps its step count on the CPU unless fused on a GPU; moments live with the parameter
-        device = owner.device if tensor.ndim else ("cpu" if owner.device.type == "cpu" else owner.device)
-        optimizer.state[owner][key] = shard_like(tensor.to(device), owner)
-
-
-def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        found.setdefault(parameter, {})[key] = tensor
-    return found
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        states.setdefault(name, {})[key] = tensor
+    for name, state in states.items():
+        parameter = parameters[name]
+        if low_bit_optimizers.is_low_bit(optimizer):
+            low_bit_optimizers.restore(optimizer, parameter, state)
+            continue
+        for key, tensor in state.items():
+            optimizer.state[parameter][key] = shard_like(tensor.to(parameter.device), parameter)

@@ -1,7 +1,7 @@
-"""Random numbers that are a function of where training stands.
+"""Random numbers as a function of the position in training.
 
-Before every micro-batch torch is seeded from (seed, step, micro-batch, process): dropout then needs no stored state,
-and a resumed run draws what the uninterrupted run drew.
+Torch is seeded from (seed, step, micro-batch, rank) before every micro-batch: dropout needs no stored state, and a
+resumed run draws the numbers that an uninterrupted one draws.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ import numpy as np
 import torch
 
 
-def seed_for(*place: int) -> int:
-    """A well-mixed 63-bit seed for a tuple of non-negative integers."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
-
-
-def seed_micro_batch(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seeds torch on every device for one forward and backward pass."""
-    value = seed_for(seed, step, micro, rank)
+def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seed torch on every device for one micro-batch."""
+    sequence = np.random.SeedSequence((seed, step, micro_batch, rank))
+    value = int(sequence.generate_state(1, np.uint64)[0] >> 1)
     torch.default_generator.manual_seed(value)
-    # torch.manual_seed would note a call, with its traceback, for every kind of device that is not there
+    # torch.manual_seed would record a call, with its traceback, for every kind of device that is absent
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
     if torch.backends.mps.is_available():

@@ -169,7 +169,7 @@ def after_training(
             recipe, prepared.info, loop.tokenizer, loop.data, training, device=loop.session.device,
             world_size=loop.session.world_size, sharded=loop.session.sharded,
         )  # fmt: skip
-        training |= prediction.plan_error_metrics(results.plan)
+        training |= prediction.planned_metrics(results.plan)
     return results
 
 

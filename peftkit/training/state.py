@@ -1,44 +1,34 @@
-"""Where training stands: all that a checkpoint must carry besides tensors."""
+"""The progress of a training run: everything in a checkpoint that is not a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass
 class TrainingState:
-    """Everything here continues on resume."""
+    """Progress that is restored on resume."""
 
     step: int = 0
     """Optimizer steps done."""
     epoch: int = 0
     """Epoch of the next step."""
     batch: int = 0
-    """Place of the next step in its epoch's plan."""
+    """Index of the next step's batch in its epoch."""
     evaluated: int = -1
-    """Last step that was validated; a run stopped before or in a validation makes up for it."""
+    """Last step that was validated; a run stopped before or during a validation repeats it on resume."""
     best_value: float | None = None
     best_step: int | None = None
     stale: int = 0
-    """Validations since the last improvement (early stopping)."""
+    """Validations since the last improvement, for early stopping."""
     stopped_early: bool = False
     skipped: int = 0
-    """Steps without an update because of numbers that were not finite."""
+    """Steps without an update because the loss or the gradients were not finite."""
     seconds: float = 0.0
-    """Time spent training, validations and checkpoints not counted."""
+    """Time spent training, without validations and checkpoints."""
     rows: int = 0
     tokens: int = 0
     log_offset: int = 0
+    """Bytes of metrics.jsonl."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last line of the log."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TrainingState:
-        """The state that ``to_json`` gave."""
-        return cls(**values)

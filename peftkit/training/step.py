@@ -1,10 +1,9 @@
-"""One optimizer step, and the module that every forward pass goes through."""
+"""One optimizer step, and the module that runs every forward pass."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,76 +17,77 @@ from peftkit.distributed.sharding import unshard
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
-from peftkit.training.auto_micro_batch import AUTO, retry_on_oom
 from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
 from peftkit.training.randomness import seed_micro_batch
 
 
 class TaskModule(torch.nn.Module):
-    """The model under its head: ``forward`` gives the summed loss, or the outputs that evaluation needs.
-
-    Being one module, it is what Accelerate wraps for many processes.
-    """
+    """A model with its head, as the one module that Accelerate wraps for several processes."""
 
     def __init__(self, loaded: LoadedModel, head: Head) -> None:
         super().__init__()
         self.model = loaded.model
         self.head, self.pooling = head, loaded.pooling
-        # the blocks that FSDP shards one by one
+        # block classes, each sharded on its own by FSDP
         self._no_split_modules = list(getattr(loaded.model, "_no_split_modules", None) or [])
-        self.stem: FrozenTrunk | None = None
-        """The part of the model that nothing changes; it stays in evaluation mode."""
+        self.trunk: FrozenTrunk | None = None
+        """The frozen lower part of the model; it stays in evaluation mode."""
         self._mode: bool | None = None
-        """What ``train`` set last."""
+        """The mode that ``train`` set last."""
 
     def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
-        """Summed loss (a scalar), or a dict of tensors with one row an example.
+        """The summed loss (a scalar), or with ``outputs`` the tensors that evaluation needs, one row per example.
 
-        A batch with ``features`` (see ``training.features``) enters the model above its stem.
+        A batch with ``features`` (see ``training.features``) enters the model above its frozen trunk.
         """
         use = self.head.outputs if outputs else self.head.loss
         features = batch.get(FEATURES)
-        if features is None or self.stem is None:
+        if features is None or self.trunk is None:
             return use(self.model, batch, self.pooling)
-        with self.stem.replay(features):
+        with self.trunk.replay(features):
             rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
             return use(self.model, rest, self.pooling)
 
-    def hold(self, stem: FrozenTrunk) -> None:
-        """Keeps a stem in evaluation mode from now on."""
-        self.stem, self._mode = stem, None
+    def freeze_trunk(self, trunk: FrozenTrunk) -> None:
+        """Keep a trunk in evaluation mode from now on."""
+        self.trunk, self._mode = trunk, None
 
     def train(self, mode: bool = True) -> TaskModule:
-        """Training mode for all but the stem, in which dropout would change what is known to be fixed."""
+        """Set the mode of all modules but the trunk's: dropout there would change its cached outputs."""
         if self._mode == mode == self.training == self.model.training:
-            return self  # walking through every module at every step costs more than a step on features
+            return self  # visiting every module at every step costs more than a step on cached features
         super().train(mode)
         self._mode = mode
-        for module in self.stem.still if self.stem else ():
+        for module in self.trunk.eval_modules if self.trunk else ():
             module.eval()
         return self
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; sums are over the global batch."""
+    """Metrics of one optimizer step over its global batch."""
 
     loss: float
-    """Mean loss over the scored examples or tokens."""
+    """Mean over the scored examples or tokens."""
     weight: float
+    """Scored examples or tokens."""
     grad_norm: float
     rows: int
     tokens: int
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients are numbers."""
+        """Whether the loss and the gradient norm are finite."""
         return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
 
 
 @dataclass
 class Stepper:
-    """Carries out optimizer steps: forward and backward of every micro-batch, one division, clipping, one update."""
+    """Runs optimizer steps: forward and backward of every micro-batch, clipping, one update.
+
+    The loss of a micro-batch is a sum, divided by the weight of the whole global batch, which is known beforehand: so
+    accumulation, ragged lengths and the number of processes do not change the gradient.
+    """
 
     recipe: Recipe
     session: Session
@@ -100,34 +100,27 @@ class Stepper:
 
     def __post_init__(self) -> None:
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        given = self.recipe.training.micro_batch
-        self.micro_batch: int | None = given if isinstance(given, int) else None
-        """Rows a pass at most; automatic ones shrink when memory runs out."""
-        self.tell: Callable[[str], None] = lambda _: None
-        """Told when they do."""
+        rows = self.recipe.training.micro_batch
+        self.micro_batch: int | None = rows if isinstance(rows, int) else None
+        """Maximum rows per micro-batch."""
 
     @functools.cached_property
     def model(self) -> Any:
-        """The model itself, as the method made it; unwrapped once, for Accelerate looks through all of it each time."""
+        """The model that the method built; cached, since unwrapping searches all of its modules."""
         return self.session.accelerator.unwrap_model(self.module).model
 
     def run(self, batch: np.ndarray, step: int) -> StepResult:
-        """One optimizer step on a global batch of row numbers.
-
-        The loss of every micro-batch is a sum and is divided by the weight of the whole global batch, which is known
-        beforehand; so neither accumulation, nor ragged lengths, nor the number of processes change the gradient.
-        """
-        session, training = self.session, self.recipe.training
+        """Run one optimizer step on a global batch of row numbers."""
         weight = float(self.split.weights[batch].sum())
+        tokens = int(self.split.lengths[batch].sum())
         self.module.train()
-        session.watchdog.arm()
-        if training.micro_batch == AUTO and session.world_size == 1:
-            total = retry_on_oom(self, batch, lambda: self._accumulate(self.share(batch), weight, step))
-        else:
-            total = self._accumulate(self.share(batch), weight, step)
-        norm = self._grad_norm(training.max_grad_norm)
-        loss = float(self._sum(total)) / weight if weight else 0.0
-        result = StepResult(loss, weight, norm, len(batch), int(self.split.lengths[batch].sum()))
+        self.session.watchdog.arm()
+        total = self.accumulate(batch, weight, step)
+        norm = self._clip_gradients()
+        if self.session.world_size > 1:
+            total = self.session.accelerator.reduce(total, "sum")
+        loss = float(total) / weight if weight else 0.0
+        result = StepResult(loss, weight, norm, len(batch), tokens)
         if result.finite:
             self.optimizer.step()
             self.recipe.method.after_step(self.model, step + 1)
@@ -135,55 +128,51 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def share(self, batch: np.ndarray) -> list[MicroBatch]:
-        """This process's passes of a global batch."""
+    def micro_batches(self, batch: np.ndarray) -> list[MicroBatch]:
+        """This process's micro-batches of a global batch."""
+        session, tokens = self.session, pass_tokens(self.recipe.training, self.session.device.type)
         return shard_batch(
-            batch,
-            self.split.lengths,
-            rank=self.session.rank,
-            world_size=self.session.world_size,
-            micro_batch=self.micro_batch,
-            micro_tokens=pass_tokens(self.recipe.training, self.session.device.type),
-        )
+            batch, self.split.lengths, rank=session.rank, world_size=session.world_size, micro_batch=self.micro_batch,
+            micro_tokens=tokens,
+        )  # fmt: skip
 
-    def _accumulate(self, micro: Sequence[MicroBatch], weight: float, step: int) -> torch.Tensor:
+    def accumulate(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
+        """Accumulate the gradients of this process's micro-batches; returns their summed loss."""
         session = self.session
         total = torch.zeros((), device=session.device)
-        for number, piece in enumerate(micro):
+        micro_batches = self.micro_batches(batch)
+        for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
-            batch = self.batch(piece.rows)
-            last = number == len(micro) - 1
-            # DDP averages gradients over processes; the sum over the global batch is wanted
-            scale = session.world_size / weight if piece.counts and weight else 0.0
+            last = number == len(micro_batches) - 1
+            # DDP averages gradients over processes, but the sum over the global batch is needed
+            scale = session.world_size / weight if micro_batch.counts and weight else 0.0
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
-                loss = self._pass(batch, scale, last=last)
-            if piece.counts:
+                loss = self._forward_backward(self.collate(micro_batch.rows), scale, last=last)
+            if micro_batch.counts:
                 total += unshard(loss)
             session.watchdog.report_progress()
         return total
 
-    def _pass(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
-        """Forward and backward; returns the loss alone, so that the next pass finds the graph of this one gone.
+    def _forward_backward(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
+        """The detached loss: its graph is freed before the next micro-batch.
 
-        What bitsandbytes' INT8 layers keep for the backward pass lives as long as their node of the graph.
+        bitsandbytes' INT8 layers keep what they save for the backward pass as long as their node of the graph lives.
         """
         with self.session.accelerator.autocast():
             loss: torch.Tensor = self.module(batch)
         self.session.watchdog.report_progress()
         objective = loss * scale
         if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
-            objective = objective + penalty  # the same on every process, hence also their average
+            objective = objective + penalty  # equal on all processes, so DDP's average leaves it as it is
         self.session.backward(objective, last=last)
         return loss.detach()
 
-    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def collate(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows as padded tensors on this process's device."""
         batch = self.split.batch(rows, self.tokenizer)
         return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _grad_norm(self, limit: float | None) -> float:
-        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit or float("inf"))
+    def _clip_gradients(self) -> float:
+        limit = self.recipe.training.max_grad_norm or float("inf")
+        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)
         return float(unshard(norm)) if norm is not None else 0.0
-
-    def _sum(self, value: torch.Tensor) -> torch.Tensor:
-        return self.session.accelerator.reduce(value, "sum") if self.session.world_size > 1 else value

@@ -1,4 +1,4 @@
-"""Stopping on request: signals and time limits, noticed between steps; at once where there is nothing to finish."""
+"""Stopping on request, by a signal or a time limit: between steps, or immediately outside of the training loop."""
 
 from __future__ import annotations
 
@@ -12,40 +12,36 @@ from typing import Any
 
 from peftkit.errors import Interrupted
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+TIME_IS_UP = 1 << 10
+"""Stands for the time limit among the numbers of signals."""
 
 
 class StopRequest:
-    """Remembers that SIGINT, SIGTERM or SIGUSR1 came, or that the time is up; a second SIGINT acts at once.
+    """Records SIGINT, SIGTERM or SIGUSR1, or that the time is up; a second SIGINT interrupts immediately.
 
-    Use as a context manager, which puts the old handlers back. Off the main thread, where Python allows no handlers,
-    only the time limit works.
+    Use it as a context manager, which restores the old handlers. Outside of the main thread, where Python allows no
+    handlers, only the time limit works.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.signal_number: int | None = None
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
-        self._old: dict[int, Any] = {}
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self._old[number] = signal.signal(number, self._handle)
+        self._handlers.enter_context(_handling(self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old.clear()
+        self._handlers.close()
 
     @property
     def code(self) -> int:
-        """0 to go on, a signal's number, or -1 when the time is up."""
+        """0 to continue, a signal's number, or TIME_IS_UP."""
         if self.signal_number is not None:
             return self.signal_number
-        return -1 if self._deadline and time.monotonic() >= self._deadline else 0
+        return TIME_IS_UP if self._deadline and time.monotonic() >= self._deadline else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None and number == signal.SIGINT:
@@ -55,18 +51,24 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def at_once(message: Callable[[], str]) -> Iterator[None]:
-    """Before and after the loop, where no step is under way, a signal raises Interrupted with that message."""
+def stop_immediately(message: Callable[[], str]) -> Iterator[None]:
+    """Within the context, where no step is under way, a signal raises Interrupted with that message."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}; {message()}", number)
 
-    old: dict[int, Any] = {}
+    with _handling(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the context, a handler for SIGNALS; does nothing outside of the main thread."""
+    previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        old = {number: signal.signal(number, handle) for number in numbers}
+        previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -218,7 +218,7 @@ def _writing(
     def work(rank: int) -> None:
         from peftkit.training.step import Stepper
 
-        real_run, real_batch, step = Stepper.run, Stepper.batch, [0]
+        real_run, real_collate, step = Stepper.run, Stepper.collate, [0]
 
         def run(self: Any, batch: Any, number: int) -> Any:
             if number == stop:
@@ -229,14 +229,14 @@ def _writing(
             finally:
                 step[0] = -1  # batches that are made for other ends are not trained on
 
-        def batch(self: Any, rows: Any) -> Any:
+        def collate(self: Any, rows: Any) -> Any:
             line = json.dumps([step[0], rank, attempt, [int(row) for row in rows]]) + "\n"
             if step[0] >= 0:
                 with book.open("a") as file:
                     file.write(line)
-            return real_batch(self, rows)
+            return real_collate(self, rows)
 
-        Stepper.run, Stepper.batch = run, batch  # type: ignore[method-assign]
+        Stepper.run, Stepper.collate = run, collate  # type: ignore[method-assign]
         train()
 
     return work

@@ -80,6 +80,16 @@ def test_a_run_s_adapter_is_in_its_vectors(bert, tmp_path):
     assert np.abs(found - by_hand(bert, TEXTS, "mean")).max() > 0.01
 
 
+def test_a_run_s_own_tokens_bound_the_batches(bert, tmp_path):
+    folder, _ = exported(tmp_path, bert, method={"kind": "lora", "rank": 4}, training={"micro_batch_tokens": 12})
+    embedder, sizes = embeddings.of_run(peftkit.load(folder)), []
+    embedder.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    embedder.embed(["red"] * 10)
+    assert sizes == [(4, 3), (4, 3), (2, 3)]
+
+
 def test_files_and_pipes(bert, tmp_path, monkeypatch, capsys, in_fp32):
     table, parquet, array = (tmp_path / name for name in ("in.csv", "out.parquet", "out.npy"))
     table.write_text("id,words\n" + "".join(f"{n},{text}\n" for n, text in enumerate(TEXTS)))

@@ -18,7 +18,7 @@ from peftkit.errors import Interrupted, UserError
 from peftkit.models.loading import build
 from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.planning.memory import held_by
+from peftkit.planning.memory import persistent_memory
 from peftkit.planning.trace import fake_tensor_mode
 from peftkit.schema.types import TaskInfo
 from tests import tiny
@@ -128,7 +128,7 @@ def test_planned_bytes_are_those_of_the_weights_that_are_loaded(kind, model, tas
     assert len(integers) == linears
     assert not any("score" in name or "classifier" in name or "lora_" in name for name in integers)
     assert table(planned) == table(real)
-    held = held_by(planned, "adamw")
+    held = persistent_memory(planned, "adamw")
     frozen = [p for p in real.parameters() if not p.requires_grad]
     assert held.frozen == sum(p.numel() * p.element_size() for p in (*frozen, *real.buffers()))
     assert held.constants == tiny.scale_bytes(real)
@@ -196,7 +196,7 @@ def test_products_are_in_the_runs_own_dtype_and_blocks_of_any_size_are_planned(s
         tensors[name] = packed
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     real, planned = both(folder, CAUSAL, "style")
-    held = held_by(planned, "adamw")
+    held = persistent_memory(planned, "adamw")
     assert held.constants == tiny.scale_bytes(real) > 2 * 7 * 4 * 64 * 64 // 64
     recipe = recipe_of(folder, tmp_path, "style")
     model = build(recipe, CAUSAL, load_tokenizer(recipe.model)).model

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftkit.models.quantization.meta_layers import SCALES, Held
-from peftkit.planning.memory import held_by
-from peftkit.planning.passes import FEW, MORE, continued
+from peftkit.planning.memory import persistent_memory
 from peftkit.planning.trace import Tracer, fake_tensor_mode
+from peftkit.planning.traced_model import FEW, MORE, extrapolate
 
 DTYPE, RANK, PIECE = torch.bfloat16, 8, 128
 
@@ -70,11 +70,11 @@ def planned_bytes(sizes: Sizes, held: Held | None, tokens: int, rows: int = 1) -
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
             with tracer:
                 step(network, ids)
-            return held_by(network, "adamw"), tracer.finish()
+            return sum(persistent_memory(network, "adamw").parts().values()), tracer.finish()
 
     (few, traced_few), (more, traced_more) = at(FEW), at(MORE)
-    stays = few.persistent + (more.persistent - few.persistent) * (sizes.layers - FEW) // (MORE - FEW)
-    return stays + continued(traced_few, traced_more, sizes.layers).peak
+    stays = few + (more - few) * (sizes.layers - FEW) // (MORE - FEW)
+    return stays + extrapolate(traced_few, traced_more, sizes.layers).peak
 
 
 def step(network, ids):

@@ -9,8 +9,8 @@ import torch
 
 from peftkit.models.meta_model import build_meta_model
 from peftkit.models.quantization.meta_layers import Held as HeldMatrix
-from peftkit.planning.passes import TracedModel
 from peftkit.planning.trace import fake_tensor_mode
+from peftkit.planning.traced_model import TracedModel
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo

@@ -7,9 +7,9 @@ import torch
 
 from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.planning import passes
-from peftkit.planning.passes import Shape, TracedModel
+from peftkit.planning import traced_model
 from peftkit.planning.trace import fake_tensor_mode
+from peftkit.planning.traced_model import Shape, TracedModel
 from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from tests import tiny
@@ -34,7 +34,7 @@ def found(folder, pooling):
 @pytest.mark.parametrize("pooling", ["own", "mean"])
 def test_a_shortened_stack_continued_is_the_whole_one(pooling, eight_blocks, monkeypatch):
     continued = found(eight_blocks, pooling)
-    monkeypatch.setattr(passes, "MORE", 99)  # long enough to be run whole
+    monkeypatch.setattr(traced_model, "MORE", 99)  # long enough to be run whole
     whole = found(eight_blocks, pooling)
     for short, long in zip(continued, whole):
         assert short.flops == long.flops

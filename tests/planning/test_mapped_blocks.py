@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftkit.planning.passes import continued
 from peftkit.planning.trace import MAPPED, OTHER, Tracer, fake_tensor_mode
+from peftkit.planning.traced_model import extrapolate
 
 
 @pytest.mark.parametrize(("size", "resident"), [(MAPPED - 4, 1.5), (MAPPED, 1.0)])
@@ -16,5 +16,5 @@ def test_the_allocator_s_ratio_is_for_blocks_between_which_holes_are_left(size, 
     found = tracer.finish()
     assert found.parts == {OTHER: held.numel()}
     assert found.resident(1.5) == {OTHER: int(resident * size)}
-    longer = continued(found, found, 30)
+    longer = extrapolate(found, found, 30)
     assert longer.resident(1.5) == found.resident(1.5)

@@ -8,7 +8,7 @@ from peftkit.models import dtypes
 from peftkit.models.loading import build
 from peftkit.models.meta_model import build_meta_model
 from peftkit.models.tokenizer import load_tokenizer
-from peftkit.planning.memory import held_by
+from peftkit.planning.memory import persistent_memory
 from peftkit.planning.trace import fake_tensor_mode
 from tests import tiny
 from tests.methods.every_method import EXAMPLES, INFOS, Cell
@@ -35,7 +35,7 @@ def both(cell, bases):
     real = build(recipe, info, tokenizer).model
     with fake_tensor_mode():
         planned = build_meta_model(recipe, info, tokenizer, dtypes.dtype_for(recipe.model)).model
-        return planned, real, held_by(planned, "adamw")
+        return planned, real, persistent_memory(planned, "adamw")
 
 
 def table(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,16 +14,16 @@ from peftkit.errors import MethodError, RecipeError
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import plan as planning
-from peftkit.planning.devices import Device, named
+from peftkit.planning.devices import Device, parse_device
 from peftkit.planning.fitting import suggest
 from peftkit.planning.machine import Machine
-from peftkit.planning.memory import held_by, state_bytes
+from peftkit.planning.memory import persistent_memory, state_bytes
 from peftkit.planning.plan import PlanInputs, make_plan
 from peftkit.planning.trace import Tracer, fake_tensor_mode
 from peftkit.reporting.planning import plan_command
 from peftkit.schema import overrides
-from peftkit.training.ema import WeightAverage
 from peftkit.training.optimizer import build_optimizer
+from peftkit.training.weights import TrainedWeights
 
 MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 
@@ -30,7 +31,7 @@ MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 @pytest.fixture(autouse=True)
 def _measured(monkeypatch):
     """No test measures the machine."""
-    monkeypatch.setattr(planning.machines, "measured", lambda threads: MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads: MACHINE)
 
 
 def known_of(recipe):
@@ -50,12 +51,12 @@ def test_weights_gradients_and_states_are_those_of_the_real_model(small_recipe, 
     real = build_optimizer(model, recipe)
     real.step()
     states = [t for state in real.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
-    plan = make_plan(recipe, named("1GB"), known)
-    assert plan.held.trained == plan.held.gradients == sum(p.numel() * 4 for p in trained)
-    assert plan.held.states == pytest.approx(sum(t.numel() * t.element_size() for t in states), abs=16)
+    plan = make_plan(recipe, parse_device("1GB"), known)
+    assert plan.persistent.trained == plan.persistent.gradients == sum(p.numel() * 4 for p in trained)
+    assert plan.persistent.states == pytest.approx(sum(t.numel() * t.element_size() for t in states), abs=16)
     whole = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert plan.held.frozen + plan.held.trained == sum(whole.values()) + buffers
+    assert plan.persistent.frozen + plan.persistent.trained == sum(whole.values()) + buffers
 
 
 def test_a_traced_product_holds_what_torch_would_hold():
@@ -75,7 +76,7 @@ def test_checkpointing_longer_rows_and_smaller_passes_change_the_peak(small_reci
     """The mean reads every token of both blocks; of two blocks whose last reads one token, one is nearly all."""
     training = {"batch_size": 32, "micro_batch_tokens": 100_000}
     recipe = replace(small_recipe, training=training, model={"pooling": "mean"})
-    known, device = known_of(recipe), named("1GB")
+    known, device = known_of(recipe), parse_device("1GB")
 
     def peak(**training):
         plan = make_plan(replace(recipe, training=training), device, known)
@@ -89,15 +90,15 @@ def test_checkpointing_longer_rows_and_smaller_passes_change_the_peak(small_reci
 def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_path, monkeypatch):
     recipe = replace(small_recipe, training={"batch_size": 32, "micro_batch_tokens": 100_000})
     known = known_of(recipe)
-    whole = make_plan(recipe, named("1GB"), known)
+    whole = make_plan(recipe, parse_device("1GB"), known)
     assert suggest(whole, known) is None, "it fits as it is"
     tight = Device("tight", whole.peak.total - 1000, True)
     found = suggest(make_plan(recipe, tight, known), known)
     assert len(found.changes) == 1
     assert found.plan.fits
     assert found.slower > 0
-    monkeypatch.setattr("peftkit.reporting.planning.devices.named", lambda _: tight)
-    monkeypatch.setattr("peftkit.reporting.planning.look", lambda _: known)
+    monkeypatch.setattr("peftkit.reporting.planning.devices.parse_device", lambda _: tight)
+    monkeypatch.setattr("peftkit.reporting.planning.collect_inputs", lambda _: known)
     file = tmp_path / "fits.yaml"
     said = json.loads(plan_command(recipe, table=None, gpu="tight", as_json=True, apply=file))
     assert said["fits"] is False
@@ -105,17 +106,17 @@ def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_
     assert written == overrides.apply(recipe, said["suggestion"]["changes"])
     assert make_plan(written, tight, known).fits
     nothing = Device("nothing", 1000, True)
-    monkeypatch.setattr("peftkit.reporting.planning.devices.named", lambda _: nothing)
+    monkeypatch.setattr("peftkit.reporting.planning.devices.parse_device", lambda _: nothing)
     with pytest.raises(RecipeError, match="cannot be made to fit"):
         plan_command(recipe, table=None, gpu="nothing", as_json=True, apply=file)
 
 
 def test_devices_by_name_and_size():
-    assert named("rtx4090").memory == 24 * 2**30
-    assert named("8GB").memory == 8 * 2**30
-    assert named("512 MiB").memory == 512 * 2**20
+    assert parse_device("rtx4090").memory == 24 * 2**30
+    assert parse_device("8GB").memory == 8 * 2**30
+    assert parse_device("512 MiB").memory == 512 * 2**20
     with pytest.raises(RecipeError, match="did you mean 'rtx4090'"):
-        named("rtx4900")
+        parse_device("rtx4900")
 
 
 def test_states_of_8_bit_adamw():
@@ -134,10 +135,11 @@ def test_a_decoder_is_planned_and_told_in_words(llama, tmp_path):
     said = plan_command(recipe, table=None, gpu=None, as_json=False, apply=None)
     assert "memory by phase" in said
     assert "fits CPU" in said
-    plan = make_plan(recipe, named("1GB"), known_of(recipe))
-    assert plan.flops_a_token > 0
+    plan = make_plan(recipe, parse_device("1GB"), known_of(recipe))
+    assert plan.flops_per_token > 0
     assert plan.seconds > 0
-    assert held_by(build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model, "adamw") == plan.held
+    model = build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model
+    assert persistent_memory(model, "adamw") == plan.persistent
 
 
 def test_packed_rows_are_planned(llama, tmp_path):
@@ -147,31 +149,31 @@ def test_packed_rows_are_planned(llama, tmp_path):
     recipe = Recipe.parse({**values, "data": {"source": str(tmp_path / "rows.csv"), "max_length": 32}})
     known = known_of(recipe)
     assert "position_ids" in known.encoded.splits["train"].examples.column_names
-    plan, loose = make_plan(recipe, named("1GB"), known), replace(recipe, task={"packing": False})
-    assert plan.held == make_plan(loose, named("1GB"), known_of(loose)).held
-    assert plan.peak.total > plan.held.frozen
-    assert plan.flops_a_token > 0
+    plan, loose = make_plan(recipe, parse_device("1GB"), known), replace(recipe, task={"packing": False})
+    assert plan.persistent == make_plan(loose, parse_device("1GB"), known_of(loose)).persistent
+    assert plan.peak.total > plan.persistent.frozen
+    assert plan.flops_per_token > 0
 
 
 def test_what_is_planned_as_plain_is_said_to_be(small_recipe):
     recipe = replace(small_recipe, training={"compile": True})
-    plan = make_plan(recipe, named("1GB"), known_of(recipe))
+    plan = make_plan(recipe, parse_device("1GB"), known_of(recipe))
     assert any("not compiled" in note for note in plan.notes)
-    assert plan.peak == make_plan(small_recipe, named("1GB"), known_of(small_recipe)).peak
+    assert plan.peak == make_plan(small_recipe, parse_device("1GB"), known_of(small_recipe)).peak
 
 
 def test_a_method_that_the_base_cannot_take_is_refused_by_the_plan_too(small_recipe):
     recipe = replace(small_recipe, method={"kind": "lora", "init_lora_weights": "loftq"})
     with pytest.raises(MethodError, match=r"quantization\.kind=nf4"):
-        make_plan(recipe, named("1GB"), known_of(recipe))
+        make_plan(recipe, parse_device("1GB"), known_of(recipe))
 
 
 def test_averaged_weights_are_planned_as_the_copies_that_they_are(small_recipe):
     recipe = replace(small_recipe, training={"weight_averaging": 0.9})
     loaded = build(recipe, known_of(recipe).info, load_tokenizer(recipe.model)).model
-    mean = WeightAverage({name: held for name, held in loaded.named_parameters() if held.requires_grad}, 0.9)
-    size = sum(tensor.nbytes for tensor in mean.means.values())
-    plan = make_plan(recipe, named("1GB"), known_of(recipe))
-    assert plan.held.averages == size
+    weights = TrainedWeights(SimpleNamespace(model=loaded), recipe, SimpleNamespace(sharded=False))
+    size = sum(tensor.nbytes for tensor in weights.means.values())
+    plan = make_plan(recipe, parse_device("1GB"), known_of(recipe))
+    assert plan.persistent.averages == size
     phases = {phase.name: phase.parts for phase in plan.phases}
     assert phases["optimizer step"]["averaged weights"] == phases["evaluation"]["copies"] == size

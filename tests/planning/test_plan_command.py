@@ -11,7 +11,7 @@ import pytest
 from peftkit import Recipe
 from peftkit.cli import app
 from peftkit.planning import plan as planning
-from peftkit.planning.devices import shown
+from peftkit.planning.devices import format_bytes
 from peftkit.planning.machine import Machine
 from peftkit.planning.table import PRECISIONS, Cell
 from peftkit.schema import overrides
@@ -22,7 +22,7 @@ MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6, cuda_bytes=1_000_000)
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs ``peftkit …`` in this process on a machine that is measured; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(planning.machines, "measured", lambda threads: MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads: MACHINE)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["peftkit", *map(str, arguments)])
@@ -77,7 +77,7 @@ def test_the_table_has_every_method_in_every_precision(call, bert, monkeypatch):
     cell = cells["lora", "nf4"]
     monkeypatch.setattr("peftkit.reporting.planning.methods_table", lambda *_: [Cell(**one) for one in cells.values()])
     code, out, _ = call("plan", "--table", bert, "--gpu", "8GB")
-    assert shown(cell["peak"]) in out
+    assert format_bytes(cell["peak"]) in out
     assert f"{lora['trained']:,}" in out
 
 

@@ -9,7 +9,7 @@ import pytest
 from peftkit import replace
 from peftkit.planning import plan as planning
 from peftkit.planning import prediction
-from peftkit.planning.devices import named
+from peftkit.planning.devices import parse_device
 from peftkit.planning.machine import Machine
 from peftkit.planning.plan import make_plan
 from peftkit.run import train
@@ -22,7 +22,7 @@ MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 def measured(monkeypatch):
     """The machine's figures are there."""
     monkeypatch.setattr(planning.machines, "is_measured", lambda threads: True)
-    monkeypatch.setattr(planning.machines, "measured", lambda threads: MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads: MACHINE)
 
 
 def test_planned_and_measured_stand_side_by_side(small_recipe, measured):
@@ -35,7 +35,7 @@ def test_planned_and_measured_stand_side_by_side(small_recipe, measured):
     assert time["measured"] == training["seconds"]
     assert memory["off"] == pytest.approx(memory["planned"] / memory["measured"] - 1)
     assert (training["planned_peak_memory_bytes"], training["planned_seconds"]) == (memory["planned"], time["planned"])
-    alone = make_plan(recipe, named("1GB"), known_of(recipe)).to_json()
+    alone = make_plan(recipe, parse_device("1GB"), known_of(recipe)).to_json()
     for part in ("parameters", "steps", "largest_pass", "flops_a_token"):
         assert made["plan"][part] == alone[part], part
     assert made["plan"]["steps"] == training["steps"]
@@ -49,7 +49,7 @@ def test_a_run_does_not_wait_for_a_machine_to_be_measured_and_is_not_lost_by_its
 ):
     monkeypatch.setattr(planning.machines, "is_measured", lambda threads: False)
     asked = []
-    monkeypatch.setattr(planning.machines, "measured", lambda threads: asked.append(threads) or MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads: asked.append(threads) or MACHINE)
     recipe = replace(small_recipe, training={"max_steps": 1})
     run = train(recipe, quiet=True)
     assert "peftkit plan" in json.loads((run.path / prediction.FILE).read_text())["reason"]

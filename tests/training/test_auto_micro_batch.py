@@ -1,4 +1,4 @@
-"""training.micro_batch=auto: the first second finds what fits, later shortages repeat the step, the gradient stays."""
+"""training.micro_batch=auto: found before the first step, halved when a step runs out of memory; same gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
 from peftkit.run import train
 from peftkit.schema.head import head_of
-from peftkit.training import auto_micro_batch
+from peftkit.training.auto_micro_batch import AUTO, AutoStepper
 from peftkit.training.step import Stepper, TaskModule
 from tests.faults import runs
 
@@ -26,11 +26,11 @@ MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 
 @pytest.fixture(autouse=True)
 def _measured(monkeypatch):
     machine = machines.Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
-    monkeypatch.setattr("peftkit.planning.plan.machines.measured", lambda threads: machine)
+    monkeypatch.setattr("peftkit.planning.plan.machines.measure", lambda threads: machine)
 
 
-class Small:
-    """Memory for so many rows in a pass that trains."""
+class LittleMemory:
+    """Memory for so many rows in a micro-batch that trains."""
 
     def __init__(self, rows):
         self.rows, self.seen = rows, []
@@ -42,7 +42,7 @@ class Small:
             raise RuntimeError(MESSAGE)
 
 
-class Held:
+class Gradients:
     def __init__(self, module):
         self.module, self.gradients = module, {}
 
@@ -59,7 +59,8 @@ def stepper_of(recipe):
     module = TaskModule(build(recipe, prepared.info, tokenizer, session.device), head_of(prepared.info, recipe.task))
     split = encode(prepared, tokenizer, recipe).splits["train"]
     schedule = type("None", (), {"step": lambda self: None})()
-    return Stepper(recipe, session, module, Held(module), schedule, split, tokenizer)
+    stepper = AutoStepper if recipe.training.micro_batch == AUTO else Stepper
+    return stepper(recipe, session, module, Gradients(module), schedule, split, tokenizer)
 
 
 @pytest.fixture
@@ -70,40 +71,42 @@ def auto(small_recipe):
 def test_a_shortage_in_a_step_halves_and_gives_the_same_gradient(auto):
     whole = stepper_of(replace(auto, training={"micro_batch": None}))
     whole.run(np.arange(8), 0)
-    short, said = stepper_of(auto), []
-    small = Small(3)
-    short.tell = said.append
+    short, messages = stepper_of(auto), []
+    small = LittleMemory(3)
+    short.report = messages.append
     short.module.model.register_forward_pre_hook(small, with_kwargs=True)
     short.run(np.arange(8), 0)
     assert small.seen == [8, 4, 2, 2, 2, 2]
     assert short.micro_batch == 2
-    assert len(said) == 2
-    assert "8 rows" in said[0]
+    assert messages == [
+        f"out of memory with {rows} rows: retrying with {rows // 2} rows per micro-batch; global batch unchanged"
+        for rows in (8, 4)
+    ]
     for name, gradient in whole.optimizer.gradients.items():
         torch.testing.assert_close(short.optimizer.gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_trial_leaves_neither_gradients_nor_random_numbers(auto):
     stepper = stepper_of(auto)
-    small = Small(4)
+    small = LittleMemory(4)
     stepper.module.model.register_forward_pre_hook(small, with_kwargs=True)
     before = torch.get_rng_state()
-    auto_micro_batch.find_micro_batch(stepper)
+    stepper.find_micro_batch()
     assert small.seen == [8, 4]
     assert stepper.micro_batch == 4
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in stepper.module.parameters())
-    longest = stepper.split.lengths[auto_micro_batch.heaviest(stepper)].max()
-    assert longest == stepper.split.lengths.max(), "a pass of the longest rows is the one that is tried"
+    longest = stepper.split.lengths[stepper.largest_batch()].max()
+    assert longest == stepper.split.lengths.max(), "a micro-batch of the longest rows is tried"
 
 
 def test_what_cannot_be_halved_is_raised(auto):
     alone = stepper_of(auto)
-    alone.module.model.register_forward_pre_hook(Small(0), with_kwargs=True)
+    alone.module.model.register_forward_pre_hook(LittleMemory(0), with_kwargs=True)
     with pytest.raises(RuntimeError, match="can't allocate"):
-        auto_micro_batch.find_micro_batch(alone)
+        alone.find_micro_batch()
     given = stepper_of(replace(auto, training={"micro_batch": 4}))
-    given.module.model.register_forward_pre_hook(Small(3), with_kwargs=True)
+    given.module.model.register_forward_pre_hook(LittleMemory(3), with_kwargs=True)
     with pytest.raises(RuntimeError, match="can't allocate"):
         given.run(np.arange(8), 0)
 
@@ -113,14 +116,14 @@ def test_a_cpu_is_asked_before_it_is_tried(auto, monkeypatch):
 
     stepper = stepper_of(auto)
     sizes = iter([100, 40, 20])
-    monkeypatch.setattr("peftkit.planning.plan.pass_bytes", lambda *_: next(sizes))
+    monkeypatch.setattr("peftkit.planning.plan.micro_batch_bytes", lambda *_: next(sizes))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=30))
-    auto_micro_batch.find_micro_batch(stepper)
+    stepper.find_micro_batch()
     assert stepper.micro_batch == 2
 
 
 def test_a_run_records_what_it_chose(auto, monkeypatch):
-    small = Small(2)
+    small = LittleMemory(2)
     build_module = TaskModule.__init__
 
     def watched(self, loaded, task, info):
@@ -135,14 +138,14 @@ def test_a_run_records_what_it_chose(auto, monkeypatch):
 
 
 def test_all_processes_take_the_fewest_rows_that_fit_anywhere(auto, tmp_path, monkeypatch):
-    """Rank 1 of two has memory for two rows a pass; unlike numbers of passes would leave rank 0 waiting."""
-    monkeypatch.setattr(auto_micro_batch, "_plan_for_cpu", lambda *_: None)
+    """Rank 1 of two has memory for two rows per micro-batch; unequal numbers would leave rank 0 waiting."""
+    monkeypatch.setattr(AutoStepper, "_plan_for_cpu", lambda *_: None)
 
     def work(rank):
         def watched(self, loaded, task, info):
             build_module(self, loaded, task, info)
             if rank == 1:
-                loaded.model.register_forward_pre_hook(Small(2), with_kwargs=True)
+                loaded.model.register_forward_pre_hook(LittleMemory(2), with_kwargs=True)
 
         build_module, TaskModule.__init__ = TaskModule.__init__, watched
         runs.train(recipe)()
@@ -153,4 +156,4 @@ def test_all_processes_take_the_fewest_rows_that_fit_anywhere(auto, tmp_path, mo
     path = runs.folder_of(recipe)
     assert json.loads((path / "metrics.json").read_text())["training"]["micro_batch"] == 2
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert ["another process has memory for 2 rows" in line["message"] for line in lines if "event" in line] == [True]
+    assert ["continuing with 2 rows per micro-batch" in line["message"] for line in lines if "event" in line] == [True]

@@ -7,12 +7,12 @@ import torch
 
 from peftkit.errors import CheckpointError
 from peftkit.runs import checkpoints
-from peftkit.training.checkpoint_writer import Content, Saver
+from peftkit.training.checkpoint_writer import CheckpointContent, CheckpointWriter
 
 
 def content(step):
     weight = torch.full((2, 2), float(step))
-    return Content(step, {"w": weight}, {"w/exp_avg": weight / 2}, {"step": step})
+    return CheckpointContent(step, {"w": weight}, {"w/exp_avg": weight / 2}, {"step": step})
 
 
 def steps(root):
@@ -38,15 +38,15 @@ def nothing():
 
 
 def test_the_best_is_made_up_for_as_it_was(tmp_path, full):
-    saver, best = Saver(tmp_path, keep=2), content(4)
-    assert saver.write(content(3), None, nothing) is None
+    writer, best = CheckpointWriter(tmp_path, keep=2), content(4)
+    assert writer.write(content(3), None, nothing) is None
     full.append(True)
-    assert "No space" in saver.write(best, 4, nothing)
+    assert "No space" in writer.write(best, 4, nothing)
     best.model["w"].fill_(-1)  # training goes on in the same tensors
-    assert "No space" in saver.write(content(6), 4, nothing)
+    assert "No space" in writer.write(content(6), 4, nothing)
     assert steps(tmp_path) == [3]
     full.clear()
-    assert saver.write(content(8), 4, nothing) is None
+    assert writer.write(content(8), 4, nothing) is None
     assert steps(tmp_path) == [4, 8]
     made_up = checkpoints.at_step(tmp_path, 4)
     assert made_up.tensors(checkpoints.MODEL)["w"].unique().item() == 4
@@ -55,21 +55,21 @@ def test_the_best_is_made_up_for_as_it_was(tmp_path, full):
 
 
 def test_what_is_no_longer_the_best_is_not_made_up_for(tmp_path, full):
-    saver = Saver(tmp_path, keep=2)
+    writer = CheckpointWriter(tmp_path, keep=2)
     full.append(True)
-    saver.write(content(4), 4, nothing)
+    writer.write(content(4), 4, nothing)
     full.clear()
-    assert saver.write(content(8), 8, nothing) is None
+    assert writer.write(content(8), 8, nothing) is None
     assert steps(tmp_path) == [8]
 
 
 def test_any_other_checkpoint_that_failed_is_let_go(tmp_path, full):
-    saver = Saver(tmp_path, keep=3)
-    saver.write(content(2), 2, nothing)
+    writer = CheckpointWriter(tmp_path, keep=3)
+    writer.write(content(2), 2, nothing)
     full.append(True)
-    saver.write(content(3), 2, nothing)
+    writer.write(content(3), 2, nothing)
     full.clear()
-    saver.write(content(6), 2, nothing)
+    writer.write(content(6), 2, nothing)
     assert steps(tmp_path) == [2, 6]
 
 
@@ -77,8 +77,8 @@ def test_a_log_that_cannot_be_flushed_keeps_checkpoints_from_being_written(tmp_p
     def broken():
         raise OSError("the disk is gone")
 
-    saver = Saver(tmp_path, keep=2)
-    assert "the disk is gone" in saver.write(content(4), 4, broken)
+    writer = CheckpointWriter(tmp_path, keep=2)
+    assert "the disk is gone" in writer.write(content(4), 4, broken)
     assert steps(tmp_path) == []
-    assert saver.write(content(5), 4, nothing) is None
+    assert writer.write(content(5), 4, nothing) is None
     assert steps(tmp_path) == [4, 5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel
 import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted
-from peftkit.training.ema import WeightAverage
 from peftkit.training.stopping import StopRequest
 from peftkit.training.weights import TrainedWeights
 
@@ -29,18 +30,18 @@ def keep(step):
     return min(DECAY, (1 + step) / (10 + step))
 
 
-def test_the_mean_is_torchs_exponential_average():
+def test_the_mean_is_torchs_exponential_average(averaging):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     theirs = AveragedModel(model, avg_fn=lambda mean, value, step: keep(step) * mean + (1 - keep(step)) * value)
     theirs.update_parameters(model)  # the first only copies
-    ours = WeightAverage(dict(model.named_parameters()), DECAY)
+    ours = TrainedWeights(SimpleNamespace(model=model), averaging, SimpleNamespace(sharded=False))
     for step in range(1, 12):
         with torch.no_grad():
-            for held in model.parameters():
-                held.add_(torch.randn_like(held))
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
         theirs.update_parameters(model)
-        ours.update(dict(model.named_parameters()), step)
+        ours.update_ema(step)
     for name, value in theirs.module.named_parameters():
         torch.testing.assert_close(ours.means[name], value)
 
@@ -53,13 +54,13 @@ def test_what_is_validated_and_exported_is_the_mean_and_training_goes_on_from_th
         real(self, step)
 
     monkeypatch.setattr(TrainedWeights, "update_ema", update_ema)
-    evaluated, start = [], WeightAverage.__init__
+    evaluated, start = [], TrainedWeights.__init__
 
-    def noting(self, parameters, decay):
-        start(self, parameters, decay)
-        evaluated.append({name: value.detach().clone() for name, value in parameters.items()})
+    def noting(self, *arguments):
+        start(self, *arguments)
+        evaluated.append({name: value.detach().clone() for name, value in self.means.items()})
 
-    monkeypatch.setattr(WeightAverage, "__init__", noting)
+    monkeypatch.setattr(TrainedWeights, "__init__", noting)
     run = peftkit.train(averaging, quiet=True)
     means = evaluated[0]
     for step, weights in enumerate(seen, start=1):

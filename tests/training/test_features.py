@@ -35,13 +35,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recipe(small_recipe):
-    """Dropout everywhere, so that a stem that dropped something would be seen."""
+    """Dropout everywhere, so that dropout in the trunk would be seen."""
     return replace(small_recipe, model={"dropout": 0.2}, training={"epochs": 2})
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """How often a batch was brought up to the seam."""
+    """How often a batch was run up to the cut point."""
     seen, real = [], FrozenTrunk.capture
     monkeypatch.setattr(FrozenTrunk, "capture", lambda self, *given: (seen.append(1), real(self, *given))[1])
     return seen
@@ -64,7 +64,7 @@ def test_the_same_weights_and_figures_as_without_the_cache(recipe, method):
     recipe = replace(recipe, method=method)
     with_cache = peftkit.train(recipe)
     without = peftkit.train(replace(recipe, training={"feature_cache_gb": 0}))
-    assert "computed once and kept" in notes(with_cache)
+    assert "computed once and cached" in notes(with_cache)
     assert "the cache is off" in notes(without)
     ours, plain = weights(with_cache), weights(without)
     assert ours.keys() == plain.keys()
@@ -88,11 +88,11 @@ def test_bit_for_bit_where_the_batches_are_the_same(bert, topics_csv):
     tokenizer, prepared = load_tokenizer(recipe.model), prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
     module = TaskModule(build(recipe, prepared.info, tokenizer), head_of(prepared.info, recipe.task))
-    made = features.plan(module, recipe, encoded, tokenizer, open_session(recipe), "base")
-    rows, split = np.arange(8), made.run().splits["train"]
+    plan = features.plan_features(module, recipe, encoded, tokenizer, open_session(recipe), "base")
+    rows, split = np.arange(8), plan.run().splits["train"]
     batch = split.batch(rows, tokenizer)
     plain = encoded.splits["train"].batch(rows, tokenizer)
-    hidden, mask = made._captured(encoded.splits["train"], rows)
+    hidden, mask = plan._capture(encoded.splits["train"], rows)
     batch[FEATURES] = hidden * mask[:, :, None]
     module.eval()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_second_run_and_a_sweep_over_the_head_compute_nothing(recipe, captured
         weights(swept)["base_model.model.classifier.weight"]
     )
     assert len(captured) // 2 < made  # a few rows a run, to see that they still agree
-    assert ": read in" in notes(again)
+    assert "are read from" in notes(again)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,11 @@ def test_what_was_used_longest_ago_makes_room():
 def test_noise_below_or_too_short_a_training_keeps_nothing(recipe):
     recipe = replace(recipe, **FROZEN)
     noisy = peftkit.train(replace(recipe, training={"neftune_alpha": 5.0}))
-    assert "frozen, and held" not in notes(noisy)
+    assert "run without dropout" not in notes(noisy)
     short = peftkit.train(replace(recipe, training={"max_steps": 2}))
     assert "before it has seen every row once" in notes(short)
     assert entries() == []
-    assert "no features" not in notes(peftkit.train(replace(recipe, method={"kind": "lora"})))
+    assert "features are not cached" not in notes(peftkit.train(replace(recipe, method={"kind": "lora"})))
 
 
 def test_digests_follow_inputs_and_not_labels():

@@ -10,7 +10,7 @@ from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
-from peftkit.training import frozen_trunk as stems
+from peftkit.training import frozen_trunk
 from peftkit.training.step import TaskModule
 from tests import tiny
 
@@ -32,12 +32,14 @@ def batch_of(tokenizer, causal=False):
     return collate({"input_ids": rows, "labels": labels, "weight": [1.0] * len(rows)}, tokenizer)
 
 
-def found(module, batch):
+def find_trunk(module, batch):
     module.eval()
-    stem, reason = stems.find_frozen_trunk(module.model, lambda b: module(dict(b), outputs=True), batch, module.pooling)
-    if stem:
-        module.hold(stem)
-    return stem, reason
+    trunk, reason = frozen_trunk.find_frozen_trunk(
+        module.model, lambda b: module(dict(b), outputs=True), batch, module.pooling
+    )
+    if trunk:
+        module.freeze_trunk(trunk)
+    return trunk, reason
 
 
 def gradients(module, batch):
@@ -47,14 +49,14 @@ def gradients(module, batch):
 
 
 def both_ways(module, batch):
-    """Gradients of the whole model and of the one entered above its stem, with the same features."""
+    """Gradients of the model and of the one entered above its trunk, with the same features."""
     module.train()
     torch.manual_seed(0)
     whole = gradients(module, batch)
     with torch.no_grad():
-        hidden = module.stem.capture(lambda: module(dict(batch), outputs=True), batch)
+        hidden = module.trunk.capture(lambda: module(dict(batch), outputs=True), batch)
     torch.manual_seed(0)
-    return whole, gradients(module, {**module.stem.reduced(batch), stems.FEATURES: hidden})
+    return whole, gradients(module, {**module.trunk.reduced(batch), frozen_trunk.FEATURES: hidden})
 
 
 def assert_equal(whole, above):
@@ -65,12 +67,12 @@ def assert_equal(whole, above):
 
 @pytest.mark.parametrize("pooling", ["own", "mean", "cls"])
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_frozen_backbone_needs_one_vector_a_row(maker, pooling, tmp_path):
+def test_a_frozen_backbone_needs_one_vector_per_row(maker, pooling, tmp_path):
     module, tokenizer = module_of(maker(tmp_path), method={"kind": "frozen"}, model={"pooling": pooling})
     batch = batch_of(tokenizer)
-    stem, _ = found(module, batch)
-    assert stem.whole
-    assert stem.per_row
+    trunk, _ = find_trunk(module, batch)
+    assert trunk.is_backbone
+    assert trunk.per_row
     assert_equal(*both_ways(module, batch))
 
 
@@ -79,8 +81,8 @@ def test_a_frozen_backbone_needs_one_vector_a_row(maker, pooling, tmp_path):
 def test_between_two_blocks_every_token_crosses(maker, method, tmp_path):
     module, tokenizer = module_of(maker(tmp_path), method=method)
     batch = batch_of(tokenizer)
-    stem, _ = found(module, batch)
-    assert (stem.cut, stem.kind) == (1, "tokens")
+    trunk, _ = find_trunk(module, batch)
+    assert (trunk.cut, trunk.kind) == (1, "tokens")
     assert_equal(*both_ways(module, batch))
 
 
@@ -90,9 +92,9 @@ def test_a_language_model_s_upper_blocks(maker, tmp_path):
         maker(tmp_path), CAUSAL, method={"kind": "lora", "layers": -1, "rank": 2}, task={"kind": "style"}
     )
     batch = batch_of(tokenizer, causal=True)
-    stem, reason = found(module, batch)
-    assert stem is not None, reason
-    assert stem.cut == 1
+    trunk, reason = find_trunk(module, batch)
+    assert trunk is not None, reason
+    assert trunk.cut == 1
     assert_equal(*both_ways(module, batch))
 
 
@@ -101,7 +103,7 @@ def test_checkpointed_blocks_are_run_again_on_the_same_input(llama):
     module, tokenizer = module_of(llama, **parts, training={"gradient_checkpointing": True})
     plain, _ = module_of(llama, **parts)
     batch = batch_of(tokenizer)
-    found(module, batch)
+    find_trunk(module, batch)
     _, above = both_ways(module, batch)
     plain.train()
     assert_equal(gradients(plain, batch), above)
@@ -110,42 +112,42 @@ def test_checkpointed_blocks_are_run_again_on_the_same_input(llama):
 @pytest.mark.parametrize(
     "method", [{"kind": "full"}, {"kind": "lora"}, {"kind": "lora", "layers": -1, "bias": "all"}], ids=str
 )
-def test_where_something_low_is_trained_there_is_no_stem(bert, method):
+def test_where_the_first_block_is_trained_there_is_no_trunk(bert, method):
     module, tokenizer = module_of(bert, method=method)
-    stem, reason = found(module, batch_of(tokenizer))
-    assert stem is None
+    trunk, reason = find_trunk(module, batch_of(tokenizer))
+    assert trunk is None
     assert "first block" in reason
 
 
-def test_dropout_is_off_in_the_stem_and_on_above_it(tmp_path):
+def test_dropout_is_off_in_the_trunk_and_on_above_it(tmp_path):
     folder = tiny.tiny_bert(tmp_path, hidden_dropout_prob=0.5)
     module, tokenizer = module_of(folder, method={"kind": "top_k", "k": 1})
     batch = batch_of(tokenizer)
-    stem, _ = found(module, batch)
+    trunk, _ = find_trunk(module, batch)
     module.train()
     with torch.no_grad():
-        first, second = (stem.capture(lambda: module(batch), batch) for _ in range(2))
+        first, second = (trunk.capture(lambda: module(batch), batch) for _ in range(2))
         assert torch.equal(first, second)
         assert module(batch) != module(batch)
 
 
-def test_a_seam_that_changes_outputs_is_refused(bert, monkeypatch):
+def test_a_cut_point_that_changes_outputs_is_refused(bert, monkeypatch):
     """A block that also adds something of its own to what the next one is given."""
     module, tokenizer = module_of(bert, method={"kind": "lora", "layers": -1})
-    block = stems.find_blocks(module.model)[1][1]
+    block = frozen_trunk.find_blocks(module.model)[1][1]
     block.register_forward_pre_hook(lambda _, args: (args[0] + module.model.get_input_embeddings().weight.sum(),))
     calls = []
     block.register_forward_hook(lambda _, args, out: out + len(calls) if calls.append(1) is None else out)
-    stem, reason = found(module, batch_of(tokenizer))
-    assert stem is None
+    trunk, reason = find_trunk(module, batch_of(tokenizer))
+    assert trunk is None
     assert "other outputs" in reason
 
 
-def test_what_stood_in_is_gone_afterwards(bert):
+def test_replaced_forwards_are_restored(bert):
     module, tokenizer = module_of(bert, method={"kind": "frozen"})
     batch = batch_of(tokenizer)
-    stem, _ = found(module, batch)
+    trunk, _ = find_trunk(module, batch)
     before = module(batch, outputs=True)["logits"]
-    with pytest.raises(ZeroDivisionError), stem.replay(torch.zeros(4, 32)):
+    with pytest.raises(ZeroDivisionError), trunk.replay(torch.zeros(4, 32)):
         _ = 1 / 0
     assert torch.equal(module(batch, outputs=True)["logits"], before)

@@ -16,7 +16,7 @@ from peftkit.errors import CheckpointError, Interrupted, RunError, TrainingError
 from peftkit.runs import checkpoints, folder, resume
 from peftkit.training import interruptions
 from peftkit.training.log import RunLog
-from peftkit.training.stopping import at_once
+from peftkit.training.stopping import stop_immediately
 from tests.faults.injection import Faults
 from tests.tiny import tiny_recipe
 
@@ -131,14 +131,14 @@ def test_a_log_is_cut_to_its_checkpoint_and_one_that_lost_lines_says_so(tmp_path
     assert file.read_text() == '{"step": 1}\n'
     RunLog(file, SESSION, 9, offset=24).close()
     assert file.read_text() == '{"step": 1}\n', "nothing is made up"
-    assert "12 bytes shorter than its checkpoint knows" in capsys.readouterr().err
+    assert "12 bytes shorter than when its checkpoint was saved" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_outside_the_loop_a_signal_ends_at_once(number):
     before = signal.getsignal(number)
     expected = pytest.raises(Interrupted, match=f"stopped by {number.name}; nothing was done")
-    with expected as stopped, at_once(lambda: "nothing was done"):
+    with expected as stopped, stop_immediately(lambda: "nothing was done"):
         os.kill(os.getpid(), number)
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before

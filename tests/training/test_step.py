@@ -64,7 +64,7 @@ def test_two_by_four_accumulated_equals_eight_by_one(still, task):
 def test_gradients_are_torchs_own_for_the_mean_loss_of_the_batch(still):
     rows = np.arange(8)
     ours, result, (module, stepper, _) = gradients(still, rows)
-    batch = stepper.batch(rows)
+    batch = stepper.collate(rows)
     module.zero_grad()
     model = module.model
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftkit.data.batching import EVALUATION_ROWS
 from peftkit.schema.baseline import Baseline, BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 DECODER_ROWS = 200
 """Rows that a decoder's baseline scores at most: every class costs a forward pass over the text."""
-BATCH_SIZE = 32
 NO_PROBABILITIES = ("loss", "calibration_error")
 
 
@@ -65,7 +65,7 @@ def _scores(inputs: BaselineInputs, texts: list[str]) -> np.ndarray:
 
     def compute() -> np.ndarray:
         model = inputs.language_model() if inputs.language_model else inputs.backbone
-        return score(model, inputs.tokenizer, texts, names, max_length=limit, batch_size=BATCH_SIZE)
+        return score(model, inputs.tokenizer, texts, names, max_length=limit, batch_size=EVALUATION_ROWS)
 
     code = Path(zero_shot_scores.__file__).read_text(encoding="utf-8")
     return inputs.cached("zero_shot", [texts, names, limit, code], compute)

@@ -339,6 +339,12 @@ def _shaping(model: Any, input_ids: Tensor) -> Shaping | None:
     return _SHAPING[base]
 
 
+def assume_declared_shaping(model: Any) -> None:
+    """Record the shaping that the config of a model without data declares, since it cannot be tried."""
+    base = packing.underlying(model)
+    _SHAPING[base] = _declared(base.config.get_text_config())[-1]
+
+
 def _find_shaping(model: Any, base: Any, input_ids: Tensor) -> Shaping | None:
     """The declared shaping that turns made-up head outputs, spread wide enough to tell, into the model's logits."""
     head = base.get_output_embeddings()

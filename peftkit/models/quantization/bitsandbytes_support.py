@@ -10,7 +10,7 @@ it in ``linear_mode``.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
 
@@ -24,9 +24,21 @@ SWITCH = "support_avx512bf16_for_cpu"
 MODE, TRAIN = "linear_mode", "train"
 
 
+def is_installed() -> bool:
+    """Whether bitsandbytes is installed."""
+    return find_spec("bitsandbytes") is not None
+
+
+def optimizers() -> Any:
+    """The module ``bitsandbytes.optim``."""
+    from bitsandbytes import optim
+
+    return optim
+
+
 def require_bitsandbytes(kind: str) -> None:
     """Raises ModelError with the line that installs bitsandbytes where it is missing."""
-    if find_spec("bitsandbytes") is None:
+    if not is_installed():
         raise ModelError(f"quantization.kind={kind} needs bitsandbytes: run `pip install 'peftkit[quantization]'`")
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from peftkit.models.kernels import linear_cross_entropy
-from peftkit.planning import passes
+from peftkit.planning import traced_model
 
 VOCABULARY = 97
 SMALL = {
@@ -273,6 +273,6 @@ def test_a_cpu_takes_its_softmax_by_slices_and_a_gpu_by_whole_chunks(monkeypatch
     monkeypatch.setattr(linear_cross_entropy, "SLICE_BYTES", 2 * 4 * 11)
     chunk = torch.zeros(5, 11)
     assert [(piece.start, piece.stop) for piece in linear_cross_entropy._slices(chunk)] == [(0, 2), (2, 4), (4, 5)]
-    with passes._as_on_a_gpu():  # in the plan of a GPU
+    with traced_model.as_on_a_gpu():  # in the plan of a GPU
         assert [(piece.start, piece.stop) for piece in linear_cross_entropy._slices(chunk)] == [(0, 5)]
     assert len(list(linear_cross_entropy._slices(chunk))) == 3
