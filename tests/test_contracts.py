@@ -28,7 +28,7 @@ LITERALS = {("schema/recipe.py", "classification"), ("data/sources.py", "instruc
 """The task of a recipe that names none, and a column's name."""
 OTHER_HEADS = "models/kernels"
 """Here a head is a module of torch's."""
-IMPORTED = {("planning/_probe.py", "peftkit.heads.causal_lm"), ("inference", "peftkit.tasks.conversation")}
+IMPORTED = {("planning/machine_probe.py", "peftkit.heads.causal_lm"), ("inference", "peftkit.tasks.conversation")}
 """Built-in code that is used as a library: the loss that measures a machine, and the reading of prompts."""
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a model for every example of a split, in order, whatever the batches and the number of processes."""
+"""Outputs of a model for every example of a split, in order, for any batch size and number of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftkit.data.pipeline import EncodedSplit
 
 
 class Stopped(Exception):
-    """A stop was asked for in the middle of an evaluation."""
+    """A stop was requested in the middle of an evaluation."""
 
 
 @torch.no_grad()
@@ -35,22 +35,22 @@ def predict(
 
     Args:
         forward: a TaskModule in eval mode.
-        batch_size, tokens: rows and padded tokens a pass at most; batches are cut by length, longest first.
-        autocast: gives a context for every pass.
+        batch_size, tokens: most rows and padded tokens per batch; batches are cut by length, longest first.
+        autocast: returns a context for each forward pass.
         rank, world_size: this process's share; the results of all are gathered on every process.
         progress: called with the number of rows done.
-        should_stop: asked before every pass, as often on every process; Stopped is raised when it says so. All must
-            get the same answer.
+        should_stop: called before every forward pass, equally often on every process, on which it must return the
+            same; Stopped is raised when it returns True.
 
     Returns:
         Arrays whose first dimension is the examples, in the split's order.
     """
     batches = by_length(split.lengths, batch_size, tokens)
-    pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for number in range(0, len(batches), world_size):
         if should_stop and should_stop():
             raise Stopped
-        # a process that is left without a batch runs one all the same: sharded models pass together, or hang
+        # a process without a batch of its own runs one all the same: processes of a sharded model run together, or hang
         spare = number + rank >= len(batches)
         rows = batches[0 if spare else number + rank]
         batch = {name: tensor.to(device) for name, tensor in split.batch(rows, tokenizer).items()}
@@ -60,21 +60,21 @@ def predict(
             with autocast():
                 outputs = forward(batch, outputs=True)
         if not spare:
-            pieces.append((rows, {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}))
+            parts.append((rows, {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}))
         if progress:
             progress(len(rows) * world_size)
     if world_size > 1:
         from accelerate.utils import gather_object
 
-        pieces = gather_object(pieces)
-    return in_order(pieces, len(split.lengths))
+        parts = gather_object(parts)
+    return in_order(parts, len(split.lengths))
 
 
-def in_order(pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
+def in_order(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
     """Outputs of all rows from those of some, each with the rows' numbers."""
-    if not pieces:
+    if not parts:
         return {}
-    order = np.concatenate([index for index, _ in pieces])
+    order = np.concatenate([index for index, _ in parts])
     assert len(order) == rows == len(np.unique(order)), "every row once"
     place = np.argsort(order)
-    return {name: np.concatenate([outputs[name] for _, outputs in pieces])[place] for name in pieces[0][1]}
+    return {name: np.concatenate([outputs[name] for _, outputs in parts])[place] for name in parts[0][1]}

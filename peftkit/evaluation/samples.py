@@ -1,4 +1,4 @@
-"""Texts written before and after training for the same prompts, so that a person can see what was learned."""
+"""Texts generated before and after training for the same prompts, so that a person can see what was learned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftkit.schema.task import Task
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt out of the held-out rows, or one of the user's own."""
+    """A prompt from the held-out rows, or one of the user's own."""
 
     prompt: Any
     reference: str | None = None
@@ -37,7 +37,7 @@ def choose(rows: Any, task: Task, config: GenerationConfig) -> list[Sample]:
 
 
 def write_texts(model: Any, tokenizer: Any, samples: Sequence[Sample], config: GenerationConfig) -> list[str]:
-    """What the model makes of every sample's prompt."""
+    """What the model writes for each sample."""
     return generation.generate(model, tokenizer, [sample.prompt for sample in samples], config) if samples else []
 
 
@@ -50,7 +50,7 @@ def side_by_side(samples: Sequence[Sample], before: Sequence[str], after: Sequen
 
 
 def generation_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """ROUGE, BLEU and the like of the texts whose reference is known."""
+    """ROUGE, BLEU and the like, of the texts whose reference is known."""
     known = [(text, sample.reference) for sample, text in zip(samples, texts, strict=True) if sample.reference]
     if not known:
         return {}

@@ -1,4 +1,4 @@
-"""How well each class name fits each text, by a base model that was not trained for it.
+"""How well each class name fits each text, according to an untrained base model.
 
 Encoders: cosine of mean-pooled tokens and class descriptions, the description averaged over prompts as in CLIP (Radford
 et al. 2021). Decoders: mean log-probability of the name's tokens after a prompt (Brown et al. 2020, section 2.4).
@@ -16,11 +16,6 @@ import torch
 
 DESCRIPTIONS = ("{label}", "this text is about {label}")
 PROMPT = "{text}\n\nThis text is about"
-
-
-def is_decoder(model: Any) -> bool:
-    """Whether the model writes text rather than reads it."""
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def of_encoder(

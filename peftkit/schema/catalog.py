@@ -1,4 +1,4 @@
-"""The recipes that can be named: those of this package, and functions marked with ``@recipe`` in any file.
+"""Recipes by name: those of this package, and functions under ``@recipe`` in any file.
 
 @recipe
 def my_recipe() -> Recipe: ...
@@ -29,7 +29,7 @@ def recipe(function: RecipeFunction) -> RecipeFunction:
 
 
 def recipes_folder() -> Path:
-    """Where the built-in recipes lie: ``recipes/`` of a checkout, or its copy inside an installed package."""
+    """Folder of the built-in recipes: ``recipes/`` of a checkout, or its copy inside an installed package."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
@@ -62,7 +62,7 @@ def get_recipe(name: str) -> Recipe:
 
 
 def build(function: RecipeFunction) -> Recipe:
-    """Calls a recipe function; raises RecipeError where it builds a recipe that is not valid, or none."""
+    """Calls a recipe function; raises RecipeError unless it returns a valid recipe."""
     try:
         built = function()
     except ValidationError as error:
@@ -73,7 +73,7 @@ def build(function: RecipeFunction) -> Recipe:
 
 
 def summaries() -> dict[str, str]:
-    """Name → one line, of built-in recipes (not imported for it) and of those that others added.
+    """Name → one line, of built-in recipes (which are not imported) and of those that others added.
 
     The line is the first of the file's docstring, or of the function's where the file holds several recipes.
     """

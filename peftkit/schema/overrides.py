@@ -1,7 +1,7 @@
 """Dotted overrides: ``training.epochs=1`` → a new validated Recipe.
 
-Values are read as YAML, so that ``evaluation.metrics=[accuracy, f1]`` and ``quantization=null`` mean what they say;
-``method.kind=frozen`` (or ``method=frozen``) swaps the part, which then starts from its own defaults.
+Values are read as YAML, so that ``evaluation.metrics=[accuracy, f1]`` is a list and ``quantization=null``
+is none; ``method.kind=frozen`` (or ``method=frozen``) swaps the section, which then starts from its own defaults.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def apply(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """A new recipe with the overrides applied in order; raises RecipeError naming the override and the field."""
     values = recipe.model_dump()
     overrides = list(overrides)
-    # a swapped part or source loses what belonged to the old: swaps go first, so that the order does not matter
+    # a swapped section or source loses what belonged to the old one: swaps go first, so that order does not matter
     for override in sorted(overrides, key=lambda text: not _is_swap(text)):
         path, value = parse(override)
         _set(values, path, value, override, recipe)
@@ -60,7 +60,7 @@ def _set(values: dict[str, Any], path: list[str], value: Any, override: str, rec
 
 
 def _hint(name: str, recipe: Recipe) -> str:
-    """Points ``epochs`` to ``training.epochs``: the part that has such a field, else the nearest part."""
+    """Points ``epochs`` to ``training.epochs``: the section that has such a field, else the nearest section."""
     for part in Recipe.model_fields:
         section = getattr(recipe, part)
         if isinstance(section, ConfigSection) and name in type(section).model_fields:

@@ -27,45 +27,45 @@ BOUND_TO_SOURCE = ("revision", "subset")
 
 
 def _as_mode(value: Any) -> Any:
-    """A switch written as a truth value, which YAML's ``off`` is, too."""
+    """A switch may be written as a boolean."""
     return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class ModelConfig(ConfigSection):
-    """The base model: where it comes from and how it is held."""
+    """The base model: where it comes from and how it is loaded."""
 
     source: str
     """Hub id, ./folder, file.gguf, or package:NAME for a model inside an installed distribution."""
     revision: str | None = None
-    """Hub commit, tag or branch; pin a commit to make a recipe repeatable."""
+    """Hub commit, tag or branch; pin a commit to make a recipe reproducible."""
     pooling: Literal["auto", "own", "mean", "cls"] = "auto"
-    """How a classifier reads the tokens: the architecture's own way, their mean, or the first. auto: a
-    sentence encoder's own (its mean) under a backbone that is frozen or hardly changed, else the architecture's."""
+    """How a classifier pools the tokens: the architecture's own way, their mean, or the first. auto: a sentence
+    encoder's own pooling where the backbone is frozen or lightly tuned, else the architecture's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of frozen weights and of the products; trained weights are always held in fp32. auto: bf16 where it is native."""
+    """Dtype of frozen weights and matmuls; trained weights are always fp32. auto: bf16 where it is native."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention implementation; auto leaves the choice to transformers."""
     dropout: Fraction | None = None
-    """Dropout inside the base and its head; None keeps the base's own."""
+    """Dropout rate in the base and its head; None keeps the base's own."""
     chat_template: str | None = None
     """A named chat template (chatml, llama2, zephyr, plain) for a base that has none."""
 
 
 class CleaningConfig(ConfigSection):
-    """What is done about bad rows. Each step is reported with counts and examples; 'error' stops before training."""
+    """How bad rows are handled. Each step is reported with counts and examples; 'error' stops before training."""
 
     empty: Literal["error", "drop"] = "error"
     """Rows whose text is empty, blank or null."""
     control_characters: Literal["strip", "report", "off"] = "strip"
-    """Characters below U+0020 but tab and newline, U+007F, zero-width marks and stray byte-order marks."""
+    """Characters below U+0020 but tab and newline, U+007F, zero-width characters and stray byte-order marks."""
     duplicates: Literal["drop", "report", "off"] = "drop"
-    """Rows of one split with the same text (case and spaces aside): the first stays."""
+    """Rows of one split with the same text, ignoring case and spaces: the first one stays."""
     near_duplicates: Literal["drop", "report", "off"] = "report"
-    """Rows of the training split whose word 3-gram sets have an (estimated) Jaccard similarity over the threshold."""
+    """Training rows whose word 3-grams have an (estimated) Jaccard similarity above the threshold."""
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Jaccard similarity from which two texts are near duplicates."""
     leakage: Literal["drop", "error", "report", "off"] = "drop"
-    """Training rows whose text also stands in validation or test; validation rows that stand in test."""
+    """Training rows whose text also occurs in validation or test; validation rows that also occur in test."""
     conflicts: Literal["drop", "report", "off"] = "report"
     """Equal texts with different labels; drop removes all of them."""
 
@@ -76,57 +76,57 @@ class AugmentationConfig(ConfigSection):
     copies: Annotated[int, Field(ge=1, le=16)] = 1
     """Changed copies added for each training row."""
     swap: Fraction = 0.1
-    """Share of words exchanged with another."""
+    """Share of words swapped with another word."""
     delete: Fraction = 0.1
     """Share of words removed."""
     typo: Fraction = 0.0
-    """Share of words in which two neighbouring letters are exchanged."""
+    """Share of words in which two adjacent letters are swapped."""
 
 
 class DataConfig(ConfigSection):
-    """The data set: where it comes from, which columns matter, how it is cleaned, split and cut."""
+    """The data set: where it comes from, which columns matter, and how it is cleaned, split and truncated."""
 
     source: str | tuple[str, ...]
-    """Hub id, a file (csv, tsv, json, jsonl, parquet, txt), a folder (train/validation/test files, or one folder of
-    texts a label), or package:NAME; several sources are mixed."""
+    """Hub id, a file (csv, tsv, json, jsonl, parquet, txt), a folder (train/validation/test files, or a folder of
+    texts per label), or package:NAME; several sources are mixed."""
     revision: str | None = None
     """Hub commit, tag or branch."""
     subset: str | None = None
-    """Configuration name of a hub data set that has several."""
+    """Configuration of a hub data set that has several."""
     splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
-    """Which split of the source plays which part, where the names differ: {validation: dev}."""
+    """The source's names for the splits, where they differ: {validation: dev}."""
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None
     """Column of a second text (entailment, similarity)."""
     label: str | tuple[str, ...] = "label"
-    """Column of the label; several 0/1 columns make a multi-label task."""
+    """Column of the label; several 0/1 columns are a multi-label task."""
     labels: tuple[str, ...] | None = None
     """Label names, in id order; None takes them from the source. A label that is not among them is an error."""
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
-    """Shape of instruction rows; auto recognises it from the columns."""
+    """Format of instruction rows; auto detects it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames for instruction rows: {instruction: question, output: answer}."""
+    """Your column names for instruction rows: {instruction: question, output: answer}."""
     system: str | None = None
-    """System prompt put before conversations that have none."""
+    """System prompt for conversations that have none."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Share of each source in the training split when several are mixed; None takes all rows of each."""
     streaming: bool = False
-    """Tokenize to disk in pieces, so that the source need not fit in memory."""
+    """Tokenize to disk in chunks, so that the source need not fit in memory."""
     max_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens kept of a row; longer rows are truncated, and reported."""
+    """Tokens per row; longer rows are truncated, and reported."""
     validation_size: Annotated[float, Field(gt=0)] = 0.1
     """Share (below 1) or rows of the training split held out when the source has no validation split."""
     test_size: Annotated[float, Field(ge=0)] = 0.2
     """Share (below 1) or rows held out when the source has no test split; 0 for none."""
     split_seed: int = 0
-    """Seed of the splits, apart from training.seed so that runs over seeds see the same test rows."""
+    """Seed of the splits, separate from training.seed so that runs with other seeds see the same test rows."""
     stratify: bool = True
-    """Keep the classes' shares in every split that is made here."""
+    """Keep the class proportions in every split that peftkit creates."""
     limit: Rows | dict[Literal["train", "validation", "test"], Rows] | None = None
-    """Rows kept of each split (seeded choice), for a quick look; None keeps all."""
+    """Rows of each split (a seeded sample), for a quick look; None takes all."""
     cleaning: CleaningConfig = CleaningConfig()
-    """What is done about bad rows."""
+    """How bad rows are handled."""
     augmentation: AugmentationConfig | None = None
     """Augmentation of the training split; None for none."""
 
@@ -134,7 +134,7 @@ class DataConfig(ConfigSection):
     def _weights_match_sources(self) -> DataConfig:
         sources = 1 if isinstance(self.source, str) else len(self.source)
         if self.weights is not None and len(self.weights) != sources:
-            raise ValueError(f"data.weights has {len(self.weights)} values for {sources} sources; give one each")
+            raise ValueError(f"data.weights has {len(self.weights)} values for {sources} sources; give one per source")
         return self
 
 
@@ -144,31 +144,31 @@ class EarlyStopping(ConfigSection):
     patience: Annotated[int, Field(ge=1)] = 3
     """Validations without improvement after which training stops."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """Improvement below which a validation counts as none."""
+    """Smallest improvement that counts."""
 
 
 class TrainingConfig(ConfigSection):
-    """How long, in which steps, and in what order the model learns."""
+    """How long, in which steps and in what order the model is trained."""
 
     epochs: Annotated[float, Field(gt=0)] = 3
     """Passes over the training split; a fraction is allowed."""
     max_steps: Rows | None = None
-    """Optimizer steps after which training ends, if that is earlier."""
+    """Optimizer steps after which training ends, if that comes first."""
     max_time: Annotated[float, Field(gt=0)] | None = None
     """Minutes of training after which a checkpoint is written and the run ends, resumable."""
     batch_size: Rows = 16
-    """Rows in an optimizer step, over all processes and micro-batches."""
+    """Rows per optimizer step, over all processes and micro-batches."""
     batch_tokens: Rows | None = None
-    """Padded tokens in an optimizer step, in place of batch_size: short rows make larger batches."""
+    """Padded tokens per optimizer step, in place of batch_size: short rows make larger batches."""
     micro_batch: Rows | Literal["auto"] | None = None
-    """Rows in one forward pass of a process; None takes its whole share of the batch; auto begins so, and halves when
+    """Rows per micro-batch of a process; None takes its share of the batch at once; auto starts there and halves when
     memory runs out. Gradients do not depend on it."""
     micro_batch_tokens: Rows | None = None
-    """Padded tokens in one forward pass, in training and evaluation; None takes 1,024 on a CPU, where more is no
-    faster, and 32,768 elsewhere. Gradients do not depend on it."""
+    """Padded tokens per micro-batch, in training and evaluation; None takes 1,024 on a CPU, where more is no faster,
+    and 32,768 elsewhere. Gradients do not depend on it."""
     batching: Literal["length", "random"] = "length"
-    """length: batches of rows of like length (little padding), shuffled; random: plain shuffling, for answers to
-    instructions, whose tokens would weigh more in a batch of short ones. Passes within a batch go by length anyway."""
+    """length: batches of rows of similar length (little padding), shuffled; random: plain shuffling, for instruction
+    tuning, where a token would weigh more in a batch of short rows. Micro-batches always group similar lengths."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; None takes the method's default."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd", "adafactor"] = "adamw"
@@ -181,43 +181,43 @@ class TrainingConfig(ConfigSection):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay; biases and normalization weights are exempt."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this norm; None leaves them."""
+    """Gradients are clipped to this norm; None does not clip."""
     scheduler: Literal[SCHEDULERS] = "linear"  # type: ignore[valid-type]
-    """Learning-rate schedule after warmup, by transformers' name."""
+    """Learning-rate schedule after warmup, by its transformers name."""
     warmup: Annotated[float, Field(ge=0)] = 0.06
     """Share (below 1) or number of steps over which the learning rate rises from 0."""
     gradient_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(_as_mode)] = "off"
-    """Form activations again in the backward pass in place of keeping them. full: all of a block, about a third more
-    time; selective: all but matrix products, which are kept; true and false mean full and off."""
+    """Recompute activations in the backward pass to save memory. full: everything in a block, about a third more time;
+    selective: everything but matmuls, whose results are stored; true and false mean full and off."""
     compile: bool = False
-    """Compile the blocks' training passes with torch.compile: one compilation of a minute or so, then faster steps
-    where many small kernels are what takes the time. Needs Triton on a GPU, a C++ compiler on a CPU."""
+    """Compile the blocks with torch.compile: a minute or so once, then faster steps where many small kernels dominate.
+    Needs Triton on a GPU, a C++ compiler on a CPU."""
     feature_cache_gb: Annotated[float, Field(ge=0)] = 8.0
-    """GB of disk for what frozen blocks give, computed once for all epochs and runs; what was used longest ago makes
-    room. 0 computes it in every epoch."""
+    """GB of disk for the cached outputs of frozen blocks, computed once for all epochs and runs; the least recently
+    used are evicted. 0 disables the cache."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """Noise on the input embeddings while training (NEFTune, arXiv:2310.05914)."""
+    """Noise on the input embeddings in training (NEFTune, arXiv:2310.05914)."""
     weight_averaging: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the trained weights, which is validated, chosen and exported in place
-    of the weights of one step (arXiv:1703.01780): 0.999 or 0.99 steady what a high learning rate scatters."""
+    """Decay of an exponential moving average of the trained weights, which is validated and exported in place of the
+    weights themselves (arXiv:1703.01780): 0.999 or 0.99 smooths out a high learning rate."""
     early_stopping: EarlyStopping | None = None
-    """Stop when validation no longer improves; None trains to the end."""
+    """Stop early when validation no longer improves; None trains to the end."""
     best_metric: str | None = None
-    """Validation figure by which the best checkpoint is chosen and restored at the end; None takes the task's own."""
+    """Validation metric by which the best checkpoint is chosen and restored at the end; None takes the task's own."""
     evaluate_every: Literal["epoch"] | Rows = "epoch"
     """Steps between validations, or every epoch."""
     save_every: Literal["epoch"] | Rows = "epoch"
-    """Steps between checkpoints, or every epoch; a validation that is the best so far is saved as well."""
+    """Steps between checkpoints, or every epoch; the best validation so far is always saved."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """Newest checkpoints kept, besides the best."""
+    """Number of newest checkpoints to keep, besides the best."""
     log_every: Rows = 10
-    """Steps between lines of the log."""
+    """Steps between log lines."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinite loss or gradient does: stop the run, or skip the step and count it."""
+    """On a NaN or infinite loss or gradient: stop the run, or skip the step and count it."""
     seed: int = 0
     """Seeds the new weights, the batch order, dropout and augmentation."""
     threads: Rows | None = None
-    """CPU threads a process; None takes cores ÷ processes."""
+    """CPU threads per process; None takes cores ÷ processes."""
 
     @field_validator("epochs")
     @classmethod
@@ -231,21 +231,21 @@ class GenerationConfig(ConfigSection):
     """How text is generated, in evaluation and from the command line."""
 
     max_new_tokens: Rows = 128
-    """Tokens generated at most."""
+    """Most tokens to generate."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 is greedy; higher is more varied."""
+    """0 is greedy; higher values are more varied."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling (Holtzman et al. 2020): the smallest set of tokens with this probability."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample among the k likeliest tokens; 0 for all."""
+    """Sample from the k likeliest tokens; 0 for all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the scores of tokens already there (CTRL, arXiv:1909.05858)."""
+    """Divides the scores of tokens that already occur (CTRL, arXiv:1909.05858)."""
     seed: int = 0
     """Seed of the sampling."""
     samples: Annotated[int, Field(ge=0)] = 8
-    """Held-out rows generated before and after training; 0 for none."""
+    """Held-out rows to generate for before and after training; 0 for none."""
     prompts: tuple[str, ...] = ()
-    """Prompts of your own to be continued before and after training."""
+    """Your own prompts, generated for before and after training."""
 
 
 class EvaluationConfig(ConfigSection):
@@ -256,24 +256,24 @@ class EvaluationConfig(ConfigSection):
     baselines: tuple[Annotated[str, NameIn(BASELINES)], ...] | None = None
     """Baselines that the result is compared with; None takes the task's own."""
     batch_size: Rows | None = None
-    """Rows in one evaluation pass, which training.micro_batch_tokens bounds too; None takes 32."""
+    """Rows per evaluation batch, which training.micro_batch_tokens also bounds; None takes 32."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Level of the confidence intervals."""
     worst: Annotated[int, Field(ge=0)] = 20
-    """Worst mistakes listed."""
+    """Number of worst mistakes to list."""
     generation: GenerationConfig = GenerationConfig()
     """How text is generated."""
 
 
 class ExportConfig(ConfigSection):
-    """What is made of the trained model besides its adapter."""
+    """What is written besides the adapter."""
 
     merge: bool = False
     """Also write the base with the adapter merged into it."""
     prove: bool = True
     """Reload the export in a fresh process and compare its outputs with the trained model's."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-3
-    """Largest difference of logits, relative to their spread, that the proof lets pass."""
+    """Largest difference of logits, relative to their standard deviation, that passes the proof."""
 
 
 class Recipe(ConfigSection):
@@ -290,7 +290,7 @@ class Recipe(ConfigSection):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     tracking: tuple[str, ...] = ("tensorboard",)
-    """Trackers of Accelerate by name (tensorboard, wandb, mlflow, …); empty for none."""
+    """Accelerate's trackers by name (tensorboard, wandb, mlflow, …); empty for none."""
     output_dir: str = "runs"
     """Folder that holds the run's folder."""
 
@@ -356,9 +356,9 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def merge(old: Any, new: Any) -> Any:
-    """``old`` with the fields of ``new`` put over it, part by part; a new ``kind`` starts from its own defaults.
+    """``old`` updated with the fields of ``new``, section by section; a new ``kind`` starts from its own defaults.
 
-    A new ``source`` drops what belonged to the old one: a revision pinned there means nothing here.
+    A new ``source`` drops what belonged to the old one, such as its pinned revision.
     """
     if isinstance(new, ConfigSection):
         return new

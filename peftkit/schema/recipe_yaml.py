@@ -128,7 +128,7 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path, depth: int = 0, kn
         for key, value in node.value:
             if isinstance(key.value, str) and key.value in seen:
                 mark = key.start_mark
-                raise RecipeError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: '{key.value}' stands twice")
+                raise RecipeError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: '{key.value}' occurs twice")
             if isinstance(key.value, str):
                 seen.add(key.value)
             _refuse_repeated_keys(value, path, depth + 1, known)

@@ -14,7 +14,7 @@ from peftkit.registry import Registry
 
 
 class ConfigSection(BaseModel):
-    """A frozen piece of a recipe that refuses unknown keys and names the nearest known one."""
+    """A frozen section of a recipe that refuses unknown keys and suggests the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -53,7 +53,7 @@ class NameIn:
 
 @dataclass(frozen=True)
 class DiscriminatedBy:
-    """Pydantic annotation: the mapping is validated by the class that its ``kind`` names in a registry."""
+    """Pydantic annotation: the class that ``kind`` names in a registry validates the mapping."""
 
     registry: Registry[Any]
 
@@ -78,7 +78,7 @@ class DiscriminatedBy:
         return core_schema.no_info_plain_validator_function(self.validate, serialization=dump)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """One of the parts with its ``kind``, or the kind alone, which stands for the part with its defaults."""
+        """One of the sections with its ``kind``, or the kind alone, which means the section with its defaults."""
         names = self.registry.names()
         parts = [handler(self.registry.get(name).__pydantic_core_schema__) for name in names]
         for part in parts:

@@ -1,4 +1,4 @@
-"""The values that the contracts exchange: rows, batches, task information, a model with its tokenizer."""
+"""Values that the contracts exchange: rows, batches, task information, predictions, a model with its tokenizer."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 
 @TASKS.register("classification")
 class Classification(Task):
-    """Learns to give a text, or a pair of texts, its label, labels or number."""
+    """Predicts the label, labels or number of a text or a pair of texts."""
 
     heads: ClassVar[tuple[str, ...]] = (SINGLE, MULTI, REGRESSION)
 
@@ -38,15 +38,15 @@ class Classification(Task):
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
     """auto: several label columns or a list per row are multi-label; fractions are a regression."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target spread evenly over the classes (Szegedy et al. 2016); single label only."""
+    """Share of the target spread evenly over the classes (Szegedy et al. 2016); for one label per row."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
-    """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping names some, the rest are
-    1. With several labels per row they weigh the positives; balanced is then negatives ÷ positives."""
+    """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping sets some, the others are
+    1. With several labels per row they weight the positives; balanced is then negatives ÷ positives."""
     cosine_temperature: Annotated[float, Field(gt=0)] | None = None
-    """Trains the head on cosines ÷ this, starting at the class means of up to 256 training rows: 0.1 for a few rows per
-    class. None trains it on dot products from a random start."""
+    """Trains the head on cosines ÷ this, starting from the class means of up to 256 training rows: 0.1 for a few rows
+    per class. None trains it on dot products from a random start."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Probability from which a label counts as given, where a row may have several."""
+    """Probability from which a label is predicted, where a row may have several."""
 
     def head_options(self, info: TaskInfo) -> dict[str, Any]:
         """Label smoothing and cosines where a row has one label, the threshold where it may have several."""
@@ -54,7 +54,7 @@ class Classification(Task):
         return {name: getattr(self, name) for name in options.get(info.problem_type, ())}
 
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
-        """Problem type, class names and class weights, from the raw splits; every label of every split is checked."""
+        """Problem type, class names and class weights from the raw splits; checks every label of every split."""
         self._check_texts(splits, data)
         if not isinstance(data.label, str) and len(data.label) > 1:
             return self._describe_indicators(splits, data)
@@ -129,7 +129,7 @@ class Classification(Task):
     def _describe_regression(self, columns: list[reading.LabelColumn]) -> TaskInfo:
         for field in ("class_weights", "label_smoothing", "cosine_temperature"):
             if getattr(self, field) != type(self).model_fields[field].default:
-                raise RecipeError(f"task.{field} needs classes, but this is a regression; leave it out")
+                raise RecipeError(f"task.{field} needs classes, and this is a regression; leave it out")
         for column in columns:
             if column.is_list:
                 column.fail("a regression learns one number per row; this column holds a list in each row", 0)
@@ -173,7 +173,7 @@ class Classification(Task):
                     words = [other for other in rows.column_names if other[0] != "_" and _is_text(rows.features[other])]
                     hint = f"; columns of text: {', '.join(words)}" if words else ""
                     dtype = getattr(rows.features[name], "dtype", rows.features[name])
-                    message = f"data.{field} must name a column of text, this one holds {dtype}{hint}"
+                    message = f"data.{field} must name a column of text, found {dtype}{hint}"
                     raise DataError(message, column=name)
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
@@ -295,7 +295,7 @@ def _refuse_unseen(
             if position is not None and not counts[position]:
                 column.fail(
                     f"label '{labels[position]}' of the {column.split} split has no row in training, so it cannot be "
-                    "learned; add some, or list the names in data.labels to go on all the same",
+                    "learned; add some, or list the names in data.labels to train anyway",
                     column.first(value),
                 )
 
@@ -304,8 +304,8 @@ def _fail_one_class(column: reading.LabelColumn) -> None:
     only = column.distinct()[0] if len(column.values) else None
     shown = column.names[only] if column.names and isinstance(only, int) else only
     column.fail(
-        f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}; a classifier needs two "
-        "classes at least. Is the file sorted and cut short, or data.label the wrong column?"
+        f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}; a classifier needs at "
+        "least two classes. Is the file sorted and cut short, or data.label the wrong column?"
     )
 
 

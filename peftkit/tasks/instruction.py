@@ -7,7 +7,7 @@
                                                        └──────────────┘ scored
 
 The conversation is rendered by the base model's own chat template; which tokens are the assistant's follows from the
-rendering itself (see ``_labels``). A canonical row is ``{"messages": [{"role": …, "content": …}, …]}``.
+rendering itself (see ``scored_tokens``). A canonical row is ``{"messages": [{"role": …, "content": …}, …]}``.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ SHOWN = 5
 
 @TASKS.register("instruction")
 class Instruction(LanguageTask):
-    """Learns to answer: single questions, or conversations of many turns."""
+    """Learns to answer single questions, or in conversations of many turns."""
 
     kind: Literal["instruction"] = "instruction"
     train_on: TrainOn = "assistant"
     """Which tokens are scored: every assistant turn, only the last one, or all of the conversation."""
     packing: bool = False
-    """Put several conversations into one window of data.max_length; none sees another."""
+    """Put several conversations into one window of data.max_length; none attends to another."""
     too_long: Literal["drop", "error"] = "drop"
-    """What is done about a row whose prompt alone fills data.max_length, so that nothing of its answer is left."""
+    """What happens to a row whose prompt alone fills data.max_length, so that nothing of its answer is left."""
 
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
         """Checks that the rows of every split are in a known format; raises DataError where they are not."""

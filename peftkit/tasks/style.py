@@ -1,4 +1,4 @@
-"""Style: plain language modelling of documents, so that the model writes as they do.
+"""Style: language modeling of documents, so that the model writes like them.
 
     task: {kind: style}
     data: {source: my_texts/, max_length: 512}
@@ -35,10 +35,10 @@ class Style(LanguageTask):
 
     kind: Literal["style"] = "style"
     packing: bool = True
-    """Fill every window of data.max_length with what follows, over the ends of documents; without it, a window holds
-    one document, or a part of one."""
+    """Fill every window of data.max_length across document boundaries; without it, a window holds one document, or a
+    part of one."""
     prompt_words: Annotated[int, Field(ge=1)] = 12
-    """Words of a held-out document that sample generations begin with."""
+    """Words of a held-out document that a sample generation starts from."""
 
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
         """Checks that every split has the column of the text; raises DataError where one has not."""
@@ -97,7 +97,7 @@ def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
         ModelError: the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end-of-text token (eos_token), so documents cannot be told apart")
+        raise ModelError("the tokenizer has no end-of-text token (eos_token), so documents cannot be separated")
     encoded: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     opening: Any = tokenizer("a")["input_ids"][:1]
     start = [bos for bos in opening if bos == tokenizer.bos_token_id]

@@ -73,7 +73,7 @@ def test_plain_words_are_words_and_plain_numbers_are_numbers(read):
         (GOOD.replace("labels: [no, yes, 1e-3x]", "labels: [no, 3]"), 5, 16, "data.labels.1"),
         (GOOD + "trainig: {}\n", 8, 1, "did you mean 'training'?"),
         (GOOD + "method: {kind: lora, rnak: 3}\n", 8, 22, "did you mean 'rank'?"),
-        (GOOD + "name: again\n", 8, 1, "'name' stands twice"),
+        (GOOD + "name: again\n", 8, 1, "'name' occurs twice"),
         (GOOD + "export: {merge: [}\n", 8, 18, "not YAML"),
         (GOOD + "\ttabs: 1\n", 8, 1, "not YAML"),
         ("name: small\ndata: {source: x}\n", 1, 1, "model: field required"),

@@ -125,7 +125,7 @@ def test_bad_labels_are_refused_with_their_place(labels, names, said):
     [
         ({"text": TEXTS, "labels": [0, 1, 0, 1]}, {}, r"no column 'label'.*'labels'\? Columns found: text, labels"),
         ({"sentence": TEXTS, "label": [0, 1, 0, 1]}, {}, "no column 'text' .* sentence"),
-        ({"text": [1, 2, 3, 4], "label": [0, 1, 0, 1]}, {}, "column of text, this one holds int64"),
+        ({"text": [1, 2, 3, 4], "label": [0, 1, 0, 1]}, {}, "column of text, found int64"),
         ({"text": TEXTS, "p": [0, 1, 2, 0]}, {"label": ("p", "q")}, "line 4, column 'p'.*0 or 1, found 2"),
         ({"text": TEXTS, "p": [0, 1, 1, 0]}, {"label": ("p", "q")}, "no column 'q'"),
     ],
