@@ -25,6 +25,7 @@ from peftkit.runs.environment import environment_changes
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.system import files
 from peftkit.training import results
 from peftkit.training.device_support import check_device_support
 from peftkit.training.features import plan_features
@@ -126,7 +127,7 @@ def train(
             if session.is_main:
                 results.write(folder, scores)
             if session.is_main and final:
-                folders.write_json(folder / run_report.ABOUT, overview)
+                files.write_json(folder / run_report.ABOUT, overview)
                 export_run(folder, unsharded, recipe, prepared, encoded, scores.metrics)
                 run_report.write(folder)
             session.accelerator.wait_for_everyone()

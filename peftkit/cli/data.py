@@ -70,10 +70,10 @@ def _keep_marked(marked: Path | None, out: Path | None, recipe: str | None) -> N
     if marked is None or out is None or recipe is not None:
         raise RecipeError("--marked FILE needs --out FILE and takes no recipe")
     from peftkit.review import generations
-    from peftkit.system import output_file
+    from peftkit.system import files
 
-    output_file.check(out, marked)
+    files.check_output(out, marked)
     rows = generations.marked_to_training_rows(marked)
-    with output_file.complete(out) as stream:
+    with files.open_atomic(out) as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     report(f"wrote {len(rows)} of {len(generations.read(marked))} generations (those marked good) to {out}")

@@ -60,7 +60,7 @@ def _chosen(functions: Sequence[Callable[[], Recipe]], words: list[str]) -> tupl
 def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()) -> Run:
     """Trains a recipe, as recipe files and ``peftkit train`` do; ``resume`` is the path of a run, or NEWEST."""
     from peftkit import run
-    from peftkit.data.hub import HUB_ID
+    from peftkit.data.sources.hub import HUB_ID
 
     try:
         return run.train(recipe, resume=True if resume == NEWEST else resume, allow=allow)

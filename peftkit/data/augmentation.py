@@ -2,7 +2,7 @@
 
     data: {augmentation: {copies: 1, swap: 0.1, delete: 0.1}}
 
-Changed copies are added behind the rows as read; labels stay. The same seed gives the same copies.
+Changed copies are added after the original rows; labels stay. The same seed gives the same copies.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _PIECES = re.compile(r"\s+|\S+")
 
 
 def augmented(train: Dataset, task: Task, config: AugmentationConfig, seed: int) -> Iterator[Row]:
-    """Changed copies of the training rows, those of the first pass first."""
+    """Changed copies of the training rows; the first copy of every row, then the second, …"""
     for copy in range(config.copies):
         for number, row in enumerate(iterate(train)):
             generator = np.random.Generator(np.random.PCG64([seed, copy, number]))
-            made = task.with_text(row, partial(change, config=config, generator=generator))
-            if task.text_of(made) != task.text_of(row):
-                yield {**made, **{name: row[name] for name in PLACE if name in row}}
+            changed = task.with_text(row, partial(change, config=config, generator=generator))
+            if task.text_of(changed) != task.text_of(row):
+                yield {**changed, **{name: row[name] for name in PLACE if name in row}}
 
 
 def change(text: str, config: AugmentationConfig, generator: np.random.Generator) -> str:
-    """The text with a share of its words exchanged, removed and misspelt; the spacing between words stays."""
+    """The text with a share of its words swapped, deleted and misspelled; the spacing between words stays."""
     pieces = _PIECES.findall(text)
     words = [place for place, piece in enumerate(pieces) if not piece.isspace()]
     for _ in range(_times(config.swap, len(words), generator) if len(words) > 1 else 0):
@@ -45,10 +45,10 @@ def change(text: str, config: AugmentationConfig, generator: np.random.Generator
         pieces[one], pieces[other] = pieces[other], pieces[one]
     for place in _some(words, config.typo, generator):
         pieces[place] = _typo(pieces[place], generator)
-    gone = set(_some(words, config.delete, generator)[: len(words) - 1])
-    # the space before a word goes with it
-    kept = [piece for place, piece in enumerate(pieces) if place not in gone and place + 1 not in gone]
-    return "".join(kept).strip() or text
+    deleted = set(_some(words, config.delete, generator)[: len(words) - 1])
+    # the space before a word is deleted with it
+    rest = [piece for place, piece in enumerate(pieces) if place not in deleted and place + 1 not in deleted]
+    return "".join(rest).strip() or text
 
 
 def _some(words: list[int], share: float, generator: np.random.Generator) -> list[int]:
@@ -57,7 +57,7 @@ def _some(words: list[int], share: float, generator: np.random.Generator) -> lis
 
 
 def _times(share: float, words: int, generator: np.random.Generator) -> int:
-    """Share × words, the fraction left to chance, so that short texts are changed too."""
+    """Share × words, rounded up or down at random, so that short texts are changed too."""
     exact = share * words
     return int(exact) + int(generator.random() < exact - int(exact))
 

@@ -1,8 +1,8 @@
-"""Which rows stand together in a step, and how they become tensors.
+"""Which rows make up a batch, and how they become tensors.
 
-The plan of an epoch is a pure function of (lengths, recipe, seed, epoch): no sampler has a state, and resuming is an
-offset into the plan. Rows of like length share a batch, so that little is padded (bucketing, as in Khomenko et al.
-2016, arXiv:1708.05604); rows and batches are shuffled anew every epoch.
+The batch plan of an epoch is a pure function of (lengths, recipe, seed, epoch): no sampler has a state, and resuming is
+an offset into the plan. Rows of similar length share a batch, so that little is padded (bucketing, Khomenko et al.
+2016, arXiv:1708.05604); rows and batches are shuffled again in every epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 POOL_BATCHES = 64
-"""Batches that are sorted by length together: more means less padding and less shuffling."""
+"""Batches whose rows are sorted by length together: more means less padding and less shuffling."""
 PASS_TOKENS = {"cpu": 1024}
 OTHER_PASS_TOKENS = 32768
 EVALUATION_ROWS = 32
@@ -39,7 +39,7 @@ class MicroBatch:
 
 
 def epoch_batches(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.ndarray]:
-    """The epoch's global batches as arrays of row numbers; every row stands in exactly one.
+    """The epoch's global batches as arrays of row numbers; every row is in exactly one.
 
     Args:
         lengths: tokens of each row, [rows].
@@ -65,7 +65,7 @@ def _batches(rows: np.ndarray, lengths: np.ndarray, training: TrainingConfig) ->
 
 
 def steps_per_epoch(lengths: np.ndarray, training: TrainingConfig) -> int:
-    """Optimizer steps in one pass; with a token budget, those of the first epoch's plan."""
+    """Optimizer steps per epoch; with a token budget, those of the first epoch's plan."""
     if training.batch_tokens:
         return len(epoch_batches(lengths, training, 0))
     return math.ceil(len(lengths) / training.batch_size)
@@ -82,31 +82,31 @@ def shard_batch(
 ) -> list[MicroBatch]:
     """One process's micro-batches of a global batch; every process gets the same number of them.
 
-    Rows are dealt out by length in turn, so that the processes have like amounts of work, and are cut so that no
-    micro-batch has more than ``micro_batch`` rows or, having several, more than ``micro_tokens`` padded tokens.
+    Rows are dealt out in turn, ordered by length, so that the processes have similar amounts of work. A micro-batch has
+    at most ``micro_batch`` rows and ``micro_tokens`` padded tokens, or a single row.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
-    shares = [
+    shards = [
         split_by_budget(order[each::world_size], lengths, micro_batch, micro_tokens) for each in range(world_size)
     ]
-    micro = [MicroBatch(piece) for piece in shares[rank]]
-    return micro + [MicroBatch(order[:1], counts=False)] * (max(map(len, shares)) - len(micro))
+    micro_batches = [MicroBatch(rows) for rows in shards[rank]]
+    return micro_batches + [MicroBatch(order[:1], counts=False)] * (max(map(len, shards)) - len(micro_batches))
 
 
 def split_by_budget(rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None) -> list[np.ndarray]:
-    """Cuts an ordered list of rows into pieces of at most ``most`` rows and ``tokens`` padded tokens (or one row)."""
-    pieces, start, longest = [], 0, 0
+    """Splits an ordered list of rows into batches of at most ``most`` rows and ``tokens`` padded tokens, or one row."""
+    batches, start, longest = [], 0, 0
     for end, row in enumerate(rows):
         longest = max(longest, int(lengths[row]))
         many = end + 1 - start
         if many > 1 and ((most and many > most) or (tokens and longest * many > tokens)):
-            pieces.append(rows[start:end])
+            batches.append(rows[start:end])
             start, longest = end, int(lengths[row])
-    return [*pieces, rows[start:]] if len(rows) else []
+    return [*batches, rows[start:]] if len(rows) else []
 
 
 def pass_tokens(training: TrainingConfig, device: str) -> int:
-    """Padded tokens in one forward pass on a kind of device."""
+    """Maximum padded tokens per forward pass on a type of device."""
     return training.micro_batch_tokens or PASS_TOKENS.get(device, OTHER_PASS_TOKENS)
 
 
@@ -121,7 +121,7 @@ def by_length(lengths: np.ndarray, size: int | None = None, tokens: int | None =
 
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
-    """Share of padded tokens in the batches' rectangles."""
+    """Share of padding among the tokens of the padded batches."""
     total = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return 1 - float(lengths.sum()) / total if total else 0.0
 
@@ -129,9 +129,9 @@ def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
 def collate(columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """Columns of examples → padded tensors.
 
-    ``input_ids`` [rows, tokens] and what stands beside them are padded on the tokenizer's side to the longest row;
-    ``attention_mask`` marks the real tokens by position, so that a pad token that equals another cannot confuse;
-    ``labels`` are [rows, tokens] with -100 on the padding, or [rows] / [rows, labels] for classifiers.
+    ``input_ids`` [rows, tokens] and other model inputs are padded to the longest row on the tokenizer's padding side;
+    ``attention_mask`` is set by position, so that it is right even if the pad token occurs in a text; ``labels`` are
+    [rows, tokens] with -100 on the padding, or [rows] / [rows, labels] for classifiers.
     """
     import torch
 
@@ -160,6 +160,6 @@ def collate(columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizer
 
 
 def _is_per_token(labels: Sequence[Any], lengths: Sequence[int]) -> bool:
-    """Lists of ints as long as the tokens label tokens; lists of floats are a row's several labels."""
+    """Whether labels are lists of ints, one per token; lists of floats are multiple labels of a row."""
     first = labels[0]
     return isinstance(first, (list, np.ndarray)) and len(first) == lengths[0] and not isinstance(first[0], float)

@@ -1,7 +1,7 @@
-"""Duplicates, near duplicates, contradictions and leakage: found by hashes of the texts, told with their places.
+"""Duplicates, near duplicates, conflicting labels and leakage, by hashes of the texts.
 
-Every function takes the rows and a mask of those that are alive, marks what it drops, and returns the steps that say
-what it did. Texts are compared without case and spacing.
+Every function takes the rows and a mask ``alive`` [rows], clears the mask where it drops a row, and returns the steps
+taken. Texts are compared without case and spacing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from peftkit.data.mapping import PARTS, Rows
+from peftkit.data.mapping import Rows
 from peftkit.data.near_duplicates import find_pairs, words_of
+from peftkit.data.source import SPLITS
 from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.data.tables import iterate
 from peftkit.errors import DataError
@@ -22,7 +23,7 @@ from peftkit.schema.task import Task
 def drop_conflicts(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningStep]:
     """Equal texts with different labels within a split; ``drop`` removes all of them."""
     steps = []
-    for part, index in _parts(rows, alive) if action != "off" else ():
+    for split, index in _splits(rows, alive) if action != "off" else ():
         _, inverse = np.unique(rows.text[index], return_inverse=True)
         # a text's labels agree when the smallest and the largest of their hashes do
         low = np.full(inverse.max() + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
@@ -32,102 +33,100 @@ def drop_conflicts(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningS
         bad = index[(low != high)[inverse]]
         bad = bad[np.argsort(rows.text[bad], kind="stable")]
         if len(bad):
-            steps.append(_step(rows, "conflicts", part, action, bad, alive))
+            steps.append(_step(rows, "conflicts", split, action, bad, alive))
     return steps
 
 
 def drop_duplicates(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningStep]:
-    """Rows of one split with a text that stood there before; the first stays."""
+    """Rows whose text occurs earlier in the same split; the first row stays."""
     steps = []
-    for part, index in _parts(rows, alive) if action != "off" else ():
+    for split, index in _splits(rows, alive) if action != "off" else ():
         _, first, inverse = np.unique(rows.text[index], return_index=True, return_inverse=True)
         earlier = first[inverse]
         again = np.flatnonzero(earlier != np.arange(len(index)))
         if len(again):
-            kept = dict(zip(index[again].tolist(), index[earlier[again]].tolist()))
-            steps.append(_step(rows, "duplicates", part, action, index[again], alive, kept))
+            twins = dict(zip(index[again].tolist(), index[earlier[again]].tolist()))
+            steps.append(_step(rows, "duplicates", split, action, index[again], alive, twins))
     return steps
 
 
 def near_duplicates(
     rows: Rows, alive: np.ndarray, task: Task, cleaning: CleaningConfig
 ) -> tuple[list[CleaningStep], np.ndarray]:
-    """Near duplicates in the training split, and each row's group: near duplicates belong together when split.
+    """Near duplicates in the training split, and each row's group, which goes into one split as a whole.
 
     Returns:
-        steps, and groups [rows]: the index of the first row of the group.
+        steps, and groups [rows]: the index of the group's first row.
     """
     groups = np.arange(len(rows))
-    index = np.flatnonzero(alive & (rows.part == 0))
+    index = np.flatnonzero(alive & (rows.split == 0))
     if cleaning.near_duplicates == "off" or not len(index):
         return [], groups
 
-    def texts(wanted: np.ndarray) -> Iterator[str]:
-        return (task.text_of(row) for row in iterate(rows.data.select(wanted)))
+    def words(numbers: np.ndarray) -> Iterator[list[str]]:
+        return (words_of(task.text_of(row)) for row in iterate(rows.data.select(index[numbers])))
 
-    pairs = find_pairs(
-        lambda wanted: (words_of(text) for text in texts(index[wanted])), len(index), cleaning.near_threshold
-    )
-    removed: dict[int, int] = {}
-    for later, earlier, _ in pairs:  # ordered by the later row: what it resembles is decided already
-        if later not in removed and earlier not in removed:
-            removed[later] = earlier
-            groups[index[later]] = groups[index[earlier]]
-    if not removed:
+    twins: dict[int, int] = {}
+    for later, earlier, _ in find_pairs(words, len(index), cleaning.near_threshold):
+        one, other = int(index[later]), int(index[earlier])
+        if one not in twins and other not in twins:  # pairs are ordered by the later row, so the earlier is decided
+            twins[one] = other
+            groups[one] = groups[other]
+    if not twins:
         return [], groups
-    found = index[np.array(sorted(removed))]
-    twins = {int(index[later]): int(index[earlier]) for later, earlier in removed.items()}
-    return [_step(rows, "near_duplicates", "train", cleaning.near_duplicates, found, alive, twins, " ~ ")], groups
+    near = np.array(sorted(twins))
+    return [_step(rows, "near_duplicates", "train", cleaning.near_duplicates, near, alive, twins, " ~ ")], groups
 
 
-def drop_leakage(rows: Rows, alive: np.ndarray, part: np.ndarray, action: str) -> list[CleaningStep]:
-    """Training rows that also stand in validation or test, and validation rows that stand in test.
+def drop_leakage(rows: Rows, alive: np.ndarray, split: np.ndarray, action: str) -> list[CleaningStep]:
+    """Training rows whose text is also in validation or test, and validation rows whose text is in test.
 
     Args:
-        part: split of each row now, after splits were made.
+        split: current split of each row [rows], which may differ from the source's.
 
     Raises:
-        DataError: there are some, and ``action`` is "error".
+        DataError: there are such rows, and ``action`` is "error".
     """
     steps = []
     for inner, outer in ((0, (1, 2)), (1, (2,))) if action != "off" else ():
-        held = np.flatnonzero(alive & np.isin(part, outer))
-        index = np.flatnonzero(alive & (part == inner))
-        leaked = index[np.isin(rows.text[index], rows.text[held])]
+        held_out = np.flatnonzero(alive & np.isin(split, outer))
+        index = np.flatnonzero(alive & (split == inner))
+        leaked = index[np.isin(rows.text[index], rows.text[held_out])]
         if not len(leaked):
             continue
-        where = dict(zip(rows.text[held].tolist(), held.tolist()))
-        twins = {row: where[int(rows.text[row])] for row in leaked.tolist()}
-        step = _step(rows, "leakage", PARTS[inner], action, leaked, alive, twins)
+        row_of = dict(zip(rows.text[held_out].tolist(), held_out.tolist()))
+        twins = {row: row_of[int(rows.text[row])] for row in leaked.tolist()}
+        step = _step(rows, "leakage", SPLITS[inner], action, leaked, alive, twins)
         if action == "error":
-            said = f"{step.rows} rows of the {step.split} split also stand in the data it is judged by"
+            message = f"{step.rows} rows of the {step.split} split are also in the data that it is evaluated on"
             hint = "remove them, or set data.cleaning.leakage=drop"
-            raise DataError("\n  ".join([f"{said}; {hint}", *step.examples]))
+            raise DataError("\n  ".join([f"{message}; {hint}", *step.examples]))
         steps.append(step)
     return steps
 
 
-def _parts(rows: Rows, alive: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    for number, part in enumerate(PARTS):
-        index = np.flatnonzero(alive & (rows.part == number))
+def _splits(rows: Rows, alive: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    for number, split in enumerate(SPLITS):
+        index = np.flatnonzero(alive & (rows.split == number))
         if len(index):
-            yield part, index
+            yield split, index
 
 
 def _step(
     rows: Rows,
     name: str,
-    part: str,
+    split: str,
     action: str,
-    found: np.ndarray,
+    affected: np.ndarray,
     alive: np.ndarray,
     twins: Mapping[int, int] | None = None,
     sign: str = " = ",
 ) -> CleaningStep:
-    """The step over the rows ``found``; ``twins`` says which other row each collides with."""
-    examples = []
-    for row in found[:EXAMPLES].tolist():
-        examples.append(f"{rows.place(row)}{sign}{rows.place(twins[row])}" if twins else rows.place(row))
+    """The step that drops or reports the ``affected`` rows; ``twins`` maps each to the row it collides with."""
+    examples = tuple(
+        f"{rows.place(row)}{sign}{rows.place(twins[row])}" if twins else rows.place(row)
+        for row in affected[:EXAMPLES].tolist()
+    )
     if action == "drop":
-        alive[found] = False
-    return CleaningStep(name, part, "dropped" if action == "drop" else "reported", len(found), tuple(examples))
+        alive[affected] = False
+    return CleaningStep(name, split, "dropped" if action == "drop" else "reported", len(affected), examples)

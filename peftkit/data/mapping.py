@@ -1,4 +1,4 @@
-"""Raw rows → the task's canonical rows, checked, with what the later steps need of each row in small arrays."""
+"""Raw rows → the task's canonical rows, checked, and small arrays of what the later steps need of each row."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peftkit.data.problems import Problems, located
+from peftkit.data.source import SPLITS
 from peftkit.data.steps import CleaningStep, StepLog
 from peftkit.data.tables import iterate, write_rows
 from peftkit.errors import DataError
@@ -24,7 +25,7 @@ from peftkit.schema.types import Row, TaskInfo
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PARTS = ("train", "validation", "test")
+ARRAYS = {"source": "q", "split": "q", "text": "Q", "label": "Q", "digest": "Q", "document": "Q", "stratum": "q"}
 PLACE = ("_file", "_line", "_document")
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200b\u2060\ufeff]")
@@ -32,21 +33,21 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 
 @dataclass(frozen=True)
 class Rows:
-    """Canonical rows of all splits and sources on disk, and arrays that say what is needed of each, [rows]."""
+    """Canonical rows of all splits and sources on disk, and arrays [rows] about each."""
 
     data: Dataset
     source: np.ndarray
-    """Which of the sources it came from, int64."""
-    part: np.ndarray
-    """Split of the source: 0 train, 1 validation, 2 test; int64."""
+    """Number of its source, int64."""
+    split: np.ndarray
+    """Its split in the source, an index into ``SPLITS``; int64."""
     text: np.ndarray
-    """Hash of the text without case and spacing; equal texts have equal hashes, uint64."""
+    """Hash of the text without case and spacing, uint64."""
     label: np.ndarray
-    """Hash of the label; uint64."""
+    """Hash of the label, uint64."""
     digest: np.ndarray
     """Hash of the row without its place, uint64."""
     document: np.ndarray
-    """Hash of the document's name; 0 where a row has none, uint64."""
+    """Hash of the document's name, or 0; uint64."""
     stratum: np.ndarray
     """Index into ``strata``, int64."""
     strata: tuple[str, ...]
@@ -56,33 +57,8 @@ class Rows:
 
     def place(self, row: int) -> str:
         """``file:line`` of a row, for messages."""
-        held = self.data.select_columns(["_file", "_line"])[int(row)]
-        return f"{held['_file']}:{held['_line']}"
-
-
-@dataclass
-class _Arrays:
-    """Grows while rows are written."""
-
-    source: array[int] = field(default_factory=lambda: array("q"))
-    part: array[int] = field(default_factory=lambda: array("q"))
-    text: array[int] = field(default_factory=lambda: array("Q"))
-    label: array[int] = field(default_factory=lambda: array("Q"))
-    digest: array[int] = field(default_factory=lambda: array("Q"))
-    document: array[int] = field(default_factory=lambda: array("Q"))
-    stratum: array[int] = field(default_factory=lambda: array("q"))
-    strata: dict[str, int] = field(default_factory=dict)
-
-    def add(self, row: Row, task: Task, source: int, part: int) -> None:
-        stratum = task.stratum(row)
-        content = {name: value for name, value in row.items() if name not in PLACE}
-        self.source.append(source)
-        self.part.append(part)
-        self.text.append(hash64(" ".join(task.text_of(row).casefold().split())))
-        self.label.append(hash64(stratum or repr(row.get("label", row.get("labels")))))
-        self.digest.append(hash64(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)))
-        self.document.append(hash64(row["_document"]) if row.get("_document") else 0)
-        self.stratum.append(self.strata.setdefault(stratum, len(self.strata)))
+        place = self.data.select_columns(["_file", "_line"])[int(row)]
+        return f"{place['_file']}:{place['_line']}"
 
 
 def canonical_rows(
@@ -91,84 +67,93 @@ def canonical_rows(
     """Every row of every split under the task's own columns, with control characters and empty rows dealt with.
 
     Args:
-        raw: raw splits, one mapping a source.
+        raw: raw splits, one mapping per source.
         folder: where ``canonical.arrow`` is written.
 
     Raises:
-        DataError: bad rows, up to ten in one message; or nothing is left.
+        DataError: bad rows, up to ten in one message; or no row is left.
     """
-    problems, log, arrays = Problems(), StepLog(), _Arrays()
-    made = write_rows(_canonical(raw, task, data, info, problems, log, arrays), folder, "canonical")
-    problems.check()
-    if made is None:
+    mapper = _Mapper(task, data, info)
+    table = write_rows(mapper.rows(raw), folder, "canonical")
+    mapper.problems.check()
+    if table is None:
         raise DataError("no row is left: every text is empty")
-    names = [name for name in Rows.__dataclass_fields__ if name not in ("data", "strata")]
-    columns = {name: np.frombuffer(held := getattr(arrays, name), dtype=held.typecode) for name in names}
-    return Rows(made, **columns, strata=tuple(arrays.strata)), log.steps()
+    columns = {name: np.frombuffer(values, dtype=values.typecode) for name, values in mapper.arrays.items()}
+    return Rows(table, **columns, strata=tuple(mapper.strata)), mapper.log.steps()
 
 
-def _canonical(
-    raw: Sequence[Mapping[str, Dataset]],
-    task: Task,
-    data: DataConfig,
-    info: TaskInfo,
-    problems: Problems,
-    log: StepLog,
-    arrays: _Arrays,
-) -> Iterator[Row]:
-    for source, splits in enumerate(raw):
-        for part, held in splits.items():
-            for row in iterate(held):
-                made = _one(row, part, task, data, info, problems, log)
-                if made is not None:
-                    arrays.add(made, task, source, PARTS.index(part))
-                    yield made
+class _Mapper:
+    """Maps rows one by one; collects bad rows, cleaning steps, and the arrays of ``Rows``."""
 
+    def __init__(self, task: Task, data: DataConfig, info: TaskInfo) -> None:
+        self.task, self.data, self.info = task, data, info
+        self.problems, self.log = Problems(), StepLog()
+        self.arrays = {name: array(kind) for name, kind in ARRAYS.items()}
+        self.strata: dict[str, int] = {}
 
-def _one(
-    row: Row, part: str, task: Task, data: DataConfig, info: TaskInfo, problems: Problems, log: StepLog
-) -> Row | None:
-    """The canonical row; None for one that is bad (noted) or empty (noted or counted)."""
-    place = f"{row['_file']}:{row['_line']}"
-    try:
-        made = task.canonical(row, data, info)
-    except DataError as error:
-        if not _is_blank(row, error.column, data):
-            problems.add(located(error, row["_file"], row["_line"]))
+    def rows(self, raw: Sequence[Mapping[str, Dataset]]) -> Iterator[Row]:
+        """Canonical rows of all sources and splits."""
+        for source, splits in enumerate(raw):
+            for split, table in splits.items():
+                for row in iterate(table):
+                    if (canonical := self._canonical(row, split)) is not None:
+                        self._append(canonical, source, SPLITS.index(split))
+                        yield canonical
+
+    def _canonical(self, row: Row, split: str) -> Row | None:
+        """The canonical row; None for a bad row (a problem) and an empty one (a problem or dropped)."""
+        try:
+            canonical = self.task.canonical(row, self.data, self.info)
+        except DataError as error:
+            if self._is_empty(row, error.column):
+                self._add_empty(row, split, error.column)
+            else:
+                self.problems.add(located(error, row["_file"], row["_line"]))
             return None
-        _empty(row, part, error.column, data, problems, log)
-        return None
-    if data.cleaning.control_characters != "off":
-        changed = task.with_text(made, clean_text)
-        if changed != made:
-            log.add(
-                "control_characters",
-                part,
-                "changed" if data.cleaning.control_characters == "strip" else "reported",
-                place,
-            )
-            made = changed if data.cleaning.control_characters == "strip" else made
-    if task.is_blank(made):
-        _empty(row, part, data.text if data.text in row else None, data, problems, log)
-        return None
-    return {**made, **{name: row[name] for name in PLACE if name in row}}
+        action = self.data.cleaning.control_characters
+        if action != "off" and (changed := self.task.with_text(canonical, clean_text)) != canonical:
+            strip = action == "strip"
+            self.log.add("control_characters", split, "changed" if strip else "reported", _place(row))
+            canonical = changed if strip else canonical
+        if self.task.is_blank(canonical):
+            self._add_empty(row, split, self.data.text if self.data.text in row else None)
+            return None
+        return {**canonical, **{name: row[name] for name in PLACE if name in row}}
+
+    def _is_empty(self, row: Row, column: str | None) -> bool:
+        """Whether a row was refused for an empty column other than the label."""
+        labels = (self.data.label,) if isinstance(self.data.label, str) else self.data.label
+        if column is None or column in labels or column not in row:
+            return False
+        value = row[column]
+        return value is None or (isinstance(value, str) and not value.strip())
+
+    def _add_empty(self, row: Row, split: str, column: str | None) -> None:
+        if self.data.cleaning.empty == "drop":
+            self.log.add("empty", split, "dropped", _place(row))
+            return
+        value = "null" if column and row.get(column) is None else "an empty text"
+        message = f"expected text, found {value}; fill or remove the row, or set data.cleaning.empty=drop"
+        self.problems.add(DataError(message, file=row["_file"], line=row["_line"], column=column))
+
+    def _append(self, row: Row, source: int, split: int) -> None:
+        stratum = self.task.stratum(row)
+        content = {name: value for name, value in row.items() if name not in PLACE}
+        values = {
+            "source": source,
+            "split": split,
+            "text": hash64(" ".join(self.task.text_of(row).casefold().split())),
+            "label": hash64(stratum or repr(row.get("label", row.get("labels")))),
+            "digest": hash64(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)),
+            "document": hash64(row["_document"]) if row.get("_document") else 0,
+            "stratum": self.strata.setdefault(stratum, len(self.strata)),
+        }
+        for name, value in values.items():
+            self.arrays[name].append(value)
 
 
-def _empty(row: Row, part: str, column: str | None, data: DataConfig, problems: Problems, log: StepLog) -> None:
-    if data.cleaning.empty == "drop":
-        log.add("empty", part, "dropped", f"{row['_file']}:{row['_line']}")
-    else:
-        found = "null" if column and row.get(column) is None else "an empty text"
-        said = f"expected text, found {found}; fill or remove the row, or set data.cleaning.empty=drop"
-        problems.add(DataError(said, file=row["_file"], line=row["_line"], column=column))
-
-
-def _is_blank(row: Row, column: str | None, data: DataConfig) -> bool:
-    labels = (data.label,) if isinstance(data.label, str) else data.label
-    if column is None or column in labels or column not in row:
-        return False
-    value = row[column]
-    return value is None or (isinstance(value, str) and not value.strip())
+def _place(row: Row) -> str:
+    return f"{row['_file']}:{row['_line']}"
 
 
 def clean_text(text: str) -> str:
@@ -185,8 +170,8 @@ def hash64(text: str) -> int:
 
 
 def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
-    """What the task learns of all rows of all sources first; raises DataError with the file it concerns."""
-    # sources that are not merged need not have the same columns, so each is looked at by itself
+    """What the task must know of all rows first; raises DataError with the file it concerns."""
+    # sources that are not merged need not have the same columns, so each is described by itself
     alone = [raw[0] if len(raw) == 1 else _merged(raw)] if task.merges_sources else raw
     first, *_ = [_describe_one(splits, task, data) for splits in alone]
     return first
@@ -207,13 +192,13 @@ def _merged(raw: Sequence[Mapping[str, Dataset]]) -> Mapping[str, Dataset]:
     from datasets import concatenate_datasets
 
     merged = {}
-    for part in PARTS:
-        held = [splits[part] for splits in raw if part in splits]
-        if held:
-            common = [name for name in held[0].column_names if all(name in other.column_names for other in held)]
+    for split in SPLITS:
+        tables = [splits[split] for splits in raw if split in splits]
+        if tables:
+            common = [name for name in tables[0].column_names if all(name in other.column_names for other in tables)]
             try:
-                merged[part] = concatenate_datasets([split.select_columns(common) for split in held])
+                merged[split] = concatenate_datasets([table.select_columns(common) for table in tables])
             except ValueError as error:
-                said = f"the sources' columns are of different types: {str(error).splitlines()[0]}"
-                raise DataError(f"data.source: {said}; give them one type") from None
+                types = f"the sources' columns are of different types: {str(error).splitlines()[0]}"
+                raise DataError(f"data.source: {types}; give them one type") from None
     return merged

@@ -1,8 +1,8 @@
 """Near duplicates by MinHash and banding (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3).
 
-A text is the set of its word 3-grams. The least of many hashes over a set agrees between two sets with a probability
-equal to their Jaccard similarity s; with b bands of r hashes a pair becomes a candidate with 1 - (1 - s^r)^b. Every
-candidate is then compared exactly, so that nothing is reported that is not similar.
+A text is the set of its word 3-grams. The minimum of a hash over a set agrees between two sets with a probability equal
+to their Jaccard similarity s; with b bands of r hashes a pair becomes a candidate with probability 1 - (1 - s^r)^b.
+Every candidate is then compared exactly, so that only similar texts are reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 HASHES = 128
 RECALL = 0.998
 BUCKET = 64
-"""Rows of one bucket that all others in it are compared with: bounds the work where thousands share a boilerplate."""
+"""Rows of one bucket that all others in it are compared with: bounds the work where thousands share boilerplate."""
 _CHUNK = 2000
 _WORD = re.compile(r"\w+")
 _KNOWN_WORDS = 1_000_000
@@ -45,7 +45,7 @@ def jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, hashes in a band): the longest bands that still catch a pair at the threshold nearly always."""
+    """(bands, hashes per band): the longest bands that catch a pair at the threshold with probability ``RECALL``."""
     for width in range(HASHES, 1, -1):
         bands = HASHES // width
         if 1 - (1 - threshold**width) ** bands >= RECALL:
@@ -56,19 +56,19 @@ def bands_for(threshold: float) -> tuple[int, int]:
 def find_pairs(words: Texts, rows: int, threshold: float) -> Iterator[tuple[int, int, float]]:
     """(later row, earlier row, similarity) of every pair at or over the threshold, ordered by the later row."""
     bands, width = bands_for(threshold)
-    # on disk, band after band: one band at a time is looked at, and all of them would take 8 bytes a row each
+    # on disk, band after band, since only one band is needed at a time; a band takes 8 bytes per row
     with tempfile.TemporaryFile() as keys:
         for start in range(0, rows, _CHUNK):
-            wanted = np.arange(start, min(start + _CHUNK, rows))
-            for band, held in enumerate(_band_keys(list(words(wanted)), bands, width)):
+            chunk = np.arange(start, min(start + _CHUNK, rows))
+            for band, chunk_keys in enumerate(_band_keys(list(words(chunk)), bands, width)):
                 keys.seek(8 * (band * rows + start))
-                keys.write(held.tobytes())
+                keys.write(chunk_keys.tobytes())
         keys.seek(0)
         candidates = _candidates(np.frombuffer(keys.read(8 * rows), dtype=np.uint64) for _ in range(bands))
     if not len(candidates):
         return
     needed = np.unique(candidates)
-    sets = dict(zip(needed.tolist(), (shingles(held) for held in words(needed))))
+    sets = dict(zip(needed.tolist(), map(shingles, words(needed))))
     for later, earlier in candidates.tolist():
         similarity = jaccard(sets[later], sets[earlier])
         if similarity >= threshold:
@@ -79,9 +79,9 @@ def _candidates(keys: Iterable[np.ndarray]) -> np.ndarray:
     """Pairs [pairs, 2] (later, earlier) that share a bucket in some band, each once, ordered.
 
     Args:
-        keys: one key a row, [rows], band after band.
+        keys: one key per row, [rows], band after band.
     """
-    found = [np.empty((0, 2), dtype=np.int64)]
+    pairs = [np.empty((0, 2), dtype=np.int64)]
     for band in keys:
         order = np.argsort(band, kind="stable")
         sorted_keys = band[order]
@@ -90,14 +90,14 @@ def _candidates(keys: Iterable[np.ndarray]) -> np.ndarray:
         for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist()):
             rows = order[start : start + size]
             earlier, later = np.nonzero(np.arange(min(size, BUCKET))[:, None] < np.arange(size)[None, :])
-            found.append(np.stack([rows[later], rows[earlier]], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            pairs.append(np.stack([rows[later], rows[earlier]], axis=1))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
 def _band_keys(texts: list[Sequence[str]], bands: int, width: int) -> np.ndarray:
-    """One hash a band and row, [bands, rows], uint64: of the least hashes of the row's shingles in the band."""
+    """One hash per band and row, [bands, rows], uint64, over the minimum hashes of the row's shingles."""
     hashed = [_shingle_hashes(words) for words in texts]
-    starts = np.cumsum([0, *(len(held) for held in hashed[:-1])])
+    starts = np.cumsum([0, *(len(hashes) for hashes in hashed[:-1])])
     flat = np.concatenate(hashed)
     generator = np.random.Generator(np.random.PCG64(20240229))
     multipliers = generator.integers(1, 1 << 63, size=bands * width, dtype=np.uint64) | np.uint64(1)

@@ -1,4 +1,4 @@
-"""Bad rows are collected and told together, so that a file is mended in one go."""
+"""Bad rows are collected and reported together, so that a file can be fixed in one go."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Problems:
     """Collects what is wrong with rows; ``check`` raises one DataError that shows the first ten."""
 
     def __init__(self) -> None:
-        self.found: list[DataError] = []
+        self.shown: list[DataError] = []
         self.count = 0
 
     def add(self, error: DataError) -> None:
-        """Notes one bad row."""
+        """Adds one bad row."""
         self.count += 1
-        if len(self.found) < SHOWN:
-            self.found.append(error)
+        if len(self.shown) < SHOWN:
+            self.shown.append(error)
 
     def fatal(self, error: DataError) -> DataError:
-        """Notes a problem behind which nothing can be read; returns the error to raise."""
+        """Adds a problem past which nothing can be read; returns the error to raise."""
         self.add(error)
         return self.summary()
 
@@ -34,12 +34,12 @@ class Problems:
             raise self.summary()
 
     def summary(self) -> DataError:
-        """All that was collected as one error, which carries the place of the first."""
-        first = self.found[0]
+        """All problems as one error, with the place of the first."""
+        first = self.shown[0]
         if self.count == 1:
             return first
-        more = [f"… and {self.count - len(self.found)} more"] if self.count > len(self.found) else []
-        error = DataError("\n  ".join([f"{self.count} rows are wrong:", *(str(item) for item in self.found), *more]))
+        more = [f"… and {self.count - len(self.shown)} more"] if self.count > len(self.shown) else []
+        error = DataError("\n  ".join([f"{self.count} rows are wrong:", *map(str, self.shown), *more]))
         error.file, error.line, error.column = first.file, first.line, first.column
         return error
 
@@ -51,14 +51,14 @@ def located(error: DataError, file: Any, line: Any) -> DataError:
     return DataError(error.message, file=file, line=error.line or line, column=error.column)
 
 
-def missing_column(column: str, found: Iterable[str], *, field: str, file: Any = None) -> DataError:
-    """The error for a column that is not there; ``field`` is the recipe's field that names it ("data.text")."""
-    names = [name for name in found if not name.startswith("_")]
+def missing_column(column: str, columns: Iterable[str], *, field: str, file: Any = None) -> DataError:
+    """The error for a missing column; ``field`` is the recipe's field that names it ("data.text")."""
+    names = [name for name in columns if not name.startswith("_")]
     listed = ", ".join(names) or "none"
-    said = f"no such column; the columns are: {listed}; {did_you_mean(column, names)}; set {field}"
+    message = f"no such column; the columns are: {listed}; {did_you_mean(column, names)}; set {field}"
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        said += " (is the file separated by something else than commas?)"
-    return DataError(said, file=file, column=column)
+        message += " (is the file separated by something other than commas?)"
+    return DataError(message, file=file, column=column)
 
 
 def shorten(value: Any, limit: int = 60) -> str:

@@ -1,6 +1,6 @@
-"""Splits that the source lacks, the share of mixed sources, and limits: pure functions of the rows and split_seed.
+"""Splits that the source lacks, mixing of sources, and limits: pure functions of the rows and ``data.split_seed``.
 
-No row is lost. Rows that belong together (a document's, equal and nearly equal texts) stay in one split, and classes
+No row is lost. Rows that belong together (of one document, equal or nearly equal texts) stay in one split, and classes
 keep their shares, by largest remainder.
 """
 
@@ -10,37 +10,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peftkit.data.mapping import PARTS, Rows
+from peftkit.data.mapping import Rows
+from peftkit.data.source import SPLITS
 from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.errors import DataError
 from peftkit.schema.recipe import DataConfig
 
 TEST, VALIDATION, LIMIT, MIX = 1, 2, 3, 4
-"""What a random stream is for: each has its own, so that one choice does not move another."""
+"""Purposes of random streams: each has its own, so that one choice does not affect another."""
 
 
 def make_splits(
     rows: Rows, alive: np.ndarray, groups: np.ndarray, data: DataConfig, labels: Sequence[str] = ()
 ) -> tuple[np.ndarray, list[CleaningStep]]:
-    """Each row's split, [rows]: the source's own, and held out of its training split where it has none.
+    """Each row's split [rows]: the source's own; validation and test are held out of train where it has none.
 
     Args:
-        groups: rows with the same number stay together (besides those of one document, and equal texts).
+        groups: rows with the same number stay together, as do those of one document and equal texts.
         labels: class names, for messages.
 
     Raises:
-        DataError: fewer rows than are to be held out.
+        DataError: there are fewer rows than are to be held out.
     """
-    part, steps = rows.part.copy(), []
-    made: dict[int, int] = {}
+    split, steps = rows.split.copy(), []
+    counts: dict[int, int] = {}
     units: np.ndarray | None = None
     for source in np.unique(rows.source):
         mine = rows.source == source
-        train = np.flatnonzero(alive & mine & (part == 0))
+        train = np.flatnonzero(alive & mine & (split == 0))
         lacking = [
             (number, size, purpose)
             for number, size, purpose in ((2, data.test_size, TEST), (1, data.validation_size, VALIDATION))
-            if size and not np.any(mine & (rows.part == number))
+            if size and not np.any(mine & (rows.split == number))
         ]
         if not lacking:
             continue
@@ -49,28 +50,28 @@ def make_splits(
         steps += _rare_classes(rows, train, len(lacking) + 1, data, labels)
         total = len(train)
         for number, size, purpose in lacking:
-            rest = train[part[train] == 0]
-            count = _count(size, total, len(rest), PARTS[number])
-            held = hold_out(rest, units[rest], strata[rest], count, _generator(data, purpose))
-            if not len(held):
-                said = f"the {PARTS[number]} split cannot be made: the {total} rows are parts of one document or text"
-                raise DataError(f"{said}; name a file for it, or add documents")
-            part[held] = number
-            made[number] = made.get(number, 0) + len(held)
-    return part, [*steps, *(CleaningStep("split", PARTS[number], "kept", made[number]) for number in sorted(made))]
+            rest = train[split[train] == 0]
+            count = _count(size, total, len(rest), SPLITS[number])
+            held_out = hold_out(rest, units[rest], strata[rest], count, _generator(data, purpose))
+            if not len(held_out):
+                message = f"no {SPLITS[number]} split can be held out: all {total} rows belong to one document or text"
+                raise DataError(f"{message}; name a file for it, or add documents")
+            split[held_out] = number
+            counts[number] = counts.get(number, 0) + len(held_out)
+    return split, [*steps, *(CleaningStep("split", SPLITS[each], "kept", counts[each]) for each in sorted(counts))]
 
 
 def hold_out(
     rows: np.ndarray, units: np.ndarray, strata: np.ndarray, count: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """About ``count`` of the rows (exactly, where no units are larger than a row), the classes' shares kept.
+    """About ``count`` of the rows (exactly, if every unit is one row), with the classes in their shares.
+
+    Every class leaves at least one unit behind.
 
     Args:
         rows: row numbers, [n].
         units: rows with the same number are taken or left together, [n].
-        strata: class of each row, [n]; a unit is of the class of its first row.
-
-    Every class leaves at least one unit behind.
+        strata: class of each row, [n]; a unit has the class of its first row.
     """
     _, first, inverse, sizes = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
     classes, of_unit = np.unique(strata[first], return_inverse=True)
@@ -96,7 +97,7 @@ def apportion(sizes: np.ndarray, count: int, most: np.ndarray) -> np.ndarray:
 
 
 def _fill(members: np.ndarray, sizes: np.ndarray, wanted: int) -> list[int]:
-    """Units in their order that fit into ``wanted`` rows; the smallest one where they come to less than half."""
+    """Units, in order, that fit into ``wanted`` rows; also the smallest other one if they fill less than half."""
     chosen: list[int] = []
     filled = 0
     for unit in members.tolist():
@@ -109,16 +110,16 @@ def _fill(members: np.ndarray, sizes: np.ndarray, wanted: int) -> list[int]:
     return chosen
 
 
-def mix(rows: Rows, alive: np.ndarray, part: np.ndarray, data: DataConfig) -> list[CleaningStep]:
-    """Thins the training rows of sources out until their numbers are in proportion to ``data.weights``."""
+def mix(rows: Rows, alive: np.ndarray, split: np.ndarray, data: DataConfig) -> list[CleaningStep]:
+    """Drops training rows until the sources' counts are in proportion to ``data.weights``."""
     if data.weights is None or isinstance(data.source, str):
         return []
     shares = np.array(data.weights) / sum(data.weights)
-    held = [np.flatnonzero(alive & (part == 0) & (rows.source == source)) for source in range(len(shares))]
+    train = [np.flatnonzero(alive & (split == 0) & (rows.source == source)) for source in range(len(shares))]
     # the source that runs out first limits all others
-    total = min(len(index) / share for index, share in zip(held, shares))
+    total = min(len(index) / share for index, share in zip(train, shares))
     generator, steps = _generator(data, MIX), []
-    for name, index, share in zip(data.source, held, shares):
+    for name, index, share in zip(data.source, train, shares):
         keep = generator.permutation(len(index))[: max(1, round(total * share))]
         dropped = np.delete(index, keep)
         alive[dropped] = False
@@ -126,30 +127,30 @@ def mix(rows: Rows, alive: np.ndarray, part: np.ndarray, data: DataConfig) -> li
     return steps
 
 
-def limit(rows: Rows, alive: np.ndarray, part: np.ndarray, data: DataConfig) -> list[CleaningStep]:
-    """Keeps ``data.limit`` rows of each split, the classes' shares kept."""
+def limit(rows: Rows, alive: np.ndarray, split: np.ndarray, data: DataConfig) -> list[CleaningStep]:
+    """Keeps ``data.limit`` rows of each split, with the classes in their shares."""
     steps = []
-    for number, name in enumerate(PARTS):
+    for number, name in enumerate(SPLITS):
         most = data.limit.get(name) if isinstance(data.limit, dict) else data.limit  # type: ignore[call-overload]
-        index = np.flatnonzero(alive & (part == number))
+        index = np.flatnonzero(alive & (split == number))
         if most is None or len(index) <= most:
             continue
         strata = rows.stratum[index] if data.stratify else np.zeros(len(index), dtype=np.int64)
-        kept = _choose(index, strata, most, _generator(data, LIMIT))
-        alive[np.setdiff1d(index, kept)] = False
-        steps.append(CleaningStep("limit", name, "dropped", len(index) - len(kept)))
+        chosen = _choose(index, strata, most, _generator(data, LIMIT))
+        alive[np.setdiff1d(index, chosen)] = False
+        steps.append(CleaningStep("limit", name, "dropped", len(index) - len(chosen)))
     return steps
 
 
 def _choose(index: np.ndarray, strata: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
     classes, of_row, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     wanted = apportion(sizes.astype(float), count, sizes)
-    pieces = [generator.permutation(index[of_row == number])[: wanted[number]] for number in range(len(classes))]
-    return np.sort(np.concatenate(pieces))
+    chosen = [generator.permutation(index[of_row == number])[: wanted[number]] for number in range(len(classes))]
+    return np.sort(np.concatenate(chosen))
 
 
 def _units(rows: Rows, groups: np.ndarray) -> np.ndarray:
-    """Rows joined by a document, an equal text or a group get the same number, [rows]."""
+    """Unit number of each row [rows]: rows that share a document, a text or a group are one unit."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -157,7 +158,7 @@ def _units(rows: Rows, groups: np.ndarray) -> np.ndarray:
     _, texts = np.unique(rows.text, return_inverse=True)
     _, documents = np.unique(rows.document, return_inverse=True)
     own = np.arange(count)
-    # a graph of rows and what joins them
+    # connected components of the graph of rows and what they share
     with_document = np.flatnonzero(rows.document != 0)
     one = np.concatenate([own, own, with_document])
     other = np.concatenate([count + texts, groups, 2 * count + documents[with_document]])
@@ -168,15 +169,15 @@ def _units(rows: Rows, groups: np.ndarray) -> np.ndarray:
 def _count(size: float, total: int, left: int, name: str) -> int:
     count = round(size * total) if size < 1 else int(size)
     if count >= left:
-        said = f"data.{name}_size={size:g} asks for {max(1, count)} of the {left} rows that are left in training"
-        raise DataError(f"{said}; ask for fewer, or add rows")
+        message = f"data.{name}_size={size:g} asks for {max(1, count)} of the {left} rows that are left in training"
+        raise DataError(f"{message}; ask for fewer, or add rows")
     return max(1, count)
 
 
 def _rare_classes(
     rows: Rows, train: np.ndarray, needed: int, data: DataConfig, labels: Sequence[str]
 ) -> list[CleaningStep]:
-    """Says which classes have too few rows to stand in every split."""
+    """Reports classes with too few rows to be in every split."""
     classes, counts = np.unique(rows.stratum[train], return_counts=True)
     few = [(rows.strata[number], count) for number, count in zip(classes, counts) if count < needed]
     if not few or not data.stratify:

@@ -1,4 +1,4 @@
-"""What was done to the rows, in counts and places."""
+"""What cleaning and splitting did to the rows, with counts and examples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class CleaningStep:
-    """One thing that was done to one split."""
+    """One change to one split."""
 
     name: str
     """empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing, limit,
@@ -19,22 +19,22 @@ class CleaningStep:
     """dropped, changed, reported, kept or added."""
     rows: int
     examples: tuple[str, ...] = ()
-    """Places ("file:line"), with what they collide with where that is known."""
+    """Places ("file:line"), with the rows that they collide with, where known."""
 
 
 class StepLog:
-    """Counts rows by step, and keeps the first few places."""
+    """Counts rows by step, and lists the first few places."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str, str], tuple[int, list[str]]] = {}
+        self._places: dict[tuple[str, str, str], tuple[int, list[str]]] = {}
 
     def add(self, name: str, split: str, action: str, place: str) -> None:
         """Counts one row."""
-        count, places = self._found.get((name, split, action), (0, []))
+        count, places = self._places.get((name, split, action), (0, []))
         if count < EXAMPLES:
             places.append(place)
-        self._found[(name, split, action)] = (count + 1, places)
+        self._places[(name, split, action)] = (count + 1, places)
 
     def steps(self) -> list[CleaningStep]:
-        """A step for every kind of thing that happened."""
-        return [CleaningStep(*key, count, tuple(places)) for key, (count, places) in self._found.items()]
+        """One step per name, split and action."""
+        return [CleaningStep(*key, count, tuple(places)) for key, (count, places) in self._places.items()]

@@ -1,7 +1,7 @@
-"""Rows → an Arrow file on disk, memory-mapped when read: ten times the rows do not take ten times the memory.
+"""Rows → an Arrow file on disk, memory-mapped when read, so that memory does not grow with the number of rows.
 
-Types are found while writing. When a later row widens a type (null → text, integer → float, a new key), a new part is
-begun, and the parts are rewritten under the final types at the end.
+Types are inferred while writing. When a later row widens a type (null → text, integer → float, a new key), a new part
+file is started, and all parts are rewritten with the final types at the end.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import pyarrow as pa
 
 from peftkit.data.problems import shorten
 from peftkit.errors import DataError
 from peftkit.schema.types import Row
+from peftkit.system.memory import mapped_files, release_mapped_pages
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1000
-_mapped: WeakSet[mmap.mmap] = WeakSet()
-"""Maps of the tables that are open: read-only and over files, so that no content is lost with their pages."""
 _MISFIT = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
 
@@ -31,33 +29,32 @@ class RowWriter:
     """Writes rows to ``folder/name.arrow``.
 
     Args:
-        used: columns that matter; a value in one of them that is of another type than those before is an error
-            with file, line and column. Other columns with mixed types are left out, and listed in ``left_out``.
-            None means that all columns matter.
+        used: columns that are needed; a value in one of them that does not fit the type of the earlier ones is an
+            error with file, line and column. Other columns with mixed types are dropped. None means all columns.
     """
 
     def __init__(self, folder: Path, name: str, used: frozenset[str] | None = None) -> None:
         self.folder, self.name, self.used = folder, name, used
         self.types: dict[str, pa.DataType] = {}
-        self.left_out: dict[str, DataError] = {}
+        self.dropped: set[str] = set()
         self._rows: list[Row] = []
         self._parts: list[Path] = []
         self._sink: pa.ipc.RecordBatchStreamWriter | None = None
 
     def add(self, row: Row) -> None:
-        """Writes one row, in batches; raises DataError where a column's values are of mixed types."""
+        """Writes one row, in batches; raises DataError where a column's values have mixed types."""
         self._rows.append(row)
         if len(self._rows) == BATCH:
             self._flush()
 
     def close(self) -> Dataset | None:
-        """The rows as a memory-mapped data set; None when there were none."""
+        """The rows as a memory-mapped data set; None if there were none."""
         self._flush()
         self._end_part()
         if not self._parts:
             return None
         path = self.folder / f"{self.name}.arrow"
-        if len(self._parts) == 1 and not self.left_out:
+        if len(self._parts) == 1 and not self.dropped:
             self._parts[0].rename(path)
         else:
             self._rewrite(path)
@@ -67,27 +64,26 @@ class RowWriter:
         rows, self._rows = self._rows, []
         if not rows:
             return
-        before, made = dict(self.types), {}
+        before, columns = dict(self.types), {}
         for name in dict.fromkeys(key for row in rows for key in row):
-            if name not in self.left_out:
-                made[name] = self._widen(name, rows)
+            if name not in self.dropped:
+                columns[name] = self._widen(name, rows)
         if self._sink is None or before != self.types:
             self._begin_part()
         assert self._sink is not None
-        self._sink.write_batch(_batch(rows, self.types, made))
+        self._sink.write_batch(_batch(rows, self.types, columns))
 
     def _widen(self, name: str, rows: list[Row]) -> pa.Array | None:
-        """The column under the type that its values have by themselves; None where it is left out from now on."""
+        """The column under its own values' type, by which ``types`` is widened; None if it is dropped from now on."""
         known = self.types.get(name, pa.null())
         try:
             column = pa.array([row.get(name) for row in rows])
             self.types[name] = unified(known, column.type)
             return column
         except _MISFIT:
-            error = _misfit(name, rows, known)
             if self.used is None or name in self.used:
-                raise error from None
-            self.left_out[name] = error
+                raise _type_error(name, rows, known) from None
+            self.dropped.add(name)
             self.types.pop(name, None)
             return None
 
@@ -112,7 +108,7 @@ class RowWriter:
 
 
 def write_rows(rows: Iterable[Row], folder: Path, name: str, used: frozenset[str] | None = None) -> Dataset | None:
-    """All rows in ``folder/name.arrow``, memory-mapped; None when there are none."""
+    """All rows in ``folder/name.arrow``, memory-mapped; None if there are none."""
     writer = RowWriter(folder, name, used)
     for row in rows:
         writer.add(row)
@@ -126,82 +122,79 @@ def open_table(path: Path) -> Dataset:
 
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    _mapped.add(mapped)
+    mapped_files.add(mapped)
     with pa.ipc.open_stream(pa.py_buffer(mapped)) as reader:
-        held = Dataset(MemoryMappedTable(reader.read_all(), str(path)))
-    release()
-    return held
+        table = Dataset(MemoryMappedTable(reader.read_all(), str(path)))
+    release_mapped_pages()
+    return table
 
 
-def release() -> None:
-    """Lets go of the pages of all tables that were looked at; they are read again, mostly out of the system's cache.
+def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Column → class names by id, of the ``ClassLabel`` columns among a data set's features."""
+    from datasets import ClassLabel
 
-    A page of a mapped file stays with the process until the system wants it back: without this, a pass over ten times
-    the rows looks like ten times the memory.
-    """
-    for mapped in list(_mapped):
-        if hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel) and kind.names}
 
 
 def iterate(data: Dataset, columns: list[str] | None = None) -> Iterator[Row]:
-    """Rows of a data set, read in batches: many times faster than row by row."""
+    """Rows of a data set, read in batches, which is many times faster than one by one."""
     data = data if columns is None else data.select_columns(columns)
     for number, batch in enumerate(data.iter(batch_size=BATCH), 1):
         names = list(batch)
         for values in zip(*(batch[name] for name in names)):
             yield dict(zip(names, values))
         if number % 16 == 0:
-            release()
-    release()
+            release_mapped_pages()
+    release_mapped_pages()
 
 
 def unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    """The type that holds the values of both; raises pyarrow's error where there is none but text."""
+    """The type that can represent both; raises pyarrow's error where there is none."""
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):
         return other
     if pa.types.is_boolean(one) or pa.types.is_boolean(other):
         raise pa.ArrowTypeError(f"{one} and {other} differ")
-    schemas = [pa.schema([("value", held)]) for held in (one, other)]
+    schemas = [pa.schema([("value", kind)]) for kind in (one, other)]
     return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
 
 
 def _batch(
-    rows: list[Row], types: dict[str, pa.DataType], made: Mapping[str, pa.Array | None] | None = None
+    rows: list[Row], types: dict[str, pa.DataType], columns: Mapping[str, pa.Array | None] | None = None
 ) -> pa.RecordBatch:
-    """Rows under the types; ``made`` are columns that exist already, taken where they are of the type."""
+    """Rows under the types; ``columns`` are arrays of them that exist already, reused where their type is right."""
 
-    def column(name: str, held: pa.DataType) -> pa.Array:
-        known = (made or {}).get(name)
-        return known if known is not None and known.type == held else pa.array([row.get(name) for row in rows], held)
+    def array(name: str, kind: pa.DataType) -> pa.Array:
+        column = (columns or {}).get(name)
+        return column if column is not None and column.type == kind else pa.array([row.get(name) for row in rows], kind)
 
-    arrays = [column(name, held) for name, held in types.items()]
+    arrays = [array(name, kind) for name, kind in types.items()]
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(list(types.items())))
 
 
-def _misfit(name: str, rows: list[Row], known: pa.DataType) -> DataError:
-    """The first row whose value does not go with those before it."""
+def _type_error(name: str, rows: list[Row], known: pa.DataType) -> DataError:
+    """The error for the first row whose value does not fit the type of those before it."""
     for row in rows:
         value: Any = row.get(name)
         try:
             known = unified(known, pa.array([value]).type)
         except _MISFIT:
             break
-    said = (
-        f"expected {_words(known)} as in the rows before, found {shorten(value)}; make the column's values of one type"
-    )
-    return DataError(said, file=row.get("_file"), line=row.get("_line"), column=name)
+    expected = f"expected {_describe(known)} as in the rows before, found {shorten(value)}"
+    return DataError(
+        f"{expected}; give all values of the column one type",
+        file=row.get("_file"), line=row.get("_line"), column=name,
+    )  # fmt: skip
 
 
-def _words(held: pa.DataType) -> str:
-    if pa.types.is_string(held) or pa.types.is_large_string(held):
+def _describe(kind: pa.DataType) -> str:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return "text"
-    if pa.types.is_integer(held) or pa.types.is_floating(held):
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return "a number"
-    if pa.types.is_boolean(held):
+    if pa.types.is_boolean(kind):
         return "true or false"
-    if pa.types.is_struct(held):
+    if pa.types.is_struct(kind):
         return "an object"
-    return "a list" if pa.types.is_list(held) else "another type"
+    return "a list" if pa.types.is_list(kind) else "another type"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from peftkit.distributed.launched import missing_processes
 from peftkit.distributed.watchdog import Watchdog
 from peftkit.errors import PeftkitError, RunError, TrainingError
-from peftkit.system.parallel import local_processes, share_of_cores
+from peftkit.system.cores import local_processes, share_of_cores
 
 if TYPE_CHECKING:
     import torch

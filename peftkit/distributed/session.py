@@ -10,8 +10,8 @@ from peftkit.distributed.launched import missing_processes
 from peftkit.distributed.process_group import COLLECTIVE_TIMEOUT, ProcessGroup
 from peftkit.errors import PeftkitError, RecipeError, did_you_mean
 from peftkit.schema.recipe import Recipe, flatten
+from peftkit.system.cores import share_of_cores
 from peftkit.system.memory import bound_kernel_cache
-from peftkit.system.parallel import share_of_cores
 
 if TYPE_CHECKING:
     import torch

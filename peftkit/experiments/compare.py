@@ -25,7 +25,7 @@ from peftkit.runs import folder as folders
 from peftkit.runs.resume import NOT_LEARNED_FROM
 from peftkit.schema import catalog
 from peftkit.schema.recipe import Recipe, flatten, replace
-from peftkit.system.parallel import cores
+from peftkit.system.cores import cores
 
 RecipeOrRun = str | Path | Recipe
 

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from peftkit.errors import Interrupted, PeftkitError, RunError, UserError
 from peftkit.runs import folder as folders
 from peftkit.schema.recipe import Recipe, flatten, replace
+from peftkit.system import files
 
 OUTCOME, LOG = "outcome.json", "log.txt"
 DONE, FAILED, STOPPED, PRUNED = "done", "failed", "stopped", "pruned"
@@ -144,7 +145,7 @@ def run_job(folder: Path, *, final: bool, on_validation: OnValidation | None = N
     newest = newest_run(recipe)
     fields = {"run": str(newest) if newest else None, **details}
     outcome = Outcome(status, seconds=time.monotonic() - started, **fields)
-    folders.write_json(folder / OUTCOME, asdict(outcome))
+    files.write_json(folder / OUTCOME, asdict(outcome))
     return outcome
 
 
@@ -262,7 +263,7 @@ class SubprocessRunner:
             how = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
             why = " (often the system's out-of-memory killer)" if code == -9 else ""
             outcome = Outcome(FAILED, message=f"the process was {how}{why}; see {job.folder / LOG}", seconds=seconds)
-        folders.write_json(job.folder / OUTCOME, asdict(outcome))
+        files.write_json(job.folder / OUTCOME, asdict(outcome))
         return outcome
 
 

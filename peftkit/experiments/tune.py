@@ -33,6 +33,7 @@ from peftkit.runs import folder as folders
 from peftkit.schema import catalog, overrides
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
+from peftkit.system import files
 
 BEST, STUDY = "best.yaml", "study.json"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -294,7 +295,7 @@ def _check_same_study(folder: Path, recipe: Recipe, space: Space, rows: int | No
     mine = json.loads(json.dumps(mine))
     file = folder / STUDY
     if not file.is_file():
-        return folders.write_json(file, mine)
+        return files.write_json(file, mine)
     stored = json.loads(file.read_text(encoding="utf-8"))
     for part in mine:
         if stored.get(part) != mine[part]:

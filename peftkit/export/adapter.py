@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
+from peftkit.system.files import atomic_folder
 
 Figures = Mapping[str, Mapping[str, float]]
 UNPROVEN = "-unproven"
@@ -46,7 +44,7 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
     dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
     about = manifest.build_manifest(loaded, recipe, prepared.info, dtype)
     target = path / about.saves
-    with staged(target) as stage:
+    with atomic_folder(target) as stage:
         save(stage, loaded, recipe, about, metrics)
         if recipe.export.prove:
             rows = proof.choose_rows(encoded, about.head)
@@ -77,24 +75,6 @@ def save(folder: Path, loaded: LoadedModel, recipe: Recipe, about: Manifest, met
     manifest.write(folder, about)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place once everything is written; removed when something fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    stage.chmod(0o755)
-    try:
-        yield stage
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(stage, target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _save_adapter(folder: Path, loaded: LoadedModel, about: Manifest) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from peftkit.errors import MethodError, RunError
 from peftkit.export import manifest, proof
-from peftkit.export.adapter import staged
 from peftkit.export.in_memory import Merge
 from peftkit.export.loading import find_export, refuse_pickles
 from peftkit.export.merge import merge as merge_adapter
 from peftkit.schema.recipe import Recipe
+from peftkit.system.files import atomic_folder
 
 
 def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str:
@@ -33,7 +33,7 @@ def deliver(run: Path, to: Path, *, merge: bool, to_format: str = "peft") -> str
         export_onnx(folder, to, tolerance=recipe.export.tolerance, merge=wanted, int8=to_format == "onnx-int8")
         return f"wrote the ONNX model to {to}{_proven(to)}"
     if not merge:
-        with staged(to) as stage:
+        with atomic_folder(to) as stage:
             shutil.copytree(folder, stage, dirs_exist_ok=True)
         return f"wrote the {about.saves} to {to}{_proven(to)}"
     if about.saves == "model":

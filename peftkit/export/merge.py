@@ -15,10 +15,10 @@ import torch
 
 from peftkit.errors import ExportError, MethodError
 from peftkit.export import card, manifest
-from peftkit.export.adapter import staged
 from peftkit.export.in_memory import with_heads
 from peftkit.export.weight_changes import deltas_of
 from peftkit.schema.recipe import Recipe
+from peftkit.system.files import atomic_folder
 
 SAMPLE = "The quick brown fox jumps over the lazy dog."
 
@@ -44,7 +44,7 @@ def merge(adapter: Path, target: Path, *, tolerance: float | None) -> Path:
         merged = model if deltas_of(model) else with_heads(model.merge_and_unload())
     except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
         raise MethodError(f"{adapter}: method '{about.method}' cannot be merged into the base ({error})") from error
-    with staged(target) as stage:
+    with atomic_folder(target) as stage:
         merged.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         whole = replace(about, saves="model", quantization=None, dtype="float32")

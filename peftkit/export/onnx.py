@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from peftkit.errors import ExportError, MethodError, ModelError
 from peftkit.export import card, manifest, onnx_int8
-from peftkit.export.adapter import staged
 from peftkit.export.in_memory import Merge, Merging, merge_in_memory
 from peftkit.export.manifest import Manifest
 from peftkit.models import classifier
 from peftkit.models.kernels.first_token import reading_first_token
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
+from peftkit.system.files import atomic_folder
 
 FILE = "model.onnx"
 WRITE, READ = ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)
@@ -67,7 +67,7 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = 
     with torch.no_grad():
         known = torch.cat([graph(**inputs) for inputs in rows])
     graph.model = _merged(loaded.model, folder, merge)
-    with staged(target) as stage:
+    with atomic_folder(target) as stage:
         _write(graph, _inputs(loaded.tokenizer, [SAMPLE, "?"], graph.pairs), stage / FILE)
         classifier.unwrap(graph.model).config.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)

@@ -31,7 +31,7 @@ from peftkit.models.loading import writes_text
 from peftkit.models.sources import folder_of, resolve
 from peftkit.schema.recipe import ModelConfig, Recipe, TrainingConfig
 from peftkit.schema.types import Row
-from peftkit.system import output_file
+from peftkit.system import files
 
 if TYPE_CHECKING:
     from peftkit.inference.trained_model import LoadedRun
@@ -213,15 +213,10 @@ def _write(chunks: Iterator[Chunk], out: Path | None) -> int:
     if out is None:
         return _write_lines(chunks, sys.stdout)
     if out.suffix == ".jsonl":
-        with output_file.complete(out) as stream:
+        with files.open_atomic(out) as stream:
             return _write_lines(chunks, stream)
-    stage = out.with_name(f".{out.name}.tmp")
-    try:
-        count = (_write_array if out.suffix == ".npy" else _write_parquet)(chunks, stage)
-        stage.replace(out)
-    finally:
-        stage.unlink(missing_ok=True)
-    return count
+    with files.atomic_file(out) as stage:
+        return (_write_array if out.suffix == ".npy" else _write_parquet)(chunks, stage)
 
 
 def _columns(source: str, column: str | None, pair: str | None) -> list[str]:

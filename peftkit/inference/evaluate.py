@@ -68,13 +68,16 @@ def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
 
 def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
     """Canonical rows of a file, under the label names and the cleaning of texts that the run had."""
+    from peftkit.data.loading import read_splits
     from peftkit.data.mapping import canonical_rows
-    from peftkit.data.sources import find, read
+    from peftkit.data.source import find_sources
 
     task = model.recipe.task
     data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None}).data
     with tempfile.TemporaryDirectory() as folder:
-        raw = [read(source, data, Path(folder), f"raw{number}") for number, source in enumerate(find(data))]
+        raw = [
+            read_splits(source, data, Path(folder), f"raw{number}") for number, source in enumerate(find_sources(data))
+        ]
         rows, _ = canonical_rows(raw, task, data, model.info, Path(folder))
         return list(rows.data)
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from peftkit.data.problems import Problems
-from peftkit.data.readers import READERS
+from peftkit.data.reader import DocumentReader, reader_for, reader_of_input
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
-from peftkit.errors import DataError, ModelError, RunError, did_you_mean
+from peftkit.errors import DataError, ModelError, RunError
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import Row
-from peftkit.system import output_file
+from peftkit.system import files
 
 if TYPE_CHECKING:
     from peftkit.export.in_memory import Merge
@@ -53,7 +53,7 @@ def generate_file(
             return len(lines)
         if out is None:
             return _write(lines, sys.stdout)
-        with output_file.complete(out) as stream:
+        with files.open_atomic(out) as stream:
             return _write(lines, stream)
 
 
@@ -63,9 +63,9 @@ def _checked(run: Path, file: Path | None, out: Path | None, options: Mapping[st
 
     folder, recipe = language_run(run)
     if file:
-        _check_file(file)
+        reader_of_input(file)
     if out:
-        output_file.check(out, file)
+        files.check_output(out, file)
     settings = generation_config(recipe, options)
     rows = _read(file, recipe)
     check_readable(folder, recipe, rows, settings.max_new_tokens)
@@ -130,14 +130,6 @@ def _context(folder: Path) -> int | None:
     return generation.context_length(SimpleNamespace(config=AutoConfig.from_pretrained(folder)))
 
 
-def _check_file(file: Path) -> None:
-    known = (*READERS, ".txt")
-    if not file.is_file():
-        raise DataError("no such file", file=file)
-    if file.suffix.lower() not in known:
-        raise DataError(f"cannot be read: {did_you_mean(file.suffix, known)}", file=file)
-
-
 def _read(file: Path | None, recipe: Recipe) -> list[Row]:
     """Rows with ``prompt``, ``_file`` and ``_line``; raises everything that is wrong with them at once."""
     from peftkit.tasks import conversation
@@ -156,20 +148,17 @@ def _read(file: Path | None, recipe: Recipe) -> list[Row]:
 
 
 def _rows(file: Path | None, problems: Problems) -> Iterator[Row]:
+    """Rows of a file, or a prompt per line of a text; blank lines are skipped."""
     if file is None:
-        yield from _lines(sys.stdin, STDIN)
-    elif file.suffix.lower() == ".txt":
-        with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            yield from _lines(stream, str(file))
+        lines: Iterable[Row] = (
+            {"prompt": line.rstrip("\r\n"), "_file": STDIN, "_line": number} for number, line in enumerate(sys.stdin, 1)
+        )
     else:
-        yield from READERS[file.suffix.lower()](file, problems)
-
-
-def _lines(stream: Iterable[str], name: str) -> Iterator[Row]:
-    """A prompt a line; blank lines only set others apart."""
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            yield {"prompt": line.rstrip("\r\n"), "_file": name, "_line": number}
+        reader = reader_for(file)()
+        lines = reader.inputs(file, problems, "prompt")
+        if not isinstance(reader, DocumentReader):
+            return iter(lines)
+    return (row for row in lines if row["prompt"].strip())
 
 
 def _input(row: Row) -> Row:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from peftkit.data.problems import Problems, missing_column, shorten
-from peftkit.data.readers import READERS
+from peftkit.data.reader import reader_for, reader_of_input
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
-from peftkit.errors import DataError, RunError, did_you_mean
+from peftkit.errors import DataError, RunError
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import Prediction, Row
-from peftkit.system import output_file
+from peftkit.system import files
 
 if TYPE_CHECKING:
     from peftkit.export.in_memory import Merge
@@ -52,7 +52,7 @@ def predict_file(run: Path, *, file: Path | None, column: str | None, out: Path 
             return sum(1 for _ in answers)
         if out is None:
             return _write_lines(answers, sys.stdout)
-        with output_file.complete(out) as stream:
+        with files.open_atomic(out) as stream:
             if out.suffix == ".jsonl":
                 return _write_lines(answers, stream)
             return _write_table(answers, names, stream, out)
@@ -77,15 +77,12 @@ def _checked(run: Path, file: Path | None, column: str | None, out: Path | None)
 
 def check_paths(file: Path | None, out: Path | None, writers: tuple[str, ...] = WRITERS) -> None:
     """Raises DataError where the input cannot be read, or the output cannot be written."""
-    if file and not file.is_file():
-        raise DataError("no such file", file=file)
-    if file and file.suffix.lower() not in (*READERS, ".txt"):
-        known = (*READERS, ".txt")
-        raise DataError(f"cannot be read: {did_you_mean(file.suffix, known)}", file=file)
+    if file:
+        reader_of_input(file)
     if out and out.suffix not in writers:
         raise DataError(f"cannot be written: its name must end in {', '.join(writers)}", file=out)
     if out:
-        output_file.check(out, file)
+        files.check_output(out, file)
 
 
 def _columns(recipe: Recipe, column: str | None) -> list[str]:
@@ -105,11 +102,7 @@ def check_rows(file: Path, columns: list[str]) -> list[str]:
 
 def read_rows(file: Path, columns: list[str], problems: Problems) -> Iterator[Row]:
     """Rows of a file; those without a text under every one of the columns are noted as problems."""
-    if file.suffix.lower() == ".txt":
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            yield from lines(stream, columns[0])
-        return
-    for row in READERS[file.suffix.lower()](file, problems):
+    for row in reader_for(file)().inputs(file, problems, columns[0]):
         place = {"file": row.pop("_file"), "line": row.pop("_line")}
         for column in columns:
             if column not in row:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ModelError
-from peftkit.system import cache
+from peftkit.system import cache, files
 
 KIND = "gguf"
 MAGIC = b"GGUF"
@@ -57,7 +57,7 @@ def _check(path: Path) -> None:
 def _key(path: Path) -> str:
     from transformers import __version__
 
-    return f"{cache.file_digest(path)[:32]}-{__version__}"
+    return f"{files.file_digest(path)[:32]}-{__version__}"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -80,7 +80,7 @@ def _convert(path: Path, folder: Path) -> None:
         if not sys.stderr.isatty():  # the progress bars are for a person's terminal, not for a log
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         model, tokenizer = _read(path)
-    with cache.atomic_folder(folder) as staging:
+    with cache.new_entry(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from peftkit.errors import ModelError
 from peftkit.schema.recipe import ModelConfig
+from peftkit.system.files import file_digest
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -158,11 +159,7 @@ def _digest(path: Path) -> str:
     stat = blob.stat()
     key = (str(blob), stat.st_size, stat.st_mtime_ns)
     if key not in _DIGESTS:
-        digest = hashlib.sha256()
-        with blob.open("rb") as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
-        _DIGESTS[key] = digest.hexdigest()
+        _DIGESTS[key] = file_digest(blob)
     return _DIGESTS[key]
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from peftkit.errors import PeftkitError
-from peftkit.system import cache
+from peftkit.system import cache, files
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 CUDA_BYTES = 500_000_000
@@ -57,7 +57,7 @@ def measure(threads: int) -> Machine:
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise PeftkitError(f"this machine could not be measured: {last}")
-            path.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
+            files.write_text(path, done.stdout.splitlines()[-1])
     return Machine(**json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -105,7 +105,7 @@ class PlanInputs:
 def collect_inputs(recipe: Recipe) -> PlanInputs:
     """Load tokenizer and data, and measure the machine; no weights are loaded."""
     from peftkit.data.pipeline import encode, prepare
-    from peftkit.system.parallel import cores
+    from peftkit.system.cores import cores
 
     machines.import_libraries()
     machine = machines.measure(recipe.training.threads or cores())
@@ -166,7 +166,7 @@ def _kernels(workload: Workload, train: Trace, evaluation: Trace) -> int:
 
 def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
     """Bytes that training with micro-batches of that shape needs on a CPU, in addition to the loaded model."""
-    from peftkit.system.parallel import cores
+    from peftkit.system.cores import cores
 
     machine = machines.measure(recipe.training.threads or cores())
     with fake_tensor_mode():

@@ -38,7 +38,7 @@ def compare_with_measured(
         device: the run's ``torch.device``.
         sharded: whether its weights were sharded over processes, which is not planned.
     """
-    from peftkit.system.parallel import cores
+    from peftkit.system.cores import cores
 
     threads = recipe.training.threads or cores()
     if sharded:

@@ -43,7 +43,7 @@ def methods_table(source: str, device: Device, *, rows: int = 1, tokens: int = 5
     from peftkit.models.meta_model import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
     from peftkit.models.tokenizer import load_tokenizer
-    from peftkit.system.parallel import cores
+    from peftkit.system.cores import cores
 
     values = {"name": "table", "model": {"source": source}, "data": {"source": "none.csv"}}
     model = Recipe.parse({**values, "method": "lora"}).model

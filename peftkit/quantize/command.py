@@ -25,7 +25,6 @@ from torch import Tensor
 
 from peftkit.data.pipeline import EncodedSplit, encode, prepare
 from peftkit.errors import ExportError, ModelError, RecipeError, RunError, did_you_mean
-from peftkit.export.adapter import staged
 from peftkit.methods import loftq_init
 from peftkit.methods.lora import Lora
 from peftkit.methods.targets import linear_names
@@ -43,6 +42,7 @@ from peftkit.quantize.low_rank_fit import Factors, completed
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import Batch, LoadedModel
+from peftkit.system.files import atomic_folder
 from peftkit.training.log import progress_bar
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def quantize(
         "rank": config.r if config else 0,
         "bytes": quantized.get_memory_footprint(), "held_out_rows": len(held_out), "lost": made.lost,
     }  # fmt: skip
-    with staged(to) as stage:
+    with atomic_folder(to) as stage:
         _write(stage, quantized, tokenizer, folder, source, found)
         if config:
             loftq_init.write(stage, config, made.starts)

@@ -50,7 +50,7 @@ def fragment(table: Comparison) -> str:
 
 def write(table: Comparison, folder: Path) -> None:
     """Writes compare.json, compare.md, compare.html and compare.png."""
-    from peftkit.runs.folder import write_json
+    from peftkit.system.files import write_json
 
     write_json(folder / "compare.json", table)
     experiment.write(page(table), folder, "compare")

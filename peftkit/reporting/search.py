@@ -54,7 +54,7 @@ def fragment(table: Search) -> str:
 
 def write(table: Search, folder: Path) -> None:
     """Writes tune.json, tune.md, tune.html and the plots."""
-    from peftkit.runs.folder import write_json
+    from peftkit.system.files import write_json
 
     write_json(folder / "tune.json", table)
     experiment.write(page(table), folder, "tune")

@@ -14,7 +14,6 @@ matching manifest is not a checkpoint. Nothing in it can run code.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -80,13 +79,13 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         written = {
-            MODEL: files.write(staging / MODEL, files.safetensors(model)),
-            OPTIMIZER: files.write(staging / OPTIMIZER, files.safetensors(optimizer)),
-            STATE: files.write_json(staging / STATE, state),
+            MODEL: files.write_new(staging / MODEL, files.safetensors(model)),
+            OPTIMIZER: files.write_new(staging / OPTIMIZER, files.safetensors(optimizer)),
+            STATE: files.write_new_json(staging / STATE, state),
         }
-        files.write_json(staging / MANIFEST, {"step": step, "files": written})
+        files.write_new_json(staging / MANIFEST, {"step": step, "files": written})
         files.flush_folder(staging)
-        _replace(staging, final)
+        files.swap_folder(staging, final, final.with_name(TRASH + final.name))  # resumed runs repeat steps
         files.flush_folder(root)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -101,7 +100,7 @@ def verify(path: Path, name: str | None = None) -> str | None:
     """Why a folder is not a valid checkpoint of ``name`` (its own by default); None if it is one."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        listed = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
     except FileNotFoundError:
         return "it has no manifest"
@@ -110,19 +109,18 @@ def verify(path: Path, name: str | None = None) -> str | None:
     match = NAME.fullmatch(name or path.name)
     if match is None or int(match[1]) != step:
         return f"its manifest belongs to step {step}"
-    if set(files) != {MODEL, OPTIMIZER, STATE}:
+    if set(listed) != {MODEL, OPTIMIZER, STATE}:
         return "its manifest does not list the right files"
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in listed.items():
         try:
-            entry = _digest(path / name)
+            if (actual := (path / name).stat().st_size) != size:
+                return f"{name} has {actual} bytes, not {size}"
+            if files.file_digest(path / name) != digest:
+                return f"{name} does not have the SHA-256 in the manifest"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if entry["bytes"] != size:
-            return f"{name} has {entry['bytes']} bytes, not {size}"
-        if entry["sha256"] != digest:
-            return f"{name} does not have the SHA-256 in the manifest"
     return None
 
 
@@ -201,19 +199,6 @@ def _restore_replaced(root: Path) -> None:
                 os.replace(path, original)
 
 
-def _replace(staging: Path, final: Path) -> None:
-    """Renames a staged folder to its final name, where a checkpoint of the same step may exist: resumed runs repeat it.
-
-    The old one is moved aside first and removed last, so that one of them exists at any time.
-    """
-    old = final.with_name(TRASH + final.name)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(staging, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _discard(path: Path) -> None:
     """Removes a checkpoint, its manifest first, so that it is never taken for a valid one when half removed."""
     (path / MANIFEST).unlink(missing_ok=True)
@@ -221,8 +206,3 @@ def _discard(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
     os.replace(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.distributed.session import Session
-from peftkit.system.parallel import cores
+from peftkit.system.cores import cores
 
 ENVIRONMENT = "environment.json"
 PACKAGES = (

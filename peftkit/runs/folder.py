@@ -8,14 +8,11 @@ output_dir/NAME-20261122-140501/
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -96,27 +93,9 @@ def locked(folder: Path, session: Session, *, new: bool) -> Iterator[None]:
 def describe_run(folder: Path, recipe: Recipe, info: TaskInfo, session: Session) -> None:
     """Writes recipe, task info and environment."""
     if session.is_main:
-        write_text(folder / RECIPE, recipe.to_yaml())
-        write_json(folder / INFO, asdict(info))
-        write_json(folder / ENVIRONMENT, environment(session))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that a reader never sees half of it."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text whole or not at all: staged, flushed to the disk, renamed."""
-    staged = path.with_name(f".{path.name}.tmp")
-    try:
-        staged.unlink(missing_ok=True)
-        files.write(staged, [text.encode()])
-        os.replace(staged, path)
-        files.flush_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
+        files.write_text(folder / RECIPE, recipe.to_yaml())
+        files.write_json(folder / INFO, asdict(info))
+        files.write_json(folder / ENVIRONMENT, environment(session))
 
 
 def remove_staged(folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""The registries behind a recipe: its ``kind`` fields, heads and baselines.
+"""The registries behind a recipe: its ``kind`` fields, heads, baselines, data sources and file readers.
 
 Adding an item means adding a file to the package named here, or an entry point of the group to an installed
 distribution. Items are classes that follow the contract of their registry: ``schema.method.Method``,
-``schema.task.Task``, ``schema.head.Head``, ``schema.baseline.Baseline``, ``schema.quantization.Quantization``. The
-contracts are not imported here, since they refer to the recipe, which refers to the registries.
+``schema.task.Task``, ``schema.head.Head``, ``schema.baseline.Baseline``, ``schema.quantization.Quantization``,
+``data.source.Source``, ``data.reader.Reader``. The contracts are not imported here, since they refer to the recipe,
+which refers to the registries.
 """
 
 from __future__ import annotations
@@ -19,3 +20,5 @@ BASELINES: Registry[Any] = Registry("baseline", package="peftkit.evaluation.base
 QUANTIZATIONS: Registry[Any] = Registry(
     "quantization", package="peftkit.models.quantization", group="peftkit.quantizations"
 )
+SOURCES: Registry[Any] = Registry("data source", package="peftkit.data.sources", group="peftkit.sources")
+READERS: Registry[Any] = Registry("file reader", package="peftkit.data.readers", group="peftkit.readers")

@@ -1,79 +1,185 @@
-"""Files that are on the disk when the call returns: every byte written, flushed and counted by SHA-256.
+"""Files and folders that are complete or absent, and flushed to the disk when the call returns.
 
-All goes through ``os``, one call at a time, so that a test can make any single one of them fail.
+New content is staged under a unique hidden name next to its place, flushed, renamed, and the parent folder is flushed:
+the protocol of Pillai et al. 2014 ("All file systems are not created equal"). Durable writes go through ``os``, one
+call at a time, so that a test can make any single call fail.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from peftkit.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 24
-"""Bytes in one call of write."""
+"""Bytes per call of write."""
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
-"""What file systems that cannot flush a folder answer; an error of the device itself is not among them."""
+"""Errors of file systems that cannot flush a folder; errors of the device itself are not among them."""
 FULL_OR_BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENODEV, errno.ESTALE}
-"""Errors of the storage, for which the program can do nothing."""
+"""Errors of the storage, which the program cannot repair."""
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 
 
-def write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes a new file and flushes it to the disk; gives bytes and SHA-256 of what was meant.
+# -- atomic: complete or absent ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields the path of a staging file, which replaces ``path`` when the block ends without an exception."""
+    with _staged(path) as staging:
+        yield staging
+        flush_file(staging)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[IO[str]]:
+    """Yields a text stream whose content replaces ``path`` when the block ends without an exception."""
+    with atomic_file(path) as staging, staging.open("x", encoding="utf-8", newline="") as stream:
+        yield stream
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file, or creates it."""
+    with _staged(path) as staging:
+        write_new(staging, [text.encode()])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file, or creates it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
+    """Yields a staging folder, which replaces ``path`` when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = staging_path(path)
+    try:
+        staging.mkdir(mode)
+        yield staging
+        for child in sorted(staging.rglob("*")):
+            (flush_folder if child.is_dir() else flush_file)(child)
+        flush_folder(staging)
+        swap_folder(staging, path, staging_path(path))
+        flush_folder(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def swap_folder(staging: Path, path: Path, aside: Path) -> None:
+    """Renames a staged folder to ``path``; a folder that is already there goes ``aside`` first and is removed last,
+    so that one of the two exists at any time.
+    """
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+    os.replace(staging, path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def staging_path(path: Path) -> Path:
+    """A unique hidden name next to ``path``, ending in ``.tmp``."""
+    return path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+
+
+@contextlib.contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    staging = staging_path(path)
+    try:
+        yield staging
+        os.replace(staging, path)
+        flush_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+
+
+def check_output(out: Path, source: Path | None) -> None:
+    """Raises DataError when ``out`` cannot be written or is the input file; call it before any work is done."""
+    if not out.resolve().parent.is_dir():
+        raise DataError(f"there is no folder {out.resolve().parent}; create it first", file=out)
+    if out.is_dir():
+        raise DataError("is a folder; name a file with --out", file=out)
+    if source and out.exists() and out.samefile(source):
+        raise DataError("is the input file and would be overwritten; name another file with --out", file=out)
+
+
+# -- durable: on the disk when the call returns --------------------------------------------------------------------
+
+
+def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a new file and flushes it; returns ``bytes`` and ``sha256`` of the intended content.
 
     Raises:
-        OSError: the file exists, or could not be written whole.
+        OSError: the file exists already, or could not be written completely.
     """
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for piece in pieces:
             digest.update(piece)
-            size += _write_whole(descriptor, memoryview(piece))
+            size += _write_all(descriptor, memoryview(piece))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _write_whole(descriptor: int, view: memoryview) -> int:
-    """A call of write may take less than it was given."""
+def _write_all(descriptor: int, view: memoryview) -> int:
+    """A call of write may write less than it was given."""
     done = 0
     while done < len(view):
         done += os.write(descriptor, view[done : done + CHUNK])
     return done
 
 
-def write_json(path: Path, value: Any) -> dict[str, Any]:
-    """Writes a new JSON file as ``write`` does."""
-    return write(path, [json.dumps(value, indent=1).encode()])
+def write_new_json(path: Path, value: Any) -> dict[str, Any]:
+    """Writes a new JSON file as ``write_new`` does."""
+    return write_new(path, [json.dumps(value, indent=1).encode()])
 
 
-def flush_folder(path: Path) -> None:
-    """Makes names in a folder last; a file system that cannot is left alone, a broken device raises OSError."""
+def flush_file(path: Path) -> None:
+    """Flushes a file's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
     finally:
         os.close(descriptor)
 
 
+def flush_folder(path: Path) -> None:
+    """Flushes the names in a folder to the disk, where the file system can; a broken device raises OSError."""
+    try:
+        flush_file(path)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a tensor at a time, so that no second copy of all of them is held.
+    """The bytes of a safetensors file, one tensor at a time, so that no second copy of all of them is in memory.
 
     Format: u64 length of the header, little-endian; the header, JSON padded with spaces to 8 bytes; the tensors' bytes
     in the header's order (https://huggingface.co/docs/safetensors). Larger types come first, which keeps all aligned.
@@ -97,6 +203,6 @@ def safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryv
 def _bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
-    assert sys.byteorder == "little", "safetensors holds little-endian numbers"
+    assert sys.byteorder == "little", "safetensors files are little-endian"
     plain = tensor.detach().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data

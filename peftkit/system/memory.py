@@ -1,29 +1,32 @@
-"""Host memory that steps of ragged shapes pile up: kernels kept for every shape, and holes in the heap.
+"""Host memory growth from variable-length batches: cached kernels per shape, and holes in the heap.
 
-On a CPU every new (rows, tokens) has oneDNN make kernels of its own, of which it and torch's layer above it (ideep)
-keep a thousand each by default, and glibc keeps freed blocks between those in use. Over a few hundred steps both double
-a run's resident memory.
+On a CPU every new (rows, tokens) makes oneDNN compile kernels, of which it and torch's layer above it (ideep) cache a
+thousand each by default, and glibc keeps freed blocks between those in use. Over a few hundred steps both double a
+run's resident memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 from collections.abc import Callable
-
-from peftkit.data.tables import release
+from weakref import WeakSet
 
 KERNELS = 64
-"""Kernels kept: more than a pass has; those of one shape are used again in every layer."""
+"""Kernels cached: more than a forward pass needs; those of one shape are reused in every layer."""
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 STEPS = 8
-"""Optimizer steps between two returns of free memory: often enough to keep the peak, too rarely to cost time."""
+"""Optimizer steps between two returns of free memory: often enough to limit the peak, too rarely to cost time."""
+mapped_files: WeakSet[mmap.mmap] = WeakSet()
+"""Open read-only maps of files, whose pages may be released at any time without losing content."""
 
 
 def bound_kernel_cache() -> None:
-    """Bounds the caches of oneDNN and of torch's layer above it (ideep), which read their settings when they make their
-    first kernel; a user's own settings stay.
+    """Bounds the kernel caches of oneDNN and ideep, unless the user has set them.
+
+    Both read their settings when they compile their first kernel.
     """
     for setting in CACHES:
         os.environ.setdefault(setting, str(KERNELS))
@@ -32,18 +35,29 @@ def bound_kernel_cache() -> None:
 def trim_heap_after(step: int) -> None:
     """``trim_heap`` after every ``STEPS`` steps, and after the 1st, 2nd and 4th, whose new shapes leave the most holes.
 
-    Not after each: what is given back has to be taken again, which costs the next step a twentieth of its time.
+    Not after each: what is returned has to be requested again, which adds 5 % to the next step's time.
     """
     if step in (1, 2, 4) or step % STEPS == 0:
         trim_heap()
 
 
 def trim_heap() -> None:
-    """Returns free pages of the heap (with glibc) and those of mapped tables to the system."""
-    release()
+    """Returns free heap pages (with glibc) and the pages of mapped files to the system."""
+    release_mapped_pages()
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def release_mapped_pages() -> None:
+    """Returns the pages of mapped files to the system; they are read again, mostly from the page cache.
+
+    Pages of a mapped file stay resident until the system needs the memory: without this, reading ten times the rows
+    looks like ten times the memory.
+    """
+    for mapped in list(mapped_files):
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @functools.cache

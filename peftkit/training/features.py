@@ -27,7 +27,7 @@ from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.models import classifier
 from peftkit.schema.recipe import Recipe
-from peftkit.system.cache import atomic_folder, cache_folder, entry_lock, is_intact
+from peftkit.system.cache import cache_folder, entry_lock, is_intact, new_entry
 from peftkit.training import feature_store as store
 from peftkit.training.feature_store import FeatureSplit
 from peftkit.training.frozen_trunk import FEATURES, HALF_TOLERANCE, TOLERANCE, FrozenTrunk, find_frozen_trunk
@@ -87,7 +87,7 @@ class FeaturePlan:
             if not (is_intact(path) and self._is_correct(split, path)):
                 limit = self.recipe.training.feature_cache_gb
                 store.make_room(self.bytes_of(split), limit, keep=set(self.paths.values()))
-                with atomic_folder(path) as folder:
+                with new_entry(path) as folder:
                     self._compute(name, split, folder / store.FILE)
             path.touch()
         return path

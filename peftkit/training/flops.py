@@ -16,6 +16,7 @@ import torch
 
 from peftkit.models.kernels import compile
 from peftkit.system.cache import cache_folder, entry_lock
+from peftkit.system.files import write_json
 from peftkit.system.memory import trim_heap
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     path = cache_folder("machine") / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with entry_lock(path):
         if not path.is_file():
-            path.write_text(json.dumps({"flops_a_second": _measure(device, dtype)}), encoding="utf-8")
+            write_json(path, {"flops_a_second": _measure(device, dtype)})
         return float(json.loads(path.read_text(encoding="utf-8"))["flops_a_second"])
 
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.data.pipeline import EncodedSplit, PreparedData, tokenizer_fingerprint
+from peftkit.data.pipeline import EncodedSplit, PreparedData
 from peftkit.evaluation import samples
 from peftkit.evaluation.assessment import assess, compare
 from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
+from peftkit.models.tokenizer import tokenizer_fingerprint
 from peftkit.planning import prediction
 from peftkit.review.generations import GenerationRow
 from peftkit.review.generations import write as write_generations
@@ -34,6 +35,7 @@ from peftkit.runs.environment import peak_memory
 from peftkit.schema.baseline import BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 from peftkit.schema.types import LoadedModel
+from peftkit.system import files
 from peftkit.system.cache import cached_array
 from peftkit.training import feature_store, flops
 from peftkit.training.loop import Loop
@@ -207,11 +209,11 @@ def training_metrics(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
 
 def write(path: Path, results: Results) -> None:
     """Writes the results into the run's folder."""
-    folders.write_json(path / folders.METRICS, results.metrics)
-    folders.write_json(path / "assessment.json", results.assessments)
-    folders.write_json(path / "baselines.json", results.baselines)
+    files.write_json(path / folders.METRICS, results.metrics)
+    files.write_json(path / "assessment.json", results.assessments)
+    files.write_json(path / "baselines.json", results.baselines)
     if results.plan:
-        folders.write_json(path / prediction.FILE, results.plan)
+        files.write_json(path / prediction.FILE, results.plan)
     for split, rows in results.predictions.items():
         (path / "predictions").mkdir(exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -261,7 +261,7 @@ def test_predict_reads_a_pipe_and_other_kinds_of_files(call, finished, tmp_path)
         ("id,txt\n1,a\n", [], "did you mean 'txt'?"),
         ("text\na\n", ["--column", "body"], "column 'body'"),
         ("text,id\na\n", [], "line 2"),
-        ("text\na\n", ["--out", "IN"], "is the input too"),
+        ("text\na\n", ["--out", "IN"], "is the input file"),
         ("text\na\n", ["--out", "out.xls"], "cannot be written"),
         ("text\na\n", ["--out", "nowhere/out.csv"], "there is no folder"),
     ],

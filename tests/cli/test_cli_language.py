@@ -214,7 +214,7 @@ def test_what_generate_refuses(chat_run, call, tmp_path, monkeypatch):
     monkeypatch.setattr(trained_model, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     file = write(tmp_path / "p.jsonl", [{"prompt": "oil"}])
     for flags, said in (
-        (["--file", file, "--out", file], "is the input too"),
+        (["--file", file, "--out", file], "is the input file"),
         (["--file", tmp_path / "none.jsonl"], "no such file"),
         (["--file", file, "--out", tmp_path / "no" / "o.jsonl"], "there is no folder"),
         (["--file", file, "--temperature", -1], "temperature"),
@@ -313,7 +313,7 @@ def test_marks_that_are_missing_or_files_that_would_be_overwritten(chat_run, cal
     marked = write(tmp_path / "marked.jsonl", [{"prompt": "a", "finetuned": "b"}])
     for arguments, said in (
         (["--marked", marked, "--out", tmp_path / "o.jsonl"], "nothing is marked good"),
-        (["--marked", marked, "--out", marked], "is the input too"),
+        (["--marked", marked, "--out", marked], "is the input file"),
         (["--marked", marked], "--marked FILE needs --out FILE"),
         (["own_csv", "--marked", marked, "--out", tmp_path / "o.jsonl"], "takes no recipe"),
         ([], "expected a recipe"),

@@ -79,7 +79,7 @@ def test_leakage_is_dropped_refused_or_told(folder):
         f"{folder}/train.csv:42 = {folder}/validation.csv:2",
         f"{folder}/train.csv:43 = {folder}/test.csv:2",
     )
-    with pytest.raises(DataError, match=r"2 rows of the train split also stand in the data it is judged by"):
+    with pytest.raises(DataError, match=r"2 rows of the train split are also in the data that it is evaluated on"):
         prepared(folder, cleaning={"leakage": "error"})
     assert len(texts_of(prepared(folder, cleaning={"leakage": "report"}))) == 42
     off = prepared(folder, cleaning={"leakage": "off"})

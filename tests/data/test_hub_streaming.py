@@ -10,7 +10,8 @@ from tests.hub.conftest import folders, hub, python  # noqa: F401
 
 CODE = """
 import json, sys
-from peftkit import get_recipe, overrides
+from peftkit import get_recipe
+from peftkit.schema import overrides
 from peftkit.data.pipeline import prepare
 from peftkit.errors import HubError
 found = []
@@ -44,18 +45,18 @@ def test_a_hub_out_of_reach_is_said_at_once_and_quietly(python):  # noqa: F811
     done = python("-c", CODE, json.dumps([["data.source=no/such"]]), hub="http://127.0.0.1:9")
     (said,) = json.loads(done.stdout.splitlines()[-1])
     assert "the hub cannot be reached" in said
-    assert "data.source=FOLDER" in said
+    assert "set data.source to a file or folder or package:NAME" in said
     assert "Retrying" not in done.stderr
 
 
 def test_subset_and_revision_reach_the_hub(monkeypatch):
     import datasets
 
-    from peftkit.data import hub as hub_data
+    from peftkit.data.sources import hub as hub_data
     from peftkit.schema.recipe import DataConfig
 
     asked = []
-    monkeypatch.setattr(hub_data, "_asked", lambda name, data: None)
+    monkeypatch.setattr(hub_data, "_hub_error", lambda name, data: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: asked.append((path, options)))
     hub_data.load("some/set", DataConfig(source="some/set", subset="plain", revision="abc"))
     hub_data.load("some/set", DataConfig(source="some/set"))
@@ -67,7 +68,8 @@ RESUMED = """
 import json, os, signal, sys
 from pathlib import Path
 import peftkit
-from peftkit import get_recipe, overrides
+from peftkit import get_recipe
+from peftkit.schema import overrides
 from tests.faults import runs
 
 recipe = overrides.apply(get_recipe("agnews_lora"), json.loads(sys.argv[1]))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from peftkit.data import tables
-from peftkit.data.tables import BATCH, iterate, open_table, release, write_rows
+from peftkit.data.tables import BATCH, iterate, open_table, write_rows
+from peftkit.system import memory
+from peftkit.system.memory import release_mapped_pages
 
 ROWS = 3 * BATCH + 7
 
@@ -35,11 +36,11 @@ def resident(path):
 def test_rows_are_the_same_after_pages_were_let_go_of(tmp_path):
     held = made(tmp_path)
     before = held[:]
-    release()
+    release_mapped_pages()
     assert held[:] == before
     assert [row["n"] for row in iterate(held)] == list(range(ROWS))
     chosen = held.select([ROWS - 1, 5, 6])
-    release()
+    release_mapped_pages()
     assert chosen["n"][:] == [ROWS - 1, 5, 6]
 
 
@@ -65,9 +66,9 @@ def test_a_table_says_what_pyarrow_reads_in_its_file_and_survives_pickling(tmp_p
 
 def test_closed_tables_are_forgotten(tmp_path):
     gc.collect()
-    before = len(tables._mapped)
+    before = len(memory.mapped_files)
     held = open_table(made(tmp_path) and tmp_path / "held.arrow")
-    assert len(tables._mapped) > before
+    assert len(memory.mapped_files) > before
     del held
     gc.collect()
-    assert len(tables._mapped) <= before
+    assert len(memory.mapped_files) <= before

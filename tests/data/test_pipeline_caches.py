@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from peftkit.data.augmentation import change
-from peftkit.data.pipeline import encode, encode_rows, prepare, tokenizer_fingerprint
-from peftkit.models.tokenizer import load_tokenizer
+from peftkit.data.pipeline import encode, encode_rows, prepare
+from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.schema.recipe import AugmentationConfig, replace
 from peftkit.system import cache
 
@@ -142,17 +142,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "kind" / "entry"
 
     def fail():
-        with cache.atomic_folder(path) as folder:
+        with cache.new_entry(path) as folder:
             (folder / "half").write_text("x")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert list(path.parent.iterdir()) == []
-    with cache.atomic_folder(path) as folder:
+    with cache.new_entry(path) as folder:
         (folder / "whole").write_text("x")
     assert cache.is_intact(path)
-    with cache.atomic_folder(path) as folder:
+    with cache.new_entry(path) as folder:
         (folder / "whole").write_text("y")
     assert (path / "whole").read_text() == "y"
     assert [child.name for child in path.parent.iterdir()] == ["entry"]

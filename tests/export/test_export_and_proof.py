@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from peftkit.errors import ExportError, MethodError, RunError
 from peftkit.export import card, manifest, proof, run_export
-from peftkit.export.adapter import staged
 from peftkit.schema.types import TaskInfo
+from peftkit.system.files import atomic_folder
 from tests import tiny
 from tests.exporting import TEXTS, export, exported, trained
 
@@ -192,12 +192,12 @@ def test_whole_models_have_nothing_to_merge(tmp_path):
 
 def test_a_staged_folder_replaces_the_old_one_or_leaves_it(tmp_path):
     target = tmp_path / "out"
-    with staged(target) as stage:
+    with atomic_folder(target) as stage:
         (stage / "a").write_text("1")
-    with pytest.raises(FileNotFoundError), staged(target) as stage:
+    with pytest.raises(FileNotFoundError), atomic_folder(target) as stage:
         (stage / "nowhere" / "a").write_text("2")
     assert (target / "a").read_text() == "1"
-    with staged(target) as stage:
+    with atomic_folder(target) as stage:
         (stage / "b").write_text("3")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -28,7 +28,8 @@ except HubError as error:
 """
 FAULTS = """
 import json, sys
-from peftkit import Recipe, get_recipe, overrides
+from peftkit import Recipe, get_recipe
+from peftkit.schema import overrides
 from peftkit.data.pipeline import prepare
 from peftkit.errors import HubError
 from peftkit.models.tokenizer import load_tokenizer

@@ -120,7 +120,7 @@ def test_the_bytes_are_those_that_safetensors_writes_and_reads(tmp_path):
         "long": torch.arange(3),
         "none": torch.zeros(0, 4),
     }
-    files.write(tmp_path / "ours", files.safetensors(tensors))
+    files.write_new(tmp_path / "ours", files.safetensors(tensors))
     read = safetensors.torch.load_file(tmp_path / "ours")
     assert set(read) == set(tensors)
     for name, tensor in tensors.items():

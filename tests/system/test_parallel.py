@@ -19,6 +19,7 @@ from peftkit.errors import DataError, TrainingError
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.recipe import Recipe
 from peftkit.system import parallel
+from peftkit.system.cores import share_of_cores
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked on Linux alone")
@@ -73,14 +74,14 @@ def test_several_processes_make_what_one_makes(task, bert, llama, tmp_path, monk
     labelled = task["kind"] == "classification"
     data = (texts if labelled else conversations)(tmp_path / "rows")
     found = {}
-    real = pipeline._encoded
+    real = pipeline._encode_columns
 
     def noted(*given):
         with (tmp_path / "pids").open("a") as file:
             file.write(f"{os.getpid()}\n")
         return real(*given)
 
-    monkeypatch.setattr(pipeline, "_encoded", noted)
+    monkeypatch.setattr(pipeline, "_encode_columns", noted)
     for threads in (1, 3):
         monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / f"cache{threads}"))
         (tmp_path / "pids").unlink(missing_ok=True)
@@ -203,8 +204,8 @@ def running(pid):
 def test_a_process_of_a_run_keeps_to_its_share(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert (parallel.share_of_cores(None), parallel.share_of_cores(3)) == (8, 3)
+    assert (share_of_cores(None), share_of_cores(3)) == (8, 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert parallel.share_of_cores(None) == 2
+    assert share_of_cores(None) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert parallel.share_of_cores(None) == 1
+    assert share_of_cores(None) == 1

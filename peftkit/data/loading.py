@@ -1,0 +1,59 @@
+"""Raw rows of a source → tables on disk: the source's own columns, with ``_file`` and ``_line``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftkit.data.problems import Problems
+from peftkit.data.source import Source
+from peftkit.data.tables import write_rows
+from peftkit.errors import DataError
+from peftkit.schema.recipe import DataConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+INSTRUCTION_COLUMNS = (
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "response", "system",
+)  # fmt: skip
+
+
+def read_splits(source: Source, data: DataConfig, folder: Path, prefix: str) -> dict[str, Dataset]:
+    """The raw rows of each split, on disk under ``folder`` and memory-mapped.
+
+    Raises:
+        DataError: bad files or rows, up to ten of them in one message; a split without rows.
+    """
+    problems, used = Problems(), _used_columns(data)
+    splits: dict[str, Dataset] = {}
+    for split in source.splits:
+        try:
+            raw = write_rows(source.rows(split, problems), folder, f"{prefix}-{split}", used)
+        except DataError as error:
+            raise error if problems.count and error is problems.shown[-1] else problems.fatal(error) from None
+        if raw is not None:
+            splits[split] = _with_class_names(raw, source.class_names(split))
+        elif not problems.count:
+            raise DataError(f"the {split} split has no rows", file=source.place(split))
+    problems.check()
+    return splits
+
+
+def _with_class_names(raw: Dataset, names: dict[str, list[str]]) -> Dataset:
+    """The table with the class names of the source as features of its columns."""
+    from datasets import ClassLabel, Dataset, DatasetInfo, Value
+
+    features = raw.features.copy()
+    for column, classes in names.items():
+        if isinstance(features.get(column), Value):
+            features[column] = ClassLabel(names=classes)
+    return Dataset(raw.data, info=DatasetInfo(features=features)) if features != raw.features else raw
+
+
+def _used_columns(data: DataConfig) -> frozenset[str]:
+    labels = (data.label,) if isinstance(data.label, str) else data.label
+    pair = (data.text_pair,) if data.text_pair else ()
+    return frozenset(
+        {data.text, *pair, *labels, *data.columns.values(), *INSTRUCTION_COLUMNS, "_file", "_line", "_document"}
+    )

@@ -1,0 +1,118 @@
+"""The contract of a file reader: how files of one kind become rows.
+
+    @READERS.register("ini")
+    class IniReader(Reader):
+        \"\"\"INI files, one row per section.\"\"\"
+
+        extensions = (".ini",)
+
+        def rows(self, path, problems):
+            ...
+            yield {"text": "…", "label": "…", "_file": str(path), "_line": 3}
+
+A module of ``peftkit.data.readers``, or an installed package through the entry-point group ``peftkit.readers``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from peftkit.data.problems import Problems
+from peftkit.errors import DataError, RecipeError, did_you_mean
+from peftkit.schema.registries import READERS
+from peftkit.schema.types import Row
+
+ARCHIVES = (".gz", ".zip", ".xz", ".bz2", ".zst")
+SECTION = 16_000
+"""Characters of a section of a document, about."""
+
+
+class Reader(ABC):
+    """Reads files of one kind as rows."""
+
+    extensions: ClassVar[tuple[str, ...]]
+    """Endings of the files' names, in lower case, with the dot."""
+
+    @abstractmethod
+    def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
+        """The rows of a file, with ``_file`` and ``_line`` (1-based: where the record starts).
+
+        A bad row is added to ``problems``, and reading continues; what cannot be read past is raised as
+        ``problems.fatal(DataError(…, file=path, line=…))``. Rows are yielded one by one, so that a file need not fit in
+        memory.
+        """
+
+    def class_names(self, path: Path) -> dict[str, list[str]]:
+        """Column → names of its classes by id, where the file itself lists them."""
+        return {}
+
+    def inputs(self, path: Path, problems: Problems, column: str) -> Iterator[Row]:
+        """Rows to predict for: the file's own, or the lines of a document under ``column``."""
+        return self.rows(path, problems)
+
+
+@dataclass(frozen=True)
+class DocumentReader(Reader):
+    """Reads files that hold one text each, and so have no columns."""
+
+    column: str = "text"
+    """Name of the column that the text gets."""
+    sections: bool = False
+    """Whether the text is cut into rows of about ``SECTION`` characters at blank lines; joined, they are the text."""
+    document: str | None = None
+    """``_document`` of all sections; None makes every section a document of its own."""
+
+    @abstractmethod
+    def text(self, path: Path, problems: Problems) -> str:
+        """The file's text, with lines ending in a newline."""
+
+    def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
+        """One row with the text, or its sections."""
+        text, line, start = self.text(path, problems), 1, 0
+        if not self.sections:
+            yield {self.column: text, "_file": str(path), "_line": 1}
+            return
+        while start < len(text):
+            end = text.find("\n\n", start + SECTION)
+            end = len(text) if end < 0 or len(text) - end < SECTION // 2 else end + 2
+            section = text[start:end]
+            document = self.document or f"{path}:{line}"
+            yield {self.column: section, "_document": document, "_file": str(path), "_line": line}
+            line += section.count("\n")
+            start = end
+
+    def inputs(self, path: Path, problems: Problems, column: str) -> Iterator[Row]:
+        """A row for each line."""
+        for number, line in enumerate(self.text(path, problems).split("\n"), 1):
+            yield {column: line, "_file": str(path), "_line": number}
+
+
+def readers() -> dict[str, type[Reader]]:
+    """Ending of a file's name → its reader, for all files that can be read."""
+    known: dict[str, type[Reader]] = {}
+    for name in READERS:
+        for ending in READERS.get(name).extensions:
+            if ending in known:
+                raise RecipeError(f"two readers take {ending} files; uninstall the package that adds '{name}'")
+            known[ending] = READERS.get(name)
+    return known
+
+
+def reader_for(path: Path) -> type[Reader]:
+    """The reader of a file, by the ending of its name; raises DataError where there is none."""
+    suffix, known = path.suffix.lower(), readers()
+    if suffix in known:
+        return known[suffix]
+    hint = "unpack it first" if suffix in ARCHIVES else did_you_mean(suffix, known)
+    raise DataError(f"cannot be read: expected a file ending in {', '.join(known)}; {hint}", file=path)
+
+
+def reader_of_input(path: Path) -> type[Reader]:
+    """The reader of a file given on the command line; raises DataError where it is missing or cannot be read."""
+    if not path.is_file():
+        raise DataError("no such file", file=path)
+    return reader_for(path)

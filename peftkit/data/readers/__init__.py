@@ -1,0 +1,1 @@
+"""File readers, one file per family of formats; see ``peftkit.data.reader``."""

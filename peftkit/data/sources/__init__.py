@@ -1,0 +1,1 @@
+"""Data sources, one file per kind; see ``peftkit.data.source``."""
