@@ -37,8 +37,8 @@ class Method(ConfigSection):
     """Whether the base still reads token ids, by which a decoder that pools finds the last token of a row."""
     quantizations: ClassVar[tuple[str, ...] | None] = None
     """Kinds of quantization that its layers can stand on; None for all."""
-    packed: ClassVar[tuple[str, ...] | None] = None
-    """Kinds of checkpoints with quantized weights that its layers can stand on; None for all."""
+    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = None
+    """Kinds of checkpoints with quantized weights that its layers support; None for all."""
     merges: ClassVar[bool] = True
     """Whether the result can be folded into the base's own weights, so that nothing of the method is left."""
     checkpoints_activations: ClassVar[bool] = True
@@ -81,10 +81,11 @@ class Method(ConfigSection):
         """Why it is not trained over a checkpoint whose weights are quantized with a kind already; None where it is."""
         if self.saves == "model":
             return f"method.kind={self.kind} trains the base's own weights; use method.kind=lora"
-        if self.packed is None or kind in self.packed:
+        known = self.quantized_checkpoints
+        if known is None or kind in known:
             return None
-        known = f"takes checkpoints of {', '.join(self.packed)}" if self.packed else "needs whole weights"
-        return f"method.kind={self.kind} {known}; use method.kind=lora, or the unquantized model"
+        needs = f"supports checkpoints quantized with {', '.join(known)}" if known else "needs unquantized weights"
+        return f"method.kind={self.kind} {needs}; use method.kind=lora, or the unquantized model"
 
     @abstractmethod
     def apply(self, loaded: LoadedModel) -> None:
@@ -100,18 +101,22 @@ class Method(ConfigSection):
             batches: a few batches of training rows on the model's device; each is formed when it is asked for.
         """
 
-    def begin(self, model: Any, total: int) -> None:
-        """Tells how many optimizer steps the whole run will have; called before the first step, and on resume."""
+    def on_train_begin(self, model: Any, total_steps: int) -> None:
+        """Called before the first optimizer step, and on resume.
+
+        Args:
+            total_steps: optimizer steps of the complete run.
+        """
 
     def penalty(self, model: Any) -> torch.Tensor | None:
         """A scalar added once to every optimizer step's mean loss, with its gradient; None for none."""
         return None
 
-    def after_step(self, model: Any, step: int) -> None:
-        """Called when the optimizer has done its step number ``step`` (from 1); the gradients are still there."""
+    def on_step_end(self, model: Any, step: int) -> None:
+        """Called after optimizer step number ``step`` (from 1), before its gradients are cleared."""
 
-    def finish(self, model: Any) -> None:
-        """Called once when the weights that are kept are in place, before they are scored and exported."""
+    def on_train_end(self, model: Any) -> None:
+        """Called once with the final weights in place, before they are evaluated and exported."""
 
     def state(self, model: Any) -> dict[str, torch.Tensor]:
         """What besides trained parameters and optimizer must be in a checkpoint, so that a resumed run is exact."""

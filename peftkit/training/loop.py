@@ -67,7 +67,7 @@ class Loop:
         per_epoch = steps_per_epoch(self.train_split.lengths, training)
         self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
         self.metric = training.best_metric or self.module.head.best_metric
-        self.recipe.method.begin(self.module.model, self.total)
+        self.recipe.method.on_train_begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
         # the schedule is not given to Accelerate, which would step it once a process
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
@@ -110,7 +110,7 @@ class Loop:
             self.log.close()
             del self._stop  # what follows is not stopped between passes
         self._restore_best()
-        self.recipe.method.finish(self.module.model)
+        self.recipe.method.on_train_end(self.module.model)
         return self.state
 
     def _epochs(self) -> None:
