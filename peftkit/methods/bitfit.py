@@ -7,7 +7,7 @@ For base models that have biases: the BERT family, GPT-2, Phi, Qwen2 (query, key
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
 from peftkit.methods.targets import in_head
@@ -16,7 +16,6 @@ from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig
 
     from peftkit.schema.recipe import Recipe
@@ -41,29 +40,25 @@ class BitFit(Method):
         from transformers import AutoModel
 
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
-        if not bias_names(model, ()):
-            raise _no_biases(config.model_type)
+            bias_names(AutoModel.from_config(config, trust_remote_code=False))
 
     def apply(self, loaded: LoadedModel) -> None:
         """Sets ``requires_grad`` on the biases and the head; raises MethodError where there are no biases."""
-        model, names = loaded.model, bias_names(loaded.model, loaded.head_names)
-        if not names:
-            raise _no_biases(model.config.model_type)
-        for name, parameter in model.named_parameters():
+        names = bias_names(loaded.model, loaded.head_names)
+        for name, parameter in loaded.model.named_parameters():
             parameter.requires_grad_(name in names or in_head(name, loaded.head_names))
 
 
-def bias_names(model: nn.Module, head_names: tuple[str, ...]) -> set[str]:
-    """Full names of the biases below the head: vectors whose names end in "bias"."""
-    return {
+def bias_names(model: Any, head_names: tuple[str, ...] = ()) -> set[str]:
+    """Full names of the biases below the head: vectors whose names end in "bias"; raises MethodError without any."""
+    names = {
         name
         for name, parameter in model.named_parameters()
         if parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias") and not in_head(name, head_names)
     }
-
-
-def _no_biases(model_type: str) -> MethodError:
-    return MethodError(
-        f"method.kind=bitfit trains biases, and {model_type} models have none; use method.kind=ln_tuning or lora"
-    )
+    if not names:
+        kind = model.config.model_type
+        raise MethodError(
+            f"method.kind=bitfit trains biases, and {kind} models have none; use method.kind=ln_tuning or lora"
+        )
+    return names

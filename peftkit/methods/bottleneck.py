@@ -35,7 +35,6 @@ class Bottleneck(Method):
     """Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020; He et al. 2021)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
-    default_learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
     learns_pooling: ClassVar[bool] = False
 

@@ -44,7 +44,6 @@ class Lora(LinearLayerMethod):
     """Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
-    default_learning_rate: ClassVar[float] = 1e-3
     quantizations: ClassVar[tuple[str, ...] | None] = None
     quantized_checkpoints: ClassVar[tuple[str, ...] | None] = None
 

@@ -25,7 +25,6 @@ class Oft(LinearLayerMethod):
     """Orthogonal finetuning (Qiu et al. 2023, arXiv:2306.07280)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
-    default_learning_rate: ClassVar[float] = 1e-3
     quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ("awq", "bitsandbytes", "gptq", "hqq")
 
     kind: Literal["oft"] = "oft"
@@ -61,7 +60,6 @@ class Boft(LinearLayerMethod):
     """Butterfly orthogonal finetuning (Liu et al. 2023, arXiv:2311.06243)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"
-    default_learning_rate: ClassVar[float] = 1e-3
 
     kind: Literal["boft"] = "boft"
     block_size: Annotated[int, Field(ge=2)] = 4

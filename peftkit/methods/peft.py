@@ -50,7 +50,6 @@ class Peft(PeftMethod):
     """Any method that peft registers, by name (https://huggingface.co/docs/peft)."""
 
     paper: ClassVar[str] = "https://huggingface.co/docs/peft"
-    default_learning_rate: ClassVar[float] = 1e-3
     starts_as_base: ClassVar[bool] = False
 
     kind: Literal["peft"] = "peft"

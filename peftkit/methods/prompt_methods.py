@@ -23,7 +23,6 @@ from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
     from peftkit.schema.recipe import Recipe
@@ -85,20 +84,16 @@ class PromptTuning(LearnedPrompt):
 
         embeddings = loaded.model.get_input_embeddings().weight
         super().apply(loaded)
-        if self.init_text is None and self.init == "random":
+        if self.init_text is not None:
+            tokens = loaded.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([tokens[position % len(tokens)] for position in range(self.virtual_tokens)])
+        elif self.init == "vocabulary":
+            ids = torch.randint(len(embeddings), (self.virtual_tokens,))
+        else:
             return
-        ids = self._initial_ids(loaded, len(embeddings))
         with torch.no_grad():
             weight = loaded.model.prompt_encoder["default"].embedding.weight
             weight.copy_(embeddings[ids.to(embeddings.device)].to(weight))
-
-    def _initial_ids(self, loaded: LoadedModel, vocabulary: int) -> torch.Tensor:
-        import torch
-
-        if self.init_text is None:
-            return torch.randint(vocabulary, (self.virtual_tokens,))
-        ids = loaded.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([ids[position % len(ids)] for position in range(self.virtual_tokens)])
 
 
 @METHODS.register("p_tuning")

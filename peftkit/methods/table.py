@@ -13,8 +13,6 @@ from typing import Any
 
 from peftkit.schema.registries import METHODS, QUANTIZATIONS
 
-HEADS = ("classifier", "decoder's classifier", "language model")
-
 
 @dataclass(frozen=True)
 class TableRow:
@@ -58,7 +56,8 @@ def text() -> str:
 def markdown() -> str:
     """The table with a column per kind of weights."""
     kinds = QUANTIZATIONS.names()
-    columns = ["method", "summary", "learning rate", *HEADS, "unquantized", *kinds, "merges", "exports"]
+    columns = ["method", "summary", "learning rate", "classifier", "decoder's classifier", "language model"]
+    columns += ["unquantized", *kinds, "merges", "exports"]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows():
         summary = f"[{row.summary}]({row.paper})" if row.paper else row.summary

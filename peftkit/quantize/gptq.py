@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class _Row:
     """Its input in the unquantized model."""
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """The other arguments of each block: masks, rotary embeddings."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor]
     """Weight of each token for a layer, [tokens]; equal for layers that are not listed."""
 
 
@@ -79,9 +80,7 @@ def quantize_blocks(
     layers = _quantized_layers(quantized_blocks)
     weights = [_token_weights(reference, layers, name, batch, loss) if loss else {} for batch in batches]
     with torch.no_grad():
-        rows = [_capture(blocks, lambda batch=batch: forward(reference, batch)) for batch in batches]  # type: ignore[misc]
-        for row, row_weights in zip(rows, weights):
-            row.weights = row_weights
+        rows = [_capture(blocks, partial(forward, reference, batch), each) for batch, each in zip(batches, weights)]
         factors: dict[str, Factors] = {}
         for number, block in enumerate(blocks):
             unquantized, prefix = copy.deepcopy(block), f"{name}.{number}."
@@ -124,8 +123,8 @@ def _quantized_layers(module: nn.Module) -> list[str]:
     return [name for name, layer in module.named_modules() if type(layer).__name__ == "Linear4bit"]
 
 
-def _capture(blocks: nn.ModuleList, run: Callable[[], Any]) -> _Row:
-    """The first block's input of a row, and every block's other arguments."""
+def _capture(blocks: nn.ModuleList, run: Callable[[], Any], weights: dict[str, Tensor]) -> _Row:
+    """Runs the model on a row, and records the first block's input and every block's other arguments."""
     inputs: list[Tensor] = []
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Tensor] = []
@@ -145,7 +144,7 @@ def _capture(blocks: nn.ModuleList, run: Callable[[], Any]) -> _Row:
             "calibration runs block by block, and in this model a block's input is not just the output of the block "
             "before it; use quantization.kind=nf4, which needs no calibration"
         )
-    return _Row(inputs[0], inputs[0], arguments)
+    return _Row(inputs[0], inputs[0], arguments, weights)
 
 
 def _calibrate(

@@ -39,12 +39,10 @@ def requantize(layers: Sequence[Any], weights: Sequence[Tensor], gram: Tensor, b
         The dequantized weights, [out, in] each, in fp32.
     """
     inverse, order = _inverse_cholesky(gram)
-    for layer in layers:
+    scales = []
+    for layer, weight in zip(layers, weights):
         layer.weight.blocksize = layer.weight.quant_state.blocksize = block_size
-    scales = [
-        _search_scales(layer.weight.quant_state, weight.float(), gram.diagonal())
-        for layer, weight in zip(layers, weights)
-    ]
+        scales.append(_search_scales(layer.weight.quant_state, weight.float(), gram.diagonal()))
     grid = layers[0].weight.quant_state.code.float()
     codes = _round(torch.cat([weight.float() for weight in weights]), torch.cat(scales), inverse, order, grid)
     dequantized = []

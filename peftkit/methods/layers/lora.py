@@ -43,19 +43,9 @@ def use_peft_forward(model: torch.nn.Module) -> Iterator[None]:
 @functools.cache
 def _peft_classes() -> frozenset[type]:
     """peft's LoRA classes for linear layers, and for 4-bit and 8-bit ones where bitsandbytes is installed."""
-    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners import lora
 
-    classes: set[type] = {Linear}
-    if is_bnb_available():
-        from peft.tuners.lora.bnb import Linear8bitLt
-
-        classes.add(Linear8bitLt)
-    if is_bnb_4bit_available():
-        from peft.tuners.lora.bnb import Linear4bit
-
-        classes.add(Linear4bit)
-    return frozenset(classes)
+    return frozenset(getattr(lora, name) for name in ("Linear", "Linear8bitLt", "Linear4bit") if hasattr(lora, name))
 
 
 @functools.cache
