@@ -72,8 +72,8 @@ class Peft(PeftMethod):
             )
         if name in KEY_VALUE_TYPES and recipe.training.gradient_checkpointing != "off":
             raise MethodError(
-                f"method.peft_type={name} puts keys and values before every layer's own, which checkpointed layers "
-                "drop; set training.gradient_checkpointing=off"
+                f"method.peft_type={name} puts keys and values before every layer's own, which activation "
+                "checkpointing drops; set training.gradient_checkpointing=off"
             )
         if self._learns_prompt():
             check_pooling(self.kind, recipe)

@@ -131,8 +131,7 @@ def _fit(
 ) -> tuple[int, dict[str, Factors], dict[str, dict[str, float]]]:  # fmt: skip
     """Calibrates and tunes ``quantized``, which overwrites ``reference``.
 
-    Returns:
-        The number of quantized layers, the factors of the layers in ``ranks``, and the metrics after each stage.
+    Returns the number of quantized layers, the factors of the layers in ``ranks``, and the metrics after each stage.
     """
     causal = evaluation.causal
     metrics = {"unquantized": evaluation.measure(reference), "nf4": evaluation.measure(quantized)}

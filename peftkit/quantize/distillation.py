@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,9 +88,7 @@ def distill(
 
 def _token_mask(batch: Batch, causal: bool) -> Tensor:
     """Where hidden states matter, [rows, tokens]: where they predict a scored token, or everywhere but padding."""
-    if not causal:
-        return batch["attention_mask"].bool()
-    return nn.functional.pad(scored(batch) != IGNORE, (0, 1))
+    return nn.functional.pad(scored(batch) != IGNORE, (0, 1)) if causal else batch["attention_mask"].bool()
 
 
 def _kl_gradient(hidden: Tensor, targets: Tensor, head: Any) -> Tensor:
@@ -118,21 +117,18 @@ def _trainable_scales(layers: Sequence[Any], scales: Sequence[Tensor]) -> Iterat
 
     Replaces each layer's ``forward``, until bitsandbytes' own passes gradients to the scales.
     """
-
-    def forward_with(layer: Any, scale: Tensor) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            y: Tensor = _ScaledMatmul.apply(x, scale, layer.weight)
-            return y if layer.bias is None else y + layer.bias.to(y.dtype)
-
-        return forward
-
     for layer, scale in zip(layers, scales):
-        layer.forward = forward_with(layer, scale)
+        layer.forward = partial(_scaled_linear, layer, scale)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _scaled_linear(layer: Any, scale: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = _ScaledMatmul.apply(x, scale, layer.weight)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 class _ScaledMatmul(torch.autograd.Function):

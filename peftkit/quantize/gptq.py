@@ -1,11 +1,10 @@
 """GPTQ over the blocks of a model, one after the other; see ``nf4_rounding`` for a single group of layers.
 
-Each block is calibrated on the outputs of the quantized blocks before it, and within a block each layer on the outputs
-of the layers quantized before it (attention's output projection on those of quantized queries, keys and values). The
+Each block is calibrated on the outputs of the quantized blocks before it, and so is each layer within a block. The
 target is a layer's output in the unquantized model, which runs in parallel, so that rounding also compensates for
 earlier errors (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692). Tokens are weighted by the gradient of
-the training loss at the layer's output (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows run one at a time; only
-the next block's input is stored of each. No architecture is known by name.
+the training loss at the layer's output (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows run one at a time, and
+only the next block's input is stored of each. No architecture is known by name.
 """
 
 from __future__ import annotations
@@ -75,6 +74,7 @@ def quantize_blocks(
     Raises:
         ModelError: there are no blocks, or a block's input is not the output of the block before it.
     """
+    ranks = ranks or {}
     name, blocks = find_blocks(reference)
     quantized_blocks = quantized.get_submodule(name)
     layers = _quantized_layers(quantized_blocks)
@@ -83,13 +83,11 @@ def quantize_blocks(
         rows = [_capture(blocks, partial(forward, reference, batch), each) for batch, each in zip(batches, weights)]
         factors: dict[str, Factors] = {}
         for number, block in enumerate(blocks):
-            unquantized, prefix = copy.deepcopy(block), f"{name}.{number}."
-            block_ranks = {
-                layer.removeprefix(prefix): rank for layer, rank in (ranks or {}).items() if layer.startswith(prefix)
-            }
-            quantized_block = quantized_blocks.get_submodule(str(number))
-            pairs = _calibrate(block, unquantized, quantized_block, rows, number, block_size, block_ranks)
-            factors |= {f"{prefix}{layer}": pair for layer, pair in pairs.items()}
+            unquantized, quantized_block = copy.deepcopy(block), quantized_blocks.get_submodule(str(number))
+            for names in _group_by_input(block, quantized_block, rows[0], number):
+                group_ranks = [ranks.get(f"{name}.{number}.{layer}", 0) for layer in names]
+                pairs = _calibrate(names, block, unquantized, quantized_block, rows, number, block_size, group_ranks)
+                factors |= {f"{name}.{number}.{layer}": pair for layer, pair in zip(names, pairs)}
             for row in rows:
                 row.hidden = _run_block(block, row.hidden, row, number)
                 row.reference = _run_block(unquantized, row.reference, row, number)
@@ -101,17 +99,14 @@ def _token_weights(model: Any, layers: Sequence[str], blocks: str, batch: Batch,
     """For each layer in the blocks, the mean squared gradient of the loss at its output of each token."""
     weights: dict[str, Tensor] = {}
 
-    def save_gradient(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
-            weights[name] = gradients[0].float().square().mean(-1).reshape(-1) * GRADIENT_SCALE
-
-        return hook
+    def save_weight(name: str, _: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
+        weights[name] = gradients[0].float().square().mean(-1).reshape(-1) * GRADIENT_SCALE
 
     model.requires_grad_(False)
     with ExitStack() as hooks, torch.enable_grad():
         for name in layers:
             layer = model.get_submodule(f"{blocks}.{name}")
-            hooks.enter_context(layer.register_full_backward_hook(save_gradient(name)))
+            hooks.enter_context(layer.register_full_backward_hook(partial(save_weight, name)))
         # gradients must reach the first block, but no weight
         embeddings = model.get_input_embeddings()
         hooks.enter_context(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True)))
@@ -148,66 +143,47 @@ def _capture(blocks: nn.ModuleList, run: Callable[[], Any], weights: dict[str, T
 
 
 def _calibrate(
-    block: nn.Module, unquantized: nn.Module, quantized: nn.Module, rows: Sequence[_Row], number: int, block_size: int,
-    ranks: Mapping[str, int],
-) -> dict[str, Factors]:  # fmt: skip
-    """Quantizes the layers of a block, and copies the results into ``block``; returns the layers' factors."""
-    factors: dict[str, Factors] = {}
-    for names in _group_by_input(block, quantized, rows[0], number):
-        gram, cross = _input_moments(names, block, unquantized, rows, number)
-        originals = [block.get_submodule(name) for name in names]
-        targets = [asymmetric_target(_matrix(original).float(), gram, cross) for original in originals]
-        layers, group_ranks = [quantized.get_submodule(name) for name in names], [ranks.get(name, 0) for name in names]
-        weights, pairs = _quantize_group(layers, targets, gram, block_size, group_ranks)
-        for name, original, weight, (a, b) in zip(names, originals, weights, pairs):
-            _matrix(original).copy_(weight + b @ a)
-            factors[name] = (a, b)
-    return factors
-
-
-def _quantize_group(
-    layers: Sequence[Any], targets: Sequence[Tensor], gram: Tensor, block_size: int, ranks: Sequence[int]
-) -> tuple[list[Tensor], list[Factors]]:
-    """Alternates GPTQ and low-rank fits of its error; returns the quantized weights and the factors."""
+    names: Sequence[str], block: nn.Module, unquantized: nn.Module, quantized: nn.Module, rows: Sequence[_Row],
+    number: int, block_size: int, ranks: Sequence[int],
+) -> list[Factors]:  # fmt: skip
+    """Quantizes layers of a block that read the same input, and copies the results into ``block``."""
+    gram, cross = _input_moments(names, block, unquantized, rows, number)
+    matrices = [_matrix(block.get_submodule(name)) for name in names]
+    targets = [asymmetric_target(matrix.float(), gram, cross) for matrix in matrices]
+    layers = [quantized.get_submodule(name) for name in names]
     weights = requantize(layers, targets, gram, block_size)
     factors = [fit_factors(target - weight, gram, rank) for target, weight, rank in zip(targets, weights, ranks)]
     for _ in range(ALTERNATIONS if any(ranks) else 0):
         weights = requantize(layers, [target - b @ a for target, (a, b) in zip(targets, factors)], gram, block_size)
         factors = [fit_factors(target - weight, gram, rank) for target, weight, rank in zip(targets, weights, ranks)]
-    return weights, factors
+    for matrix, weight, (a, b) in zip(matrices, weights, factors):
+        matrix.copy_(weight + b @ a)
+    return factors
 
 
 def _group_by_input(block: nn.Module, quantized: nn.Module, row: _Row, number: int) -> list[list[str]]:
     """Names of a block's quantized layers in the order in which they run; those that read one tensor share a group."""
-    groups: list[tuple[Tensor, list[str]]] = []
+    groups: dict[int, tuple[Tensor, list[str]]] = {}
 
-    def add_to_group(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            names = next((names for tensor, names in groups if tensor is args[0]), None)
-            if names is None:
-                groups.append((args[0], [name]))  # a tensor that is kept alive keeps its identity
-            else:
-                names.append(name)
-
-        return hook
+    def add_to_group(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        groups.setdefault(id(args[0]), (args[0], []))[1].append(name)  # a tensor that is kept alive keeps its id
 
     with ExitStack() as hooks:
         for name in _quantized_layers(quantized):
-            hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(add_to_group(name)))
+            hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(partial(add_to_group, name)))
         _run_block(block, row.hidden, row, number)
-    return [names for _, names in groups]
+    return [names for _, names in groups.values()]
 
 
 def _input_moments(
     names: Sequence[str], block: nn.Module, unquantized: nn.Module, rows: Sequence[_Row], number: int
 ) -> tuple[Tensor, Tensor]:
     """Σ x̂ᵀx̂ and Σ xᵀx̂ of layers' inputs x (unquantized model) and x̂ (quantized one), both [in, in] in fp32."""
-    gram = cross = torch.zeros(0)
+    weight = _matrix(block.get_submodule(names[0]))
+    gram, cross = (weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32) for _ in range(2))
     for row in rows:
         inputs = _layer_input(block, names[0], row.hidden, row, number)
         reference = _layer_input(unquantized, names[0], row.reference, row, number)
-        if not len(gram):
-            gram, cross = (inputs.new_zeros(inputs.shape[1], inputs.shape[1]) for _ in range(2))
         weights = [row.weights[key] for name in names if (key := f"{number}.{name}") in row.weights]
         weighted = inputs * torch.stack(weights).sum(0)[:, None] if weights else inputs
         gram.addmm_(inputs.T, weighted)

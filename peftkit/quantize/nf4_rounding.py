@@ -157,6 +157,5 @@ def to_blocks(values: Tensor, size: int) -> Tensor:
 
 def _pack(codes: Tensor) -> Tensor:
     """Two codes per byte, the first in the upper half, as in bitsandbytes."""
-    flat = codes.reshape(-1)
-    flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
-    return (flat[0::2] << 4) | flat[1::2]
+    pairs = to_blocks(codes, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1]

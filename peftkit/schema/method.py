@@ -32,15 +32,15 @@ class Method(ConfigSection):
     adapts_backbone: ClassVar[bool] = True
     """Whether anything below the head is trained."""
     learns_pooling: ClassVar[bool] = True
-    """Whether it trains enough below the head to make up for a pooler that the base never used."""
+    """Whether it trains enough of the backbone to make up for a pooler that the base never used."""
     keeps_token_ids: ClassVar[bool] = True
     """Whether the base still reads token ids, by which a decoder that pools finds the last token of a row."""
     quantizations: ClassVar[tuple[str, ...] | None] = None
-    """Kinds of quantization that its layers can stand on; None for all."""
+    """Kinds of quantization that it can train over; None for all."""
     quantized_checkpoints: ClassVar[tuple[str, ...] | None] = None
-    """Kinds of checkpoints with quantized weights that its layers support; None for all."""
+    """Kinds of checkpoints with quantized weights that it can train over; None for all."""
     merges: ClassVar[bool] = True
-    """Whether the result can be folded into the base's own weights, so that nothing of the method is left."""
+    """Whether the result can be merged into the base's own weights."""
     checkpoints_activations: ClassVar[bool] = True
     """Whether it works with ``training.gradient_checkpointing``."""
     starts_as_base: ClassVar[bool] = True
@@ -49,23 +49,23 @@ class Method(ConfigSection):
     kind: str
 
     def check(self, recipe: Recipe) -> None:
-        """Raises MethodError when the method cannot work in this recipe; called before anything is loaded."""
+        """Raises MethodError when the method cannot work with this recipe; called before anything is loaded."""
         if not self.adapts_backbone and not all(head.adds_layers for head in possible_heads(recipe.task)):
             raise MethodError(
                 f"method.kind={self.kind} trains a classifier's head, and task.kind={recipe.task.kind} has none; "
                 "use method.kind=lora"
             )
-        held = recipe.quantization.kind if recipe.quantization is not None else None
-        if held and self.quantizations is not None and held not in self.quantizations:
+        quantization = recipe.quantization.kind if recipe.quantization is not None else None
+        if quantization and self.quantizations is not None and quantization not in self.quantizations:
             known = ", ".join(["null", *self.quantizations])
             raise MethodError(
-                f"method.kind={self.kind} cannot stand on weights held by quantization.kind={held}; it works with "
-                f"quantization={known}"
+                f"method.kind={self.kind} cannot train over weights with quantization.kind={quantization}; "
+                f"it works with quantization={known}"
             )
         if recipe.training.gradient_checkpointing != "off" and not self.checkpoints_activations:
             raise MethodError(
-                f"method.kind={self.kind} puts keys and values before every layer's own, which checkpointed layers "
-                "drop; set training.gradient_checkpointing=off"
+                f"method.kind={self.kind} puts keys and values before every layer's own, which activation "
+                "checkpointing drops; set training.gradient_checkpointing=off"
             )
         if recipe.export.merge and (reason := self.unmergeable_reason()):
             raise MethodError(f"export.merge: {reason}; set export.merge=false")
@@ -78,7 +78,7 @@ class Method(ConfigSection):
         return None if self.merges else f"method '{self.kind}' changes no weight that it could be merged into"
 
     def unsupported_checkpoint_reason(self, kind: str) -> str | None:
-        """Why it is not trained over a checkpoint whose weights are quantized with a kind already; None where it is."""
+        """Why it cannot train over a checkpoint whose weights are already quantized with a kind; None where it can."""
         if self.saves == "model":
             return f"method.kind={self.kind} trains the base's own weights; use method.kind=lora"
         known = self.quantized_checkpoints
@@ -95,38 +95,34 @@ class Method(ConfigSection):
         """
 
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
-        """Called once after ``apply``, before the optimizer is made, on every process alike, and again on resume.
+        """Called once after ``apply``, before the optimizer exists, on every process, and again on resume.
 
         Args:
-            batches: a few batches of training rows on the model's device; each is formed when it is asked for.
+            batches: a few batches of training rows on the model's device, collated lazily.
         """
 
     def on_train_begin(self, model: Any, total_steps: int) -> None:
-        """Called before the first optimizer step, and on resume.
-
-        Args:
-            total_steps: optimizer steps of the complete run.
-        """
+        """Called before the first step, and on resume, with the number of optimizer steps of the whole run."""
 
     def penalty(self, model: Any) -> torch.Tensor | None:
-        """A scalar added once to every optimizer step's mean loss, with its gradient; None for none."""
+        """A scalar added once per optimizer step to the mean loss, with its gradient; None for none."""
         return None
 
     def on_step_end(self, model: Any, step: int) -> None:
-        """Called after optimizer step number ``step`` (from 1), before its gradients are cleared."""
+        """Called after the optimizer's step number ``step`` (from 1), while the gradients still exist."""
 
     def on_train_end(self, model: Any) -> None:
-        """Called once with the final weights in place, before they are evaluated and exported."""
+        """Called once when the final weights are in place, before they are scored and exported."""
 
     def state(self, model: Any) -> dict[str, torch.Tensor]:
-        """What besides trained parameters and optimizer must be in a checkpoint, so that a resumed run is exact."""
+        """What a checkpoint needs besides trained parameters and optimizer, so that a resumed run is exact."""
         return {}
 
     def load_state(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts back what ``state`` gave, when a checkpoint's parameters are put back."""
+        """Restores what ``state`` returned, after a checkpoint's parameters are restored."""
 
     def learning_rate_factor(self, name: str) -> float:
-        """What the learning rate of the parameter of that name is multiplied by."""
+        """Factor on the learning rate of the parameter of that name."""
         return 1.0
 
     def decays(self, name: str, parameter: torch.Tensor) -> bool:

@@ -101,13 +101,12 @@ class BottleneckAdapter(nn.Module):
         return f"{self.shape.nonlinearity}, {'parallel' if self.shape.parallel else 'sequential'}"
 
 
-def insert(model: nn.Module, shapes: Sequence[AdapterShape], init: str = "zero") -> list[str]:
-    """Inserts adapters into a model's blocks, in fp32 and on the blocks' devices; returns their full names.
+def insert(model: nn.Module, shapes: Sequence[AdapterShape], init: str = "zero") -> None:
+    """Inserts adapters into a model's blocks, in fp32 and on the blocks' devices.
 
     Raises:
         AttributeError: the model lacks a module that ``shapes`` names.
     """
-    names = []
     for shape in shapes:
         block = model.get_submodule(shape.branch.block)
         device = next(block.parameters()).device
@@ -122,8 +121,6 @@ def insert(model: nn.Module, shapes: Sequence[AdapterShape], init: str = "zero")
             entry = model.get_submodule(shape.branch.entry)
             handles.append(entry.register_forward_pre_hook(adapter.save_input, with_kwargs=True))
         adapter.handles = handles  # type: ignore[assignment]
-        names.append(f"{shape.branch.block}.{NAME}.{shape.branch.kind}")
-    return names
 
 
 def remove(model: nn.Module) -> None:
