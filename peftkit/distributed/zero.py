@@ -60,7 +60,7 @@ def check(accelerator: Any, recipe: Recipe) -> None:
             recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
         ),
         f"method.kind={recipe.method.kind}, which changes weights after a step": (
-            type(recipe.method).after_step is not Method.after_step
+            type(recipe.method).on_step_end is not Method.on_step_end
         ),
         "training.nonfinite=skip: the step is made before its loss is known": training.nonfinite == "skip",
         "training.weight_averaging": bool(training.weight_averaging),

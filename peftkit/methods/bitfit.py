@@ -1,21 +1,21 @@
-"""BitFit: only the biases are trained, and the head. Ben Zaken, Ravfogel & Goldberg 2021, arXiv:2106.10199.
+"""BitFit: only the biases and the head are trained. Ben Zaken, Ravfogel & Goldberg 2021, arXiv:2106.10199.
 
     method: {kind: bitfit}
 
-For bases that have biases: BERT and its kin, GPT-2, Phi, the query, key and value layers of Qwen2; Llama has none.
+For base models that have biases: the BERT family, GPT-2, Phi, Qwen2 (query, key and value); Llama has none.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
+from peftkit.methods.targets import in_head
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig
 
     from peftkit.schema.recipe import Recipe
@@ -29,40 +29,36 @@ class BitFit(Method):
     default_learning_rate: ClassVar[float] = 5e-3
     learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ()
-    """bitsandbytes rounds the biases of its layers to the compute dtype at every call, trained ones too."""
-    packed: ClassVar[tuple[str, ...] | None] = ()
+    """bitsandbytes casts its layers' biases to the compute dtype at every call, trained ones included."""
+    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ()
 
     kind: Literal["bitfit"] = "bitfit"
 
     def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
-        """Refuses architectures without biases, read off a model without weights."""
+        """Refuses architectures without biases, as seen on a meta-device model."""
         import torch
         from transformers import AutoModel
 
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
-        if not bias_names(model, ()):
-            raise _none(config.model_type)
+            bias_names(AutoModel.from_config(config, trust_remote_code=False))
 
     def apply(self, loaded: LoadedModel) -> None:
-        """Leaves gradients to biases and head; raises MethodError where there are no biases."""
-        model, names = loaded.model, bias_names(loaded.model, loaded.head_names)
-        if not names:
-            raise _none(model.config.model_type)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in names or bool(set(name.split(".")) & set(loaded.head_names)))
+        """Sets ``requires_grad`` on the biases and the head; raises MethodError where there are no biases."""
+        names = bias_names(loaded.model, loaded.head_names)
+        for name, parameter in loaded.model.named_parameters():
+            parameter.requires_grad_(name in names or in_head(name, loaded.head_names))
 
 
-def bias_names(model: nn.Module, heads: tuple[str, ...]) -> set[str]:
-    """Full names of the biases below the head: vectors that are called so."""
-    return {
+def bias_names(model: Any, head_names: tuple[str, ...] = ()) -> set[str]:
+    """Full names of the biases below the head: vectors whose names end in "bias"; raises MethodError without any."""
+    names = {
         name
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias") and not set(name.split(".")) & set(heads)
+        if parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias") and not in_head(name, head_names)
     }
-
-
-def _none(kind: str) -> MethodError:
-    return MethodError(
-        f"method.kind=bitfit trains biases, and {kind} models have none; use method.kind=ln_tuning or method.kind=lora"
-    )
+    if not names:
+        kind = model.config.model_type
+        raise MethodError(
+            f"method.kind=bitfit trains biases, and {kind} models have none; use method.kind=ln_tuning or lora"
+        )
+    return names

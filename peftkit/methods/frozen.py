@@ -1,22 +1,19 @@
 """Frozen backbone: only the classifier's head is trained (linear probing; Alain & Bengio 2016, arXiv:1610.01644).
 
-With no dropout below the head the features of a text never change, so they can be computed once.
+Without dropout below the head, the features of a text never change, so they can be computed once.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peftkit.schema.method import Method
+from peftkit.methods.targets import NO_TARGET, PeftMethod
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
-NO_TARGET = "dummy-target-modules"
-"""peft's own word for an adapter that wraps no module; the head travels as a module saved in full."""
-
 
 @METHODS.register("frozen")
-class Frozen(Method):
+class Frozen(PeftMethod):
     """Head only (linear probing; Alain & Bengio 2016, arXiv:1610.01644)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1610.01644"
@@ -26,13 +23,8 @@ class Frozen(Method):
 
     kind: Literal["frozen"] = "frozen"
 
-    def apply(self, loaded: LoadedModel) -> None:
-        """Leaves gradients to the head, in peft's format so that the export is a small adapter."""
-        from peft import LoraConfig, get_peft_model
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """A LoraConfig that adapts nothing and trains the head, so that the export is a small peft adapter."""
+        from peft import LoraConfig
 
-        from peftkit.methods.targets import task_type
-
-        config = LoraConfig(
-            task_type=task_type(loaded), target_modules=NO_TARGET, modules_to_save=list(loaded.head_names)
-        )
-        loaded.model = get_peft_model(loaded.model, config)
+        return LoraConfig(**self.shared_arguments(loaded), target_modules=NO_TARGET)

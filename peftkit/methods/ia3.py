@@ -1,4 +1,4 @@
-"""(IA)³: trained vectors that scale keys, values and what enters the second feed-forward layer.
+"""(IA)³: trained vectors that scale keys, values and the input of the second feed-forward layer.
 
 l_k ⊙ K, l_v ⊙ V, l_ff ⊙ γ(W₁x). Liu et al. 2022, arXiv:2205.05638.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import Names, PeftMethod, choose, linear_names, task_type, transposed
+from peftkit.methods.targets import ModuleNames, PeftMethod, fan_in_fan_out, linear_names, match_modules
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
@@ -26,36 +26,35 @@ class Ia3(PeftMethod):
     default_learning_rate: ClassVar[float] = 1e-2
     learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
-    packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
+    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
 
     kind: Literal["ia3"] = "ia3"
-    target_modules: Names | None = None
-    """Layers whose output, or for feed-forward ones input, is scaled: names, or one regular expression. None takes
-    keys, values and the second feed-forward layer as peft knows them for the architecture."""
-    feedforward_modules: Names | None = None
-    """Those of the targets whose input is scaled; None takes peft's choice, or none where target_modules is given."""
+    target_modules: ModuleNames | None = None
+    """Layers whose output, or input for feed-forward layers, is scaled: names, or one regular expression. None takes
+    keys, values and the second feed-forward layer, as peft lists them for the architecture."""
+    feedforward_modules: ModuleNames | None = None
+    """The targets whose input is scaled; None takes peft's choice, or none where target_modules is given."""
 
-    def config(self, loaded: LoadedModel) -> Any:
-        """peft's IA3Config; raises MethodError for an architecture that peft has no choice for."""
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """peft's IA3Config; raises MethodError for an architecture that peft lists no modules for."""
         from peft import IA3Config
 
-        names = [name for name in linear_names(loaded.model) if not set(name.split(".")) & set(loaded.head_names)]
-        wanted, inner = self._wanted(loaded)
-        targets = choose("target_modules", wanted, names)
-        forward = choose("feedforward_modules", inner, targets) if inner else []
+        target_modules, feedforward_modules = self._patterns(loaded.model.config.model_type)
+        targets = match_modules("target_modules", target_modules, linear_names(loaded.model, loaded.head_names))
+        feedforward = match_modules("feedforward_modules", feedforward_modules, targets) if feedforward_modules else []
         return IA3Config(
-            task_type=task_type(loaded),
+            **self.shared_arguments(loaded),
             target_modules=targets,
-            feedforward_modules=forward,
-            modules_to_save=list(loaded.head_names) or None,
-            fan_in_fan_out=transposed(loaded.model, targets),
+            feedforward_modules=feedforward,
+            fan_in_fan_out=fan_in_fan_out(loaded.model, targets),
         )
 
     def decays(self, name: str, parameter: torch.Tensor) -> bool:
-        """The vectors start at 1, which decay would pull down."""
+        """No decay for the vectors, which start at 1."""
         return super().decays(name, parameter) and ".ia3_l." not in name
 
-    def _wanted(self, loaded: LoadedModel) -> tuple[Any, Any]:
+    def _patterns(self, model_type: str) -> tuple[Any, Any]:
+        """What target_modules and feedforward_modules select: the recipe's, or peft's for the architecture."""
         from peft.utils.constants import (
             TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
         )
@@ -63,11 +62,9 @@ class Ia3(PeftMethod):
 
         if self.target_modules is not None:
             return self.target_modules, self.feedforward_modules
-        known = loaded.model.config.model_type
-        if known not in TARGETS:
+        if model_type not in TARGETS:
             raise MethodError(
-                f"method.kind=ia3: peft has no choice of modules for {known}; name those that give keys and values, "
-                "and the second feed-forward layer, in method.target_modules and the latter in "
-                "method.feedforward_modules"
+                f"method.kind=ia3: peft lists no modules for {model_type}; set method.target_modules to the key, "
+                "value and second feed-forward layers, and method.feedforward_modules to the latter"
             )
-        return tuple(TARGETS[known]), self.feedforward_modules or tuple(FEEDFORWARD.get(known, ()))
+        return tuple(TARGETS[model_type]), self.feedforward_modules or tuple(FEEDFORWARD.get(model_type, ()))

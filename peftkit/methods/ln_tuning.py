@@ -1,4 +1,4 @@
-"""LayerNorm tuning: the scales and shifts of the normalization layers are trained. Zhao et al. 2023, arXiv:2312.11420.
+"""LayerNorm tuning: only scales and shifts of normalization layers are trained. Zhao et al. 2023, arXiv:2312.11420.
 
 method: {kind: ln_tuning}
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import PeftMethod, task_type
+from peftkit.methods.targets import PeftMethod, in_head
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
@@ -23,8 +23,8 @@ class LnTuning(PeftMethod):
 
     kind: Literal["ln_tuning"] = "ln_tuning"
 
-    def config(self, loaded: LoadedModel) -> Any:
-        """peft's LNTuningConfig over every module that is called a norm and has a weight."""
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """peft's LNTuningConfig for every module with a weight whose class name contains "norm"."""
         from peft import LNTuningConfig
 
         norms = [
@@ -32,10 +32,10 @@ class LnTuning(PeftMethod):
             for name, module in loaded.model.named_modules()
             if "norm" in type(module).__name__.lower()
             and getattr(module, "weight", None) is not None
-            and not set(name.split(".")) & set(loaded.head_names)
+            and not in_head(name, loaded.head_names)
         ]
         if not norms:
-            raise MethodError(f"method.kind=ln_tuning: {type(loaded.model).__name__} has no normalization weights")
-        return LNTuningConfig(
-            task_type=task_type(loaded), target_modules=norms, modules_to_save=list(loaded.head_names) or None
-        )
+            raise MethodError(
+                f"method.kind=ln_tuning: {type(loaded.model).__name__} has no normalization weights; use lora"
+            )
+        return LNTuningConfig(**self.shared_arguments(loaded), target_modules=norms)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import LinearLayerMethod, Rate
+from peftkit.methods.targets import Fraction, LinearLayerMethod
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
@@ -22,33 +22,32 @@ class Miss(LinearLayerMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.15371"
     default_learning_rate: ClassVar[float] = 5e-4
-    quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
 
     kind: Literal["miss"] = "miss"
     rank: Annotated[int, Field(ge=1)] = 64
     """Rows of the shared matrix."""
-    dropout: Rate = 0.0
-    """Dropout on what enters the update."""
+    dropout: Fraction = 0.0
+    """Dropout on the input of the update."""
     variant: Literal["balance", "bat", "mini"] = "balance"
-    """balance: the plain sum over shards; bat: the update also depends on the weight; mini: fewer parameters still."""
+    """balance: plain sum over shards; bat: the update also depends on the weight; mini: even fewer parameters."""
     mini_rank: Annotated[int, Field(ge=1)] = 1
-    """Columns of the shared matrix in the mini variant; they must divide a layer's outputs."""
+    """Columns of the shared matrix in the mini variant; it must divide the output width of every target."""
 
     def check(self, recipe: Recipe) -> None:
-        """The bat variant multiplies the weight itself at every step."""
+        """The bat variant multiplies by the weight itself at every step."""
         super().check(recipe)
         if self.variant == "bat" and recipe.quantization is not None:
             raise MethodError(
-                "method.variant=bat multiplies the base's weights, which "
-                f"quantization.kind={recipe.quantization.kind} has rounded; use variant=balance"
+                "method.variant=bat needs unquantized weights, and the recipe sets "
+                f"quantization.kind={recipe.quantization.kind}; use method.variant=balance"
             )
 
-    def config(self, loaded: LoadedModel) -> Any:
+    def peft_config(self, loaded: LoadedModel) -> Any:
         """peft's MissConfig."""
         from peft import MissConfig
 
         return MissConfig(
-            **self.shared(loaded),
+            **self.shared_arguments(loaded),
             r=self.rank,
             miss_dropout=self.dropout,
             mini_r=self.mini_rank,

@@ -1,9 +1,11 @@
-"""OFT: weights turned by trained orthogonal blocks, which keeps the angles between neurons.
+"""Orthogonal finetuning: weights rotated by trained orthogonal blocks, which preserves the angles between neurons.
 
-R W with R block-diagonal, R = (I + S)(I − S)⁻¹ of skew-symmetric S. Qiu et al. 2023, arXiv:2306.07280; applied to the
-layer's input, so that quantized weights stay untouched: Qiu et al. 2025, arXiv:2506.19847.
+OFT: R W with R block-diagonal, R = (I + S)(I − S)⁻¹ of skew-symmetric S. Qiu et al. 2023, arXiv:2306.07280; applied to
+the layer's input, so that quantized weights stay untouched: Qiu et al. 2025, arXiv:2506.19847.
+BOFT: R is a product of butterfly factors. Liu et al. 2023, arXiv:2311.06243.
 
     method: {kind: oft, block_size: 32}
+    method: {kind: boft, block_size: 4, butterfly_factor: 1}
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.methods.targets import LinearLayerMethod
+from peftkit.errors import MethodError
+from peftkit.methods.targets import Fraction, LinearLayerMethod
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
@@ -22,28 +25,26 @@ class Oft(LinearLayerMethod):
     """Orthogonal finetuning (Qiu et al. 2023, arXiv:2306.07280)."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.07280"
-    default_learning_rate: ClassVar[float] = 1e-3
-    quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
-    packed: ClassVar[tuple[str, ...] | None] = ("awq", "bitsandbytes", "gptq", "hqq")
+    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ("awq", "bitsandbytes", "gptq", "hqq")
 
     kind: Literal["oft"] = "oft"
     block_size: Annotated[int, Field(ge=2)] = 32
-    """Width of a block; where it does not divide a layer's inputs, the nearest size that does is taken."""
+    """Width of a block; where it does not divide a layer's input width, the nearest width that does is used."""
     block_share: bool = False
-    """One block for the whole layer."""
+    """Share one block across the layer."""
     constrained: bool = False
-    """Keep S within a small ball (COFT)."""
+    """Constrain S to a small ball (COFT)."""
     eps: Annotated[float, Field(gt=0)] = 6e-5
     """Radius of that ball."""
     neumann_terms: Annotated[int, Field(ge=0)] = 5
-    """Terms of the series that stands for the inverse; 0 inverts exactly, which is slower."""
+    """Terms of the Neumann series that approximates the inverse; 0 inverts exactly, which is slower."""
 
-    def config(self, loaded: LoadedModel) -> Any:
+    def peft_config(self, loaded: LoadedModel) -> Any:
         """peft's OFTConfig."""
         from peft import OFTConfig
 
         return OFTConfig(
-            **self.shared(loaded),
+            **self.shared_arguments(loaded),
             r=0,
             oft_block_size=self.block_size,
             block_share=self.block_share,
@@ -52,3 +53,40 @@ class Oft(LinearLayerMethod):
             use_cayley_neumann=self.neumann_terms > 0,
             num_cayley_neumann_terms=self.neumann_terms or 5,
         )
+
+
+@METHODS.register("boft")
+class Boft(LinearLayerMethod):
+    """Butterfly orthogonal finetuning (Liu et al. 2023, arXiv:2311.06243)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2311.06243"
+
+    kind: Literal["boft"] = "boft"
+    block_size: Annotated[int, Field(ge=2)] = 4
+    """Width of a block; it must divide the input width of every target."""
+    butterfly_factor: Annotated[int, Field(ge=1)] = 1
+    """Number of butterfly factors; 1 is plain block-diagonal, more need peft's CUDA extension."""
+    dropout: Fraction = 0.0
+    """Fraction of blocks dropped in a training step."""
+
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """peft's BOFTConfig; raises MethodError where peft would silently use a single factor."""
+        import torch
+        from peft import BOFTConfig
+
+        if self.butterfly_factor > 1 and not torch.cuda.is_available():
+            raise MethodError(
+                f"method.butterfly_factor={self.butterfly_factor} needs peft's CUDA extension, and there is no CUDA "
+                "device; set method.butterfly_factor=1"
+            )
+
+        return BOFTConfig(
+            **self.shared_arguments(loaded),
+            boft_block_size=self.block_size,
+            boft_n_butterfly_factor=self.butterfly_factor,
+            boft_dropout=self.dropout,
+        )
+
+    def decays(self, name: str, parameter: Any) -> bool:
+        """No decay for the output scales, which start at 1."""
+        return super().decays(name, parameter) and ".boft_s." not in name

@@ -1,20 +1,26 @@
-"""What prompt methods share: trained vectors stand before a row's own tokens, or before every layer's keys and values.
+"""Prompt methods: trained vectors before a row's own tokens, or before every layer's keys and values.
 
-peft widens attention masks and leaves the vectors unscored. Rows with such a prompt are never packed (only the first
-document of a row would see it), and texts are generated in batches of one length (padding between the prompt and a
-text would push them apart).
+    method: {kind: prompt_tuning, virtual_tokens: 20, init_text: "Classify the topic of this article:"}
+    method: {kind: p_tuning, virtual_tokens: 20, encoder: mlp}
+    method: {kind: prefix_tuning, virtual_tokens: 20}
+
+peft widens attention masks and excludes the vectors from the loss. Rows with such a prompt are never packed (only the
+first document of a row would see it), and texts are generated in batches of equal length (padding between the prompt
+and a text would separate them).
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import PeftMethod
+from peftkit.methods.targets import Fraction, PeftMethod
 from peftkit.schema.head import possible_heads
+from peftkit.schema.registries import METHODS
+from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,24 +29,133 @@ if TYPE_CHECKING:
 
 
 class LearnedPrompt(PeftMethod):
-    """A method that trains a prompt."""
+    """A method that trains a prompt of virtual tokens."""
 
+    default_learning_rate: ClassVar[float] = 1e-2
     merges: ClassVar[bool] = False
     keeps_token_ids: ClassVar[bool] = False
     starts_as_base: ClassVar[bool] = False
 
     virtual_tokens: Annotated[int, Field(ge=1)] = 20
-    """Vectors before every row."""
+    """Number of trained vectors before every row."""
 
     def check(self, recipe: Recipe) -> None:
-        """The vectors are no tokens of the row, so that a mean over tokens cannot be told from one over them."""
+        """Pooling over tokens would include the vectors."""
         super().check(recipe)
         check_pooling(self.kind, recipe)
 
     def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
-        """There must be positions for the prompt, and a classifier that finds its last token beside one."""
-        check_room(self.kind, self.virtual_tokens, config, recipe)
+        """The model needs positions for the prompt, and a classifier that still finds a row's last token."""
+        check_positions(self.kind, self.virtual_tokens, config, recipe)
         check_last_token(self.kind, config, recipe)
+
+    def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Those of every method, and the length of the prompt."""
+        return {**super().shared_arguments(loaded), "num_virtual_tokens": self.virtual_tokens}
+
+
+@METHODS.register("prompt_tuning")
+class PromptTuning(LearnedPrompt):
+    """A learned prompt of embeddings (Lester et al. 2021, arXiv:2104.08691)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2104.08691"
+
+    kind: Literal["prompt_tuning"] = "prompt_tuning"
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """Initial vectors: embeddings of random tokens of the vocabulary, or standard normal."""
+    init_text: str | None = None
+    """Initialize from the embeddings of this text's tokens, repeated as often as needed; replaces init."""
+
+    @model_validator(mode="after")
+    def _check_init_text(self) -> PromptTuning:
+        if self.init_text is not None and not self.init_text.strip():
+            raise ValueError("init_text is empty: expected a text, or null")
+        return self
+
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """peft's PromptTuningConfig."""
+        from peft import PromptTuningConfig
+
+        return PromptTuningConfig(**self.shared_arguments(loaded))
+
+    def apply(self, loaded: LoadedModel) -> None:
+        """Adds the prompt, and initializes it from the embeddings."""
+        import torch
+
+        embeddings = loaded.model.get_input_embeddings().weight
+        super().apply(loaded)
+        if self.init_text is not None:
+            tokens = loaded.tokenizer(self.init_text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([tokens[position % len(tokens)] for position in range(self.virtual_tokens)])
+        elif self.init == "vocabulary":
+            ids = torch.randint(len(embeddings), (self.virtual_tokens,))
+        else:
+            return
+        with torch.no_grad():
+            weight = loaded.model.prompt_encoder["default"].embedding.weight
+            weight.copy_(embeddings[ids.to(embeddings.device)].to(weight))
+
+
+@METHODS.register("p_tuning")
+class PTuning(LearnedPrompt):
+    """A prompt made by a trained network (Liu et al. 2021, arXiv:2103.10385)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2103.10385"
+
+    kind: Literal["p_tuning"] = "p_tuning"
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """The network: an MLP with two hidden layers, or an LSTM followed by two layers."""
+    encoder_size: Annotated[int, Field(ge=1)] = 128
+    """Width of the network."""
+    encoder_layers: Annotated[int, Field(ge=1)] = 2
+    """Layers of the LSTM; the MLP always has two."""
+    encoder_dropout: Fraction = 0.0
+    """Dropout between the LSTM's layers."""
+
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """peft's PromptEncoderConfig."""
+        from peft import PromptEncoderConfig
+
+        return PromptEncoderConfig(
+            **self.shared_arguments(loaded),
+            encoder_reparameterization_type=self.encoder.upper(),
+            encoder_hidden_size=self.encoder_size,
+            encoder_num_layers=self.encoder_layers,
+            encoder_dropout=self.encoder_dropout,
+        )
+
+
+@METHODS.register("prefix_tuning")
+class PrefixTuning(LearnedPrompt):
+    """A learned prompt of keys and values (Li & Liang 2021, arXiv:2101.00190)."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
+    checkpoints_activations: ClassVar[bool] = False
+    keeps_token_ids: ClassVar[bool] = True
+
+    kind: Literal["prefix_tuning"] = "prefix_tuning"
+    projection: bool = False
+    """Train a small network that produces the keys and values, which stabilizes training; only its output is saved."""
+    projection_size: Annotated[int, Field(ge=1)] = 128
+    """Width of that network."""
+    init: Literal["random", "zero"] = "random"
+    """Initial keys and values: standard normal, as in the paper, or zeros, which change the base least."""
+
+    def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
+        """The architecture must accept keys and values as an input, and have positions for them."""
+        check_keys_and_values(self.kind, config)
+        check_positions(self.kind, self.virtual_tokens, config, recipe)
+
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """peft's PrefixTuningConfig."""
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig(
+            **self.shared_arguments(loaded),
+            prefix_projection=self.projection,
+            encoder_hidden_size=self.projection_size,
+            init_weights="zero" if self.init == "zero" else None,
+        )
 
 
 def check_pooling(kind: str, recipe: Recipe) -> None:
@@ -52,21 +167,21 @@ def check_pooling(kind: str, recipe: Recipe) -> None:
         )
 
 
-def check_room(kind: str, count: int, config: PreTrainedConfig, recipe: Recipe) -> None:
-    """Raises MethodError where prompt and longest row together outgrow the positions of the model."""
+def check_positions(kind: str, count: int, config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Raises MethodError where the prompt and the longest row together exceed the model's positions."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    shifted = (getattr(text, "pad_token_id", None) or 0) + 1 if text.model_type in _SHIFTED else 0
-    if positions and recipe.data.max_length + count > positions - shifted:
+    offset = (getattr(text, "pad_token_id", None) or 0) + 1 if text.model_type in _OFFSET_POSITIONS else 0
+    if positions and recipe.data.max_length + count > positions - offset:
         raise MethodError(
             f"method.kind={kind} puts {count} vectors before rows of up to data.max_length={recipe.data.max_length} "
-            f"tokens, and the model has {positions - shifted} positions; set data.max_length to at most "
-            f"{positions - shifted - count}"
+            f"tokens, and the model has {positions - offset} positions; set data.max_length to at most "
+            f"{positions - offset - count}"
         )
 
 
-_SHIFTED = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer"}
-"""Architectures whose positions start after the pad token's id."""
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer"}
+"""Architectures that count positions from the pad token's id + 1."""
 
 
 def check_last_token(kind: str, config: PreTrainedConfig, recipe: Recipe) -> None:
@@ -81,7 +196,7 @@ def check_last_token(kind: str, config: PreTrainedConfig, recipe: Recipe) -> Non
 
 
 def check_keys_and_values(kind: str, config: PreTrainedConfig) -> None:
-    """Raises MethodError for an architecture that takes no keys and values from outside."""
+    """Raises MethodError for an architecture that does not accept keys and values as an input."""
     from transformers import AutoModel
 
     if type(config) not in AutoModel._model_mapping:
@@ -89,6 +204,6 @@ def check_keys_and_values(kind: str, config: PreTrainedConfig) -> None:
     backbone: Any = AutoModel._model_mapping[type(config)]
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise MethodError(
-            f"method.kind={kind} puts keys and values before every layer's own, which {config.model_type} does not "
-            "take; use method.kind=prompt_tuning or lora"
+            f"method.kind={kind} passes keys and values to every layer, which {config.model_type} does not "
+            "accept; use method.kind=prompt_tuning or lora"
         )

@@ -1,9 +1,9 @@
-"""The table of methods: what each is defined for, over which weights it trains, and whether it merges.
+"""The table of methods: the models and weights that each supports, and whether it merges.
 
     peftkit list --methods                   # in the terminal
     python docs/generate_methods.py          # docs/methods.md
 
-Everything is read off the methods' own classes, which refuse what the table leaves empty.
+Everything is read from the methods' classes, which refuse the combinations that the table leaves empty.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 
 from peftkit.schema.registries import METHODS, QUANTIZATIONS
 
-HEADS = ("classifier", "decoder's classifier", "language model")
-
 
 @dataclass(frozen=True)
 class TableRow:
@@ -22,17 +20,17 @@ class TableRow:
 
     kind: str
     summary: str
-    """First line of the class's documentation."""
+    """First line of the class's docstring."""
     paper: str
     learning_rate: float
-    """Where the recipe names none."""
+    """Used where the recipe sets none."""
     classifier: bool
     """On an encoder."""
     decoder_classifier: bool
-    """On a decoder, whose last token it reads."""
+    """On a decoder, pooled at the last token."""
     language_model: bool
     quantizations: tuple[str, ...]
-    """Kinds that it stands on, besides whole weights."""
+    """Supported kinds, besides unquantized weights."""
     merges: bool
     exports: str
     """adapter, or model."""
@@ -44,28 +42,29 @@ def rows() -> list[TableRow]:
 
 
 def as_json() -> list[dict[str, Any]]:
-    """The same as plain values."""
+    """The table as plain values."""
     return [asdict(row) for row in rows()]
 
 
 def text() -> str:
-    """Kind and summary, a line each."""
-    found = rows()
-    width = max(len(row.kind) for row in found)
-    return "\n".join(f"{row.kind:<{width}}  {row.summary}" for row in found)
+    """Kind and summary, one line per method."""
+    table = rows()
+    width = max(len(row.kind) for row in table)
+    return "\n".join(f"{row.kind:<{width}}  {row.summary}" for row in table)
 
 
 def markdown() -> str:
-    """The table with a column for each kind of weights."""
+    """The table with a column per kind of weights."""
     kinds = QUANTIZATIONS.names()
-    columns = ["method", "what", "learning rate", *HEADS, "whole", *kinds, "merges", "exports"]
+    columns = ["method", "summary", "learning rate", "classifier", "decoder's classifier", "language model"]
+    columns += ["unquantized", *kinds, "merges", "exports"]
     lines = [_line(columns), _line(["---"] * len(columns))]
     for row in rows():
         summary = f"[{row.summary}]({row.paper})" if row.paper else row.summary
-        held = [_mark(kind in row.quantizations) for kind in kinds]
-        heads = [_mark(row.classifier), _mark(row.decoder_classifier), _mark(row.language_model)]
-        marks = [*heads, _mark(True), *held, _mark(row.merges), row.exports]
-        lines.append(_line([f"`{row.kind}`", summary, f"{row.learning_rate:g}", *marks]))
+        supported = [row.classifier, row.decoder_classifier, row.language_model, True]
+        supported += [*(kind in row.quantizations for kind in kinds), row.merges]
+        marks = ["✓" if mark else "–" for mark in supported]
+        lines.append(_line([f"`{row.kind}`", summary, f"{row.learning_rate:g}", *marks, row.exports]))
     return "\n".join(lines)
 
 
@@ -88,7 +87,3 @@ def _row(kind: str, method: Any) -> TableRow:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _mark(yes: bool) -> str:
-    return "✓" if yes else "–"

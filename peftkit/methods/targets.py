@@ -1,10 +1,10 @@
-"""Which modules a method works on, and the way from a method to peft: shared by the families that peft carries out."""
+"""Base classes of the methods that peft implements, and the selection of the modules that they adapt."""
 
 from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
@@ -16,8 +16,14 @@ from peftkit.schema.types import LoadedModel
 if TYPE_CHECKING:
     from torch import nn
 
+NO_TARGET = "dummy-target-modules"
+"""peft's name for an adapter without target modules; modules saved in full still travel with it."""
 
-def _readable(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+
+Patterns = str | tuple[str, ...]
+
+
+def _check_names(value: Patterns | None) -> Patterns | None:
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -28,60 +34,57 @@ def _readable(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | No
     return value
 
 
-Names = Annotated[str | tuple[str, ...], AfterValidator(_readable)]
-"""all-linear, names of modules, or one regular expression over whole module names."""
-Blocks = int | tuple[Annotated[int, Field(ge=0)], ...]
+ModuleNames = Annotated[Patterns, AfterValidator(_check_names)]
+"""all-linear, names of modules, or one regular expression that matches full module names."""
+BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]
 """Numbers of blocks from 0, or -2 for the last two."""
-Rate = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PeftMethod(Method):
-    """A method that peft carries out."""
+    """A method that peft implements."""
 
     @abstractmethod
-    def config(self, loaded: LoadedModel) -> Any:
+    def peft_config(self, loaded: LoadedModel) -> Any:
         """peft's configuration of this method for this model; raises MethodError where it does not fit."""
 
     def apply(self, loaded: LoadedModel) -> None:
-        """Lets peft put its modules in place; raises MethodError with peft's reason where it refuses."""
-        wrap(loaded, self.config(loaded), self.kind)
+        """Wraps the model with peft; raises MethodError with peft's reason where peft refuses."""
+        from peft import get_peft_model
+
+        config = self.peft_config(loaded)
+        try:
+            loaded.model = get_peft_model(loaded.model, config)
+        except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            name = type(loaded.model).__name__
+            raise MethodError(f"method.kind={self.kind} cannot be applied to {name}: {reason}") from error
+
+    def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
+        """The arguments that all peft configurations take: the task, and the head, which is trained in full."""
+        return {"task_type": task_type(loaded), "modules_to_save": list(loaded.head_names) or None}
 
 
 class LinearLayerMethod(PeftMethod):
-    """A method over linear layers that are chosen by name, pattern and block."""
+    """A method that adapts linear layers, selected by name, pattern and block."""
 
-    packed: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
+    quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
+    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
 
-    target_modules: Names = "all-linear"
-    """all-linear, names of modules (query, or encoder.layer.0.attention.self.query), or one regular expression over
-    whole module names. The head is never among them: it is trained in full."""
-    exclude_modules: Names | None = None
-    """Names of modules, or one regular expression, taken out of the targets."""
-    layers: Blocks | None = None
-    """Blocks that are adapted: their numbers from 0, or -2 for the last two; None for all."""
+    target_modules: ModuleNames = "all-linear"
+    """all-linear, names of modules (query, or encoder.layer.0.attention.self.query), or one regular expression that
+    matches full module names. The head is never adapted: it is trained in full."""
+    exclude_modules: ModuleNames | None = None
+    """Modules to leave out: names, or one regular expression."""
+    layers: BlockNumbers | None = None
+    """Blocks to adapt: their numbers from 0, or -2 for the last two; None for all."""
 
-    def shared(self, loaded: LoadedModel) -> dict[str, Any]:
-        """The arguments that peft's configurations of such methods share."""
+    def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Those of every method, and the full names of the target modules."""
         targets = choose_targets(
             loaded.model, loaded.head_names, self.target_modules, self.exclude_modules, self.layers
         )
-        return {
-            "task_type": task_type(loaded),
-            "target_modules": targets,
-            "modules_to_save": list(loaded.head_names) or None,
-        }
-
-
-def wrap(loaded: LoadedModel, config: Any, kind: str) -> None:
-    """Replaces ``loaded.model`` by peft's wrapper; raises MethodError with peft's reason where it refuses."""
-    from peft import get_peft_model
-
-    try:
-        loaded.model = get_peft_model(loaded.model, config)
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
-        name = type(loaded.model).__name__
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MethodError(f"method.kind={kind} cannot be put into {name}: {said}") from error
+        return {**super().shared_arguments(loaded), "target_modules": targets}
 
 
 def task_type(loaded: LoadedModel) -> str | None:
@@ -90,29 +93,50 @@ def task_type(loaded: LoadedModel) -> str | None:
     return kinds.get(loaded.auto_class.removeprefix("AutoModelFor"))
 
 
+def in_head(name: str, head_names: Collection[str]) -> bool:
+    """Whether a module or parameter of that full name belongs to the head."""
+    return not set(head_names).isdisjoint(name.split("."))
+
+
 def choose_targets(
-    model: nn.Module,
-    heads: tuple[str, ...],
-    target_modules: str | tuple[str, ...],
-    exclude_modules: str | tuple[str, ...] | None = None,
+    model: nn.Module, head_names: tuple[str, ...], target_modules: Patterns, exclude_modules: Patterns | None = None,
     layers: int | tuple[int, ...] | None = None,
-) -> list[str]:
-    """Full names of the layers to adapt; raises MethodError where a name, a pattern or a layer matches nothing."""
-    names = [name for name in linear_names(model) if not set(name.split(".")) & set(heads)]
-    chosen = choose("target_modules", target_modules, names)
+) -> list[str]:  # fmt: skip
+    """Full names of the layers to adapt; raises MethodError where a name, a pattern or a block matches nothing."""
+    names = linear_names(model, head_names)
+    targets = match_modules("target_modules", target_modules, names)
     if exclude_modules is not None:
-        out = set(choose("exclude_modules", exclude_modules, names))
-        chosen = [name for name in chosen if name not in out]
+        excluded = set(match_modules("exclude_modules", exclude_modules, names))
+        targets = [name for name in targets if name not in excluded]
     if layers is not None:
-        inside = _block_prefixes(model, layers)
-        chosen = [name for name in chosen if name.startswith(inside)]
-    if not chosen:
-        raise MethodError("method: target_modules, exclude_modules and layers together leave no module to adapt")
-    return chosen
+        prefixes = tuple(f"{block}." for block in choose_blocks(model, layers))
+        targets = [name for name in targets if name.startswith(prefixes)]
+    if not targets:
+        raise MethodError(
+            "method: target_modules, exclude_modules and layers together leave no module to adapt; loosen one of them"
+        )
+    return targets
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers (GPT-2's Conv1D and packed ones among them), output embeddings left out."""
+def choose_blocks(model: nn.Module, layers: int | tuple[int, ...] | None) -> list[str]:
+    """Full names of the transformer blocks that ``layers`` selects (None: all); raises MethodError if out of range."""
+    from peftkit.models.blocks import find_blocks
+
+    prefix, blocks = find_blocks(model)
+    count = len(blocks)
+    numbers: tuple[int, ...] = layers if isinstance(layers, tuple) else tuple(range(count))
+    if isinstance(layers, int):
+        numbers = tuple(range(count + layers, count)) if layers < 0 else (layers,)
+    if not numbers or any(not 0 <= number < count for number in numbers):
+        raise MethodError(f"method.layers={layers}: the model has {count} blocks, numbered 0 to {count - 1}")
+    return [f"{prefix}.{number}" for number in dict.fromkeys(numbers)]
+
+
+def linear_names(model: nn.Module, head_names: Collection[str] = ()) -> list[str]:
+    """Full names of the linear layers outside the head, without the output embeddings.
+
+    GPT-2's Conv1D counts as linear, and so do the layers of GPTQ and AWQ checkpoints.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -121,64 +145,51 @@ def linear_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, (nn.Linear, Conv1D)) or _is_packed(module)) and module is not output
+        if (isinstance(module, (nn.Linear, Conv1D)) or _is_packed_linear(module)) and module is not output
+        if not in_head(name, head_names)
     ]
 
 
-def _is_packed(module: nn.Module) -> bool:
-    """Whether it is a linear layer of a GPTQ or AWQ checkpoint, whose classes share no base with torch's."""
+def _is_packed_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of a GPTQ or AWQ checkpoint; their classes share no base class with torch's."""
     return hasattr(module, "qweight") and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def choose(field: str, wanted: str | tuple[str, ...], names: list[str]) -> list[str]:
-    """The names that are wanted, in the model's order; raises MethodError where one matches nothing."""
-    if wanted == "all-linear":
+def match_modules(field: str, patterns: Patterns, names: list[str]) -> list[str]:
+    """The names that a field of the recipe selects, in the model's order; raises MethodError if one selects nothing."""
+    if patterns == "all-linear":
         return names
-    if isinstance(wanted, str):
-        chosen = [name for name in names if re.fullmatch(wanted, name) or _is_suffix(wanted, name)]
-        if not chosen:
-            raise MethodError(f"method.{field}: '{wanted}' matches no linear module; {nearest(wanted, names)}")
-        return chosen
-    for one in wanted:
-        if not any(_is_suffix(one, name) for name in names):
-            raise MethodError(f"method.{field}: '{one}' matches no linear module; {nearest(one, names)}")
-    return [name for name in names if any(_is_suffix(one, name) for one in wanted)]
-
-
-def nearest(wanted: str, names: list[str]) -> str:
-    """Compares with as many steps of the module names as were written; block numbers tell nothing."""
-    steps = wanted.count(".") + 1
-    known = {".".join(name.split(".")[-steps:]) for name in names}
-    return did_you_mean(wanted, {name for name in known if not name[:1].isdigit()} or known)
+    if isinstance(patterns, str):
+        matches = [name for name in names if re.fullmatch(patterns, name) or _ends_with(name, patterns)]
+        if not matches:
+            raise MethodError(f"method.{field}: '{patterns}' matches no linear module; {suggest(patterns, names)}")
+        return matches
+    for pattern in patterns:
+        if not any(_ends_with(name, pattern) for name in names):
+            raise MethodError(f"method.{field}: '{pattern}' matches no linear module; {suggest(pattern, names)}")
+    return [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
 
 
 def check_patterns(field: str, patterns: Mapping[str, object], targets: list[str]) -> None:
     """Raises MethodError for a pattern that matches no adapted module."""
     for pattern in patterns:
         if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in targets):
-            raise MethodError(f"method.{field}: '{pattern}' matches no adapted module; {nearest(pattern, targets)}")
+            raise MethodError(f"method.{field}: '{pattern}' matches no adapted module; {suggest(pattern, targets)}")
 
 
-def transposed(model: nn.Module, targets: list[str]) -> bool:
-    """Whether the targets are Conv1D, which keeps its weight as [in, out]."""
+def suggest(pattern: str, names: list[str]) -> str:
+    """Names the nearest module, comparing as many trailing parts of each name as the pattern has."""
+    parts = pattern.count(".") + 1
+    known = {".".join(name.split(".")[-parts:]) for name in names}
+    return did_you_mean(pattern, {name for name in known if not name[:1].isdigit()} or known)
+
+
+def fan_in_fan_out(model: nn.Module, targets: list[str]) -> bool:
+    """peft's name for weights stored as [in, out]: whether the targets are GPT-2's Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(model.get_submodule(targets[0]), Conv1D)
 
 
-def _is_suffix(wanted: str, name: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
-
-
-def _block_prefixes(model: nn.Module, layers: int | tuple[int, ...]) -> tuple[str, ...]:
-    from peftkit.models.blocks import find_blocks
-
-    prefix, blocks = find_blocks(model)
-    count = len(blocks)
-    wanted = layers if isinstance(layers, tuple) else (layers,)
-    if isinstance(layers, int) and layers < 0:
-        wanted = tuple(range(count + layers, count))
-    wrong = [number for number in wanted if not 0 <= number < count]
-    if wrong or not wanted:
-        raise MethodError(f"method.layers={layers}: the model has {count} blocks, numbered 0 to {count - 1}")
-    return tuple(f"{prefix}.{number}." for number in wanted)
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")

@@ -1,6 +1,6 @@
-"""Trainable tokens: the embeddings of a few tokens are trained, all others stay as they are.
+"""Trainable tokens: the embeddings of a few tokens are trained, all others stay frozen.
 
-For tokens that the base has hardly seen, such as those of a chat template. peft's own, without a paper:
+For tokens that the base has rarely seen, such as those of a chat template. From peft, without a paper:
 https://huggingface.co/docs/peft/package_reference/trainable_tokens
 
     method: {kind: trainable_tokens, tokens: ["<|im_start|>", "<|im_end|>"]}
@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.methods.frozen import NO_TARGET
-from peftkit.methods.targets import PeftMethod, task_type
+from peftkit.methods.targets import NO_TARGET, PeftMethod
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
@@ -29,41 +28,38 @@ class TrainableTokens(PeftMethod):
 
     kind: Literal["trainable_tokens"] = "trainable_tokens"
     tokens: Literal["special"] | tuple[str | int, ...] = "special"
-    """special: every special and added token of the tokenizer; or tokens of its vocabulary, or their ids."""
+    """special: all special and added tokens of the tokenizer; or a list of tokens or their ids."""
 
     @field_validator("tokens")
     @classmethod
-    def _some(cls, value: Any) -> Any:
+    def _check_not_empty(cls, value: Any) -> Any:
         if not value:
             raise ValueError("expected at least one token, found none")
         return value
 
-    def config(self, loaded: LoadedModel) -> Any:
-        """peft's LoraConfig without a low-rank update: it carries token rows and a head, and loads anywhere.
+    def peft_config(self, loaded: LoadedModel) -> Any:
+        """A LoraConfig without a low-rank update: token embeddings and a head, which every peft loads.
 
-        Raises MethodError for a token that the vocabulary does not hold.
+        Raises MethodError for a token that is not in the vocabulary.
         """
         from peft import LoraConfig
 
         return LoraConfig(
-            task_type=task_type(loaded),
-            target_modules=NO_TARGET,
-            trainable_token_indices=self._ids(loaded),
-            modules_to_save=list(loaded.head_names) or None,
+            **self.shared_arguments(loaded), target_modules=NO_TARGET, trainable_token_indices=self._token_ids(loaded)
         )
 
-    def _ids(self, loaded: LoadedModel) -> list[int]:
-        known = loaded.tokenizer.get_vocab()
+    def _token_ids(self, loaded: LoadedModel) -> list[int]:
+        vocabulary = loaded.tokenizer.get_vocab()
         if self.tokens == "special":
             names = {*loaded.tokenizer.all_special_tokens, *loaded.tokenizer.get_added_vocab()}
-            return sorted(known[name] for name in names)
-        found, rows = [], loaded.model.get_input_embeddings().weight.shape[0]
+            return sorted(vocabulary[name] for name in names)
+        ids, rows = [], loaded.model.get_input_embeddings().weight.shape[0]
         for token in self.tokens:
             if isinstance(token, int) and not 0 <= token < rows:
-                raise MethodError(f"method.tokens: {token} is no token id; the embeddings have {rows} rows")
-            if isinstance(token, str) and token not in known:
+                raise MethodError(f"method.tokens: {token} is not a token id: expected 0 to {rows - 1}")
+            if isinstance(token, str) and token not in vocabulary:
                 raise MethodError(
-                    f"method.tokens: '{token}' is no token of the vocabulary: {did_you_mean(token, known)}"
+                    f"method.tokens: '{token}' is not in the vocabulary: {did_you_mean(token, vocabulary)}"
                 )
-            found.append(token if isinstance(token, int) else known[token])
-        return sorted(set(found))
+            ids.append(token if isinstance(token, int) else vocabulary[token])
+        return sorted(set(ids))

@@ -1,17 +1,18 @@
-"""Scales and norms of an NF4 model, trained until it says what the whole model says.
+"""Distillation of the unquantized model into the scales and norms of an NF4 model.
 
-Codes stay as they were rounded. What is trained are the scales of the blocks' linear layers (EfficientQAT's second
-phase: Chen et al. 2024, arXiv:2407.11062), and all one-dimensional weights of the backbone: norms (norm tweaking: Li et
-al. 2023, arXiv:2309.02784) and biases. What is aimed at is the whole model, not the rows' own words (distillation, as
-in LLM-QAT: Liu et al. 2023, arXiv:2305.17888): of language models KL(whole ‖ quantized) over the scored tokens, of
-others the squared error of the last hidden states. Where scales are quantized themselves, the forward pass has them
-rounded and the gradient passes straight through.
+Codes stay fixed. Trained are the scales of the blocks' linear layers (EfficientQAT's second phase: Chen et al. 2024,
+arXiv:2407.11062), and all one-dimensional weights of the backbone: norms (norm tweaking: Li et al. 2023,
+arXiv:2309.02784) and biases. The targets are the unquantized model's outputs rather than the rows' labels (as in
+LLM-QAT: Liu et al. 2023, arXiv:2305.17888): for language models KL(unquantized ‖ quantized) over the scored tokens, for
+others the squared error of the last hidden states. Under double quantization the forward pass uses the quantized
+scales, and gradients pass straight through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,116 +20,105 @@ from torch import Tensor, nn
 
 from peftkit.models.kernels.linear_cross_entropy import IGNORE, scored
 from peftkit.models.packing import eval_modules
-from peftkit.quantize.nf4_rounding import as_blocks, double_quantized, scales_of
+from peftkit.quantize.nf4_rounding import get_scales, set_scales, to_blocks
+from peftkit.schema.types import Batch
 
-Batch = dict[str, Tensor]
 Forward = Callable[[Any, Batch], Tensor]
 LEARNING_RATE = 3e-3
-"""Of Adam, as a share of a parameter's mean size: a step moves a scale by so much at most."""
-WARM_UP = 10
+"""Adam's learning rate relative to a parameter's mean magnitude."""
+WARMUP_STEPS = 10
 CHUNK = 256
-"""Tokens whose logits are held at a time."""
+"""Tokens whose logits are in memory at a time."""
 
 
-def targets(model: Any, batch: Batch, forward: Forward, causal: bool) -> Tensor:
-    """What ``tune`` aims at: the last hidden states [tokens, width] of the whole model, where they count."""
+def distillation_targets(model: Any, batch: Batch, forward: Forward, causal: bool) -> Tensor:
+    """The unquantized model's last hidden states that ``distill`` fits, [tokens, width]."""
     with eval_modules(model), torch.no_grad():
-        return forward(model, batch)[_counted(batch, causal)]
+        return forward(model, batch)[_token_mask(batch, causal)]
 
 
 def distill(
-    packed: Any, batches: Sequence[Batch], wanted: Sequence[Tensor], forward: Forward, causal: bool,
+    model: Any, batches: Sequence[Batch], targets: Sequence[Tensor], forward: Forward, causal: bool,
     advance: Callable[[int], None] = lambda batches: None,
 ) -> None:  # fmt: skip
-    """Trains the scales and norms of ``packed`` in one pass over the batches, in the order given.
+    """Trains the scales and norms of a quantized model in one pass over the batches, in the order given.
 
-    Takes no memory for weights beyond the packed ones; one layer's gradient is formed at a time.
+    Needs no memory for unquantized weights: one layer's gradient is computed at a time.
 
     Args:
-        packed: a model with bitsandbytes' NF4 layers, no gradients wanted; changed in place.
-        batches: rows to learn from.
-        wanted: ``targets`` of the whole model on each batch.
-        forward: has a model read a batch; gives the last hidden states [rows, tokens, width].
-        causal: whether the model has a language-model head, the same one as the whole model.
-        advance: told 1 after each batch.
+        model: has bitsandbytes' NF4 layers, and ``requires_grad`` set nowhere; changed in place.
+        batches: rows to train on.
+        targets: ``distillation_targets`` of the unquantized model for each batch.
+        forward: runs a model on a batch; returns the last hidden states [rows, tokens, width].
+        causal: whether the model has a language-model head, which must equal the unquantized model's.
+        advance: called with 1 after each batch.
     """
-    layers = [module for module in packed.modules() if type(module).__name__ == "Linear4bit"]
-    scales = [nn.Parameter(scales_of(layer.weight.quant_state)) for layer in layers]
-    flat = [weight for weight in packed.base_model.parameters() if weight.dim() == 1 and weight.is_floating_point()]
-    masters = [nn.Parameter(weight.detach().float().clone()) for weight in flat]
-    trained = [*scales, *masters]
-    optimizer = torch.optim.Adam([{"params": [one], "size": _size(one)} for one in trained], betas=(0.9, 0.95))
-    loss = _divergence if causal else _error
-    head = packed.get_output_embeddings() if causal else None
-    for weight in flat:
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    scales = [nn.Parameter(get_scales(layer.weight.quant_state)) for layer in layers]
+    vectors = [weight for weight in model.base_model.parameters() if weight.dim() == 1 and weight.is_floating_point()]
+    masters = [nn.Parameter(weight.detach().float().clone()) for weight in vectors]
+    groups = [{"params": [values], "size": float(values.detach().abs().mean())} for values in (*scales, *masters)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    gradient = _kl_gradient if causal else _error_gradient
+    head = model.get_output_embeddings() if causal else None
+    for weight in vectors:
         weight.requires_grad_(True)
-    with eval_modules(packed), _multiplying_by(layers, scales):
-        for step, (batch, target) in enumerate(zip(batches, wanted, strict=True)):
+    with eval_modules(model), _trainable_scales(layers, scales):
+        for step, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             with torch.enable_grad():
-                hidden = forward(packed, batch)[_counted(batch, causal)]
+                hidden = forward(model, batch)[_token_mask(batch, causal)]
             if len(hidden):
-                hidden.backward(loss(hidden.detach(), target, head))
-            for weight, master in zip(flat, masters):
+                hidden.backward(gradient(hidden.detach(), target, head))
+            for weight, master in zip(vectors, masters):
                 master.grad = None if weight.grad is None else weight.grad.float()
                 weight.grad = None
-            share = min(1.0, (step + 1) / WARM_UP) * (1 - step / len(batches))
+            schedule = min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / len(batches))
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * share * group["size"]
+                group["lr"] = LEARNING_RATE * schedule * group["size"]
             optimizer.step()
             optimizer.zero_grad()
-            for weight, master in zip(flat, masters):
+            for weight, master in zip(vectors, masters):
                 weight.data.copy_(master.data)
             advance(1)
-    for weight in flat:
+    for weight in vectors:
         weight.requires_grad_(False)
     for layer, scale in zip(layers, scales):
-        double_quantized(layer.weight.quant_state, scale.data)
+        set_scales(layer.weight.quant_state, scale.data)
 
 
-def _size(values: Tensor) -> float:
-    return float(values.detach().abs().mean())
+def _token_mask(batch: Batch, causal: bool) -> Tensor:
+    """Where hidden states matter, [rows, tokens]: where they predict a scored token, or everywhere but padding."""
+    return nn.functional.pad(scored(batch) != IGNORE, (0, 1)) if causal else batch["attention_mask"].bool()
 
 
-def _counted(batch: Batch, causal: bool) -> Tensor:
-    """Where hidden states matter, [rows, tokens]: those that a scored token is read from, or all but padding."""
-    if not causal:
-        return batch["attention_mask"].bool()
-    return nn.functional.pad(scored(batch) != IGNORE, (0, 1))
-
-
-def _divergence(found: Tensor, wanted: Tensor, head: Any) -> Tensor:
-    """The gradient of the mean KL(whole ‖ quantized) by the hidden states ``found``, [tokens, width]."""
-    made = torch.empty_like(found)
-    for start in range(0, len(found), CHUNK):
-        own = found[start : start + CHUNK].requires_grad_(True)
+def _kl_gradient(hidden: Tensor, targets: Tensor, head: Any) -> Tensor:
+    """The gradient of the mean KL(unquantized ‖ quantized) with respect to ``hidden``, [tokens, width]."""
+    gradient = torch.empty_like(hidden)
+    for start in range(0, len(hidden), CHUNK):
+        student = hidden[start : start + CHUNK].requires_grad_(True)
         with torch.enable_grad():
-            said = nn.functional.log_softmax(head(own).float(), -1)
+            log_probs = nn.functional.log_softmax(head(student).float(), -1)
         with torch.no_grad():
-            right = nn.functional.log_softmax(head(wanted[start : start + CHUNK]).float(), -1)
-        loss = nn.functional.kl_div(said, right, reduction="sum", log_target=True) / len(found)
-        (made[start : start + CHUNK],) = torch.autograd.grad(loss, own)
-    return made
+            teacher = nn.functional.log_softmax(head(targets[start : start + CHUNK]).float(), -1)
+        loss = nn.functional.kl_div(log_probs, teacher, reduction="sum", log_target=True) / len(hidden)
+        (gradient[start : start + CHUNK],) = torch.autograd.grad(loss, student)
+    return gradient
 
 
-def _error(found: Tensor, wanted: Tensor, head: None) -> Tensor:
-    """The gradient of ‖found − wanted‖² / ‖wanted‖² by ``found``, [tokens, width]."""
-    wanted = wanted.float()
-    return (2 * (found.float() - wanted) / wanted.square().sum()).to(found.dtype)
+def _error_gradient(hidden: Tensor, targets: Tensor, head: None) -> Tensor:
+    """The gradient of ‖hidden − targets‖² / ‖targets‖² with respect to ``hidden``, [tokens, width]."""
+    targets = targets.float()
+    return (2 * (hidden.float() - targets) / targets.square().sum()).to(hidden.dtype)
 
 
 @contextmanager
-def _multiplying_by(layers: Sequence[Any], scales: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, layers multiply by their codes times these scales."""
+def _trainable_scales(layers: Sequence[Any], scales: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, layers multiply by their codes times these scales.
 
-    def product(layer: Any, scale: Tensor) -> Callable[[Tensor], Tensor]:
-        def forward(given: Tensor) -> Tensor:
-            made: Tensor = _Product.apply(given, scale, layer.weight)
-            return made if layer.bias is None else made + layer.bias.to(made.dtype)
-
-        return forward
-
+    Replaces each layer's ``forward``, until bitsandbytes' own passes gradients to the scales.
+    """
     for layer, scale in zip(layers, scales):
-        layer.forward = product(layer, scale)
+        layer.forward = partial(_scaled_linear, layer, scale)
     try:
         yield
     finally:
@@ -136,33 +126,38 @@ def _multiplying_by(layers: Sequence[Any], scales: Sequence[Tensor]) -> Iterator
             del layer.forward
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ with W opened anew for each pass, and the gradients of x and of W's scales."""
+def _scaled_linear(layer: Any, scale: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = _ScaledMatmul.apply(x, scale, layer.weight)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+class _ScaledMatmul(torch.autograd.Function):
+    """x Wᵀ with W dequantized anew in each pass, and the gradients of x and of W's scales."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, scale: Tensor, weight: Any) -> Tensor:  # type: ignore[override]
-        rounded = double_quantized(weight.quant_state, scale)
-        ctx.save_for_backward(given, rounded)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, weight: Any) -> Tensor:  # type: ignore[override]
+        quantized_scale = set_scales(weight.quant_state, scale)
+        ctx.save_for_backward(x, quantized_scale)
         ctx.weight = weight
-        return given @ _opened(weight, rounded, given.dtype).T
+        return x @ _dequantize(weight, quantized_scale, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[override]
-        given, rounded = ctx.saved_tensors
-        unit = _opened(ctx.weight, torch.ones_like(rounded), given.dtype)
-        by_weight = gradient.flatten(0, -2).T @ given.flatten(0, -2)
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        codes = _dequantize(ctx.weight, torch.ones_like(scale), x.dtype)
+        grad_weight = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
         size = ctx.weight.quant_state.blocksize
-        by_scale = (as_blocks(by_weight.float(), size) * as_blocks(unit.float(), size)).sum(1)
-        by_given = gradient @ _opened(ctx.weight, rounded, given.dtype) if ctx.needs_input_grad[0] else None
-        return by_given, by_scale, None
+        grad_scale = (to_blocks(grad_weight.float(), size) * to_blocks(codes.float(), size)).sum(1)
+        grad_x = grad_y @ _dequantize(ctx.weight, scale, x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_scale, None
 
 
-def _opened(weight: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(weight: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes times scales, [out, in]."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    held = weight.quant_state
-    state = QuantState(
-        scale, shape=held.shape, code=held.code, blocksize=held.blocksize, quant_type=held.quant_type, dtype=dtype
+    state = weight.quant_state
+    scaled = QuantState(
+        scale, shape=state.shape, code=state.code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype
     )
-    return dequantize_4bit(weight.data, state)
+    return dequantize_4bit(weight.data, scaled)

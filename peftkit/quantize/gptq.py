@@ -1,18 +1,19 @@
-"""The blocks of a model, one after the other, quantized for what they read: see ``nf4_rounding``.
+"""GPTQ over the blocks of a model, one after the other; see ``nf4_rounding`` for a single group of layers.
 
-Each block reads what the blocks before it make once they are quantized, and within a block the layers that read later
-read what the earlier ones make (attention's output projection what quantized queries, keys and values bring). What a
-layer is to give is what it gave in the unquantized model, which goes along beside it, so that it also makes up for what
-was lost before it (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692). Tokens count by how much the
-training loss depends on what the layer makes of them (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows go through
-one at a time; of each, only what the next block reads is kept. No architecture is known by name.
+Each block is calibrated on the outputs of the quantized blocks before it, and so is each layer within a block. The
+target is a layer's output in the unquantized model, which runs in parallel, so that rounding also compensates for
+earlier errors (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692). Tokens are weighted by the gradient of
+the training loss at the layer's output (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows run one at a time, and
+only the next block's input is stored of each. No architecture is known by name.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,235 +21,199 @@ from torch import Tensor, nn
 
 from peftkit.errors import ModelError
 from peftkit.models.blocks import find_blocks
-from peftkit.quantize.low_rank_fit import Factors, factors
-from peftkit.quantize.nf4_rounding import aimed, requantize
+from peftkit.quantize.low_rank_fit import Factors, fit_factors
+from peftkit.quantize.nf4_rounding import asymmetric_target, requantize
+from peftkit.schema.types import Batch
 
-Batch = dict[str, Tensor]
 Forward = Callable[[nn.Module, Batch], Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 ALTERNATIONS = 2
-"""Times that weights are rounded anew under the factors, and these fitted anew (LoftQ alternates 1 to 5 times)."""
-SCALE = 1e6
-"""Tokens' weights are tiny: times this, which changes nothing else, their sums stay well within fp32's range."""
+"""Times that weights are requantized given the factors, and these refitted (LoftQ alternates 1 to 5 times)."""
+GRADIENT_SCALE = 1e6
+"""Squared gradients are tiny; this factor, which has no other effect, keeps their sums well within fp32's range."""
 
 
 @dataclass
 class _Row:
-    """What one row brings to the blocks."""
+    """The state of one calibration row between blocks."""
 
-    stream: Tensor
-    """What the next block reads once those before it are quantized, [1, tokens, width]."""
-    exact: Tensor
-    """What it reads in the unquantized model."""
-    others: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    """The other arguments of each block: masks, rotations."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """How much each token counts for a layer, [tokens]; all alike where a layer has none."""
+    hidden: Tensor
+    """Input of the next block in the quantized model, [1, tokens, width]."""
+    reference: Tensor
+    """Its input in the unquantized model."""
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    """The other arguments of each block: masks, rotary embeddings."""
+    weights: dict[str, Tensor]
+    """Weight of each token for a layer, [tokens]; equal for layers that are not listed."""
 
 
-class _Reached(Exception):
-    """The layer that is looked at was reached; what comes after it need not run."""
+class _StopForward(Exception):
+    """Ends a forward pass once the input of the layer in question is known."""
 
 
 def quantize_blocks(
-    whole: nn.Module, packed: nn.Module, batches: Sequence[Batch], forward: Forward, loss: Loss | None = None,
+    reference: nn.Module, quantized: nn.Module, batches: Sequence[Batch], forward: Forward, loss: Loss | None = None,
     block_size: int = 64, ranks: Mapping[str, int] | None = None,
     advance: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Factors]:  # fmt: skip
-    """Quantizes the linear layers within the blocks of ``packed`` anew.
+    """Requantizes the linear layers in the blocks of ``quantized`` with GPTQ.
 
     Args:
-        whole: the model before it was quantized. Its blocks are left with what the quantized ones hold, the factors'
-            products added.
-        packed: the same model with bitsandbytes' NF4 layers.
-        batches: rows to calibrate on, without padding.
-        forward: has a model read a batch.
-        loss: of a batch, in training; None counts all tokens alike.
-        block_size: weights that share a scale.
-        ranks: of the factors that make up for what a layer loses, by its name; none for layers that are not named.
-        advance: told 1 after each block.
+        reference: the unquantized model. Afterwards its blocks have the quantized weights plus the low-rank factors.
+        quantized: the same model with bitsandbytes' NF4 layers; changed in place.
+        batches: calibration rows, without padding.
+        forward: runs a model on a batch.
+        loss: the training loss of a batch, which weights tokens; None weights all equally.
+        block_size: weights per quantization scale.
+        ranks: ranks of the factors that correct a layer's quantization error, by its name; 0 for the other layers.
+        advance: called with 1 after each block.
 
     Returns:
-        The factors A and B of every layer that was quantized, by its name; those of rank 0 are empty.
+        The factors A and B of every quantized layer, by its name; those of rank 0 are empty.
 
     Raises:
-        ModelError: there are no blocks, or something happens to what one block makes before the next one reads it.
+        ModelError: there are no blocks, or a block's input is not the output of the block before it.
     """
-    name, blocks = find_blocks(whole)
-    twins = packed.get_submodule(name)
-    weights = [_weights(whole, _quantized(twins), name, batch, loss) if loss else {} for batch in batches]
+    ranks = ranks or {}
+    name, blocks = find_blocks(reference)
+    quantized_blocks = quantized.get_submodule(name)
+    layers = _quantized_layers(quantized_blocks)
+    weights = [_token_weights(reference, layers, name, batch, loss) if loss else {} for batch in batches]
     with torch.no_grad():
-        rows = [_captured(blocks, lambda batch=batch: forward(whole, batch)) for batch in batches]  # type: ignore[misc]
-        for row, own in zip(rows, weights):
-            row.weights = own
-        starts: dict[str, Factors] = {}
+        rows = [_capture(blocks, partial(forward, reference, batch), each) for batch, each in zip(batches, weights)]
+        factors: dict[str, Factors] = {}
         for number, block in enumerate(blocks):
-            exact, twin, inside = copy.deepcopy(block), twins.get_submodule(str(number)), f"{name}.{number}."
-            named = {key.removeprefix(inside): rank for key, rank in (ranks or {}).items() if key.startswith(inside)}
-            found = _calibrate_block(block, exact, twin, rows, number, block_size, named)
-            starts |= {f"{inside}{key}": both for key, both in found.items()}
+            unquantized, quantized_block = copy.deepcopy(block), quantized_blocks.get_submodule(str(number))
+            for names in _group_by_input(block, quantized_block, rows[0], number):
+                group_ranks = [ranks.get(f"{name}.{number}.{layer}", 0) for layer in names]
+                pairs = _calibrate(names, block, unquantized, quantized_block, rows, number, block_size, group_ranks)
+                factors |= {f"{name}.{number}.{layer}": pair for layer, pair in zip(names, pairs)}
             for row in rows:
-                row.stream, row.exact = (
-                    _through(block, row.stream, row, number),
-                    _through(exact, row.exact, row, number),
-                )
+                row.hidden = _run_block(block, row.hidden, row, number)
+                row.reference = _run_block(unquantized, row.reference, row, number)
             advance(1)
-    return starts
+    return factors
 
 
-def _weights(whole: Any, layers: Sequence[str], blocks: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
-    """Of each layer within the blocks, the mean square of the loss's gradient at what it makes of each token."""
-    found: dict[str, Tensor] = {}
+def _token_weights(model: Any, layers: Sequence[str], blocks: str, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+    """For each layer in the blocks, the mean squared gradient of the loss at its output of each token."""
+    weights: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
-            found[name] = gradients[0].float().square().mean(-1).reshape(-1) * SCALE
+    def save_weight(name: str, _: nn.Module, __: Any, gradients: tuple[Tensor, ...]) -> None:
+        weights[name] = gradients[0].float().square().mean(-1).reshape(-1) * GRADIENT_SCALE
 
-        return hook
-
-    whole.requires_grad_(False)
-    handles = [whole.get_submodule(f"{blocks}.{name}").register_full_backward_hook(keeper(name)) for name in layers]
-    # gradients must reach the first block, and no weight
-    handles.append(whole.get_input_embeddings().register_forward_hook(lambda _, __, made: made.requires_grad_(True)))
-    try:
-        with torch.enable_grad():
-            loss(whole, batch).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    model.requires_grad_(False)
+    with ExitStack() as hooks, torch.enable_grad():
+        for name in layers:
+            layer = model.get_submodule(f"{blocks}.{name}")
+            hooks.enter_context(layer.register_full_backward_hook(partial(save_weight, name)))
+        # gradients must reach the first block, but no weight
+        embeddings = model.get_input_embeddings()
+        hooks.enter_context(embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_(True)))
+        loss(model, batch).backward()
+    return weights
 
 
-def _quantized(module: nn.Module) -> list[str]:
-    return [name for name, inner in module.named_modules() if type(inner).__name__ == "Linear4bit"]
+def _quantized_layers(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if type(layer).__name__ == "Linear4bit"]
 
 
-def _captured(blocks: nn.ModuleList, run: Callable[[], Any]) -> _Row:
-    """What the first block reads of a row, and what each one is told besides."""
-    streams: list[Tensor] = []
-    others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    made: list[Tensor] = []
+def _capture(blocks: nn.ModuleList, run: Callable[[], Any], weights: dict[str, Tensor]) -> _Row:
+    """Runs the model on a row, and records the first block's input and every block's other arguments."""
+    inputs: list[Tensor] = []
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[Tensor] = []
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = dict(kwargs)
-        streams.append(args[0] if args else kept.pop("hidden_states"))
-        others.append((args[1:], kept))
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        others = dict(kwargs)
+        inputs.append(args[0] if args else others.pop("hidden_states"))
+        arguments.append((args[1:], others))
+        outputs.append(_hidden_states(output))
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        made.append(_first(output))
-
-    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(leave) for block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(hook, with_kwargs=True))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(streams) != len(blocks) or not all(map(torch.equal, made, streams[1:])):
+    if len(inputs) != len(blocks) or not all(map(torch.equal, outputs, inputs[1:])):
         raise ModelError(
-            "calibration goes from block to block, and in this model a block does not read just what the one before it "
-            "made; use quantization.kind=nf4, which rounds without calibration"
+            "calibration runs block by block, and in this model a block's input is not just the output of the block "
+            "before it; use quantization.kind=nf4, which needs no calibration"
         )
-    return _Row(streams[0], streams[0], others)
+    return _Row(inputs[0], inputs[0], arguments, weights)
 
 
-def _calibrate_block(
-    block: nn.Module, exact: nn.Module, twin: nn.Module, rows: Sequence[_Row], number: int, block_size: int,
-    ranks: Mapping[str, int],
-) -> dict[str, Factors]:  # fmt: skip
-    starts: dict[str, Factors] = {}
-    for names in _groups(block, twin, rows[0], number):
-        gram, cross = _inputs_of(names, block, exact, rows, number)
-        originals = [block.get_submodule(name) for name in names]
-        wanted = [aimed(_matrix(original).float(), gram, cross) for original in originals]
-        layers, own = [twin.get_submodule(name) for name in names], [ranks.get(name, 0) for name in names]
-        held, found = _rounded(layers, wanted, gram, block_size, own)
-        for name, original, weight, (a, b) in zip(names, originals, held, found):
-            _matrix(original).copy_(weight + b @ a)
-            starts[name] = (a, b)
-    return starts
-
-
-def _rounded(
-    layers: Sequence[Any], wanted: Sequence[Tensor], gram: Tensor, block_size: int, ranks: Sequence[int]
-) -> tuple[list[Tensor], list[Factors]]:
-    """What layers then hold, and the factors that make up for the rest of what is wanted."""
-    held = requantize(layers, wanted, gram, block_size)
-    found = [factors(one - now, gram, rank) for one, now, rank in zip(wanted, held, ranks)]
+def _calibrate(
+    names: Sequence[str], block: nn.Module, unquantized: nn.Module, quantized: nn.Module, rows: Sequence[_Row],
+    number: int, block_size: int, ranks: Sequence[int],
+) -> list[Factors]:  # fmt: skip
+    """Quantizes layers of a block that read the same input, and copies the results into ``block``."""
+    gram, cross = _input_moments(names, block, unquantized, rows, number)
+    matrices = [_matrix(block.get_submodule(name)) for name in names]
+    targets = [asymmetric_target(matrix.float(), gram, cross) for matrix in matrices]
+    layers = [quantized.get_submodule(name) for name in names]
+    weights = requantize(layers, targets, gram, block_size)
+    factors = [fit_factors(target - weight, gram, rank) for target, weight, rank in zip(targets, weights, ranks)]
     for _ in range(ALTERNATIONS if any(ranks) else 0):
-        held = requantize(layers, [one - b @ a for one, (a, b) in zip(wanted, found)], gram, block_size)
-        found = [factors(one - now, gram, rank) for one, now, rank in zip(wanted, held, ranks)]
-    return held, found
+        weights = requantize(layers, [target - b @ a for target, (a, b) in zip(targets, factors)], gram, block_size)
+        factors = [fit_factors(target - weight, gram, rank) for target, weight, rank in zip(targets, weights, ranks)]
+    for matrix, weight, (a, b) in zip(matrices, weights, factors):
+        matrix.copy_(weight + b @ a)
+    return factors
 
 
-def _groups(block: nn.Module, twin: nn.Module, row: _Row, number: int) -> list[list[str]]:
-    """The quantized layers of a block in the order in which they read; those that read the same tensor together."""
-    read: list[tuple[Tensor, list[str]]] = []
+def _group_by_input(block: nn.Module, quantized: nn.Module, row: _Row, number: int) -> list[list[str]]:
+    """Names of a block's quantized layers in the order in which they run; those that read one tensor share a group."""
+    groups: dict[int, tuple[Tensor, list[str]]] = {}
 
-    def reader(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            same = next((names for seen, names in read if seen is args[0]), None)
-            if same is None:
-                read.append((args[0], [name]))  # keeps the tensor, so that no other takes its place
-            else:
-                same.append(name)
+    def add_to_group(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        groups.setdefault(id(args[0]), (args[0], []))[1].append(name)  # a tensor that is kept alive keeps its id
 
-        return hook
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(reader(name)) for name in _quantized(twin)]
-    try:
-        _through(block, row.stream, row, number)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [names for _, names in read]
+    with ExitStack() as hooks:
+        for name in _quantized_layers(quantized):
+            hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(partial(add_to_group, name)))
+        _run_block(block, row.hidden, row, number)
+    return [names for _, names in groups.values()]
 
 
-def _inputs_of(
-    names: Sequence[str], block: nn.Module, exact: nn.Module, rows: Sequence[_Row], number: int
+def _input_moments(
+    names: Sequence[str], block: nn.Module, unquantized: nn.Module, rows: Sequence[_Row], number: int
 ) -> tuple[Tensor, Tensor]:
-    """Σ x̂ᵀx̂ and Σ xᵀx̂ over what layers read, x in the unquantized model and x̂ in this one; [in, in] in fp32."""
-    gram = cross = torch.zeros(0)
+    """Σ x̂ᵀx̂ and Σ xᵀx̂ of layers' inputs x (unquantized model) and x̂ (quantized one), both [in, in] in fp32."""
+    weight = _matrix(block.get_submodule(names[0]))
+    gram, cross = (weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32) for _ in range(2))
     for row in rows:
-        now = _input_of(block, names[0], row.stream, row, number)
-        before = _input_of(exact, names[0], row.exact, row, number)
-        if not len(gram):
-            gram, cross = (now.new_zeros(now.shape[1], now.shape[1]) for _ in range(2))
+        inputs = _layer_input(block, names[0], row.hidden, row, number)
+        reference = _layer_input(unquantized, names[0], row.reference, row, number)
         weights = [row.weights[key] for name in names if (key := f"{number}.{name}") in row.weights]
-        weighted = now * torch.stack(weights).sum(0)[:, None] if weights else now
-        gram.addmm_(now.T, weighted)
-        cross.addmm_(before.T, weighted)
+        weighted = inputs * torch.stack(weights).sum(0)[:, None] if weights else inputs
+        gram.addmm_(inputs.T, weighted)
+        cross.addmm_(reference.T, weighted)
     return gram, cross
 
 
-def _input_of(block: nn.Module, name: str, stream: Tensor, row: _Row, number: int) -> Tensor:
-    """What a layer of a block reads of a row, [tokens, in] in fp32."""
-    found: list[Tensor] = []
+def _layer_input(block: nn.Module, name: str, hidden: Tensor, row: _Row, number: int) -> Tensor:
+    """The input of a block's layer for a row, [tokens, in] in fp32."""
+    inputs: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].reshape(-1, args[0].shape[-1]).float())
-        raise _Reached
+        inputs.append(args[0].reshape(-1, args[0].shape[-1]).float())
+        raise _StopForward
 
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        _through(block, stream, row, number)
-    except _Reached:
-        return found[0]
-    finally:
-        handle.remove()
-    raise AssertionError(f"{name} was called a moment ago, and is not any more")
+    with block.get_submodule(name).register_forward_pre_hook(hook), suppress(_StopForward):
+        _run_block(block, hidden, row, number)
+    return inputs[0]
 
 
-def _through(block: nn.Module, stream: Tensor, row: _Row, number: int) -> Tensor:
-    args, kwargs = row.others[number]
-    return _first(block(stream, *args, **kwargs))
+def _run_block(block: nn.Module, hidden: Tensor, row: _Row, number: int) -> Tensor:
+    args, kwargs = row.arguments[number]
+    return _hidden_states(block(hidden, *args, **kwargs))
 
 
-def _first(output: Any) -> Tensor:
+def _hidden_states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
 def _matrix(layer: Any) -> Tensor:
-    """The weight as a view of [out, in]; Conv1D keeps it the other way."""
+    """The weight as a view of [out, in]; Conv1D stores it transposed."""
     weight: Tensor = layer.weight.data
     return weight if isinstance(layer, nn.Linear) else weight.T

@@ -1,39 +1,37 @@
-"""Low-rank factors that make up for what quantization takes: LoftQ (Li et al. 2023, arXiv:2310.08659), seen by data.
+"""Low-rank factors that correct the quantization error: LoftQ (Li et al. 2023, arXiv:2310.08659), fitted on data.
 
-    W ≈ Ŵ + B A,   rounding Ŵ of W − B A and fitting B A to W − Ŵ in turn
+    W ≈ Ŵ + B A,   alternating: quantize W − B A to Ŵ, fit B A to W − Ŵ
 
-A and B are fitted on what a layer reads, ‖(W − Ŵ − B A) X‖ → min, which has a closed form (QERA, Zhang et al. 2024,
-arXiv:2410.06040), and not on the weights alone. LoRA starts from them: see ``methods/_loftq.py``.
+A and B minimize the error on a layer's inputs, ‖(W − Ŵ − B A) X‖, which has a closed form (QERA, Zhang et al. 2024,
+arXiv:2410.06040), and not the error of the weights alone. LoRA starts from them: see ``methods/loftq_init.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
-"""Share of the mean of Σ x² that is added to each column's, as for the rounding."""
+from peftkit.quantize.nf4_rounding import damped
+
 Factors = tuple[Tensor, Tensor]
 """A [rank, in] and B [out, rank]."""
 
 
-def factors(lost: Tensor, gram: Tensor, rank: int) -> Factors:
-    """A and B of a rank with the least ‖(lost − B A) X‖, sharing the size of their product evenly.
+def fit_factors(error: Tensor, gram: Tensor, rank: int) -> Factors:
+    """The A and B of a rank that minimize ‖(error − B A) X‖, scaled to equal norms.
 
     Args:
-        lost: [out, in] in fp32.
+        error: W − Ŵ, [out, in] in fp32.
         gram: X Xᵀ, [in, in] in fp32.
-        rank: at most the smaller side of ``lost`` is used; the rest is zero. 0 gives empty factors.
+        rank: what exceeds the smaller side of ``error`` is filled with zeros. 0 gives empty factors.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-    lower = torch.linalg.cholesky(damped)
-    left, values, right = torch.linalg.svd(lost @ lower, full_matrices=False)
-    a, b = lost.new_zeros(rank, lost.shape[1]), lost.new_zeros(lost.shape[0], rank)
+    lower = torch.linalg.cholesky(damped(gram))
+    left, values, right = torch.linalg.svd(error @ lower, full_matrices=False)
+    a, b = error.new_zeros(rank, error.shape[1]), error.new_zeros(error.shape[0], rank)
     used = min(rank, len(values))
     a[:used] = torch.linalg.solve_triangular(lower, right[:used], upper=False, left=False)
     b[:, :used] = left[:, :used] * values[:used]
@@ -42,19 +40,15 @@ def factors(lost: Tensor, gram: Tensor, rank: int) -> Factors:
 
 
 @contextmanager
-def completed(packed: torch.nn.Module, starts: Mapping[str, Factors]) -> Iterator[None]:
-    """Inside, the layers that are named give x Ŵᵀ + (x Aᵀ) Bᵀ."""
+def low_rank_correction(model: torch.nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Inside, the named layers compute x Ŵᵀ + (x Aᵀ) Bᵀ."""
 
-    def adder(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
-        return lambda _, given, made: made + given[0].to(a.dtype) @ a.T @ b.T
+    def add(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
+        return lambda _, inputs, output: output + inputs[0].to(a.dtype) @ a.T @ b.T
 
-    handles = []
-    for name, both in starts.items():
-        layer: Any = packed.get_submodule(name)
-        dtype = getattr(layer, "compute_dtype", None) or torch.float32
-        handles.append(layer.register_forward_hook(adder(*(one.to(dtype) for one in both))))
-    try:
+    with ExitStack() as hooks:
+        for name, pair in factors.items():
+            layer: Any = model.get_submodule(name)
+            dtype = getattr(layer, "compute_dtype", None) or torch.float32
+            hooks.enter_context(layer.register_forward_hook(add(*(factor.to(dtype) for factor in pair))))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

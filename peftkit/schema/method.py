@@ -37,7 +37,7 @@ class Method(ConfigSection):
     """Whether the base still reads token ids, by which a decoder that pools finds the last token of a row."""
     quantizations: ClassVar[tuple[str, ...] | None] = None
     """Kinds of quantization that it can train over; None for all."""
-    packed: ClassVar[tuple[str, ...] | None] = None
+    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = None
     """Kinds of checkpoints with quantized weights that it can train over; None for all."""
     merges: ClassVar[bool] = True
     """Whether the result can be merged into the base's own weights."""
@@ -81,10 +81,11 @@ class Method(ConfigSection):
         """Why it cannot train over a checkpoint whose weights are already quantized with a kind; None where it can."""
         if self.saves == "model":
             return f"method.kind={self.kind} trains the base's own weights; use method.kind=lora"
-        if self.packed is None or kind in self.packed:
+        known = self.quantized_checkpoints
+        if known is None or kind in known:
             return None
-        known = f"takes checkpoints of {', '.join(self.packed)}" if self.packed else "needs unquantized weights"
-        return f"method.kind={self.kind} {known}; use method.kind=lora, or the unquantized model"
+        needs = f"supports checkpoints quantized with {', '.join(known)}" if known else "needs unquantized weights"
+        return f"method.kind={self.kind} {needs}; use method.kind=lora, or the unquantized model"
 
     @abstractmethod
     def apply(self, loaded: LoadedModel) -> None:
@@ -100,17 +101,17 @@ class Method(ConfigSection):
             batches: a few batches of training rows on the model's device, collated lazily.
         """
 
-    def begin(self, model: Any, total: int) -> None:
+    def on_train_begin(self, model: Any, total_steps: int) -> None:
         """Called before the first step, and on resume, with the number of optimizer steps of the whole run."""
 
     def penalty(self, model: Any) -> torch.Tensor | None:
         """A scalar added once per optimizer step to the mean loss, with its gradient; None for none."""
         return None
 
-    def after_step(self, model: Any, step: int) -> None:
+    def on_step_end(self, model: Any, step: int) -> None:
         """Called after the optimizer's step number ``step`` (from 1), while the gradients still exist."""
 
-    def finish(self, model: Any) -> None:
+    def on_train_end(self, model: Any) -> None:
         """Called once when the final weights are in place, before they are scored and exported."""
 
     def state(self, model: Any) -> dict[str, torch.Tensor]:

@@ -66,7 +66,7 @@ class Loop:
         per_epoch = steps_per_epoch(self.train_split.lengths, training)
         self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
         self.metric = training.best_metric or self.module.head.best_metric
-        self.recipe.method.begin(self.module.model, self.total)
+        self.recipe.method.on_train_begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
         # the scheduler is not prepared by Accelerate, which would step it once per process
         self.scheduler = build_scheduler(self.optimizer, training, self.total)
@@ -104,7 +104,7 @@ class Loop:
             self.log.close()
             self._stop = None  # later evaluations run to their end
         self._restore_best()
-        self.recipe.method.finish(self.module.model)
+        self.recipe.method.on_train_end(self.module.model)
         return self.state
 
     def _run_epochs(self) -> None:

@@ -123,7 +123,7 @@ class Stepper:
         result = StepResult(loss, weight, norm, len(batch), tokens)
         if result.finite:
             self.optimizer.step()
-            self.recipe.method.after_step(self.model, step + 1)
+            self.recipe.method.on_step_end(self.model, step + 1)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result

@@ -130,7 +130,7 @@ def test_another_base_or_damaged_files_are_refused(bert, tmp_path, method):
 
 
 def test_bottlenecks_are_not_merged(bert, tmp_path):
-    with pytest.raises(RecipeError, match=r"export.merge: method 'bottleneck' cannot be merged.*not linear"):
+    with pytest.raises(RecipeError, match=r"export.merge: method 'bottleneck' cannot be merged.*nonlinear"):
         tiny.tiny_recipe(bert, method=BOTTLENECK, export={"merge": True})
     folder, _ = exported(tmp_path / "run", bert, method=BOTTLENECK, export={"prove": False})
     with pytest.raises(MethodError, match="not linear"):

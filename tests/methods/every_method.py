@@ -115,7 +115,7 @@ def train(cell: Cell, folder: Path, steps: int = STEPS) -> SimpleNamespace:
     loaded = build(recipe, info, tokenizer)
     batch, method = made_batch(tokenizer, cell.model), recipe.method
     method.initialize(loaded, [batch])
-    method.begin(loaded.model, steps)
+    method.on_train_begin(loaded.model, steps)
     before = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     module = TaskModule(loaded, head_of(info, recipe.task))
     optimizer = build_optimizer(module, recipe)
@@ -125,9 +125,9 @@ def train(cell: Cell, folder: Path, steps: int = STEPS) -> SimpleNamespace:
         penalty = method.penalty(loaded.model)
         (module(batch) / len(batch["input_ids"]) + (0.0 if penalty is None else penalty)).backward()
         optimizer.step()
-        method.after_step(loaded.model, step + 1)
+        method.on_step_end(loaded.model, step + 1)
         optimizer.zero_grad()
-    method.finish(loaded.model)
+    method.on_train_end(loaded.model)
     losses.append(measured(module, batch))
     after = dict(loaded.model.named_parameters())
     return SimpleNamespace(

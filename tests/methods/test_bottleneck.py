@@ -193,7 +193,7 @@ def test_what_has_no_residual_sums_is_refused():
     model = Plain(transformers.BertConfig(**SIZES)).eval()
     for block in model.bert.encoder.layer:
         block.forward = lambda hidden, *_, **__: torch.tanh(hidden)
-    with pytest.raises(MethodError, match=r"method.kind=bottleneck: Plain: no residual sum was seen in its blocks"):
+    with pytest.raises(MethodError, match=r"method.kind=bottleneck: Plain: no residual sum was found in its blocks"):
         METHODS.get("bottleneck")().apply(LoadedModel(model, None))
 
 

@@ -354,7 +354,7 @@ def test_trained_tokens_are_named_or_the_special_ones(llama):
 def test_adalora_phases_are_shares_of_the_run(llama):
     loaded, _ = causal(llama, {"kind": "adalora", "warmup": 0.2, "final": 0.5, "beta1": 0.5, "beta2": 0.6})
     method = tiny.tiny_recipe(llama, method={"kind": "adalora", "warmup": 0.2, "final": 0.5}).method
-    method.begin(loaded.model, 100)
+    method.on_train_begin(loaded.model, 100)
     config = loaded.model.peft_config["default"]
     assert (config.total_step, config.tinit, config.tfinal) == (100, 20, 50)
     allocator = loaded.model.base_model.rankallocator

@@ -1,4 +1,4 @@
-"""Scales and norms of an NF4 model trained towards the whole model: gradients by autograd, distance to the whole."""
+"""Distillation into scales and norms of an NF4 model: gradients as by autograd, smaller distance to the original."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from peftkit.quantize import distillation
-from peftkit.quantize.distillation import distill, targets
-from peftkit.quantize.nf4_rounding import scales_of
+from peftkit.quantize.distillation import distill, distillation_targets
+from peftkit.quantize.nf4_rounding import get_scales
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -92,7 +92,14 @@ def test_it_comes_nearer_to_the_whole_on_rows_that_it_has_not_seen(whole, double
     learned, held_out = batches[:40], batches[40:]
     codes = [layer.weight.data.clone() for layer in packed.layers]
     before, told = distance(whole, packed, held_out), []
-    distill(packed, learned, [targets(whole, one, forward, causal) for one in learned], forward, causal, told.append)
+    distill(
+        packed,
+        learned,
+        [distillation_targets(whole, one, forward, causal) for one in learned],
+        forward,
+        causal,
+        told.append,
+    )
     assert distance(whole, packed, held_out) < 0.9 * before
     assert all(torch.equal(layer.weight.data, code) for layer, code in zip(packed.layers, codes))
     assert torch.equal(packed.embed.weight, whole.embed.weight)
@@ -105,21 +112,21 @@ def test_it_comes_nearer_to_the_whole_on_rows_that_it_has_not_seen(whole, double
 def test_scales_norms_and_biases_are_trained(whole):
     packed, batches = packed_of(whole), batches_of(12)
     before = {name: one.clone() for name, one in packed.named_parameters()}
-    scales = [scales_of(layer.weight.quant_state) for layer in packed.layers]
-    distill(packed, batches, [targets(whole, one, forward, True) for one in batches], forward, True)
+    scales = [get_scales(layer.weight.quant_state) for layer in packed.layers]
+    distill(packed, batches, [distillation_targets(whole, one, forward, True) for one in batches], forward, True)
     changed = {name for name, one in packed.named_parameters() if not torch.equal(one, before[name])}
     expected = {name for name, one in before.items() if one.dim() == 1 and one.abs().max() > 0}
     assert changed == expected
     assert {"layers.0.bias", "norms.2.weight"} <= changed
-    assert not any(torch.equal(scales_of(one.weight.quant_state), old) for one, old in zip(packed.layers, scales))
+    assert not any(torch.equal(get_scales(one.weight.quant_state), old) for one, old in zip(packed.layers, scales))
 
 
 def test_gradients_are_those_of_autograd(whole):
     layer = packed_of(whole, double=False).layers[0]
     state = layer.weight.quant_state
-    scale, given = nn.Parameter(scales_of(state)), torch.randn(2, 5, 64, requires_grad=True)
+    scale, given = nn.Parameter(get_scales(state)), torch.randn(2, 5, 64, requires_grad=True)
     upstream = torch.randn(2, 5, 64)
-    ours = torch.autograd.grad(distillation._Product.apply(given, scale, layer.weight), (given, scale), upstream)
+    ours = torch.autograd.grad(distillation._ScaledMatmul.apply(given, scale, layer.weight), (given, scale), upstream)
     raw = layer.weight.data.flatten()
     codes = state.code[torch.stack([raw >> 4, raw & 15], 1).flatten().long()]
     dense = (codes.view(-1, state.blocksize) * scale[:, None]).view(64, 64)
@@ -134,11 +141,11 @@ def test_the_divergences_gradient_is_autograds_whatever_the_chunks(whole, monkey
     said, right = (whole.head(one).log_softmax(-1) for one in (found, wanted))
     loss = nn.functional.kl_div(said, right, reduction="batchmean", log_target=True)
     (expected,) = torch.autograd.grad(loss, found)
-    torch.testing.assert_close(distillation._divergence(found.detach(), wanted, whole.head), expected)
+    torch.testing.assert_close(distillation._kl_gradient(found.detach(), wanted, whole.head), expected)
 
 
 def test_only_scored_tokens_are_aimed_at_and_never_padding(whole):
     batch = batches_of(1)[0]
     batch["labels"][1, :6] = -100
-    assert len(targets(whole, batch, forward, causal=True)) == 4 * 11 - 4 - 5
-    assert len(targets(whole, batch, forward, causal=False)) == 4 * 12 - 4
+    assert len(distillation_targets(whole, batch, forward, causal=True)) == 4 * 11 - 4 - 5
+    assert len(distillation_targets(whole, batch, forward, causal=False)) == 4 * 12 - 4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from peftkit.quantize.low_rank_fit import DAMPING, factors
+from peftkit.quantize.low_rank_fit import fit_factors
+from peftkit.quantize.nf4_rounding import DAMPING
 
 
 def made():
@@ -20,7 +21,7 @@ def error(lost, gram):
 
 def test_no_other_factors_of_the_rank_lose_less():
     lost, gram = made()
-    a, b = factors(lost, gram, 4)
+    a, b = fit_factors(lost, gram, 4)
     assert a.shape == (4, 20)
     assert b.shape == (12, 4)
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(20)
@@ -37,11 +38,11 @@ def test_no_other_factors_of_the_rank_lose_less():
 
 def test_both_factors_are_of_one_size_and_may_be_wider_than_the_layer():
     lost, gram = made()
-    a, b = factors(lost, gram, 4)
+    a, b = fit_factors(lost, gram, 4)
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
-    a, b = factors(lost, gram, 30)
+    a, b = fit_factors(lost, gram, 30)
     torch.testing.assert_close(b @ a, lost, rtol=1e-3, atol=1e-3)
     assert not a[12:].any()
     assert not b[:, 12:].any()
-    a, b = factors(lost, gram, 0)
+    a, b = fit_factors(lost, gram, 0)
     assert not (b @ a).any()

@@ -10,7 +10,7 @@ bnb = pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402
 
 from peftkit.quantize import nf4_rounding  # noqa: E402
-from peftkit.quantize.nf4_rounding import aimed, requantize  # noqa: E402
+from peftkit.quantize.nf4_rounding import asymmetric_target, requantize  # noqa: E402
 
 
 def layer_of(weight, double=True):
@@ -66,11 +66,11 @@ def test_a_layer_aims_at_what_it_gave_before_its_inputs_changed(monkeypatch):
     weight, inputs = drawn(16, 128)
     changed = inputs + 0.1 * inputs.roll(1, dims=1)
     gram, cross = changed.T @ changed, inputs.T @ changed
-    assert torch.equal(aimed(weight, gram, gram), weight)  # nothing was lost before it
+    assert torch.equal(asymmetric_target(weight, gram, gram), weight)  # nothing was lost before it
     monkeypatch.setattr(nf4_rounding, "ASYMMETRY", 1.0)
     wanted = inputs @ weight.T
     before = float((changed @ weight.T - wanted).norm())
-    found = aimed(weight, gram, cross)
+    found = asymmetric_target(weight, gram, cross)
     assert float((changed @ found.T - wanted).norm()) < 0.5 * before
 
 

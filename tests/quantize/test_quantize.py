@@ -14,7 +14,7 @@ import peftkit
 from peftkit.cli.app import app
 from peftkit.errors import ExportError, MethodError, ModelError, RecipeError, RunError
 from peftkit.quantize import command as quantization
-from peftkit.quantize.command import FIGURES, quantize
+from peftkit.quantize.command import METRICS_FILE, quantize
 from peftkit.quantize.gptq import quantize_blocks
 from peftkit.schema.recipe import replace
 from tests import tiny
@@ -72,7 +72,7 @@ def test_it_loses_less_than_nf4_as_it_is(made):
     assert found["lost"]["tuned nf4"]["error"] < calibrated["error"]
     assert found["tuned_rows"] > found["rows"]  # all training rows, as they are fewer than 1,024
     assert ("loss" in plain) == (recipe.task.kind == "style")
-    assert json.loads((folder / FIGURES).read_text()) == found
+    assert json.loads((folder / METRICS_FILE).read_text()) == found
     assert f"{found['lost']['tuned nf4']['error']:.4f}" in (folder / "README.md").read_text()
 
 
@@ -131,7 +131,7 @@ def test_smaller_blocks_take_more_bytes_and_lose_less(llama, tmp_path):
 
 def test_tokens_count_by_what_the_loss_makes_of_them(llama, tmp_path, monkeypatch):
     guided = quantize(llama, tmp_path / "guided", rows=40)
-    monkeypatch.setattr(quantization.lm_head, "loss", None)
+    monkeypatch.setattr(quantization.linear_cross_entropy, "loss", None)
     alike = quantize(llama, tmp_path / "alike", rows=40)
     assert guided["lost"]["nf4"] == alike["lost"]["nf4"]
     assert guided["lost"]["calibrated nf4"] != alike["lost"]["calibrated nf4"]
@@ -150,18 +150,18 @@ def test_layers_that_are_to_stay_whole_stay_whole_in_the_runs_over_them_too(llam
 
 
 def test_a_layer_to_keep_that_is_not_there_is_told_with_the_nearest(llama, tmp_path):
-    with pytest.raises(RecipeError, match=r"--keep v_prj: no linear layer of the blocks is named so.*'v_proj'"):
+    with pytest.raises(RecipeError, match=r"--keep v_prj: the blocks have no linear layer of that name; .*'v_proj'"):
         quantize(llama, tmp_path / "nf4", keep=["v_prj"])
 
 
 def test_rows_to_judge_by_are_never_learned_from(llama, tmp_path, monkeypatch):
-    seen, real = [], quantization._choose
+    seen, real = [], quantization._draw_rows
 
     def choose(splits, *others):
         seen.append(real({name: split for name, split in splits.items() if name == "train"}, *others))
         return seen[0]
 
-    monkeypatch.setattr(quantization, "_choose", choose)
+    monkeypatch.setattr(quantization, "_draw_rows", choose)
     found = quantize(llama, tmp_path / "nf4", rows=4, tune_rows=1024)
     learned, judged = (
         {
@@ -214,7 +214,7 @@ def test_a_folder_that_holds_something_and_a_base_that_is_quantized_are_refused(
     quantize(llama, tmp_path / "nf4", rows=2)
     with pytest.raises(RunError, match="not an empty folder"):
         quantize(llama, tmp_path / "nf4", rows=2)
-    with pytest.raises(ModelError, match="quantized with bitsandbytes already"):
+    with pytest.raises(ModelError, match="already quantized with bitsandbytes"):
         quantize(replace(llama, model={"source": str(tmp_path / "nf4")}), tmp_path / "again", rows=2)
 
 
@@ -229,7 +229,7 @@ def test_a_folder_that_loads_as_another_model_is_not_left_behind(llama, tmp_path
             quantized.model.norm.weight.div_(2)
 
     monkeypatch.setattr(quantization, "_write", damaged)
-    with pytest.raises(ExportError, match="loads as another one"):
+    with pytest.raises(ExportError, match="gives other outputs once saved and loaded"):
         quantize(llama, tmp_path / "nf4", rows=2)
     assert not (tmp_path / "nf4").exists()
 
@@ -246,7 +246,7 @@ def test_blocks_that_do_not_read_what_the_one_before_made_are_refused():
             return x
 
     model = Skipping()
-    with pytest.raises(ModelError, match="does not read just what the one before it made"):
+    with pytest.raises(ModelError, match="is not just the output of the block before it"):
         quantize_blocks(model, model, [{"x": torch.ones(1, 4)}], lambda one, batch: one(**batch))
 
 

@@ -1,7 +1,7 @@
 """peft's LoRA layers with the forward pass of ``models.kernels.lora_linear``: same parameters and files, less work.
 
-A layer's class is swapped for a subclass that takes the short way when the layer is plain (one active adapter, not
-merged, not disabled, no DoRA or other variant, no bias of its own) and peft's own way otherwise, decided at each call.
+The class of each layer is swapped for a subclass. It takes the fast path where the layer is plain (one active adapter,
+not merged, not disabled, no DoRA or other variant, no LoRA bias) and peft's own forward otherwise; each call decides.
 """
 
 from __future__ import annotations
@@ -16,63 +16,50 @@ if TYPE_CHECKING:
 
 
 def accelerate_lora(model: torch.nn.Module) -> int:
-    """Gives every LoRA layer over a matrix the faster forward pass, in place; returns how many there are.
+    """Gives every LoRA layer over a linear one the faster forward pass, in place; returns their number.
 
-    Nothing but the class changes: parameters, names, ``state_dict`` and what peft saves stay as they are.
+    Only the class changes: parameters, names, ``state_dict`` and what peft saves stay the same.
     """
-    changed = 0
-    for module in model.modules():
-        cls: Any = type(module)
-        if cls in _layer_classes():
-            module.__class__ = _faster(cls)
-            changed += 1
-    return changed
+    layers = [module for module in model.modules() if type(module) in _peft_classes()]
+    for layer in layers:
+        cls: Any = type(layer)
+        layer.__class__ = _fast_class(cls)
+    return len(layers)
 
 
 @contextlib.contextmanager
-def plainly(model: torch.nn.Module) -> Iterator[None]:
-    """Lets the layers of a model take peft's own way for a while."""
-    ours = {module: type(module) for module in model.modules() if type(module).__mro__[1] in _layer_classes()}
-    for module, kind in ours.items():
-        module.__class__ = kind.__mro__[1]
+def use_peft_forward(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the layers of a model run peft's own forward pass."""
+    classes = {module: type(module) for module in model.modules() if type(module).__mro__[1] in _peft_classes()}
+    for module, cls in classes.items():
+        module.__class__ = cls.__mro__[1]
     try:
         yield
     finally:
-        for module, kind in ours.items():
-            module.__class__ = kind
+        for module, cls in classes.items():
+            module.__class__ = cls
 
 
 @functools.cache
-def _layer_classes() -> frozenset[type]:
-    """peft's LoRA layers over a matrix; those over 4-bit and 8-bit ones where bitsandbytes is installed."""
-    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-    from peft.tuners.lora.layer import Linear
+def _peft_classes() -> frozenset[type]:
+    """peft's LoRA classes for linear layers, and for 4-bit and 8-bit ones where bitsandbytes is installed."""
+    from peft.tuners import lora
 
-    found: set[type] = {Linear}
-    if is_bnb_available():
-        from peft.tuners.lora.bnb import Linear8bitLt
-
-        found.add(Linear8bitLt)
-    if is_bnb_4bit_available():
-        from peft.tuners.lora.bnb import Linear4bit
-
-        found.add(Linear4bit)
-    return frozenset(found)
+    return frozenset(getattr(lora, name) for name in ("Linear", "Linear8bitLt", "Linear4bit") if hasattr(lora, name))
 
 
 @functools.cache
-def _faster(cls: type) -> type:
+def _fast_class(cls: Any) -> type:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = None if args or any(value is not None for value in kwargs.values()) else _plain_adapter(self)
-        if adapter is None:
-            return cls.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined, no-any-return]
-        return _forward(self, x, adapter)
+        output: torch.Tensor = cls.forward(self, x, *args, **kwargs) if adapter is None else _forward(self, x, adapter)
+        return output
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__, "__doc__": cls.__doc__})
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """The one active adapter of a layer that is plain, or None; the compiler gets to see peft's own way."""
+    """The one active adapter of a plain layer, or None; torch.compile always gets peft's own forward."""
     import torch
 
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
@@ -84,29 +71,30 @@ def _plain_adapter(layer: Any) -> str | None:
 
 
 def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
+    """pretrained(x) + scaling · B A dropout(x)"""
     import torch
 
     from peftkit.models.kernels import lora_linear
     from peftkit.models.quantization.dequantize import dequantizer
 
-    base, device = layer.base_layer, x.device.type
+    pretrained, device = layer.base_layer, x.device.type
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dropout = layer.lora_dropout[adapter]
-    low = (a, b, layer.scaling[adapter], float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0)
+    lora = (a, b, layer.scaling[adapter], float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if type(base) is torch.nn.Linear and base.weight.dtype == dtype and not _is_watched(base):
-        return lora_linear.linear(x.to(dtype), base.weight, base.bias, *low)
-    opened = dequantizer(base) if torch.is_grad_enabled() and not _is_watched(base) else None
-    if opened is not None:  # without gradients bitsandbytes may have a faster kernel of its own, for a token at a time
-        return lora_linear.dequantized_linear(x.to(dtype), opened, base.bias, *low)
-    out = base(x)
-    if out._is_view():  # autograd lets nobody add in place to a view that a custom function made, as bitsandbytes' does
-        out = out.clone(memory_format=torch.contiguous_format)
-    out = out.contiguous()
-    return lora_linear.add(out, x.to(out.dtype), *low)
+    if type(pretrained) is torch.nn.Linear and pretrained.weight.dtype == dtype and not _must_be_called(pretrained):
+        return lora_linear.linear(x.to(dtype), pretrained.weight, pretrained.bias, *lora)
+    dequantize = dequantizer(pretrained) if torch.is_grad_enabled() and not _must_be_called(pretrained) else None
+    if dequantize is not None:  # without gradients bitsandbytes may have a faster kernel of its own, for single tokens
+        return lora_linear.dequantized_linear(x.to(dtype), dequantize, pretrained.bias, *lora)
+    y = pretrained(x)
+    if y._is_view():  # bitsandbytes' custom function returns a view, and autograd forbids adding to that in place
+        y = y.clone(memory_format=torch.contiguous_format)
+    y = y.contiguous()
+    return lora_linear.add(y, x.to(y.dtype), *lora)
 
 
-def _is_watched(base: Any) -> bool:
-    """Whether the layer must be called as it is: it is trained itself, or hooks stand around its call."""
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    return any(p.requires_grad for p in base.parameters()) or any(hooks) or hasattr(base, "_hf_hook")
+def _must_be_called(layer: Any) -> bool:
+    """Whether a layer cannot be bypassed: its own parameters are trained, or it has hooks."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(p.requires_grad for p in layer.parameters()) or any(hooks) or hasattr(layer, "_hf_hook")

@@ -1,19 +1,22 @@
-"""Where a transformer block's branches meet its residual stream, found by watching a forward pass.
+"""Finds where the branches of transformer blocks join the residual stream, by tracing a forward pass.
 
     x → x + branch(norm(x))            pre-norm (Llama, GPT-2)
     x → norm(x + branch(x))            post-norm (BERT)
     x → x + norm(branch(norm(x)))      both (Gemma 2)
     x → x + attention(…) + mlp(…)      parallel (GPT-NeoX, Phi)
 
-A few tokens pass through the model while every operation is seen. What comes from a block's input without a product
-with weights (norms, sums, copies) is its stream; a sum of the stream with something else of its shape is a residual
-sum, and that something is a branch. No architecture is known by name, and names of modules are not read.
+A few tokens run through the model while every operation is observed. A tensor that comes from a block's input without
+a matrix multiplication (by norms, sums, copies) belongs to the residual stream. A sum of the stream with another tensor
+of its shape is a residual sum, and the other tensor is the output of a branch. Neither architectures nor module names
+are known in advance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,31 +29,32 @@ from peftkit.models.blocks import find_blocks
 from peftkit.models.loading import writes_text
 
 TOKENS = 11
-PRODUCTS = frozenset(
+MATMULS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "einsum", "_grouped_mm", "embedding"}
 )
-SUMS = frozenset({"add", "add_"})
-LARGEST = 2**22
-"""Numbers in the largest tensor that is followed: activations of a few tokens are smaller, opened weights larger."""
-DEPTH = 8
-"""Operations between a branch's last module and the sum, at most."""
+ADDITIONS = frozenset({"add", "add_"})
+MAX_NUMEL = 2**22
+"""Larger tensors are not traced: activations of a few tokens are smaller, dequantized weights are larger."""
+MAX_DEPTH = 8
+"""Most operations between a branch's last module and the sum."""
 Key = int
+"""Identifies a tensor by its storage, as long as the tensor lives."""
 UNKNOWN: Key = -1
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of one block; names are those of modules of the model."""
+    """One residual branch of a block; names are full names of modules."""
 
     block: str
     kind: str
-    """attention (tokens are mixed in it) or feed_forward."""
+    """attention (mixes tokens) or feed_forward."""
     entry: str
-    """The module that the branch begins with: its first input is what the branch reads."""
+    """The first module of the branch: its first input is the input of the branch."""
     exit: str
-    """The module that the branch ends with: its output is what is added to the residual stream."""
+    """The last module of the branch: its output is added to the residual stream."""
     width: int
-    """Of the residual stream."""
+    """Width of the residual stream."""
 
 
 def find_branches(model: nn.Module) -> list[Branch]:
@@ -60,177 +64,172 @@ def find_branches(model: nn.Module) -> list[Branch]:
         ModelError: there are no blocks, or no residual sums in them.
     """
     prefix, blocks = find_blocks(model)
-    watch = _Watch()
-    handles = [handle for number, block in enumerate(blocks) for handle in watch.hooks(f"{prefix}.{number}", block)]
-    try:
-        with packing.eval_modules(model), torch.no_grad(), watch:
-            model(**_inputs(model))
-    except (RuntimeError, ValueError) as error:
-        if packing.underlying(model).device.type != "meta":
-            raise
-        raise ModelError(f"{type(model).__name__} cannot be followed without its weights: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not watch.found:
-        raise ModelError(f"{type(model).__name__}: no residual sum was seen in its blocks ({prefix})")
-    return [branch for found in watch.found.values() for branch in found]
+    tracer = _Tracer()
+    with ExitStack() as hooks:
+        for number, block in enumerate(blocks):
+            for hook in tracer.hooks(f"{prefix}.{number}", block):
+                hooks.enter_context(hook)
+        try:
+            with packing.eval_modules(model), torch.no_grad(), tracer:
+                model(**_inputs(model))
+        except (RuntimeError, ValueError) as error:
+            if packing.underlying(model).device.type != "meta":
+                raise
+            raise ModelError(f"{type(model).__name__} cannot be traced without its weights: {error}") from error
+    if not tracer.branches:
+        raise ModelError(f"{type(model).__name__}: no residual sum was found in its blocks ({prefix})")
+    return [branch for branches in tracer.branches.values() for branch in branches]
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:
     base = packing.underlying(model)
     device = base.get_input_embeddings().weight.device
     inputs: dict[str, Any] = {"input_ids": torch.arange(1, TOKENS + 1, device=device)[None]}
-    if device.type == "meta" and writes_text(base.config):  # a mask would be made by looking at values: none are there
+    if device.type == "meta" and writes_text(base.config):  # without one, transformers would read the inputs' values
         inputs["attention_mask"] = torch.zeros(1, 1, TOKENS, TOKENS, device=device, dtype=base.dtype)
     return inputs | packing.no_cache(model)
 
 
-class _Watch(TorchDispatchMode):
-    """Tells the trace of the block that is running of every operation and of every module that is run."""
+class _Tracer(TorchDispatchMode):
+    """Passes every operation and every module call to the trace of the block that is running."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[Branch]] = {}
-        self._trace: _Trace | None = None
+        self.branches: dict[str, list[Branch]] = {}
+        """By the name of the block."""
+        self._trace: _BlockTrace | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         if self._trace is not None:
             space, _, name = func._schema.name.partition("::")
-            known = name if space == "aten" else "linear"  # whatever else a library brings is a product
-            self._trace.operation(known, list(_tensors([*args, *(kwargs or {}).values()])), list(_tensors([made])))
-        return made
+            known = name if space == "aten" else "linear"  # other libraries' operations count as matmuls
+            self._trace.record(known, list(_tensors([*args, *(kwargs or {}).values()])), list(_tensors([output])))
+        return output
 
     def hooks(self, name: str, block: nn.Module) -> Iterator[Any]:
         """Hooks on a block and on every module in it."""
-
-        def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-            stream = next(_tensors([*args, *kwargs.values()]), None)
-            if name not in self.found and stream is not None:  # a shared block runs several times; once is enough
-                self._trace = _Trace(stream)
-
-        def end(*_: Any) -> None:
-            if self._trace is not None and (found := list(self._trace.branches(name))):
-                self.found[name] = found
-            self._trace = None
-
-        def enter(inner: str) -> Any:
-            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-                given = next(_tensors([*args, *kwargs.values()]), None)
-                if self._trace is not None and given is not None:
-                    self._trace.entered.append((inner, self._trace.key(given)))
-
-            return hook
-
-        def leave(inner: str) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                if self._trace is not None:
-                    self._trace.leave(inner, output)
-
-            return hook
-
-        yield block.register_forward_pre_hook(begin, with_kwargs=True)
+        yield block.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True)
         for inner, module in block.named_modules():
             if inner:
-                yield module.register_forward_pre_hook(enter(inner), with_kwargs=True)
-                yield module.register_forward_hook(leave(inner))
-        yield block.register_forward_hook(end)
+                yield module.register_forward_pre_hook(partial(self._enter, inner), with_kwargs=True)
+                yield module.register_forward_hook(partial(self._leave, inner))
+        yield block.register_forward_hook(partial(self._end, name))
+
+    def _begin(self, block: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        stream = next(_tensors([*args, *kwargs.values()]), None)
+        if block not in self.branches and stream is not None:  # a shared block runs several times; one is enough
+            self._trace = _BlockTrace(stream)
+
+    def _enter(self, name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        tensor = next(_tensors([*args, *kwargs.values()]), None)
+        if self._trace is not None and tensor is not None:
+            self._trace.module_inputs.append((name, self._trace.key(tensor)))
+
+    def _leave(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
+        if self._trace is not None:
+            self._trace.record_module(name, output)
+
+    def _end(self, block: str, *_: Any) -> None:
+        if self._trace is not None and (branches := list(self._trace.find_branches(block))):
+            self.branches[block] = branches
+        self._trace = None
 
 
 @dataclass
-class _Trace:
-    """What happens inside one block."""
+class _BlockTrace:
+    """The dataflow inside one block."""
 
     first: Tensor
+    """The block's input."""
     stream: set[Key] = field(default_factory=set)
-    made_from: dict[Key, set[Key]] = field(default_factory=dict)
-    branched: list[Key] = field(default_factory=list)
-    """What was added to the stream."""
-    summed: dict[Key, list[Key]] = field(default_factory=dict)
-    """What was added in place to something that is not the stream yet: another branch."""
-    heads: set[Key] = field(default_factory=set)
-    """What has a dimension for heads: no feed-forward layer makes such a thing."""
-    entered: list[tuple[str, Key]] = field(default_factory=list)
-    left: list[tuple[str, tuple[Key, ...], bool]] = field(default_factory=list)
-    """Name, results, and whether the only result is a tensor of the stream's shape."""
-    alive: list[Tensor] = field(default_factory=list)
-    """A key is a tensor's storage, and stands for it only as long as it lives."""
+    parents: dict[Key, set[Key]] = field(default_factory=dict)
+    """The inputs that each tensor was computed from."""
+    addends: list[Key] = field(default_factory=list)
+    """Tensors that were added to the stream."""
+    inplace_addends: dict[Key, list[Key]] = field(default_factory=dict)
+    """Tensors that were added in place to one outside the stream: another branch."""
+    per_head: set[Key] = field(default_factory=set)
+    """Tensors with a dimension for attention heads, which feed-forward layers never compute."""
+    module_inputs: list[tuple[str, Key]] = field(default_factory=list)
+    module_outputs: list[tuple[str, tuple[Key, ...], bool]] = field(default_factory=list)
+    """Name, outputs, and whether the only output is a tensor of the stream's shape."""
+    references: list[Tensor] = field(default_factory=list)
+    """Keeps the tensors alive, so that no key is used twice."""
 
     def __post_init__(self) -> None:
         self.stream.add(self.key(self.first))
 
     def key(self, tensor: Tensor) -> Key:
-        if tensor.numel() > LARGEST:
+        if tensor.numel() > MAX_NUMEL:
             return UNKNOWN
-        self.alive.append(tensor)
+        self.references.append(tensor)
         return int(tensor.untyped_storage()._cdata)
 
     def fits(self, tensor: Tensor) -> bool:
-        """Whether it has the stream's numbers, in rows and tokens or one under the other."""
+        """Whether it has the stream's size and width; rows and tokens may be flattened."""
         return tensor.numel() == self.first.numel() and tensor.shape[-1] == self.first.shape[-1]
 
-    def leave(self, name: str, output: Any) -> None:
+    def record_module(self, name: str, output: Any) -> None:
         fits = isinstance(output, Tensor) and self.fits(output)
-        self.left.append((name, tuple(self.key(tensor) for tensor in _tensors([output])), fits))
+        self.module_outputs.append((name, tuple(self.key(tensor) for tensor in _tensors([output])), fits))
 
-    def operation(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        keys = [self.key(tensor) for tensor in given]
-        of_stream = name not in PRODUCTS and any(key in self.stream for key in keys)
-        summands = [key for key, one in zip(keys, given) if self.fits(one)] if name in SUMS else []
+    def record(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        keys = [self.key(tensor) for tensor in inputs]
+        of_stream = name not in MATMULS and any(key in self.stream for key in keys)
+        addends = [key for key, tensor in zip(keys, inputs) if self.fits(tensor)] if name in ADDITIONS else []
         if of_stream:
-            self.branched += [key for key in summands if key not in self.stream]
-        elif name == "add_" and len(summands) == 2:
-            self.summed.setdefault(keys[0], []).append(keys[1])
+            self.addends += [key for key in addends if key not in self.stream]
+        elif name == "add_" and len(addends) == 2:
+            self.inplace_addends.setdefault(keys[0], []).append(keys[1])
             return
-        for tensor in made:
+        for tensor in outputs:
             key = self.key(tensor)
-            self.made_from.setdefault(key, set()).update(one for one in keys if one not in (key, UNKNOWN))
+            self.parents.setdefault(key, set()).update(parent for parent in keys if parent not in (key, UNKNOWN))
             if tensor.dim() == 4:
-                self.heads.add(key)
+                self.per_head.add(key)
             if of_stream:
                 self.stream.add(key)
 
-    def branches(self, block: str) -> Iterator[Branch]:
-        """The block's branches, each by the modules that it begins and ends with."""
-        self.calls = [name for name, _, _ in self.left]
-        ends = {keys[0]: name for name, keys, fits in self.left if fits and self.calls.count(name) == 1}
-        lasts = {last for summand in self.branched for last in self._lasts(summand, ends)}
-        for last in sorted(lasts, key=lambda key: self.calls.index(ends[key])):
-            inside = self._inside(last)
-            first = self._beginning(inside)
-            if first is not None:
-                kind = "attention" if inside & self.heads else "feed_forward"
-                width = self.first.shape[-1]
-                yield Branch(block, kind, f"{block}.{first}", f"{block}.{ends[last]}", width)
+    def find_branches(self, block: str) -> Iterator[Branch]:
+        """The block's branches, each with its first and last module."""
+        self.calls = [name for name, _, _ in self.module_outputs]
+        exits = {keys[0]: name for name, keys, fits in self.module_outputs if fits and self.calls.count(name) == 1}
+        outputs = {output for addend in self.addends for output in self._branch_outputs(addend, exits)}
+        for output in sorted(outputs, key=lambda key: self.calls.index(exits[key])):
+            inside = self._ancestors(output)
+            entry = self._entry(inside)
+            if entry is not None:
+                kind = "attention" if inside & self.per_head else "feed_forward"
+                yield Branch(block, kind, f"{block}.{entry}", f"{block}.{exits[output]}", self.first.shape[-1])
 
-    def _lasts(self, key: Key, ends: dict[Key, str], depth: int = 0) -> Iterator[Key]:
-        """The result of a module that a summand is; of one made of others (scaled, or a sum of branches) theirs."""
-        for one in self.summed.get(key, ()):
-            yield from self._lasts(one, ends, depth + 1)
-        if key in ends:
+    def _branch_outputs(self, key: Key, exits: dict[Key, str], depth: int = 0) -> Iterator[Key]:
+        """The module outputs behind an addend: itself, or those that it is scaled or summed from."""
+        for addend in self.inplace_addends.get(key, ()):
+            yield from self._branch_outputs(addend, exits, depth + 1)
+        if key in exits:
             yield key
-        elif depth < DEPTH:
-            for one in sorted(self.made_from.get(key, set()) - self.stream):
-                yield from self._lasts(one, ends, depth + 1)
+        elif depth < MAX_DEPTH:
+            for parent in sorted(self.parents.get(key, set()) - self.stream):
+                yield from self._branch_outputs(parent, exits, depth + 1)
 
-    def _inside(self, last: Key) -> set[Key]:
-        """Everything that a branch's result was made of, short of the stream."""
-        found: set[Key] = set()
-        ahead = [last]
-        while ahead:
-            one = ahead.pop()
-            if one not in found:
-                found.add(one)
-                ahead += self.made_from.get(one, set()) - self.stream
-        return found
+    def _ancestors(self, output: Key) -> set[Key]:
+        """Everything that a branch's output was computed from, down to the stream."""
+        ancestors: set[Key] = set()
+        pending = [output]
+        while pending:
+            key = pending.pop()
+            if key not in ancestors:
+                ancestors.add(key)
+                pending += self.parents.get(key, set()) - self.stream
+        return ancestors
 
-    def _beginning(self, inside: set[Key]) -> str | None:
-        """The first module that reads the stream and whose results belong to the branch alone."""
-        results = {name: set(keys) for name, keys, _ in self.left}
-        for name, key in self.entered:
-            makes = results.get(name, set())
-            if key in self.stream and self.calls.count(name) == 1 and makes & inside and not makes & self.stream:
+    def _entry(self, inside: set[Key]) -> str | None:
+        """The first module that reads the stream and whose outputs belong to the branch alone."""
+        outputs_of = {name: set(keys) for name, keys, _ in self.module_outputs}
+        for name, key in self.module_inputs:
+            outputs = outputs_of.get(name, set())
+            if key in self.stream and self.calls.count(name) == 1 and outputs & inside and not outputs & self.stream:
                 return name
         return None
 
