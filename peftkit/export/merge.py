@@ -69,8 +69,7 @@ def _load_fp32(adapter: Path) -> tuple[Any, Any]:
 @torch.no_grad()
 def _outputs(model: Any, tokenizer: Any, about: manifest.Manifest) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     texts = [SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?"]
-    encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    batch = {name: encoded[name] for name in about.head.model_inputs if name in encoded}
+    batch = about.head.text_batch(texts, tokenizer)
     return batch, about.head.plain_logits(model, batch, about.pooling)
 
 

@@ -36,7 +36,6 @@ class CausalLM(Head):
 
     @classmethod
     def auto_class(cls, pooling: str) -> str:
-        """The language model."""
         return "AutoModelForCausalLM"
 
     def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
@@ -111,15 +110,12 @@ class CausalLM(Head):
         return StoredPredictions(tokens, of_loss(loss, tokens))
 
     def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
-        """None: it writes text."""
         return []
 
     def summary(self) -> str:
-        """That it writes."""
         return "continues or answers a text"
 
     def usage_code(self, pooling: str, max_length: int) -> list[str]:
-        """A text that is continued."""
         return [
             'inputs = tokenizer("Once upon a time", return_tensors="pt")',
             "output = model.generate(**inputs, max_new_tokens=64)",
@@ -127,5 +123,4 @@ class CausalLM(Head):
         ]
 
     def peftkit_code(self) -> list[str]:
-        """A text that is continued."""
         return ['print(model.generate("Once upon a time", max_new_tokens=64)[0])']

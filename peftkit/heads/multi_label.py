@@ -38,7 +38,6 @@ class MultiLabel(Classifier):
     )
 
     def blank_label(self) -> list[float]:
-        """No label at all."""
         return [0.0] * len(self.info.labels)
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -51,7 +50,6 @@ class MultiLabel(Classifier):
         return each.mean(dim=-1)
 
     def kind(self) -> type[LabelSets]:
-        """Any number of labels per row."""
         from peftkit.evaluation.decisions import LabelSets
 
         return LabelSets
@@ -73,7 +71,6 @@ class MultiLabel(Classifier):
         return replace(super().read_predictions(lines), right=None)
 
     def constant(self, labels: np.ndarray) -> tuple[np.ndarray, str]:
-        """Each label's share in training."""
         import numpy as np
 
         share = np.clip(labels.mean(axis=0), 1e-6, 1 - 1e-6)
@@ -84,13 +81,10 @@ class MultiLabel(Classifier):
         return ", ".join(name for name, given in zip(self.info.labels, label) if given) or "none"
 
     def summary(self) -> str:
-        """How many labels are decided on."""
         return f"says which of {len(self.info.labels)} labels hold for a text"
 
     def answer_code(self) -> list[str]:
-        """Probabilities of all labels."""
         return ["print(logits.sigmoid().tolist())"]
 
     def onnx_code(self) -> list[str]:
-        """Probabilities of all labels."""
         return ["print((1 / (1 + np.exp(-logits))).tolist())"]

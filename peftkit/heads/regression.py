@@ -33,7 +33,6 @@ class Regression(Classifier):
         return F.mse_loss(logits.squeeze(-1), labels.to(logits), reduction="none")
 
     def blank_label(self) -> float:
-        """Zero."""
         return 0.0
 
     def gold(self, labels: np.ndarray) -> np.ndarray:
@@ -41,7 +40,6 @@ class Regression(Classifier):
         return labels.astype("float64").reshape(len(labels))
 
     def kind(self) -> type[Decisions]:
-        """A number per row."""
         from peftkit.evaluation.decisions import Numbers
 
         return Numbers
@@ -51,27 +49,21 @@ class Regression(Classifier):
         return Prediction(float(logits.reshape(-1)[0]), None, {})
 
     def constant(self, labels: np.ndarray) -> tuple[np.ndarray, str]:
-        """The mean of training."""
         import numpy as np
 
         return np.array([labels.mean()]), f"always {labels.mean():.4g}, the mean of training"
 
     def class_counts(self, rows: Any) -> dict[str, int]:
-        """None: numbers are no classes."""
         return {}
 
     def label_text(self, label: Any) -> str:
-        """The number."""
         return f"{label[0] if isinstance(label, list) else label:g}"
 
     def summary(self) -> str:
-        """That it predicts a number."""
         return "gives a text a number"
 
     def answer_code(self) -> list[str]:
-        """The numbers."""
         return ["print(logits.squeeze(-1).tolist())"]
 
     def onnx_code(self) -> list[str]:
-        """The numbers."""
         return ["print(logits[:, 0].tolist())"]

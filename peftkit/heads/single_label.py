@@ -42,7 +42,6 @@ class SingleLabel(Classifier):
         )
 
     def kind(self) -> type[Decisions]:
-        """One class per row."""
         from peftkit.evaluation.decisions import Classes
 
         return Classes
@@ -71,7 +70,6 @@ class SingleLabel(Classifier):
         return {**decided.row(number, gold), "probability": round(float(decided.confidence[number]), 6)}
 
     def constant(self, labels: np.ndarray) -> tuple[np.ndarray, str]:
-        """The shares of the classes in training."""
         import numpy as np
 
         counts = np.bincount(labels.astype(int), minlength=len(self.info.labels))
@@ -79,21 +77,16 @@ class SingleLabel(Classifier):
         return np.log(np.maximum(counts, 1e-6) / counts.sum()), note
 
     def class_names(self) -> tuple[str, ...]:
-        """The labels."""
         return self.info.labels
 
     def label_text(self, label: Any) -> str:
-        """The label's name."""
         return self.info.labels[label] if 0 <= label < len(self.info.labels) else str(label)
 
     def summary(self) -> str:
-        """How many labels there are to choose from."""
         return f"chooses one of {len(self.info.labels)} labels for a text"
 
     def answer_code(self) -> list[str]:
-        """Names of the likeliest labels."""
         return ["print([model.config.id2label[index] for index in logits.argmax(-1).tolist()])"]
 
     def onnx_code(self) -> list[str]:
-        """Names of the likeliest labels."""
         return [f"labels = {list(self.info.labels)!r}", "print([labels[index] for index in logits.argmax(-1)])"]

@@ -26,6 +26,7 @@ from peftkit.data.batching import by_length, pass_tokens, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.models import classifier
+from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cache import cache_folder, entry_lock, is_intact, new_entry
 from peftkit.training import feature_store as store
@@ -220,7 +221,8 @@ def plan_features(
         base: fingerprint of the base model.
     """
     plan = FeaturePlan(module, recipe, encoded, tokenizer, session, base)
-    if not recipe.training.neftune_alpha:  # its noise is added to the embeddings, anew in every step
+    plain_rows = type(module.head).collate is Head.collate  # a row is a sequence, which the features are stored by
+    if plain_rows and not recipe.training.neftune_alpha:  # its noise is added to the embeddings, anew in every step
         plan.find_trunk()
     if plan.trunk is not None:
         plan.decide()
