@@ -196,7 +196,7 @@ def find_frozen_trunk(
         trunk = replace(every_token, kind=kind)
         if _same_both_ways(trunk, forward, batch, trace.outputs):
             return trunk, ""
-    return None, f"{type(inner).__name__} gives other outputs when it is entered above its frozen blocks"
+    return None, f"{type(inner).__name__} does not give the same outputs when entered above its frozen blocks"
 
 
 class _Trace:

@@ -107,7 +107,7 @@ def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_
     assert make_plan(written, tight, known).fits
     nothing = Device("nothing", 1000, True)
     monkeypatch.setattr("peftkit.reporting.planning.devices.parse_device", lambda _: nothing)
-    with pytest.raises(RecipeError, match="cannot be made to fit"):
+    with pytest.raises(RecipeError, match="does not fit nothing with any known change"):
         plan_command(recipe, table=None, gpu="nothing", as_json=True, apply=file)
 
 

@@ -126,8 +126,8 @@ def test_a_run_records_what_it_chose(auto, monkeypatch):
     small = LittleMemory(2)
     build_module = TaskModule.__init__
 
-    def watched(self, loaded, task, info):
-        build_module(self, loaded, task, info)
+    def watched(self, loaded, head):
+        build_module(self, loaded, head)
         loaded.model.register_forward_pre_hook(small, with_kwargs=True)
 
     monkeypatch.setattr(TaskModule, "__init__", watched)
@@ -142,8 +142,8 @@ def test_all_processes_take_the_fewest_rows_that_fit_anywhere(auto, tmp_path, mo
     monkeypatch.setattr(AutoStepper, "_plan_for_cpu", lambda *_: None)
 
     def work(rank):
-        def watched(self, loaded, task, info):
-            build_module(self, loaded, task, info)
+        def watched(self, loaded, head):
+            build_module(self, loaded, head)
             if rank == 1:
                 loaded.model.register_forward_pre_hook(LittleMemory(2), with_kwargs=True)
 
