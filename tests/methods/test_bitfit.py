@@ -70,5 +70,5 @@ def test_a_base_without_biases_is_refused_before_and_after_loading(llama, bert):
 
 
 def test_quantized_bases_are_refused(bert):
-    with pytest.raises(RecipeError, match=r"bitfit cannot stand on weights held by quantization.kind=nf4"):
+    with pytest.raises(RecipeError, match=r"bitfit cannot train over weights with quantization.kind=nf4"):
         tiny.tiny_recipe(bert, method={"kind": "bitfit"}, quantization={"kind": "nf4"})
