@@ -47,7 +47,7 @@ def test_no_cell_is_refused_that_the_table_marks():
 
 def test_the_list_is_printed_without_torch_or_peft():
     code = (
-        "import sys; from peftkit.cli import app\n"
+        "import sys; from peftkit.cli.app import app\n"
         "try: app(['list', '--methods', '--json'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
