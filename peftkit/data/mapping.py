@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from peftkit.data.problems import Problems, located
 from peftkit.data.source import SPLITS
-from peftkit.data.steps import CleaningStep, StepLog
+from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.data.tables import iterate, write_rows
 from peftkit.errors import DataError
 from peftkit.schema.recipe import DataConfig
@@ -79,7 +80,7 @@ def canonical_rows(
     if table is None:
         raise DataError("no row is left: every text is empty")
     columns = {name: np.frombuffer(values, dtype=values.typecode) for name, values in mapper.arrays.items()}
-    return Rows(table, **columns, strata=tuple(mapper.strata)), mapper.log.steps()
+    return Rows(table, **columns, strata=tuple(mapper.strata)), mapper.steps()
 
 
 class _Mapper:
@@ -87,7 +88,9 @@ class _Mapper:
 
     def __init__(self, task: Task, data: DataConfig, info: TaskInfo) -> None:
         self.task, self.data, self.info = task, data, info
-        self.problems, self.log = Problems(), StepLog()
+        self.problems = Problems()
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.places: dict[tuple[str, str, str], list[str]] = {}
         self.arrays = {name: array(kind) for name, kind in ARRAYS.items()}
         self.strata: dict[str, int] = {}
 
@@ -113,12 +116,22 @@ class _Mapper:
         action = self.data.cleaning.control_characters
         if action != "off" and (changed := self.task.with_text(canonical, clean_text)) != canonical:
             strip = action == "strip"
-            self.log.add("control_characters", split, "changed" if strip else "reported", _place(row))
+            self._count("control_characters", split, "changed" if strip else "reported", row)
             canonical = changed if strip else canonical
         if self.task.is_blank(canonical):
             self._add_empty(row, split, self.data.text if self.data.text in row else None)
             return None
         return {**canonical, **{name: row[name] for name in PLACE if name in row}}
+
+    def steps(self) -> list[CleaningStep]:
+        """What was done to the rows so far."""
+        return [CleaningStep(*step, count, tuple(self.places[step])) for step, count in self.counts.items()]
+
+    def _count(self, name: str, split: str, action: str, row: Row) -> None:
+        step = (name, split, action)
+        self.counts[step] += 1
+        if self.counts[step] <= EXAMPLES:
+            self.places.setdefault(step, []).append(f"{row['_file']}:{row['_line']}")
 
     def _is_empty(self, row: Row, column: str | None) -> bool:
         """Whether a row was refused for an empty column other than the label."""
@@ -130,7 +143,7 @@ class _Mapper:
 
     def _add_empty(self, row: Row, split: str, column: str | None) -> None:
         if self.data.cleaning.empty == "drop":
-            self.log.add("empty", split, "dropped", _place(row))
+            self._count("empty", split, "dropped", row)
             return
         value = "null" if column and row.get(column) is None else "an empty text"
         message = f"expected text, found {value}; fill or remove the row, or set data.cleaning.empty=drop"
@@ -150,10 +163,6 @@ class _Mapper:
         }
         for name, value in values.items():
             self.arrays[name].append(value)
-
-
-def _place(row: Row) -> str:
-    return f"{row['_file']}:{row['_line']}"
 
 
 def clean_text(text: str) -> str:

@@ -189,7 +189,7 @@ def set_aside(root: Path, chosen: Checkpoint | None) -> None:
 
 
 def _restore_replaced(root: Path) -> None:
-    """Moves back what an interrupted ``_replace`` had moved away, unless a checkpoint has taken its place."""
+    """Moves back what an interrupted save had moved away, unless a checkpoint has taken its place."""
     if not root.is_dir():
         return
     for path in list(root.glob(f"{TRASH}*")):

@@ -89,7 +89,12 @@ def swap_folder(staging: Path, path: Path, aside: Path) -> None:
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-    os.replace(staging, path)
+    try:
+        os.replace(staging, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.replace(aside, path)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
