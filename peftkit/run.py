@@ -15,8 +15,9 @@ from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
 from peftkit.distributed import sharding
 from peftkit.distributed.session import Session, open_session
 from peftkit.export.adapter import export_run
-from peftkit.models import dtypes, packing
+from peftkit.models import packing
 from peftkit.models.loading import build
+from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import run_report
 from peftkit.runs import folder as folders
@@ -90,7 +91,7 @@ def train(
         Interrupted: stopped by a signal or the time limit; the run can be resumed.
         TrainingError: loss or gradients were not finite, storage or memory ran out, or a process was lost.
     """
-    dtypes.silence_libraries()
+    silence_libraries()
     session = open_session(recipe)
     check_device_support(recipe, session)
     with guarded(session):

@@ -33,6 +33,7 @@ from transformers import (
 
 from peftkit.errors import ModelError
 from peftkit.models import chat_template, dtypes, packing
+from peftkit.models.blocks import unwrap
 from peftkit.schema.recipe import GenerationConfig
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def context_length(model: Any) -> int | None:
 
     What a learned prompt takes of its positions is left out.
     """
-    config = packing.underlying(model).config.get_text_config()
+    config = unwrap(model).config.get_text_config()
     known = (int(n) for name in ("max_position_embeddings", "n_positions") if (n := getattr(config, name, 0)))
     positions = next(known, None)
     return None if positions is None else positions - packing.learned_tokens(model)
@@ -175,7 +176,7 @@ def _run(
     """transformers' greedy search over left-padded rows; sampling enters through the scores."""
     stops = _stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    base = packing.underlying(model)
+    base = unwrap(model)
     embedding = base.get_input_embeddings().weight
     width = max(len(ids) for ids in rows)
     fill = [width - len(ids) for ids in rows]
@@ -205,7 +206,7 @@ def _ready(model: Any, embedding: Tensor) -> Iterator[None]:
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """The template's end of turn, the tokenizer's end of text, and what the model itself calls an end."""
-    own = getattr(packing.underlying(model).generation_config, "eos_token_id", None)
+    own = getattr(unwrap(model).generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [] if own is None else [own]
     return list(dict.fromkeys([*chat_template.stop_ids(tokenizer), *own]))
 

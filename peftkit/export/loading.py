@@ -94,7 +94,7 @@ def load_exported(
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
     loaded.model.requires_grad_(False).eval()
     if about.head.pools and about.pooling == "own":
-        first_token.prepare(loaded.model)
+        first_token.shorten_last_block(loaded.model)
     return Exported(loaded, recipe, about, folder)
 
 

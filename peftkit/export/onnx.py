@@ -29,6 +29,7 @@ from peftkit.export import card, manifest, onnx_int8
 from peftkit.export.in_memory import Merge, Merging, merge_in_memory
 from peftkit.export.manifest import Manifest
 from peftkit.models import classifier
+from peftkit.models.blocks import unwrap
 from peftkit.models.kernels.first_token import reading_first_token
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
@@ -69,7 +70,7 @@ def export_onnx(folder: Path, target: Path, *, tolerance: float, merge: Merge = 
     graph.model = _merged(loaded.model, folder, merge)
     with atomic_folder(target) as stage:
         _write(graph, _inputs(loaded.tokenizer, [SAMPLE, "?"], graph.pairs), stage / FILE)
-        classifier.unwrap(graph.model).config.save_pretrained(stage)
+        unwrap(graph.model).config.save_pretrained(stage)
         loaded.tokenizer.save_pretrained(stage)
         about = replace(about, saves=KIND, quantization=None, dtype="int8" if int8 else "float32")
         manifest.write(stage, about)

@@ -28,7 +28,7 @@ from peftkit.errors import ExportError
 from peftkit.export.manifest import Manifest
 from peftkit.methods.layers.lora import use_peft_forward
 from peftkit.models import dtypes
-from peftkit.models.kernels.attention import torchs_own
+from peftkit.models.kernels.attention import torch_attention
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.head import Head
 from peftkit.schema.types import LoadedModel
@@ -153,7 +153,7 @@ def _trained_logits(loaded: LoadedModel, about: Manifest, batch: dict[str, Tenso
 @contextlib.contextmanager
 def _plain_kernels(model: torch.nn.Module) -> Iterator[None]:
     """peft's layers and torch's attention, to the last bit what a fresh process takes."""
-    with use_peft_forward(model), torchs_own(model):
+    with use_peft_forward(model), torch_attention(model):
         yield
 
 

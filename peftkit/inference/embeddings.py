@@ -27,8 +27,10 @@ from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, ModelError, RunError
 from peftkit.models import classifier, dtypes
-from peftkit.models.loading import writes_text
+from peftkit.models.blocks import unwrap
+from peftkit.models.loading import sentence_pooling, writes_text
 from peftkit.models.sources import folder_of, resolve
+from peftkit.models.third_party import silence_libraries
 from peftkit.schema.recipe import ModelConfig, Recipe, TrainingConfig
 from peftkit.schema.types import Row
 from peftkit.system import files
@@ -115,7 +117,7 @@ def of_run(run: LoadedRun) -> Embedder:
     for config in getattr(run.model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
             raise RunError(f"{run.path}: method '{run.about.method}' puts learned tokens before a text: no vectors")
-    inner = classifier.unwrap(run.model)
+    inner = unwrap(run.model)
     backbone = getattr(inner, inner.base_model_prefix)
     pooling = run.loaded.pooling
     if pooling == "own":
@@ -140,7 +142,7 @@ def of_model(source: str, *, max_length: int = 512, device: str | None = None) -
 
     from peftkit.models.tokenizer import load_tokenizer
 
-    dtypes.silence_libraries()
+    silence_libraries()
     config = ModelConfig(source=source)
     folder, tokenizer = folder_of(resolve(config)), load_tokenizer(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -310,14 +312,7 @@ def _write_parquet(chunks: Iterator[Chunk], stage: Path) -> int:
 
 
 def _own_pooling(folder: Path, config: Any) -> str:
-    file = folder / "1_Pooling" / "config.json"
-    if file.is_file():
-        flags = json.loads(file.read_text(encoding="utf-8"))
-        mode = flags.get("pooling_mode")
-        for name, flag in (("mean", "mean_tokens"), ("cls", "cls_token"), ("last", "lasttoken")):
-            if flags.get(f"pooling_mode_{flag}") or mode in (name, flag):
-                return name
-    return "last" if writes_text(config) else "mean"
+    return sentence_pooling(folder) or ("last" if writes_text(config) else "mean")
 
 
 def _limit(tokenizer: Any, length: int) -> int:

@@ -1,23 +1,51 @@
-"""The transformer blocks of a model, found by looking rather than by architecture names."""
+"""A model's structure, independent of its architecture: the model inside its wrappers, and its blocks."""
 
 from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
 
 from torch import nn
 
 from peftkit.errors import ModelError
 
 
+def unwrap(model: Any) -> Any:
+    """The transformers model inside the wrappers of peft, torch.compile and distribution (DDP, FSDP, DeepSpeed)."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def forward_parameters(model: Any) -> frozenset[str]:
+    """Names of the arguments that the unwrapped model's ``forward`` takes."""
+    cls: Any = type(unwrap(model))
+    return _parameters(cls)
+
+
+@functools.cache
+def _parameters(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and module of the longest list of equal modules: the stack of transformer blocks.
+    """Name and module of the longest list of modules of one class: the stack of transformer blocks.
 
     Raises:
-        ModelError: there is none (the parameters are shared across layers, or it is no transformer).
+        ModelError: there is none (the layers share their parameters, or the model is not a transformer).
     """
-    found = [
+    stacks = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
     ]
-    if not found:
+    if not stacks:
         raise ModelError(f"{type(model).__name__} has no list of transformer blocks to choose layers from")
-    return max(found, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    return max(stacks, key=lambda stack: (len(stack[1]), sum(p.numel() for p in stack[1].parameters())))

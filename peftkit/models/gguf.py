@@ -1,9 +1,9 @@
-"""A base model out of a GGUF file, dequantized once into an ordinary model folder in the cache.
+"""Converts a GGUF file into an ordinary model folder, once, in the cache.
 
-transformers unpacks the quantized blocks with numpy each time it opens a GGUF file, which takes tens of seconds even
-for a small model. The folder made here opens as fast as any other. Its weights are fp32: a block's scale times an
-integer is exact there, while bf16 would move every weight by about 0.13 % and fp16 by 0.02 % (measured on a Q4_1
-file); the dtype in which a run holds them is chosen later. Deleting the cache costs nothing but that time again.
+transformers dequantizes a GGUF file with numpy each time it opens one, which takes tens of seconds even for a small
+model. The converted folder opens as fast as any other. Its weights are fp32, which represents a block's scale times
+an integer exactly; bf16 would change every weight by about 0.13 %, fp16 by 0.02 % (measured on a Q4_1 file). The run
+chooses its own dtype later. Deleting the cache only costs the conversion time.
 """
 
 from __future__ import annotations
@@ -26,32 +26,28 @@ MAGIC = b"GGUF"
 log = logging.getLogger(__name__)
 
 
-def dequantized(path: Path) -> Path:
-    """The folder (config, safetensors, tokenizer with its chat template) that holds a GGUF file's model in fp32.
+def dequantize(path: Path) -> Path:
+    """The folder (config, safetensors, tokenizer with its chat template) with a GGUF file's model in fp32.
 
-    Made at the first call and found again by the file's SHA-256 and transformers' version; of several processes that
-    ask at once, one makes it and the others wait.
+    Written at the first call, under the file's SHA-256 and transformers' version. If several processes call at once,
+    one writes it and the others wait.
 
     Raises:
-        ModelError: the file is missing or not GGUF, its architecture is not one that transformers can unpack, or the
-            ``gguf`` package is not installed.
+        ModelError: the file is missing or not GGUF, transformers cannot dequantize its architecture, or the ``gguf``
+            package is not installed.
     """
-    _check(path)
-    folder = cache.cache_folder(KIND) / _key(path)
-    if not _is_whole(folder):
-        with cache.entry_lock(folder):
-            if not _is_whole(folder):
-                _convert(path, folder)
-    return folder
-
-
-def _check(path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"model.source: there is no file {path}")
     with path.open("rb") as stream:
         magic = stream.read(len(MAGIC))
     if magic != MAGIC:
         raise ModelError(f"{path}: expected a GGUF file (its first bytes are {MAGIC!r}), found {magic!r}")
+    folder = cache.cache_folder(KIND) / _key(path)
+    if not _is_complete(folder):
+        with cache.entry_lock(folder):
+            if not _is_complete(folder):
+                _convert(path, folder)
+    return folder
 
 
 def _key(path: Path) -> str:
@@ -60,14 +56,14 @@ def _key(path: Path) -> str:
     return f"{files.file_digest(path)[:32]}-{__version__}"
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the entry was finished and its files have the sizes of its manifest.
+def _is_complete(folder: Path) -> bool:
+    """Whether the entry was committed and its files have the sizes in its manifest.
 
-    Only sizes: hashing gigabytes of weights again at each start would take longer than reading them.
+    Sizes only: hashing gigabytes of weights at each start would take longer than reading them.
     """
     try:
         files = json.loads((folder / cache.MANIFEST).read_text(encoding="utf-8"))
-        return bool(files) and all((folder / name).stat().st_size == held["size"] for name, held in files.items())
+        return bool(files) and all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -77,7 +73,7 @@ def _convert(path: Path, folder: Path) -> None:
         raise ModelError(f"{path.name}: reading GGUF files needs the gguf package: pip install 'peftkit[gguf]'")
     log.info("dequantizing %s once into %s", path.name, folder)
     with contextlib.ExitStack() as stack:
-        if not sys.stderr.isatty():  # the progress bars are for a person's terminal, not for a log
+        if not sys.stderr.isatty():  # progress bars are for a terminal, not for a log
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         model, tokenizer = _read(path)
     with cache.new_entry(folder) as staging:
@@ -86,7 +82,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, no longer marked as quantized: what is saved is an ordinary model."""
+    """Model and tokenizer; the mark of quantization is removed, so that an ordinary model is saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,7 +92,7 @@ def _read(path: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError, struct.error) as error:
         raise ModelError(
-            f"{path}: transformers cannot unpack this GGUF file ({error}); use the model's original folder or hub id"
+            f"{path}: transformers cannot dequantize this GGUF file ({error}); use the original folder or hub id"
         ) from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

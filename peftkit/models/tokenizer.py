@@ -1,4 +1,4 @@
-"""The tokenizer of a base model, with a pad token that cannot be taken for the end of a text."""
+"""The tokenizer of a base model, with a pad token that differs from the stop token where possible."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
-from peftkit.models import dtypes
 from peftkit.models.sources import check_config, folder_of, resolve
+from peftkit.models.third_party import silence_libraries
 from peftkit.schema.recipe import ModelConfig
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ SPARE = re.compile(r"pad|reserved|unused|extra_id|placeholder|dummy", re.IGNOREC
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe's base model: pads on the right, has a pad token, runs no code of the model's.
+    """The tokenizer of a recipe's base model: it pads on the right and has a pad token; code of the model never runs.
 
     Raises:
         ModelError: there is no tokenizer, or it cannot be read.
-        HubError: the hub cannot give it.
+        HubError: it cannot be downloaded.
     """
     tokenizer = tokenizer_in(folder_of(resolve(model), weights=False))
     if model.chat_template is not None:
@@ -37,21 +37,23 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder; see ``load_tokenizer``."""
-    dtypes.silence_libraries()
+    silence_libraries()
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         # the tokenizers library raises Exception itself, and odd values break transformers in many ways
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: no tokenizer that can be read ({first}); expected tokenizer.json") from error
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one up
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder}: the tokenizer cannot be read ({cause}); expected tokenizer.json") from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers builds an empty one where there is none
         raise ModelError(f"{folder}: expected a tokenizer (tokenizer.json, vocab.txt, …), found none")
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, (int, float)) or longest < 1:
-        said = f"model_max_length: expected a number of tokens, found {str(longest)[:40]!r}"
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: {said}")
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length: expected a number of tokens, found "
+            f"{str(longest)[:40]!r}"
+        )
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
     if (folder / "config.json").is_file():
@@ -63,12 +65,12 @@ def ensure_pad(tokenizer: Any, embedding_rows: int) -> None:
     """Gives a tokenizer a pad token, in this order of preference:
 
     1. its own, where it is not the stop token;
-    2. a special token kept in reserve (``<|finetune_right_pad_id|>``, ``<|reserved_special_token_0|>``, …);
+    2. a reserved special token (``<|finetune_right_pad_id|>``, ``<|reserved_special_token_0|>``, …);
     3. the unknown token, or ``<|endoftext|>``, where these are not the stop token;
-    4. a new ``<|pad|>``, where the embedding matrix has a row to spare for it;
-    5. the stop token: padding is told apart by position (attention mask, labels of -100), never by its id.
+    4. a new ``<|pad|>``, where the embedding matrix has an unused row for it;
+    5. the stop token: padding is recognized by position (attention mask, labels of -100), never by its id.
 
-    The embeddings are never enlarged for it: then the base as it is published would no longer fit the adapter.
+    The embeddings are never enlarged, because the adapter would no longer fit the published base.
     """
     stops = {tokenizer.eos_token, tokenizer.bos_token, None}
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
@@ -89,17 +91,17 @@ def ensure_pad(tokenizer: Any, embedding_rows: int) -> None:
 
 
 def pad_note(tokenizer: Any) -> str | None:
-    """What to tell the user about the pad token, if anything."""
-    if tokenizer.pad_token == tokenizer.eos_token:
-        return (
-            f"pad token is {tokenizer.eos_token}, the stop token: the vocabulary has no other to spare; "
-            "padding is masked by position, so the stop token is still learned"
-        )
-    return None
+    """A note for the user where the pad token is also the stop token."""
+    if tokenizer.pad_token != tokenizer.eos_token:
+        return None
+    return (
+        f"the pad token is {tokenizer.eos_token}, the stop token, because the vocabulary has no unused token; padding "
+        "is masked by position, so the stop token is still learned"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over vocabulary and rules, special tokens and chat template: equal fingerprints, equal token ids."""
+    """SHA-256 over vocabulary, rules, special tokens and chat template; equal fingerprints mean equal token ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:

@@ -1,4 +1,4 @@
-"""What is switched on in a model for training only: checkpointed activations, noisy embeddings, a faster attention."""
+"""Training options of a loaded model: faster kernels, activation checkpointing, noisy embeddings."""
 
 from __future__ import annotations
 
@@ -16,39 +16,41 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe, head: Head) -> Non
     """Applies the recipe's training options to a model whose method has been applied."""
     from peftkit.models.kernels import first_token
     from peftkit.models.kernels.activation_checkpointing import checkpoint_activations
-    from peftkit.models.kernels.attention import cpu_attention
+    from peftkit.models.kernels.attention import use_cpu_attention
     from peftkit.models.kernels.compile import compile_blocks
-    from peftkit.models.kernels.dropout import cpu_dropout
-    from peftkit.models.kernels.rms_norm import cpu_normalization
+    from peftkit.models.kernels.dropout import use_cpu_dropout
+    from peftkit.models.kernels.rms_norm import use_cpu_rms_norm
 
     if recipe.model.attention == "auto":
-        cpu_attention(loaded.model)
-    cpu_normalization(loaded.model)
-    cpu_dropout(loaded.model)
+        use_cpu_attention(loaded.model)
+    use_cpu_rms_norm(loaded.model)
+    use_cpu_dropout(loaded.model)
     if head.pools and loaded.pooling == "own":
-        first_token.prepare(loaded.model)
-    if recipe.training.compile and not _is_planned(loaded.model):
+        first_token.shorten_last_block(loaded.model)
+    if recipe.training.compile and not _has_no_data(loaded.model):
         compile_blocks(loaded.model)
     checkpoint_activations(loaded.model, recipe.training.gradient_checkpointing)
     if recipe.training.neftune_alpha:
         add_embedding_noise(loaded.model, recipe.training.neftune_alpha)
 
 
-def _is_planned(model: torch.nn.Module) -> bool:
-    """Whether there are no values, only shapes."""
+def _has_no_data(model: torch.nn.Module) -> bool:
+    """Whether the model has no data, as in planning."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return any(isinstance(parameter, FakeTensor) or parameter.is_meta for parameter in model.parameters())
 
 
 def add_embedding_noise(model: Any, alpha: float) -> None:
-    """Uniform noise of ± alpha / √(tokens × width) on the input embeddings in training mode (NEFTune, Jain et al. 2023,
-    arXiv:2310.05914)."""
+    """Adds uniform noise of ± alpha / √(tokens × width) to the input embeddings in training mode.
 
-    def noisy(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    NEFTune, Jain et al. 2023, arXiv:2310.05914.
+    """
+
+    def add_noise(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
-        reach = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
-        return output + torch.empty_like(output).uniform_(-reach, reach)
+        bound = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-bound, bound)
 
-    model.get_input_embeddings().register_forward_hook(noisy)
+    model.get_input_embeddings().register_forward_hook(add_noise)

@@ -18,9 +18,10 @@ import torch
 
 from peftkit.models import dtypes
 from peftkit.models.kernels import linear_cross_entropy
-from peftkit.models.kernels.attention import cpu_attention
-from peftkit.models.kernels.rms_norm import cpu_normalization
+from peftkit.models.kernels.attention import use_cpu_attention
+from peftkit.models.kernels.rms_norm import use_cpu_rms_norm
 from peftkit.models.loading import cast_parameters
+from peftkit.models.third_party import silence_libraries
 from peftkit.planning.machine import import_libraries
 from peftkit.runs.environment import peak_memory
 from peftkit.schema.registries import METHODS
@@ -37,7 +38,7 @@ def main() -> None:
     """Measure the machine and print the results."""
     bound_kernel_cache()
     import_libraries()
-    dtypes.silence_libraries()
+    silence_libraries()
     torch.set_num_threads(int(sys.argv[1]))
     dtype = torch.bfloat16 if dtypes.native_bf16() else torch.float32
     tiny = _adapted_model({**SIZES, "num_hidden_layers": 2, "hidden_size": 72, "vocab_size": 128}, dtype)
@@ -63,8 +64,8 @@ def _adapted_model(sizes: dict[str, int], dtype: torch.dtype) -> Any:
     loaded = LoadedModel(model, None)  # type: ignore[arg-type]
     METHODS.get("lora").model_validate({"kind": "lora"}).apply(loaded)
     cast_parameters(loaded.model, dtype)
-    cpu_attention(loaded.model)
-    cpu_normalization(loaded.model)
+    use_cpu_attention(loaded.model)
+    use_cpu_rms_norm(loaded.model)
     return loaded.model
 
 
@@ -94,7 +95,7 @@ def _traced_bytes(dtype: torch.dtype) -> int:
         with unset_fake_temporarily(), torch.device("meta"):
             model = _adapted_model(SIZES, dtype)
         move_to_fake(model)
-        cpu_attention(model)
+        use_cpu_attention(model)
         loaded = LoadedModel(model, None)  # type: ignore[arg-type]
         traced = TracedModel(loaded, CausalLM(TaskInfo(NAME)), dtype)
         return max(traced.train(Shape(rows, tokens, rows * (tokens - 1))).peak for rows, tokens in SHAPES)

@@ -17,6 +17,7 @@ from peftkit.models import dtypes
 from peftkit.models.inventory import TablePart, trainable_table
 from peftkit.models.meta_model import build_meta_model, weight_file_bytes
 from peftkit.models.sources import folder_of, resolve
+from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device, local_device
@@ -128,7 +129,7 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
     Raises:
         UserError: the recipe, its data or its base model are wrong; the errors are those of a run.
     """
-    dtypes.silence_libraries()
+    silence_libraries()
     inputs, device = inputs or collect_inputs(recipe), device or local_device()
     workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu", packed=inputs.packed)
     return plan_workload(recipe, device, inputs, workload)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftkit.errors import ModelError
 from peftkit.models import packing
-from peftkit.models.blocks import find_blocks
+from peftkit.models.blocks import find_blocks, unwrap
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.planning.trace import Trace, Tracer
 from peftkit.schema.head import Head
@@ -54,7 +54,7 @@ class TracedModel:
     gpu: bool = False
 
     def __post_init__(self) -> None:
-        base = packing.underlying(self.loaded.model)
+        base = unwrap(self.loaded.model)
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         if self.head.writes_text:  # what is otherwise tried on real weights
             packing.assume_supported(base)
@@ -143,12 +143,12 @@ def extrapolate(few: Trace, more: Trace, count: int) -> Trace:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Within the context, a model on the CPU computes as on CUDA, so that it is traced as on CUDA."""
-    token = linear_cross_entropy.AS_ON_A_GPU.set(True)
+    token = linear_cross_entropy.SIMULATE_GPU.set(True)
     try:
         with _GpuKernels():
             yield
     finally:
-        linear_cross_entropy.AS_ON_A_GPU.reset(token)
+        linear_cross_entropy.SIMULATE_GPU.reset(token)
 
 
 class _GpuKernels(TorchFunctionMode):

@@ -27,13 +27,14 @@ from peftkit.errors import ExportError, ModelError, RecipeError, RunError, did_y
 from peftkit.methods import loftq_init
 from peftkit.methods.lora import Lora
 from peftkit.methods.targets import linear_names
-from peftkit.models import dtypes, packing
+from peftkit.models import packing
 from peftkit.models.blocks import find_blocks
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.models.loading import heads_of, load_plain
 from peftkit.models.quantization import checkpoint
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import ResolvedSource, folder_of, resolve
+from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.quantize.distillation import distill, distillation_targets
 from peftkit.quantize.gptq import quantize_blocks
@@ -90,7 +91,7 @@ def quantize(
         RunError: ``to`` is not empty.
         ExportError: the written model does not load as the one that was measured.
     """
-    dtypes.silence_libraries()
+    silence_libraries()
     _check(recipe, to, rows, tune_rows, block_size)
     source = resolve(recipe.model)
     folder = folder_of(source)

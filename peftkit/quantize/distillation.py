@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peftkit.models.kernels.linear_cross_entropy import IGNORE, scored
 from peftkit.models.packing import eval_modules
+from peftkit.models.patching import replaced_forward
 from peftkit.quantize.nf4_rounding import get_scales, set_scales, to_blocks
 from peftkit.schema.types import Batch
 
@@ -117,13 +118,8 @@ def _trainable_scales(layers: Sequence[Any], scales: Sequence[Tensor]) -> Iterat
 
     Replaces each layer's ``forward``, until bitsandbytes' own passes gradients to the scales.
     """
-    for layer, scale in zip(layers, scales):
-        layer.forward = partial(_scaled_linear, layer, scale)
-    try:
+    with replaced_forward({layer: partial(_scaled_linear, layer, scale) for layer, scale in zip(layers, scales)}):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _scaled_linear(layer: Any, scale: Tensor, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from peftkit.data.batching import by_length, pass_tokens, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
-from peftkit.models import classifier
+from peftkit.models.blocks import unwrap
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cache import cache_folder, entry_lock, is_intact, new_entry
@@ -193,7 +193,7 @@ class FeaturePlan:
     def _key(self, split: EncodedSplit) -> str:
         """Digest of everything that a split's features depend on."""
         assert self.trunk is not None
-        quantization, inner = self.recipe.quantization, classifier.unwrap(self.module.model)
+        quantization, inner = self.recipe.quantization, unwrap(self.module.model)
         parts = {
             "base": self.base,
             "class": type(inner).__name__,

@@ -55,7 +55,7 @@ def flops_per_token(loop: Loop) -> float:
     batch = loop.stepper.collate(rows)
     loop.module.train()
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
-    with torch.random.fork_rng(devices=[]), compile.without(), counter:  # torch cannot count in compiled code
+    with torch.random.fork_rng(devices=[]), compile.uncompiled(), counter:  # torch cannot count in compiled code
         with loop.session.accelerator.autocast():
             loss = loop.module(batch)
         loss.backward()

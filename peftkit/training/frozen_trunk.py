@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from peftkit.errors import ModelError
 from peftkit.models import classifier
-from peftkit.models.blocks import find_blocks
+from peftkit.models.blocks import find_blocks, unwrap
+from peftkit.models.patching import replaced_forward
 
 FEATURES = "features"
 """Name of the trunk's output in a batch."""
@@ -88,18 +89,8 @@ class FrozenTrunk:
 
         Replaced blocks pass their input on, so that a block that is run again (gradient checkpointing) sees the same.
         """
-        replacements = dict(self._replacements(hidden))
-        originals = {module: vars(module).get("forward") for module in replacements}  # device maps set one per instance
-        for module, forward in replacements.items():
-            module.forward = forward
-        try:
+        with replaced_forward(dict(self._replacements(hidden))):
             yield
-        finally:
-            for module, forward in originals.items():
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
     def reduced(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch to replay: with one vector per row, its rows have a single token."""
@@ -174,7 +165,7 @@ def find_frozen_trunk(
         batch: a few rows of unequal lengths, on the model's device.
         pooling: "own", "mean" or "cls", as in ``classifier.logits``.
     """
-    inner = classifier.unwrap(model)
+    inner = unwrap(model)
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
     try:
         blocks = tuple(find_blocks(inner)[1])

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from peftkit.errors import RecipeError
-from peftkit.models.dtypes import silence_libraries
 from peftkit.models.quantization import bitsandbytes_support
+from peftkit.models.third_party import silence_libraries
 
 CLASSES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
 CONSTANT = ("qmap1", "qmap2")

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftkit.export import adapter, manifest, proof, verify_worker
-from peftkit.models import dtypes
 from peftkit.models.loading import build
+from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
@@ -183,7 +183,7 @@ def reload(saved: dict[str, dict[str, Any]], work: Path) -> dict[str, torch.Tens
 
 def main(work: Path) -> None:
     """Loads every job of a folder with the script that exports are proven by."""
-    dtypes.silence_libraries()
+    silence_libraries()
     torch.set_num_threads(1)
     for file in sorted(work.glob("*.json")):
         job = json.loads(file.read_text(encoding="utf-8"))

@@ -137,7 +137,7 @@ def test_planned_bytes_are_those_of_the_weights_that_are_loaded(kind, model, tas
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ({"quantization": {"kind": "nf4"}}, "bitsandbytes already; set quantization=null"),
+        ({"quantization": {"kind": "nf4"}}, "already quantized with bitsandbytes; set quantization=null"),
         ({"method": {"kind": "full"}}, "trains the base's own weights"),
     ],
 )

@@ -103,8 +103,8 @@ def test_several_stop_tokens_in_a_row_all_belong_to_the_answer(chatml):
         ("{% for m in messages %}{{ m['role'] }}", r"the chat template fails \(line 1 of the template\)"),
         ("{{ messages[0]['content'] + eos_token }}", "prints the assistant's text 0 times"),
         ("{{ messages[-1]['content'] + eos_token }}", "prints the user's text 0 times"),
-        (BODY, "leaves out of its generation prompt what opens an assistant turn: 'assistant: '"),
-        (BODY + "{% if add_generation_prompt %}bot: {% endif %}", "otherwise than its own generation prompt"),
+        (BODY, "omits the start of an assistant turn from its generation prompt: 'assistant: '"),
+        (BODY + "{% if add_generation_prompt %}bot: {% endif %}", "differently from its own generation prompt"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_with_its_fault(template, said, chatml):
@@ -126,7 +126,7 @@ def test_a_doubled_bos_is_mended(chatml):
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     style = chat_template.read(chatml)
     assert style.stop == "<|im_end|>"
-    assert style.note == "the chat template writes <|im_start|> twice where a text begins: one is left out"
+    assert style.note == "the chat template writes <|im_start|> twice at the start of a text: one is removed"
 
 
 def test_generation_ends_at_end_of_text_where_no_template_can_be_used(chatml, gpt2):

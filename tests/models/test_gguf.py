@@ -94,7 +94,7 @@ def test_folder_holds_exactly_what_transformers_reads_from_the_file(gguf_file):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     direct = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
-    folder = subject.dequantized(gguf_file)
+    folder = subject.dequantize(gguf_file)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32
     assert getattr(model.config, "quantization_config", None) is None
@@ -107,17 +107,17 @@ def test_folder_holds_exactly_what_transformers_reads_from_the_file(gguf_file):
 
 
 def test_second_call_converts_nothing_and_a_deleted_or_cut_cache_is_made_again(gguf_file, monkeypatch):
-    folder = subject.dequantized(gguf_file)
+    folder = subject.dequantize(gguf_file)
     real, calls = subject._read, []
     monkeypatch.setattr(subject, "_read", lambda path: calls.append(path) or real(path))
-    assert subject.dequantized(gguf_file) == folder
+    assert subject.dequantize(gguf_file) == folder
     assert calls == []
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    assert subject.dequantized(gguf_file) == folder
+    assert subject.dequantize(gguf_file) == folder
     assert len(calls) == 1
     shutil.rmtree(cache.cache_root())
-    assert (subject.dequantized(gguf_file) / "config.json").is_file()
+    assert (subject.dequantize(gguf_file) / "config.json").is_file()
     assert len(calls) == 2
 
 
@@ -135,12 +135,12 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file, monkeypatch):
 
     monkeypatch.setattr(subject, "_read", fail)
     with pytest.raises(RuntimeError):
-        subject.dequantized(gguf_file)
+        subject.dequantize(gguf_file)
     assert not [path for path in cache.cache_folder("gguf").iterdir() if path.is_dir()]
 
 
 def _ask(path: str, queue) -> None:
-    queue.put(str(subject.dequantized(Path(path))))
+    queue.put(str(subject.dequantize(Path(path))))
 
 
 def test_processes_that_ask_at_once_share_one_folder(gguf_file):
@@ -158,15 +158,15 @@ def test_processes_that_ask_at_once_share_one_folder(gguf_file):
 
 def test_wrong_files_are_one_message(gguf_file, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="there is no file"):
-        subject.dequantized(tmp_path / "none.gguf")
+        subject.dequantize(tmp_path / "none.gguf")
     text = tmp_path / "text.gguf"
     text.write_text("hello")
     with pytest.raises(ModelError, match="expected a GGUF file"):
-        subject.dequantized(text)
+        subject.dequantize(text)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(gguf_file.read_bytes()[:200])
-    with pytest.raises(ModelError, match="cannot unpack"):
-        subject.dequantized(broken)
+    with pytest.raises(ModelError, match="cannot dequantize"):
+        subject.dequantize(broken)
     monkeypatch.setattr(subject.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'peftkit\[gguf\]'"):
-        subject.dequantized(gguf_file)
+        subject.dequantize(gguf_file)

@@ -68,8 +68,8 @@ def test_the_guard_turns_off_every_layer_that_would_repack(tmp_path):
     model = made(tiny.tiny_bert(tmp_path, **WIDE[tiny.tiny_bert]), {"kind": "nf4"}).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * 6
-    assert not any(getattr(layer, bitsandbytes_support.SWITCH) for layer in layers)
-    setattr(layers[0], bitsandbytes_support.SWITCH, True)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    layers[0].support_avx512bf16_for_cpu = True
     assert bitsandbytes_support.keep_gradients(model) == 1
 
 

@@ -65,12 +65,12 @@ def test_missing_kernels_are_named_with_the_line_that_installs_them(kind, llama,
 @pytest.mark.parametrize(
     ("held", "parts", "said"),
     [
-        ({"quant_method": "mxfp4"}, {}, "quantized with mxfp4, which no method here is trained over"),
+        ({"quant_method": "mxfp4"}, {}, "quantized with mxfp4, which no method supports"),
         ({"bits": 4}, {}, "quantized with an unnamed method"),
         (
             {"quant_method": "gptq"},
             {"quantization": {"kind": "nf4"}},
-            "gptq already; set quantization=null",
+            "already quantized with gptq; set quantization=null",
         ),
         ({"quant_method": "gptq"}, {"method": {"kind": "full"}}, "trains the base's own weights"),
         ({"quant_method": "gptq"}, {"method": {"kind": "vera"}}, "supports checkpoints quantized with bitsandbytes"),
@@ -89,7 +89,7 @@ def test_missing_kernels_are_named_with_the_line_that_installs_them(kind, llama,
         (
             {"quant_method": "awq"},
             {"export": {"merge": True}},
-            "nothing can be merged into weights",
+            "weights cannot be merged with an adapter",
         ),
         ({"quant_method": "hqq"}, {}, "this version of transformers cannot"),
     ],

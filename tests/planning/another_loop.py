@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftkit.models.quantization.meta_layers import SCALES, Held
+from peftkit.models.quantization.meta_layers import SCALES
+from peftkit.models.quantization.stored import WeightFormat
 from peftkit.planning.memory import persistent_memory
 from peftkit.planning.trace import Tracer, fake_tensor_mode
 from peftkit.planning.traced_model import FEW, MORE, extrapolate
@@ -59,12 +60,12 @@ SIZES = {
 }
 
 
-def planned_bytes(sizes: Sizes, held: Held | None, tokens: int, rows: int = 1) -> int:
+def planned_bytes(sizes: Sizes, weight_format: WeightFormat | None, tokens: int, rows: int = 1) -> int:
     """What stays, and the peak of a pass, from the planner's own counting."""
 
     def at(layers):
         with fake_tensor_mode():
-            network = Network(sizes, held, layers)
+            network = Network(sizes, weight_format, layers)
             tracer = Tracer(vocabulary=sizes.vocabulary)
             tracer.ignore([*network.parameters(), *network.buffers()])
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
@@ -91,12 +92,12 @@ def step(network, ids):
 
 
 class Network(nn.Module):
-    def __init__(self, sizes, held, layers):
+    def __init__(self, sizes, weight_format, layers):
         super().__init__()
         self.tokens = nn.Embedding(sizes.vocabulary, sizes.width, dtype=DTYPE).requires_grad_(False)
-        self.blocks = nn.ModuleList(Block(sizes, held) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(sizes, weight_format) for _ in range(layers))
         self.norm = norm(sizes)
-        self.head = matrix(sizes.width, sizes.vocabulary, sizes.parallel, held)
+        self.head = matrix(sizes.width, sizes.vocabulary, sizes.parallel, weight_format)
 
     def forward(self, ids):
         x = self.tokens(ids)
@@ -106,14 +107,15 @@ class Network(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, sizes, held):
+    def __init__(self, sizes, weight_format):
         super().__init__()
         width, biased = sizes.width, sizes.parallel
         self.sizes, self.norm = sizes, norm(sizes)
-        self.joint, self.out = Joint(width, biased, held), matrix(width, width, biased, held)
-        self.up, self.down = (matrix(*pair, biased, held) for pair in ((width, sizes.between), (sizes.between, width)))
+        self.joint, self.out = Joint(width, biased, weight_format), matrix(width, width, biased, weight_format)
+        self.up = matrix(width, sizes.between, biased, weight_format)
+        self.down = matrix(sizes.between, width, biased, weight_format)
         if not sizes.parallel:
-            self.second_norm, self.gate = norm(sizes), matrix(width, sizes.between, biased, held)
+            self.second_norm, self.gate = norm(sizes), matrix(width, sizes.between, biased, weight_format)
 
     def forward(self, x):
         normed = self.norm(x)
@@ -135,9 +137,9 @@ class Block(nn.Module):
 class Joint(nn.Module):
     """One matrix for queries, keys and values, with low-rank additions to the first and the last."""
 
-    def __init__(self, width, biased, held):
+    def __init__(self, width, biased, weight_format):
         super().__init__()
-        self.width, self.matrix = width, matrix(width, 3 * width, biased, held)
+        self.width, self.matrix = width, matrix(width, 3 * width, biased, weight_format)
         self.a = nn.Parameter(torch.empty(2 * RANK, width, dtype=DTYPE))
         self.b = nn.Parameter(torch.empty(2 * width, RANK, dtype=DTYPE))
 
@@ -164,14 +166,14 @@ class Norm(nn.Module):
 class FourBit(nn.Module):
     """A quantized matrix, with bytes as the planner counts them and products as bitsandbytes 0.41 formed them."""
 
-    def __init__(self, columns, rows, biased, held):
+    def __init__(self, columns, rows, biased, weight_format):
         super().__init__()
-        size = held.weight_bytes(rows * columns)
+        size = weight_format.weight_bytes(rows * columns)
         self.shape, self.weight = (
             (rows, columns),
             nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False),
         )
-        self.register_buffer(SCALES, torch.empty(held.constant_bytes(rows, columns), dtype=torch.uint8))
+        self.register_buffer(SCALES, torch.empty(weight_format.constant_bytes(rows, columns), dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(rows, dtype=DTYPE), requires_grad=False) if biased else None
 
     def forward(self, x):
@@ -193,9 +195,9 @@ def opened(shape):
     return torch.empty(shape, dtype=torch.float16).to(DTYPE)
 
 
-def matrix(columns, rows, biased, held):
-    if held is not None:
-        return FourBit(columns, rows, biased, held)
+def matrix(columns, rows, biased, weight_format):
+    if weight_format is not None:
+        return FourBit(columns, rows, biased, weight_format)
     return nn.Linear(columns, rows, bias=biased, dtype=DTYPE).requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from peftkit.models.meta_model import build_meta_model
-from peftkit.models.quantization.meta_layers import Held as HeldMatrix
+from peftkit.models.quantization.stored import WeightFormat
 from peftkit.planning.trace import fake_tensor_mode
 from peftkit.planning.traced_model import TracedModel
 from peftkit.schema.head import head_of
@@ -25,7 +25,7 @@ CONFIGS = {
                     "num_attention_heads": 64, "num_key_value_heads": 8},
 }  # fmt: skip
 TOKENIZER = SimpleNamespace(pad_token_id=0, get_vocab=lambda: {"a": 0})
-HELD = {"none": None, "nf4": HeldMatrix("nf4"), "nf4-dq": HeldMatrix("nf4", double=True)}
+FORMATS = {"none": None, "nf4": WeightFormat("nf4"), "nf4-dq": WeightFormat("nf4", double=True)}
 
 
 def recipe_of(name, folder, method):
@@ -35,11 +35,11 @@ def recipe_of(name, folder, method):
     return Recipe.parse({**values, "task": "instruction", "method": {"kind": "lora", **method}})
 
 
-def subject_of(recipe, held):
+def subject_of(recipe, weight_format):
     """The model of a recipe, planned for a GPU; call it inside ``fake_tensor_mode()``."""
     info = TaskInfo("causal_lm")
-    loaded = build_meta_model(recipe, info, TOKENIZER, torch.bfloat16, held=held, gpu=True)
+    loaded = build_meta_model(recipe, info, TOKENIZER, torch.bfloat16, weight_format=weight_format, gpu=True)
     return TracedModel(loaded, head_of(info, recipe.task), torch.bfloat16, True)
 
 
-__all__ = ["CONFIGS", "HELD", "fake_tensor_mode", "recipe_of", "subject_of"]
+__all__ = ["CONFIGS", "FORMATS", "fake_tensor_mode", "recipe_of", "subject_of"]

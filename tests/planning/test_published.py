@@ -8,7 +8,7 @@ import pytest
 
 from peftkit.planning.memory import persistent_memory
 from tests.planning.another_loop import SIZES, planned_bytes
-from tests.planning.published import HELD, fake_tensor_mode, recipe_of, subject_of
+from tests.planning.published import FORMATS, fake_tensor_mode, recipe_of, subject_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -20,7 +20,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def test_persistent_memory(model, held, published, tmp_path):
     recipe = recipe_of(model, tmp_path, {"rank": 16, "target_modules": ATTENTION})
     with fake_tensor_mode():
-        subject = subject_of(recipe, HELD[held])
+        subject = subject_of(recipe, FORMATS[held])
         persistent = sum(persistent_memory(subject.loaded.model, "adamw").parts().values())
     assert persistent / 1e9 == pytest.approx(published, rel=0.01)
 
@@ -34,7 +34,7 @@ CASES = [(model, number) for model in PEAKS for number in range(3)]
 def test_peaks_of_another_loop(model, number):
     """LitGPT's network and step, written from its source, counted by the planner's tracer and formulas."""
     tokens, published = PEAKS[model]
-    planned = planned_bytes(SIZES[model], list(HELD.values())[number], tokens)
+    planned = planned_bytes(SIZES[model], list(FORMATS.values())[number], tokens)
     assert -0.05 < planned / 1e9 / published[number] - 1 < 0.10
 
 
@@ -42,7 +42,7 @@ def test_peaks_of_another_loop(model, number):
 def test_a_norm_in_fp32_accounts_for_what_was_missing(number):
     tokens, published = PEAKS["llama-2-7b"]
     sizes = replace(SIZES["llama-2-7b"], wide_norm=True)
-    planned = planned_bytes(sizes, list(HELD.values())[number], tokens)
+    planned = planned_bytes(sizes, list(FORMATS.values())[number], tokens)
     assert planned / 1e9 == pytest.approx(published[number], rel=0.01)
 
 

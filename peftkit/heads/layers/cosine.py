@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import RecipeError
 from peftkit.models import classifier
+from peftkit.models.blocks import unwrap
 from peftkit.schema.types import Batch, LoadedModel, TaskInfo
 
 
@@ -85,7 +86,7 @@ def _inputs(head: nn.Linear, loaded: LoadedModel, batches: Sequence[Batch]) -> t
 
 
 def _unfit(loaded: LoadedModel) -> RecipeError:
-    kind = type(classifier.unwrap(loaded.model)).__name__
+    kind = type(unwrap(loaded.model)).__name__
     return RecipeError(
         "task.cosine_temperature needs a head that ends in a linear layer with a bias over one vector a row, "
         f"which {kind} has not; leave it out, or use model.pooling=mean for an encoder"

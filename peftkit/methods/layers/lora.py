@@ -11,6 +11,8 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from peftkit.models.patching import with_forward
+
 if TYPE_CHECKING:
     import torch
 
@@ -49,13 +51,13 @@ def _peft_classes() -> frozenset[type]:
 
 
 @functools.cache
-def _fast_class(cls: Any) -> type:
+def _fast_class(cls: Any) -> type[torch.nn.Module]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = None if args or any(value is not None for value in kwargs.values()) else _plain_adapter(self)
         output: torch.Tensor = cls.forward(self, x, *args, **kwargs) if adapter is None else _forward(self, x, adapter)
         return output
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__, "__doc__": cls.__doc__})
+    return with_forward(cls, forward)
 
 
 def _plain_adapter(layer: Any) -> str | None:
@@ -75,7 +77,7 @@ def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     import torch
 
     from peftkit.models.kernels import lora_linear
-    from peftkit.models.quantization.dequantize import dequantizer
+    from peftkit.models.quantization.bitsandbytes_support import dequantizer
 
     pretrained, device = layer.base_layer, x.device.type
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -86,7 +88,7 @@ def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
         return lora_linear.linear(x.to(dtype), pretrained.weight, pretrained.bias, *lora)
     dequantize = dequantizer(pretrained) if torch.is_grad_enabled() and not _must_be_called(pretrained) else None
     if dequantize is not None:  # without gradients bitsandbytes may have a faster kernel of its own, for single tokens
-        return lora_linear.dequantized_linear(x.to(dtype), dequantize, pretrained.bias, *lora)
+        return lora_linear.linear(x.to(dtype), dequantize, pretrained.bias, *lora)
     y = pretrained(x)
     if y._is_view():  # bitsandbytes' custom function returns a view, and autograd forbids adding to that in place
         y = y.clone(memory_format=torch.contiguous_format)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkit.errors import ModelError
 from peftkit.models import packing
-from peftkit.models.blocks import find_blocks
+from peftkit.models.blocks import find_blocks, unwrap
 from peftkit.models.loading import writes_text
 
 TOKENS = 11
@@ -73,7 +73,7 @@ def find_branches(model: nn.Module) -> list[Branch]:
             with packing.eval_modules(model), torch.no_grad(), tracer:
                 model(**_inputs(model))
         except (RuntimeError, ValueError) as error:
-            if packing.underlying(model).device.type != "meta":
+            if unwrap(model).device.type != "meta":
                 raise
             raise ModelError(f"{type(model).__name__} cannot be traced without its weights: {error}") from error
     if not tracer.branches:
@@ -82,7 +82,7 @@ def find_branches(model: nn.Module) -> list[Branch]:
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:
-    base = packing.underlying(model)
+    base = unwrap(model)
     device = base.get_input_embeddings().weight.device
     inputs: dict[str, Any] = {"input_ids": torch.arange(1, TOKENS + 1, device=device)[None]}
     if device.type == "meta" and writes_text(base.config):  # without one, transformers would read the inputs' values

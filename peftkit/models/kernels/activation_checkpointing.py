@@ -1,13 +1,12 @@
-"""Activations that are formed again in the backward pass in place of being kept (Chen et al. 2016, arXiv:1604.06174).
+"""Activation checkpointing: recomputing activations in the backward pass (Chen et al. 2016, arXiv:1604.06174).
 
-full: a block keeps its input alone, and all of it is computed a second time. selective: the results of matrix products
-are kept as well (Korthikanti et al. 2022, arXiv:2205.05198), so that only what is cheap is computed twice:
-normalization, activation functions, dropout, softmax, the opening of quantized weights.
+full: a block saves only its input and is computed a second time. selective: results of matmuls are saved as well
+(Korthikanti et al. 2022, arXiv:2205.05198), so that only cheap operations are computed twice: normalization,
+activation functions, dropout, softmax, the dequantization of weights.
 """
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,15 +14,15 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from peftkit.models.kernels import lora_linear
 
-PRODUCTS = frozenset({"mm", "addmm", "linear", "_scaled_mm", "_int_mm", "_grouped_mm"})
-"""Products with weights, by torch's names; those of queries and keys grow with the square of the length."""
+MATMULS = frozenset({"mm", "addmm", "linear", "_scaled_mm", "_int_mm", "_grouped_mm"})
+"""torch's matmuls with weights; not those of queries and keys, whose results grow with the square of the length."""
+QUANTIZED_MATMULS = frozenset({"gemv_4bit", "gemm_4bit", "int8_linear_matmul", "int8_scaled_mm"})
+"""bitsandbytes' own, which dequantize the weights."""
 FUSED_ATTENTION = "_scaled_dot_product_"
-QUANTIZED_PRODUCTS = frozenset({"gemv_4bit", "gemm_4bit", "int8_linear_matmul", "int8_scaled_mm"})
-"""bitsandbytes' own, which open the weights inside."""
 
 
 def checkpoint_activations(model: Any, mode: str) -> None:
-    """Switches a transformers (or peft) model's checkpointing on: ``full`` or ``selective``; ``off`` leaves it off."""
+    """Enables the checkpointing of a transformers (or peft) model: ``full`` or ``selective``; ``off`` does nothing."""
     if mode == "off":
         return
     arguments: dict[str, Any] = {"use_reentrant": False}
@@ -33,45 +32,42 @@ def checkpoint_activations(model: Any, mode: str) -> None:
 
 
 def selective_contexts() -> tuple[_Selective, _Selective]:
-    """The two contexts of ``torch.utils.checkpoint``: around the forward pass, and around its repetition."""
-    keep, reuse = create_selective_checkpoint_contexts(policy)
-    return _Selective(keep), _Selective(reuse)
+    """The two contexts of ``torch.utils.checkpoint``: for the forward pass and for its recomputation."""
+    save, reuse = create_selective_checkpoint_contexts(policy)
+    return _Selective(save), _Selective(reuse)
 
 
 def policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    """Keep what products with weights and fused attentions give, form the rest again.
+    """Saves the results of matmuls with weights and of fused attention; recomputes all else.
 
-    What draws random numbers is always formed again: left out of the repetition, it would shift the numbers that all
-    later dropouts draw.
+    Operations that draw random numbers are always recomputed: skipping one would shift the random numbers of all later
+    dropouts.
     """
     schema = getattr(operation, "_schema", None)
     name = schema.name.partition("::")[2] if schema else ""
-    kept = name in PRODUCTS | QUANTIZED_PRODUCTS or (
-        name.startswith(FUSED_ATTENTION) and not _given(schema, "dropout_p", arguments, named)
+    save = name in MATMULS | QUANTIZED_MATMULS or (
+        name.startswith(FUSED_ATTENTION) and not _argument(schema, "dropout_p", arguments, named)
     )
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _given(schema: Any, wanted: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The value of an operation's argument, None where it is at its default."""
-    for place, argument in enumerate(schema.arguments):
-        if argument.name == wanted:
-            return arguments[place] if place < len(arguments) else named.get(wanted)
-    return None
+def _argument(schema: Any, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The value of an operation's argument, None if it has its default."""
+    names = [argument.name for argument in schema.arguments]
+    position = names.index(name) if name in names else len(arguments)
+    return arguments[position] if position < len(arguments) else named.get(name)
 
 
 class _Selective:
-    """torch's context, within which the low-rank kernel leaves the products that it is given as they are."""
+    """torch's context, in which the LoRA kernel does not change matmul results in place."""
 
     def __init__(self, inner: torch.utils._python_dispatch.TorchDispatchMode) -> None:
         self._inner = inner
 
     def __enter__(self) -> None:
-        self._token = lora_linear.PRODUCTS_ARE_KEPT.set(True)
+        self._token = lora_linear.MATMULS_ARE_SAVED.set(True)
         self._inner.__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._inner.__exit__(kind, error, trace)
-        lora_linear.PRODUCTS_ARE_KEPT.reset(self._token)
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        lora_linear.MATMULS_ARE_SAVED.reset(self._token)

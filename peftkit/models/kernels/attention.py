@@ -1,16 +1,15 @@
-"""Attention in bf16 on a CPU, with a backward pass that costs what its products cost.
+"""Blockwise attention for bf16 on a CPU, with a backward pass that costs little more than its matmuls.
 
     softmax(s · Q Kᵀ + mask) V
 
-torch's fused kernel for the CPU spends two thirds of its time in the bf16 backward pass on short rows. Here queries are
-taken a block at a time, causal blocks read only the keys before them, heads that share keys are one product, and
-products are plain matrix products in bf16 with the softmax in fp32, which is the precision of
-transformers' eager attention. Rows are taken few at a time, so that a tile's weights stay in the processor's cache:
-fresh memory for all of them at once costs several times their products.
-The backward pass forms each block's weights anew (FlashAttention's recomputation, Dao et al. 2022, arXiv:2205.14135);
-kept are only those of short rows, which are small, and dropout's masks, where there is dropout.
+On short rows, torch's fused CPU kernel spends two thirds of its time in the bf16 backward pass. This module processes
+queries in blocks; causal blocks only read the keys up to their own end, heads that share keys are one matmul, and
+matmuls are plain bf16 ones with the softmax in fp32, the precision of transformers' eager attention. Few rows are
+processed at a time, so that the weights of a tile stay in the processor's cache: allocating memory for all of them
+costs several times their matmuls. The backward pass recomputes each block's weights (as in FlashAttention, Dao et al.
+2022, arXiv:2205.14135); only those of short rows, which are small, and dropout masks are saved.
 
-Shape suffixes: B rows times key heads, G query heads a key head, T queries, S keys, D width of a head.
+Shape suffixes: B rows × key heads, G query heads per key head, T queries, S keys, D head width.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftkit.models.blocks import unwrap
 from peftkit.models.kernels import dropout
-from peftkit.models.packing import underlying
 
 NAME = "peftkit_cpu"
 BLOCK = 128
-"""Queries taken at a time."""
+"""Queries per tile."""
 TILE = 1 << 20
-"""Weights taken at a time, where a row's block has fewer."""
-KEPT = 2
-"""Weights, in fp32, are kept for the backward pass where they are up to so many times as many as the queries."""
+"""Most attention weights per tile, unless one row's block has more."""
+MAX_SAVED = 2
+"""Attention weights (fp32) are saved for the backward pass if there are at most this many per number in the queries."""
 
 
-def cpu_attention(model: Any) -> bool:
-    """Lets a bf16 model on a CPU that uses sdpa attend through this module; returns whether it does now.
+def use_cpu_attention(model: Any) -> bool:
+    """Switches a bf16 model on a CPU from sdpa to this module; returns whether it was switched.
 
-    Nothing else changes: the masks are sdpa's, and every call that this module is not made for goes to sdpa.
+    Masks stay those of sdpa, and sdpa still serves every call that this module does not support.
     """
-    base = underlying(model)
+    base = unwrap(model)
     weight = base.get_input_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or base.config._attn_implementation != "sdpa":
         return False
@@ -55,17 +54,17 @@ def cpu_attention(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def torchs_own(model: Any) -> Iterator[None]:
-    """Lets a model attend through torch's kernel for a while, as it does in the hands of a plain reader."""
-    base = underlying(model)
-    ours = base.config._attn_implementation == NAME
-    if ours:
-        base.set_attn_implementation("sdpa")
+def torch_attention(model: Any) -> Iterator[None]:
+    """A context in which the model uses torch's own kernel, as it does without peftkit."""
+    base = unwrap(model)
+    if base.config._attn_implementation != NAME:
+        yield
+        return
+    base.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        if ours:
-            base.set_attn_implementation(NAME)
+        base.set_attn_implementation(NAME)
 
 
 def attend(
@@ -79,8 +78,8 @@ def attend(
     is_causal: bool | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' interface of an attention: query [rows, heads, T, D] → [rows, T, heads, D]."""
-    if not _is_ours(query, key, attention_mask, arguments):
+    """transformers' attention interface: query [rows, heads, T, D] → [rows, T, heads, D]."""
+    if not _is_supported(query, key, attention_mask, arguments):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **arguments
         )
@@ -90,25 +89,25 @@ def attend(
     return blockwise(query, key, value, attention_mask, causal, scale, dropout), None
 
 
-def _is_ours(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
+def _is_supported(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling():
         return False
     plain = not any(arguments.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
-    whole_rows = query.shape[2] == key.shape[2] > 1
-    shared = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
-    return plain and whole_rows and shared and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    full_rows = query.shape[2] == key.shape[2] > 1
+    same_for_heads = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+    return plain and full_rows and same_for_heads and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def blockwise(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Attention over whole rows, [rows, T, heads, D].
+    """Attention over full rows, [rows, T, heads, D].
 
     Args:
         query: [rows, heads, T, D].
-        key, value: [rows, key heads, T, D]; the heads are a multiple of the key heads.
-        mask: bool, True where a query may look, [rows or 1, 1, T or 1, T]; None for all.
-        causal: queries look at themselves and before only; with a mask, the mask says so.
+        key, value: [rows, key heads, T, D]; the number of heads is a multiple of the key heads.
+        mask: bool, True where attention is allowed, [rows or 1, 1, T or 1, T]; None allows all.
+        causal: whether queries only see keys up to their own position; False with a mask, which then decides.
     """
     return _Blockwise.apply(query, key, value, mask, causal, scale, dropout)  # type: ignore[no-any-return]
 
@@ -122,47 +121,47 @@ class _Blockwise(torch.autograd.Function):
         out = query.new_empty([query.shape[i] for i in (0, 2, 1, 3)])
         query_KTGD = _by_key_head(query, key, scale)
         added = None if mask is None else _added(mask, key.dtype)
-        tiles, keep = _tiles(query, mask, causal)
-        dropped, known = [], []
+        tiles, save_weights = _tiles(query, mask, causal)
+        dropout_masks, saved = [], []
         with torch.autocast("cpu", enabled=False):
             for tile in tiles:
                 weights = _weights(query_KTGD, key, added, causal, tile)
-                used = weights.to(value.dtype)
+                rounded = weights.to(value.dtype)
                 if p > 0:
-                    dropped.append(dropout.mask(used.shape, p, used.dtype))
-                    used = used * dropped[-1]
-                _put(out, tile, torch.bmm(used, tile.keys(value)))
-                if keep:
-                    known.append(weights)
-        ctx.save_for_backward(query_KTGD, key, value, added, *known, *dropped)
-        ctx.tiles, ctx.causal, ctx.scale, ctx.known = tiles, causal, scale, len(known)
+                    dropout_masks.append(dropout.mask(rounded.shape, p, rounded.dtype))
+                    rounded = rounded * dropout_masks[-1]
+                _write(out, tile, torch.bmm(rounded, tile.keys(value)))
+                if save_weights:
+                    saved.append(weights)
+        ctx.save_for_backward(query_KTGD, key, value, added, *saved, *dropout_masks)
+        ctx.tiles, ctx.causal, ctx.scale, ctx.saved = tiles, causal, scale, len(saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query_KTGD, key, value, added, *kept = ctx.saved_tensors
-        known, dropped, tiles = kept[: ctx.known], kept[ctx.known :], ctx.tiles
+        query_KTGD, key, value, added, *others = ctx.saved_tensors
+        saved, dropout_masks, tiles = others[: ctx.saved], others[ctx.saved :], ctx.tiles
         grad_out_KTGD, grad_query = _by_key_head(grad_out.transpose(1, 2), key), torch.empty_like(grad_out)
-        # sums over blocks of queries are kept in fp32
+        # sums over several blocks of queries are in fp32
         wide = torch.promote_types(key.dtype, torch.float32) if tiles[0].first < tiles[-1].first else key.dtype
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for number, tile in enumerate(tiles):
-            weights = known[number] if known else _weights(query_KTGD, key, added, ctx.causal, tile)
-            used = weights.to(value.dtype)
+        for index, tile in enumerate(tiles):
+            weights = saved[index] if saved else _weights(query_KTGD, key, added, ctx.causal, tile)
+            rounded = weights.to(value.dtype)
             rows = tile.queries(grad_out_KTGD)
-            slope = torch.bmm(rows, tile.keys(value).mT)
-            if dropped:
-                used, slope = used * dropped[number], slope.mul_(dropped[number])
-            slope = torch._softmax_backward_data(slope.to(weights.dtype), weights, -1, weights.dtype).to(key.dtype)
-            _put(grad_query, tile, torch.bmm(slope, tile.keys(key)).mul_(ctx.scale))
-            tile.keys(grad_value).add_(torch.bmm(used.mT, rows))
-            tile.keys(grad_key).add_(torch.bmm(slope.mT, tile.queries(query_KTGD)))
+            grad = torch.bmm(rows, tile.keys(value).mT)  # by the weights, then by the scores
+            if dropout_masks:
+                rounded, grad = rounded * dropout_masks[index], grad.mul_(dropout_masks[index])
+            grad = torch._softmax_backward_data(grad.to(weights.dtype), weights, -1, weights.dtype).to(key.dtype)
+            _write(grad_query, tile, torch.bmm(grad, tile.keys(key)).mul_(ctx.scale))
+            tile.keys(grad_value).add_(torch.bmm(rounded.mT, rows))
+            tile.keys(grad_key).add_(torch.bmm(grad.mT, tile.queries(query_KTGD)))
         return grad_query.transpose(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
 
 
 class _Tile(NamedTuple):
-    """Some queries of some rows, with the keys that they may see."""
+    """A block of queries of some rows, with the number of keys that they see."""
 
     rows: slice
     first: int
@@ -170,16 +169,16 @@ class _Tile(NamedTuple):
     seen: int
 
     def queries(self, tensor_KTGD: Tensor) -> Tensor:
-        """Those of [rows, key heads, T, G, D], as [rows · key heads, queries · G, D]."""
+        """The tile's part of [rows, key heads, T, G, D], as [rows · key heads, queries · G, D]."""
         return tensor_KTGD[self.rows, :, self.first : self.last].flatten(2, 3).flatten(0, 1)
 
     def keys(self, tensor_KSD: Tensor) -> Tensor:
-        """Those of [rows, key heads, S, D], as [rows · key heads, keys, D]."""
+        """The tile's part of [rows, key heads, S, D], as [rows · key heads, keys, D]."""
         return tensor_KSD[self.rows].flatten(0, 1)[:, : self.seen]
 
 
 def _tiles(query: Tensor, mask: Tensor | None, causal: bool) -> tuple[list[_Tile], bool]:
-    """Tiles of an attention, and whether their weights are kept for the backward pass."""
+    """The tiles of an attention, and whether their weights are saved for the backward pass."""
     (count, heads, tokens, width), tiles, weights = query.shape, [], 0
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
@@ -188,27 +187,27 @@ def _tiles(query: Tensor, mask: Tensor | None, causal: bool) -> tuple[list[_Tile
         rows = max(1, TILE // (heads * (last - first) * seen))
         tiles += [_Tile(slice(row, row + rows), first, last, seen) for row in range(0, count, rows)]
         weights += (last - first) * seen
-    return tiles, weights <= KEPT * tokens * width
+    return tiles, weights <= MAX_SAVED * tokens * width
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to a mask's scores, None where all may be seen; made once for all layers that share a mask.
+    """The additive form of a mask, None if it masks nothing; computed once for all layers that share the mask.
 
-    Adding is several times faster than filling in.
+    Addition is several times faster than ``masked_fill``.
     """
-    known = _ADDED.setdefault(mask, {})
-    if dtype not in known:
-        lowest, made = torch.finfo(dtype).min, torch.zeros(mask.shape, dtype=dtype)
-        known[dtype] = None if bool(mask.all()) else made.masked_fill_(~mask, lowest)
-    return known[dtype]
+    forms = _ADDITIVE_MASKS.setdefault(mask, {})
+    if dtype not in forms:
+        zeros = torch.zeros(mask.shape, dtype=dtype)
+        forms[dtype] = None if bool(mask.all()) else zeros.masked_fill_(~mask, torch.finfo(dtype).min)
+    return forms[dtype]
 
 
-_ADDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""What was made of the masks that are alive."""
+_ADDITIVE_MASKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Additive forms by dtype, of the masks that are alive."""
 
 
 def _weights(query_KTGD: Tensor, key: Tensor, added: Tensor | None, causal: bool, tile: _Tile) -> Tensor:
-    """Softmax of a tile in fp32, [rows · key heads, queries · G, keys]."""
+    """A tile's attention weights in fp32, [rows · key heads, queries · G, keys]."""
     scores = torch.bmm(tile.queries(query_KTGD), tile.keys(key).mT)
     queries = tile.last - tile.first
     split = scores.view(-1, key.shape[1], queries, query_KTGD.shape[3], tile.seen)
@@ -223,15 +222,15 @@ def _weights(query_KTGD: Tensor, key: Tensor, added: Tensor | None, causal: bool
 
 
 def _by_key_head(tensor: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """[rows, heads, T, D] → [rows, key heads, T, G, D]: queries that share a key head lie together, token by token."""
+    """[rows, heads, T, D] → [rows, key heads, T, G, D]: queries that share a key head are adjacent, by token."""
     rows, heads, tokens, width = tensor.shape
     view = tensor.view(rows, key.shape[1], heads // key.shape[1], tokens, width).transpose(2, 3)
     return view.contiguous() if scale == 1.0 else torch.mul(view, scale, out=view.new_empty(view.shape))
 
 
-def _put(whole: Tensor, tile: _Tile, part: Tensor) -> None:
-    """Puts a tile's queries, [rows · key heads, queries · G, D], into [rows, T, heads, D]."""
-    view = whole[tile.rows, tile.first : tile.last]
+def _write(output: Tensor, tile: _Tile, part: Tensor) -> None:
+    """Writes a tile's queries, [rows · key heads, queries · G, D], into [rows, T, heads, D]."""
+    view = output[tile.rows, tile.first : tile.last]
     rows, queries, heads, width = view.shape
     group = part.shape[1] // queries
     part = part.view(rows, heads // group, queries, group, width).transpose(1, 2)

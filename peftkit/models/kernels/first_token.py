@@ -1,15 +1,15 @@
-"""The last block of an encoder whose head reads the first token alone computes that token alone.
+"""Computes only the first token in the last block of an encoder whose head reads nothing else.
 
-Of the last block only keys and values are needed at every token; query, output product and feed-forward network are
-needed where somebody reads their result. BERT, RoBERTa, ELECTRA and their kin classify by the first token (Devlin et
-al. 2019, arXiv:1810.04805, section 3.2), so that all of it at the other tokens is work for nothing: ten twelfths of a
-block's products, 14 % of a model of six blocks, 7 % of one of twelve, forward and backward.
+The last block needs keys and values at every token, but query, output projection and feed-forward network only where
+their result is read. BERT, RoBERTa, ELECTRA and similar models classify by the first token (Devlin et al. 2019,
+arXiv:1810.04805, section 3.2). Skipping the other tokens saves ten twelfths of a block's matmuls: 14 % of a model of
+six blocks, 7 % of one of twelve, forward and backward.
 
-    found = prepare(model)         # True where it was tried on a few tokens and gave the same scores
+    shorten_last_block(model)      # True if a trial on a few tokens gave the same scores
     with reading_first_token():
         model(**inputs).logits
 
-Outside of the context the block is as it was: whoever wants every token's state gets it.
+Outside of the context the block computes every token.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.errors import ModelError
-from peftkit.models.blocks import find_blocks
-from peftkit.models.packing import underlying
+from peftkit.models.blocks import find_blocks, unwrap
+from peftkit.models.packing import eval_modules
 
 ACTIVE: ContextVar[bool] = ContextVar("ACTIVE", default=False)
 ATTENTIONS = ("eager", "sdpa", "peftkit_cpu")
-"""Those whose masks are [rows, 1, queries, keys]."""
+"""Attention implementations with masks of [rows, 1, queries, keys]."""
+HALF = (torch.bfloat16, torch.float16)
 ROWS, TOKENS = 2, 7
 TOLERANCE = 3e-2
-"""Largest difference of scores, relative to the largest, on the trial; half precision rounds coarsely."""
+"""Largest difference of scores in the trial, relative to the largest score; half precision rounds coarsely."""
 
 
 @contextlib.contextmanager
 def reading_first_token() -> Iterator[None]:
-    """Says that of the last block's output only the first token is read."""
+    """A context in which only the first token of the last block's output is read."""
     token = ACTIVE.set(True)
     try:
         yield
@@ -47,20 +48,20 @@ def reading_first_token() -> Iterator[None]:
         ACTIVE.reset(token)
 
 
-def prepare(model: nn.Module) -> bool:
-    """Lets a classifier's last block compute the first token only, where that is seen to give the same scores.
+def shorten_last_block(model: nn.Module) -> bool:
+    """Makes a classifier's last block compute only the first token, if a trial gives the same scores.
 
     Args:
         model: a transformers classifier, or a wrapper around one, on its device.
     """
-    inner: Any = underlying(model)
+    inner: Any = unwrap(model)
     try:
         last: Any = find_blocks(inner)[1][-1]
     except ModelError:
         return False
     if not _is_known(last) or inner.config._attn_implementation not in ATTENTIONS or "forward" in vars(last):
         return False
-    last.forward = MethodType(_forward, last)  # its class stays that of its neighbours
+    last.forward = MethodType(_forward, last)  # its class stays the same as that of the other blocks
     if not _same_scores(inner):
         del last.forward
         return False
@@ -68,7 +69,7 @@ def prepare(model: nn.Module) -> bool:
 
 
 def _is_known(block: Any) -> bool:
-    """Whether a block is made of BERT's parts."""
+    """Whether a block has the parts of BERT's."""
     attention = getattr(block, "attention", None)
     own = getattr(attention, "self", None)
     parts = [getattr(own, name, None) for name in ("query", "key", "value")]
@@ -78,10 +79,10 @@ def _is_known(block: Any) -> bool:
 
 
 def _forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-    four = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
-    given = [*args, *(kwargs.get(name) for name in ("encoder_hidden_states", "past_key_values"))]
-    if ACTIVE.get() and four and all(value is None for value in given):
-        if self.training and getattr(self, "gradient_checkpointing", False):  # it wraps what this replaces
+    simple_mask = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 4)
+    others = [*args, *(kwargs.get(name) for name in ("encoder_hidden_states", "past_key_values"))]
+    if ACTIVE.get() and simple_mask and all(value is None for value in others):
+        if self.training and getattr(self, "gradient_checkpointing", False):  # checkpointing wraps the class's forward
             return self._gradient_checkpointing_func(partial(_first, self), hidden_states, attention_mask)
         return _first(self, hidden_states, attention_mask)
     return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
@@ -105,25 +106,20 @@ def _first(block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def _same_scores(model: Any) -> bool:
-    """Runs a few tokens both ways, one row of them padded."""
+    """Compares both ways on a few tokens, with one padded row."""
     device = next(model.parameters()).device
     ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % (model.config.vocab_size - 1) + 1
     mask = torch.ones_like(ids)
     mask[-1, TOKENS // 2 :] = 0
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     dtype = model.get_input_embeddings().weight.dtype
     try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-            whole = model(**inputs).logits.float()
+        with eval_modules(model), torch.autocast(device.type, dtype=dtype, enabled=dtype in HALF):
+            expected = model(**inputs).logits.float()
             with reading_first_token():
-                found = model(**inputs).logits.float()
+                scores = model(**inputs).logits.float()
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if found.shape != whole.shape:
+    if scores.shape != expected.shape:
         return False
-    return bool((found - whole).abs().max() <= TOLERANCE * whole.abs().max().clamp(min=1e-6))
+    return bool((scores - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-6))

@@ -1,13 +1,13 @@
-"""The language model's loss without its logits: only scored positions pass through the head, a chunk at a time.
+"""A language model's cross-entropy without its logits: only scored positions reach the output layer, in chunks.
 
-    loss = sum over scored tokens of  -log softmax(f(W h + b))[target]
+    loss = − Σ_t log softmax(f(W h_t + b))[target_t],   t: scored tokens
 
-with f the scaling and soft-capping of the architecture. The model runs as it is, adapters and wrappers included; only
-its output embedding is stood in for while it runs, which takes the hidden states [rows, tokens, width], picks the
-scored ones, and forms their loss *and its gradient* chunk by chunk, so that tokens × vocabulary is never held. On a
-CPU the softmax of a chunk is taken a slice at a time, which its caches hold.
-What f is, is read from the config and then tried on made-up logits; where it stays unknown, the model's own
-full logits are used, and a warning says so.
+f is the architecture's scaling and soft-capping of logits. The model runs unchanged, adapters and wrappers included,
+except for the forward of its output layer. That is replaced by a function that takes the hidden states [rows, tokens,
+width], selects the scored ones, and computes loss *and gradient* chunk by chunk, so that [tokens, vocabulary] is never
+allocated (compare Wijmans et al. 2024, arXiv:2411.09009). On a CPU the softmax of a chunk runs in slices that fit its
+caches. f is read from the config and verified with artificial logits; if it stays unknown, the model's full logits are
+used, with a warning.
 
 Shape suffixes: S scored tokens, H width, V vocabulary.
 """
@@ -28,20 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.models import packing
+from peftkit.models.blocks import unwrap
+from peftkit.models.patching import replaced_forward
 
 IGNORE = -100
 CHUNK_BYTES = 32 * 2**20
-"""Bound on one chunk of logits. On a CPU one lives at a time, elsewhere three, in fp32."""
+"""Bound on a chunk of logits. One is alive at a time on a CPU; elsewhere three are, in fp32."""
 SLICE_BYTES = 4 * 2**20
-"""Bound on one fp32 slice of a chunk on a CPU; two live at a time."""
-AS_ON_A_GPU: ContextVar[bool] = ContextVar("AS_ON_A_GPU", default=False)
-"""Set where a pass on a GPU is worked out on a CPU: a chunk is one slice then."""
+"""Bound on an fp32 slice of a chunk on a CPU; two are alive at a time."""
+SIMULATE_GPU: ContextVar[bool] = ContextVar("SIMULATE_GPU", default=False)
+"""Set while planning traces a GPU's pass on a CPU: a chunk is one slice then."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shaping:
-    """What an architecture does to the head's output: ``cap · tanh(scale · z / cap)``, or ``scale · z``."""
+    """An architecture's function of the output layer's result z: ``cap · tanh(scale · z / cap)``, or ``scale · z``."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -52,8 +54,8 @@ class Shaping:
 
 
 @dataclass(frozen=True)
-class Head:
-    """An output embedding, as it was before it was stood in for, with what follows it."""
+class OutputLayer:
+    """A model's output layer with its original ``forward``, and the shaping of its logits."""
 
     module: nn.Module
     forward: Callable[[Tensor], Tensor]
@@ -61,11 +63,11 @@ class Head:
     vocabulary: int
 
     def rows(self, itemsize: int = 4) -> int:
-        """Hidden states whose logits, of so many bytes each, stay within ``CHUNK_BYTES``."""
+        """Rows of logits, at ``itemsize`` bytes per number, that fit in ``CHUNK_BYTES``."""
         return max(1, CHUNK_BYTES // (itemsize * self.vocabulary))
 
     def __call__(self, hidden_SH: Tensor) -> Tensor:
-        """Shaped logits in the precision of the softmax, [S, V]."""
+        """Shaped logits in the dtype of the softmax, [S, V]."""
         return self.shaping(_wide(self.forward(hidden_SH)))
 
 
@@ -78,8 +80,8 @@ def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     Args:
         model: a causal language model of transformers, bare or wrapped by peft or for distribution.
         batch: ``input_ids`` and ``labels`` [rows, tokens] (position t predicts label t + 1; -100 is not scored), and
-            the model's other inputs. With ``position_ids`` that restart at 0, documents are kept apart and the first
-            token of a document, which has nothing before it, is not scored.
+            the model's other inputs. Where ``position_ids`` restart at 0, documents are isolated and the first token of
+            a document is not scored.
     """
     targets = scored(batch)
     keep = (targets != IGNORE).flatten().nonzero().squeeze(1)
@@ -87,26 +89,26 @@ def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     if shaping is None:
         logits_SV = _wide(_full_logits(model, batch, keep))
         return F.cross_entropy(logits_SV, targets.flatten()[keep], reduction="sum")
-
-    return _at_head(model, batch, keep, lambda hidden_SH, head: _summed(hidden_SH, targets.flatten()[keep], head))
+    return _at_output(model, batch, keep, lambda hidden_SH, output: _sum(hidden_SH, targets.flatten()[keep], output))
 
 
 def row_outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each row's summed ``loss``, ``weight`` (scored tokens) and ``correct`` (label was likeliest): [rows] fp32."""
+    """Each row's summed ``loss``, ``weight`` (scored tokens) and ``correct`` (label was the argmax): [rows] fp32."""
     targets = scored(batch)
     keep = (targets != IGNORE).flatten().nonzero().squeeze(1)
-    wanted = targets.flatten()[keep]
+    targets_S = targets.flatten()[keep]
     with torch.no_grad():
         shaping = _shaping(model, batch["input_ids"])
         if shaping is None:
-            logits_SV = _full_logits(model, batch, keep)
-            figures = _figures([logits_SV], wanted, Shaping())
+            losses, correct = _token_scores([_full_logits(model, batch, keep)], targets_S, Shaping())
         else:
-            figures = _at_head(model, batch, keep, lambda hidden_SH, head: _scores(hidden_SH, wanted, head))
+            losses, correct = _at_output(
+                model, batch, keep, lambda hidden_SH, output: _chunked_scores(hidden_SH, targets_S, output)
+            )
     rows = keep // targets.shape[1]
     return {
         name: torch.zeros(len(targets), device=rows.device).index_add_(0, rows, values.float())
-        for name, values in {"loss": figures[0], "weight": torch.ones_like(figures[0]), "correct": figures[1]}.items()
+        for name, values in {"loss": losses, "weight": torch.ones_like(losses), "correct": correct}.items()
     }
 
 
@@ -117,41 +119,32 @@ def scored(batch: dict[str, Tensor]) -> Tensor:
     return targets if positions is None else targets.masked_fill(positions[:, 1:] == 0, IGNORE)
 
 
-def full_logits_reason(model: Any, input_ids: Tensor) -> str | None:
-    """Why the model's whole logits must be formed, or None where they need not."""
-    if _shaping(model, input_ids) is not None:
-        return None
-    name = packing.underlying(model).config.model_type
-    return f"{name} changes its logits in a way that is not known here: whole logits are formed, which takes memory"
+def assume_declared_shaping(model: Any) -> None:
+    """Skips the verification of the shaping that the model's config declares."""
+    base = unwrap(model)
+    _SHAPING[base] = _declared(base.config.get_text_config())[-1]
 
 
-def _at_head(model: Any, batch: dict[str, Tensor], keep: Tensor, compute: Callable[..., Any]) -> Any:
-    """Runs the model with ``compute(scored hidden states, head)`` in place of its head.
+def _at_output(model: Any, batch: dict[str, Tensor], keep: Tensor, compute: Callable[..., Any]) -> Any:
+    """Runs the model with ``compute(scored hidden states, output layer)`` in place of its output layer.
 
-    Only ``forward`` of the head is stood in for, not the module: whatever hooks surround its call (sharding,
-    offloading) do their work around ours.
+    Only the layer's ``forward`` is replaced, so that hooks around its call (sharding, offloading) still run.
     """
-    base = packing.underlying(model)
-    module, found = base.get_output_embeddings(), []
-    head = Head(module, module.forward, _SHAPING[base] or Shaping(), base.config.get_text_config().vocab_size)
+    base, results = unwrap(model), []
+    module = base.get_output_embeddings()
+    output = OutputLayer(module, module.forward, _SHAPING[base] or Shaping(), base.config.get_text_config().vocab_size)
     tokens = batch["labels"].shape[1]
-    arguments = packing.inputs(batch, model) | packing.no_cache(model)  # may try the model, so before its head is gone
+    # may run trials of the model, which need its output layer
+    arguments = packing.inputs(batch, model) | packing.no_cache(model)
 
-    def stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        own = hidden[:, -tokens:]  # a learned prompt stands before the row's own tokens
-        found.append(compute(own[:, :-1].flatten(0, 1).index_select(0, keep), head))
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        own = hidden[:, -tokens:]  # without the vectors of a learned prompt
+        results.append(compute(own[:, :-1].flatten(0, 1).index_select(0, keep), output))
         return hidden[..., :1]
 
-    shadowed = "forward" in vars(module)
-    module.forward = stand_in
-    try:
+    with replaced_forward({module: forward}):
         model(**arguments)
-    finally:
-        if shadowed:
-            module.forward = head.forward
-        else:
-            del module.forward
-    return found[0]
+    return results[0]
 
 
 def _full_logits(model: Any, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
@@ -159,87 +152,83 @@ def _full_logits(model: Any, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
     return logits[:, :-1].flatten(0, 1).index_select(0, keep)
 
 
-def _summed(hidden_SH: Tensor, targets_S: Tensor, head: Head) -> Tensor:
+def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
+    """Summed cross-entropy, by the fastest way that the output layer allows."""
     if not torch.is_grad_enabled():
-        return _scores(hidden_SH, targets_S, head)[0].sum()
-    trained = [parameter for parameter in head.module.parameters() if parameter.requires_grad]
-    if trained or not _is_plain(head.module):
-        return _AnyHead.apply(hidden_SH, targets_S, head, *trained)  # type: ignore[no-any-return]
-    weight: Tensor = head.module.weight  # type: ignore[assignment]
-    bias = head.module.bias
+        return _chunked_scores(hidden_SH, targets_S, output)[0].sum()
+    trained = [parameter for parameter in output.module.parameters() if parameter.requires_grad]
+    if trained or not _is_plain(output.module):
+        return _AnyOutputLayer.apply(hidden_SH, targets_S, output, *trained)  # type: ignore[no-any-return]
+    weight: Tensor = output.module.weight  # type: ignore[assignment]
+    bias = output.module.bias
     fused = _fused_kernel(hidden_SH.device.type)
-    if fused is not None and head.shaping.scale == 1.0 and bias is None and len(targets_S):
-        return fused(hidden_SH, weight, targets_S, head.shaping.cap)
-    weight_VH = weight.to(_compute_dtype(hidden_SH, weight))
-    return _FrozenHead.apply(hidden_SH, weight_VH, bias, targets_S, head)  # type: ignore[no-any-return]
+    if fused is not None and output.shaping.scale == 1.0 and bias is None and len(targets_S):
+        return fused(hidden_SH, weight, targets_S, output.shaping.cap)
+    device, dtype = hidden_SH.device.type, weight.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return _FrozenMatrix.apply(hidden_SH, weight.to(dtype), bias, targets_S, output)  # type: ignore[no-any-return]
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """Logits in the precision of the softmax: fp32, or fp64 where the model is in fp64."""
+    """Logits in the dtype of the softmax: fp32, or fp64 if the model is in fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """A matrix whose values can be used directly: no adapter around it, not quantized, not offloaded."""
-    return type(head) is nn.Linear and head.weight.is_floating_point() and not hasattr(head, "_hf_hook")
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer's weight can be used directly: no adapter around it, not quantized, not offloaded."""
+    return type(layer) is nn.Linear and layer.weight.is_floating_point() and not hasattr(layer, "_hf_hook")
 
 
 def _slices(logits_SV: Tensor) -> Iterator[slice]:
-    """Rows of a chunk that are brought to the precision of the softmax together."""
-    whole = logits_SV.device.type != "cpu" or AS_ON_A_GPU.get()
-    rows = len(logits_SV) if whole else SLICE_BYTES // (4 * logits_SV.shape[1])
-    for start in range(0, len(logits_SV), max(1, rows)):
-        yield slice(start, min(start + max(1, rows), len(logits_SV)))
+    """Rows of a chunk that are converted to the dtype of the softmax together."""
+    unsliced = logits_SV.device.type != "cpu" or SIMULATE_GPU.get()
+    rows = max(1, len(logits_SV) if unsliced else SLICE_BYTES // (4 * logits_SV.shape[1]))
+    for start in range(0, len(logits_SV), rows):
+        yield slice(start, min(start + rows, len(logits_SV)))
 
 
-def _scores(hidden_SH: Tensor, targets_S: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """``_figures`` of a head's logits, formed a chunk at a time."""
-    rows = head.rows(2 if hidden_SH.device.type == "cpu" else 4)
-    return _figures((head.forward(hidden) for hidden in hidden_SH.split(rows)), targets_S, head.shaping)
+def _chunked_scores(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> tuple[Tensor, Tensor]:
+    """``_token_scores`` of an output layer's logits, computed in chunks."""
+    rows = output.rows(2 if hidden_SH.device.type == "cpu" else 4)
+    return _token_scores((output.forward(hidden) for hidden in hidden_SH.split(rows)), targets_S, output.shaping)
 
 
-def _figures(chunks: Iterable[Tensor], targets_S: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood, and whether the likeliest token is the label, of each scored token: [S], [S]."""
+def _token_scores(chunks: Iterable[Tensor], targets_S: Tensor, shaping: Shaping) -> tuple[Tensor, Tensor]:
+    """Each scored token's negative log-likelihood, and whether its label is the argmax: [S], [S]."""
     losses = [torch.zeros(0, device=targets_S.device)]
     correct = [targets_S.new_zeros(0, dtype=torch.bool)]
     start = 0
     for chunk in chunks:
-        for piece in _slices(chunk):
-            logits, target = shaping(_wide(chunk[piece])), targets_S[start + piece.start : start + piece.stop]
+        for part in _slices(chunk):
+            logits, target = shaping(_wide(chunk[part])), targets_S[start + part.start : start + part.stop]
             losses.append(F.cross_entropy(logits, target, reduction="none"))
             correct.append(logits.argmax(-1) == target)
         start += len(chunk)
     return torch.cat(losses), torch.cat(correct)
 
 
-class _FrozenHead(torch.autograd.Function):
-    """Sum of cross-entropies over a frozen matrix; the gradient of its input is formed in the forward pass.
+class _FrozenMatrix(torch.autograd.Function):
+    """Summed cross-entropy with a frozen matrix; the gradient of its input is computed in the forward pass.
 
     d/dh = scale · (softmax − onehot) · (1 − tanh²) W, so that nothing as wide as the vocabulary outlives its chunk.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_S: Tensor, head: Head
+        ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_S: Tensor, output: OutputLayer
     ) -> Tensor:
         total = hidden_SH.new_zeros((), dtype=_wide(weight_VH[:0]).dtype)
-        wanted = ctx.needs_input_grad[0]
-        grad_SH = torch.empty_like(hidden_SH) if wanted else None
-        rows = min(max(1, len(targets_S)), head.rows(weight_VH.itemsize if hidden_SH.device.type == "cpu" else 4))
-        # one chunk's memory serves all: to take 32 MB anew from the system costs as much as a softmax
+        needs_grad = ctx.needs_input_grad[0]
+        grad_SH = torch.empty_like(hidden_SH) if needs_grad else None
+        rows = min(max(1, len(targets_S)), output.rows(weight_VH.itemsize if hidden_SH.device.type == "cpu" else 4))
+        # one buffer for all chunks: allocating 32 MB from the system takes as long as a softmax
         logits_SV = weight_VH.new_empty((rows, len(weight_VH)))
         with torch.autocast(hidden_SH.device.type, enabled=False):
             for hidden, targets, start in zip(hidden_SH.split(rows), targets_S.split(rows), count(0, rows)):
                 chunk = logits_SV[: len(targets)]
                 torch.mm(hidden.to(weight_VH.dtype), weight_VH.T, out=chunk)
-                total += _loss_and_grad(chunk, bias_V, targets, head.shaping, wanted)
+                total += _loss_and_grad(chunk, bias_V, targets, output.shaping, needs_grad)
                 if grad_SH is not None:
                     grad_SH[start : start + rows] = chunk @ weight_VH
         ctx.save_for_backward(grad_SH)
@@ -251,63 +240,60 @@ class _FrozenHead(torch.autograd.Function):
         return grad_SH * grad_output.to(grad_SH.dtype), None, None, None, None
 
 
-def _loss_and_grad(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, wanted: bool) -> Tensor:
-    """Summed loss of a chunk of bare logits, which become its derivative by them if that is wanted."""
+def _loss_and_grad(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, needs_grad: bool) -> Tensor:
+    """Summed loss of a chunk of unshaped logits, which are overwritten by their gradient if ``needs_grad``."""
     total = chunk.new_zeros((), dtype=_wide(chunk[:0]).dtype)
-    for piece in _slices(chunk):
-        logits, column, slope = _wide(chunk[piece]), targets[piece][:, None], None
+    for part in _slices(chunk):
+        logits, column, derivative = _wide(chunk[part]), targets[part][:, None], None
         if bias is not None:
             logits = logits + bias
         if shaping.scale != 1.0:
             logits = logits * shaping.scale
         if shaping.cap is not None:
             logits = (logits / shaping.cap).tanh_()
-            slope = (1 - logits**2).mul_(shaping.scale) if wanted else None
+            derivative = (1 - logits**2).mul_(shaping.scale) if needs_grad else None
             logits *= shaping.cap
         grad = logits.softmax(-1)
-        # logsumexp from the softmax's largest entry, which is never small: a pass over the slice less
+        # logsumexp from the softmax's largest entry, which is never small: saves a pass over the slice
         normalizer = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
         total += (normalizer - logits.gather(1, column)).sum()
-        if wanted:
+        if needs_grad:
             grad.scatter_add_(1, column, grad.new_full(column.shape, -1.0))
-            if slope is not None:
-                grad *= slope
+            if derivative is not None:
+                grad *= derivative
             elif shaping.scale != 1.0:
                 grad *= shaping.scale
-            chunk[piece] = grad
+            chunk[part] = grad
     return total
 
 
-class _AnyHead(torch.autograd.Function):
-    """Sum of cross-entropies over any head, trained ones too; a chunk is differentiated before the next is formed."""
+class _AnyOutputLayer(torch.autograd.Function):
+    """Summed cross-entropy with any output layer, trained ones too; each chunk is differentiated before the next."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_SH: Tensor, targets_S: Tensor, head: Head, *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer, *trained: Tensor) -> Tensor:
         total = hidden_SH.new_zeros((), dtype=_wide(hidden_SH).dtype)
         grads: list[Tensor | None] = [torch.zeros_like(hidden_SH), *(None for _ in trained)]
         start = 0
-        for hidden, target in zip(hidden_SH.split(head.rows()), targets_S.split(head.rows())):
+        for hidden, target in zip(hidden_SH.split(output.rows()), targets_S.split(output.rows())):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
-                # a view, for what watches modules at work (counting their products) cannot hook a leaf in grad()
-                value = F.cross_entropy(head(leaf.view_as(leaf)), target, reduction="sum")
+                # a view, because FLOP counters and similar modes cannot hook a leaf inside grad()
+                value = F.cross_entropy(output(leaf.view_as(leaf)), target, reduction="sum")
             first, *rest = torch.autograd.grad(value, [leaf, *trained], allow_unused=True)
             total += value.detach()
             grads[0][start : start + len(target)] = first  # type: ignore[index]
-            grads[1:] = [_plus(old, new) for old, new in zip(grads[1:], rest)]
+            grads[1:] = [
+                new if old is None else old if new is None else old.add_(new) for old, new in zip(grads[1:], rest)
+            ]
             start += len(target)
         ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
-        first, *rest = scaled
+        first, *rest = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
         return first, None, None, *rest
-
-
-def _plus(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    return new if old is None else old if new is None else old.add_(new)
 
 
 def _fused_kernel(device: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None:
@@ -315,68 +301,59 @@ def _fused_kernel(device: str) -> Callable[[Tensor, Tensor, Tensor, float | None
     if device != "cuda":
         return None
     if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        return lambda hidden, weight, target, cap: linear_cross_entropy(
-            hidden.to(weight.dtype), weight, target, softcap=cap, reduction="sum"
-        )
-    if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        return lambda hidden, weight, target, cap: liger_fused_linear_cross_entropy(
-            hidden.to(weight.dtype), weight, target, softcap=cap, reduction="sum"
-        )
-    return None
+        from cut_cross_entropy import linear_cross_entropy as kernel
+    elif importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as kernel
+    else:
+        return None
+    return lambda hidden, weight, target, cap: kernel(
+        hidden.to(weight.dtype), weight, target, softcap=cap, reduction="sum"
+    )
 
 
 def _shaping(model: Any, input_ids: Tensor) -> Shaping | None:
-    base = packing.underlying(model)
+    base = unwrap(model)
     if base not in _SHAPING:
         _SHAPING[base] = _find_shaping(model, base, input_ids[:1, :4])
-        reason = full_logits_reason(model, input_ids)
-        if reason:
-            log.warning(reason)
+        if _SHAPING[base] is None:
+            log.warning(
+                "%s changes its logits in a way unknown to peftkit: full logits are computed, which takes more memory",
+                base.config.model_type,
+            )
     return _SHAPING[base]
 
 
-def assume_declared_shaping(model: Any) -> None:
-    """Record the shaping that the config of a model without data declares, since it cannot be tried."""
-    base = packing.underlying(model)
-    _SHAPING[base] = _declared(base.config.get_text_config())[-1]
-
-
 def _find_shaping(model: Any, base: Any, input_ids: Tensor) -> Shaping | None:
-    """The declared shaping that turns made-up head outputs, spread wide enough to tell, into the model's logits."""
-    head = base.get_output_embeddings()
-    if head is None:
+    """The declared shaping that maps artificial outputs, spread widely enough, to the model's logits."""
+    module = base.get_output_embeddings()
+    if module is None:
         return None
-    made: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def replace(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    def replace(_: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         line = torch.linspace(-60, 60, output.numel(), device=output.device)
-        made.append(line.roll(output.shape[-1] // 2).view(output.shape).to(output.dtype))
-        return made[-1]
+        outputs.append(line.roll(output.shape[-1] // 2).view(output.shape).to(output.dtype))
+        return outputs[-1]
 
-    hook = head.register_forward_hook(replace)
+    hook = module.register_forward_hook(replace)
     try:
         with packing.eval_modules(model), torch.no_grad():
             logits = model(input_ids=input_ids, **packing.no_cache(model)).logits
     finally:
         hook.remove()
-    if len(made) != 1 or made[0].dim() != 3 or made[0].shape != logits.shape:
+    if len(outputs) != 1 or outputs[0].dim() != 3 or outputs[0].shape != logits.shape:
         return None
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     for shaping in _declared(base.config.get_text_config()):
-        if (shaping(made[0].float()) - logits.float()).abs().max() <= tolerance * logits.float().abs().max():
+        if (shaping(outputs[0].float()) - logits.float()).abs().max() <= tolerance * logits.float().abs().max():
             return shaping
     return None
 
 
 def _declared(config: Any) -> list[Shaping]:
     """Combinations of the logit scales and caps that configs declare under various names."""
-    scales = [1.0]
-    scales += [float(getattr(config, name, None) or 1) for name in ("logit_scale", "lm_head_multiplier")]
-    scales += [1 / float(getattr(config, name, None) or 1) for name in ("logits_scaling",)]
+    scales = [1.0, *(float(getattr(config, name, None) or 1) for name in ("logit_scale", "lm_head_multiplier"))]
+    scales.append(1 / float(getattr(config, "logits_scaling", None) or 1))
     caps = [None, *(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))]
     return [
         Shaping(scale, float(cap) if cap else None)

@@ -1,10 +1,10 @@
-"""A low-rank addition to a linear layer that does no extra work (LoRA, arXiv:2106.09685).
+"""A linear layer with a low-rank update, without extra work (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
     y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ
 
-All products run in x's precision: no fp32 copy of x, nothing as wide as y beside y itself (the second product is
-added in place). x is kept for the backward pass, and x Aᵀ where it is a few columns wide; a wider one is formed once
-more. The gradient by x is one product with W to which the low-rank part is added in place, and is left out where x
+All matmuls run in x's dtype, without an fp32 copy of x, and nothing as wide as y is allocated besides y: the second
+low-rank matmul is accumulated in place. x is saved for the backward pass, and x Aᵀ if it is narrow; a wider one is
+recomputed. The gradient by x is one matmul with W, to which the low-rank part is added in place. It is skipped where x
 needs none, so that the backward pass ends at the lowest adapted layer.
 
 Shape suffixes: N tokens, I and O width of input and output, R rank.
@@ -23,87 +23,61 @@ from torch.autograd.function import once_differentiable
 
 from peftkit.models.kernels import dropout
 
-Opened = Callable[[torch.dtype], Tensor]
+Weight = Tensor | Callable[[torch.dtype], Tensor]
 NARROW = 16
-"""x Aᵀ is kept for the backward pass where it has at most a sixteenth of x's columns."""
-PRODUCTS_ARE_KEPT: ContextVar[bool] = ContextVar("PRODUCTS_ARE_KEPT", default=False)
-"""Set while someone else keeps the results of products (selective checkpointing): nothing is then added in place."""
+"""x Aᵀ is saved for the backward pass if x has at least this many times as many columns."""
+MATMULS_ARE_SAVED: ContextVar[bool] = ContextVar("MATMULS_ARE_SAVED", default=False)
+"""Set while selective checkpointing saves the results of matmuls, which must then not be changed in place."""
 
 
 def linear(
-    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
+    x: Tensor, weight_OI: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
 ) -> Tensor:
-    """A frozen linear layer with its low-rank addition.
+    """A frozen linear layer with its low-rank update, [..., O].
 
     Args:
         x: [..., I] in the weight's dtype.
-        weight_OI, bias_O: frozen.
-        a_RI, b_OR: trained, in any dtype; cast to x's once a call.
+        weight_OI: frozen; or a function that dequantizes it to a dtype, called once per pass in each direction.
+        bias_O: frozen.
+        a_RI, b_OR: trained, in any dtype; cast to x's once per call.
         scale: s.
-        p: probability with which an element of x is dropped on its way to A.
+        p: probability of dropping an element of x before A.
     """
     return _Linear.apply(x, weight_OI, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
 
 
-def dequantized_linear(
-    x: Tensor, opened: Opened, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float, p: float
-) -> Tensor:
-    """``linear`` over a weight that is packed: ``opened`` unpacks it for each product, forward and backward.
-
-    Args:
-        opened: gives the frozen weight as [O, I] in a dtype; called once a pass in each direction.
-    """
-    return _OpenedLinear.apply(x, opened, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
-
-
 def add(y: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, p: float) -> Tensor:
-    """``y`` (the output of any frozen layer, quantized ones too) with the low-rank addition put into it, in place."""
-    y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
+    """Adds the low-rank update to ``y``, the output of any frozen layer, in place."""
+    y = y.clone() if MATMULS_ARE_SAVED.get() else y
     return _Add.apply(y, x, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, weight, bias)
-            y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
+            y = F.linear(x, _matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+            y = y.clone() if MATMULS_ARE_SAVED.get() else y
             keep, small = _add_into(y, x, a, b, scale, p)
-        ctx.save_for_backward(x, weight, a, b, keep, small)
-        ctx.scale, ctx.p = scale, p
+        is_matrix = isinstance(weight, Tensor)
+        ctx.save_for_backward(x, weight if is_matrix else None, a, b, keep, small)
+        ctx.dequantize, ctx.scale, ctx.p = None if is_matrix else weight, scale, p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, keep, small = ctx.saved_tensors
-        grad_x = torch.matmul(grad_y, weight) if ctx.needs_input_grad[0] else None
-        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, small, ctx.scale, ctx.p)
+        weight = ctx.dequantize if weight is None else weight
+        grad_x = torch.matmul(grad_y, _matrix(weight, grad_y.dtype)) if ctx.needs_input_grad[0] else None
+        grad_x, grad_a, grad_b = _gradients(ctx, grad_y, grad_x, x, a, b, keep, small)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
-class _OpenedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, opened: Opened, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
-    ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, opened(x.dtype), None if bias is None else bias.to(x.dtype))
-            y = y.clone() if PRODUCTS_ARE_KEPT.get() else y
-            keep, small = _add_into(y, x, a, b, scale, p)
-        ctx.save_for_backward(x, a, b, keep, small)
-        ctx.opened, ctx.scale, ctx.p = opened, scale, p
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, keep, small = ctx.saved_tensors
-        grad_x = torch.matmul(grad_y, ctx.opened(grad_y.dtype)) if ctx.needs_input_grad[0] else None
-        grad_x, grad_a, grad_b = _gradients(grad_y, grad_x, x, a, b, keep, small, ctx.scale, ctx.p)
-        return grad_x, None, None, grad_a, grad_b, None, None
+def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight(dtype)
 
 
 class _Add(torch.autograd.Function):
@@ -121,18 +95,22 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, keep, small = ctx.saved_tensors
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        grad_x, grad_a, grad_b = _gradients(grad_y.to(x.dtype), grad_x, x, a, b, keep, small, ctx.scale, ctx.p)
+        grad_x, grad_a, grad_b = _gradients(ctx, grad_y.to(x.dtype), grad_x, x, a, b, keep, small)
         return grad_y if ctx.needs_input_grad[0] else None, grad_x, grad_a, grad_b, None, None
 
 
 def _add_into(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Adds the low-rank part to y; returns which elements of x were kept (a byte each, or their mask's seed; None
-    without dropout), and x Aᵀ where it is narrow."""
+    """Adds the low-rank update to y in place.
+
+    Returns:
+        Which elements of x dropout kept (one byte each, or the seed of the mask; None without dropout), and x Aᵀ if it
+        is narrow.
+    """
     keep = None
     if 0 < p < 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        keep = torch.tensor(dropout.new_seed())  # nothing as large as x is kept
+        keep = torch.tensor(dropout.new_seed())  # nothing as large as x is saved
         x = x * dropout.mask(x.shape, p, x.dtype, int(keep))
     elif p > 0:
         x, keep = torch.native_dropout(x, p, True)
@@ -143,17 +121,10 @@ def _add_into(
 
 
 def _gradients(
-    grad_y: Tensor,
-    grad_x: Tensor | None,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    keep: Tensor | None,
-    small: Tensor | None,
-    scale: float,
-    p: float,
+    ctx: Any, grad_y: Tensor, grad_x: Tensor | None, x: Tensor, a: Tensor, b: Tensor, keep: Any, small: Any
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Adds the low-rank part to ``grad_x`` (None: x needs none), and forms the gradients by A and B."""
+    """Adds the low-rank part to ``grad_x`` (None if x needs no gradient), and computes the gradients by A and B."""
+    scale, p = ctx.scale, ctx.p
     grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
     x_NI = x.reshape(-1, x.shape[-1])
     a_RI, mask_NI = a.to(x.dtype), None
@@ -164,12 +135,12 @@ def _gradients(
         mask_NI = keep.reshape(x_NI.shape)
         x_NI = x_NI * mask_NI * (1 / (1 - p))
     small_NR = x_NI @ a_RI.T if small is None else small
-    slope_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
-    grad_a = (slope_NR.T @ x_NI).to(a.dtype)
+    grad_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
+    grad_a = (grad_NR.T @ x_NI).to(a.dtype)
     grad_b = (grad_NO.T @ small_NR).mul_(scale).to(b.dtype)
     if grad_x is not None and mask_NI is None:
-        grad_x.view(x_NI.shape).addmm_(slope_NR, a_RI)
+        grad_x.view(x_NI.shape).addmm_(grad_NR, a_RI)
     elif grad_x is not None and mask_NI is not None:
-        scaled = 1.0 if mask_NI.is_floating_point() else 1 / (1 - p)
-        grad_x.view(x_NI.shape).addcmul_(slope_NR @ a_RI, mask_NI, value=scaled)
+        factor = 1.0 if mask_NI.is_floating_point() else 1 / (1 - p)
+        grad_x.view(x_NI.shape).addcmul_(grad_NR @ a_RI, mask_NI, value=factor)
     return grad_x, grad_a, grad_b

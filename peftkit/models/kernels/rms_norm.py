@@ -1,9 +1,9 @@
-"""RMSNorm in bf16 on a CPU, whose backward pass needs its input and one number a token (arXiv:1910.07467).
+"""RMSNorm in bf16 on a CPU that saves its input and one number per token (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     y = w · x / √(mean(x²) + ε)
 
-transformers' layer is eight operations, and autograd keeps two copies of x in fp32 and two in bf16 for them. Here the
-same operations give the same bits, and x is brought to fp32 once more for the gradients.
+transformers' layer consists of eight operations, for which autograd saves two copies of x in fp32 and two in bf16. The
+same operations here give the same bits, and the backward pass converts x to fp32 once more.
 
 Shape suffixes: N tokens, H width.
 """
@@ -17,40 +17,42 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftkit.models.patching import with_forward
 
-def cpu_normalization(model: Any) -> int:
-    """Gives every RMSNorm on the CPU that is word for word Llama's the leaner pass, in place; returns how many."""
+
+def use_cpu_rms_norm(model: Any) -> int:
+    """Changes every RMSNorm with the same code as Llama's to use ``rms_norm`` on a CPU, in place; returns how many."""
     changed = 0
     for module in model.modules():
         cls: Any = type(module)
         if cls.__name__.endswith("RMSNorm") and _is_llamas(cls):
-            module.__class__ = _leaner(cls)
+            module.__class__ = _with_rms_norm(cls)
             changed += 1
     return changed
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm of x, [..., H] in bf16 or fp16, by a weight of any dtype; statistics are in fp32."""
+    """RMSNorm of x, [..., H] in bf16 or fp16, with a weight of any dtype; statistics are in fp32."""
     return _RMSNorm.apply(x, weight_H, epsilon)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _is_llamas(cls: type) -> bool:
+def _is_llamas(cls: Any) -> bool:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    ours, theirs = cls.forward.__code__, LlamaRMSNorm.forward.__code__  # type: ignore[attr-defined]
-    return all(getattr(ours, name) == getattr(theirs, name) for name in ("co_code", "co_names", "co_consts"))
+    code, llama = cls.forward.__code__, LlamaRMSNorm.forward.__code__
+    return all(getattr(code, name) == getattr(llama, name) for name in ("co_code", "co_names", "co_consts"))
 
 
 @functools.cache
-def _leaner(cls: type) -> type:
+def _with_rms_norm(cls: Any) -> type[torch.nn.Module]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         half = hidden_states.dtype in (torch.bfloat16, torch.float16)
         if not half or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
-            return cls.forward(self, hidden_states)  # type: ignore[attr-defined, no-any-return]
+            return cls.forward(self, hidden_states)  # type: ignore[no-any-return]
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__, "__doc__": cls.__doc__})
+    return with_forward(cls, forward)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -70,8 +72,8 @@ class _RMSNorm(torch.autograd.Function):
             normal = (wide * factor).to(x.dtype)
             grad_weight = (grad * normal).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            slope = (grad * weight).to(torch.float32)
+            grad_normal = (grad * weight).to(torch.float32)
             # d factor / dx = −factor³ x / H
-            shared = (slope * wide).sum(-1, keepdim=True).mul_(factor.pow(3)).div_(-x.shape[-1])
-            grad_x = slope.mul_(factor).addcmul_(wide, shared).to(x.dtype)
+            shared = (grad_normal * wide).sum(-1, keepdim=True).mul_(factor.pow(3)).div_(-x.shape[-1])
+            grad_x = grad_normal.mul_(factor).addcmul_(wide, shared).to(x.dtype)
         return grad_x, grad_weight, None

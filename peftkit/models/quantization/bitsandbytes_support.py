@@ -1,14 +1,8 @@
-"""What both quantizations need: bitsandbytes itself, and a 4-bit model's gradients kept right after an evaluation.
-
-On processors with AVX512-BF16, bitsandbytes repacks the weights of a ``Linear4bit`` for a faster kernel the first time
-it runs in evaluation mode without gradients. That kernel has no backward pass for the packed layout, and training that
-goes on afterwards gets wrong gradients, silently. The layer decides by its attribute ``support_avx512bf16_for_cpu``.
-gptqmodel's layers do the same in half precision, for good, where their first pass is one of evaluation: they remember
-it in ``linear_mode``.
-"""
+"""What both quantizations need: bitsandbytes itself, gradients that stay correct, and dequantized weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peftkit.schema.recipe import ModelConfig
-
-SWITCH = "support_avx512bf16_for_cpu"
-MODE, TRAIN = "linear_mode", "train"
+Dequantize = Callable[["torch.dtype"], "torch.Tensor"]
 
 
 def is_installed() -> bool:
@@ -37,28 +28,47 @@ def optimizers() -> Any:
 
 
 def require_bitsandbytes(kind: str) -> None:
-    """Raises ModelError with the line that installs bitsandbytes where it is missing."""
+    """Raises ModelError, with the line that installs it, if bitsandbytes is missing."""
     if not is_installed():
         raise ModelError(f"quantization.kind={kind} needs bitsandbytes: run `pip install 'peftkit[quantization]'`")
 
 
-def compute_dtype(model: ModelConfig) -> torch.dtype:
-    """The dtype that 4-bit weights are opened to for a product, on the device that will be used."""
-    import torch
-
-    from peftkit.models.dtypes import dtype_for
-
-    return dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu")
-
-
 def keep_gradients(model: nn.Module) -> int:
-    """Forbids the repacking in every packed layer; returns in how many."""
+    """Prevents quantized layers from switching to a kernel without a backward pass; returns how many could have.
+
+    On processors with AVX512-BF16, ``bitsandbytes.nn.Linear4bit`` repacks its weight at its first evaluation without
+    gradients, for a faster kernel that has no backward pass: training afterwards silently gets wrong gradients. Its
+    attribute ``support_avx512bf16_for_cpu`` decides. gptqmodel's layers do the same in half precision if their first
+    pass is an evaluation, and record that in ``linear_mode``. This can go once both libraries switch back in training.
+    """
     changed = 0
     for module in model.modules():
-        if getattr(module, SWITCH, False):
-            setattr(module, SWITCH, False)
+        layer: Any = module
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
             changed += 1
-        if getattr(module, MODE, "") is None:
-            setattr(module, MODE, TRAIN)
+        if getattr(layer, "linear_mode", "") is None:
+            layer.linear_mode = "train"
             changed += 1
     return changed
+
+
+def dequantizer(layer: Any) -> Dequantize | None:
+    """A function that returns a 4-bit layer's weight, [out, in], in a dtype, anew at every call; None for other layers.
+
+    With it, a LoRA layer multiplies by the weight itself: bitsandbytes' forward returns a view that must be copied
+    before anything is added to it, and its gradient separately. Dequantizing takes a few percent of a matmul. A layer
+    that bitsandbytes has repacked for its evaluation kernel has no such function.
+    """
+    own: Dequantize | None = getattr(layer, "dequantize_weight", None)  # of a layer without data, see meta_layers
+    if own is not None:
+        return own
+    if type(layer).__name__ != "Linear4bit":  # the name first: bitsandbytes is slow to import, and often not installed
+        return None
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    state = getattr(layer.weight, "quant_state", None)
+    if type(layer) is not Linear4bit or state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    return lambda dtype: dequantize_4bit(layer.weight.data, state).to(dtype)

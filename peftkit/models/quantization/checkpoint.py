@@ -1,13 +1,12 @@
-"""Bases whose checkpoint holds quantized weights already: GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978), HQQ,
-torchao, and what bitsandbytes saved. They are taken as frozen bases, as transformers loads them.
+"""Bases whose checkpoint is already quantized: GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978), HQQ, torchao, and
+checkpoints saved by bitsandbytes. They serve as frozen bases, loaded by transformers.
 
-Everything here is read off ``config.json``: what cannot work is refused before a weight is fetched or read.
+Everything here is read from ``config.json``, so that what cannot work is refused before weights are downloaded or read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +19,35 @@ if TYPE_CHECKING:
     from peftkit.schema.recipe import ModelConfig, Recipe
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What a kind of quantized checkpoint runs on."""
-
-    modules: tuple[str, ...]
-    install: str
-
-
-KERNELS = {
-    "awq": Kernels(("gptqmodel", "optimum"), "pip install optimum && pip install gptqmodel --no-build-isolation"),
-    "bitsandbytes": Kernels(("bitsandbytes",), "pip install 'peftkit[quantization]'"),
-    "gptq": Kernels(("gptqmodel", "optimum"), "pip install optimum && pip install gptqmodel --no-build-isolation"),
-    "hqq": Kernels(("hqq",), "pip install hqq"),
-    "torchao": Kernels(("torchao",), "pip install torchao"),
+GPTQMODEL = (("gptqmodel", "optimum"), "pip install optimum && pip install gptqmodel --no-build-isolation")
+KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
+    "awq": GPTQMODEL,
+    "bitsandbytes": (("bitsandbytes",), "pip install 'peftkit[quantization]'"),
+    "gptq": GPTQMODEL,
+    "hqq": (("hqq",), "pip install hqq"),
+    "torchao": (("torchao",), "pip install torchao"),
 }
-"""Kinds that transformers loads and peft's layers can stand on, by transformers' ``quant_method``."""
+"""Modules that the kernels of each kind need, and how to install them, by transformers' ``quant_method``.
+
+These are the kinds that transformers loads and peft's layers support."""
 
 
 def quantized_with(config: Any) -> str | None:
-    """The kind of quantization that a transformers config, or a config.json, declares; None for whole weights."""
-    held = config.get("quantization_config") if isinstance(config, Mapping) else _of(config)
-    if not held:
+    """The quantization that a transformers config, or the content of a config.json, declares; None if unquantized."""
+    mapping = isinstance(config, Mapping)
+    values: Any = config.get("quantization_config") if mapping else getattr(config, "quantization_config", None)
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    if not values:
         return None
-    return str(getattr(held.get("quant_method"), "value", held.get("quant_method")) or _by_flags(held))
+    method = values.get("quant_method")
+    if method:
+        return str(getattr(method, "value", method))
+    # early bitsandbytes checkpoints have flags instead of a name
+    return "bitsandbytes" if values.get("load_in_4bit") or values.get("load_in_8bit") else "an unnamed method"
 
 
 def kind_of(model: ModelConfig) -> str | None:
-    """The same of a recipe's base; of a hub's model its configuration alone is fetched.
+    """The same for a recipe's base; only the configuration of a hub model is downloaded.
 
     Raises:
         ModelError, HubError: there is no such base.
@@ -57,31 +57,31 @@ def kind_of(model: ModelConfig) -> str | None:
     return quantized_with(check_config(folder_of(resolve(model), weights=False)))
 
 
-def _of(config: Any) -> Mapping[str, Any] | None:
-    held: Any = getattr(config, "quantization_config", None)
-    return held.to_dict() if hasattr(held, "to_dict") else held
-
-
-def _by_flags(held: Mapping[str, Any]) -> str:
-    """Early bitsandbytes checkpoints have flags in place of a name."""
-    return "bitsandbytes" if held.get("load_in_4bit") or held.get("load_in_8bit") else "an unnamed method"
-
-
 def check(config: Any, recipe: Recipe) -> str | None:
-    """The kind of the checkpoint's quantization, None for whole weights; raises as ``check_recipe`` does, and
-    ModelError where it cannot be loaded here (with the line that installs its kernels)."""
+    """``check_recipe``, which also raises ModelError if the kind cannot be loaded with the installed packages."""
     kind = check_recipe(config, recipe)
-    if kind is not None:
-        _check_kernels(kind, recipe.model.source)
+    if kind is None:
+        return None
+    modules, install = KERNELS[kind]
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise ModelError(
+            f"model.source={recipe.model.source}: its weights are quantized with {kind}, whose kernels are not "
+            f"installed ({', '.join(missing)}); run `{install}`"
+        )
+    if kind == "hqq" and not _loads_hqq():
+        raise ModelError(
+            f"model.source={recipe.model.source}: its weights are quantized with hqq, which this version of "
+            "transformers cannot load; use the unquantized model with quantization.kind=nf4"
+        )
     return kind
 
 
 def check_recipe(config: Any, recipe: Recipe) -> str | None:
-    """The kind of the checkpoint's quantization, None for whole weights, whatever is installed here.
+    """The kind of the checkpoint's quantization, None if unquantized, without regard to installed packages.
 
     Raises:
         ModelError: a kind that peft has no layers for, or a second quantization on top of it.
-        MethodError: the method needs whole weights.
+        MethodError: the method needs unquantized weights.
     """
     kind = quantized_with(config)
     if kind is None:
@@ -90,55 +90,38 @@ def check_recipe(config: Any, recipe: Recipe) -> str | None:
     if kind not in KERNELS:
         known = ", ".join(KERNELS)
         raise ModelError(
-            f"model.source={source}: its weights are quantized with {kind}, which no method here is trained over; "
-            f"use the unquantized model with quantization.kind=nf4, or a checkpoint of {known}"
+            f"model.source={source}: its weights are quantized with {kind}, which no method supports; use the "
+            f"unquantized model with quantization.kind=nf4, or a checkpoint of {known}"
         )
     if recipe.quantization is not None:
         raise ModelError(
-            f"model.source={source}: its weights are quantized with {kind} already; set quantization=null, or name the "
+            f"model.source={source}: its weights are already quantized with {kind}; set quantization=null, or use the "
             "unquantized model"
         )
-    if why := recipe.method.unsupported_checkpoint_reason(kind):
-        raise MethodError(f"model.source={source} is quantized with {kind}: {why}")
+    if reason := recipe.method.unsupported_checkpoint_reason(kind):
+        raise MethodError(f"model.source={source} is quantized with {kind}: {reason}")
     if recipe.export.merge:
-        raise MethodError(
-            f"export.merge: nothing can be merged into weights that {kind} has packed; set export.merge=false"
-        )
+        raise MethodError(f"export.merge: {kind} weights cannot be merged with an adapter; set export.merge=false")
     return kind
 
 
-def settled(config: Any, kind: str, skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+def runtime_config(config: Any, kind: str, skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """The checkpoint's quantization config for this run: kernels that have a backward pass, the run's own dtype.
 
     Args:
-        skipped: names of modules that stay whole, as far as the kind is told by its config.
-        dtype: of 4-bit products.
+        skipped: names of modules that stay unquantized, for kinds whose config names them.
+        dtype: of 4-bit matmuls.
     """
-    held = dict(config.quantization_config)
+    values = dict(config.quantization_config)
     if kind == "bitsandbytes":
-        return stored.settled(held, skipped, dtype)
+        return stored.runtime_config(values, skipped, dtype)
     if kind in ("gptq", "awq"):
-        held["backend"] = "auto_trainable"  # left to itself gptqmodel takes the fastest, which may only infer
-    return held
+        values["backend"] = "auto_trainable"  # by default gptqmodel chooses the fastest, which may only infer
+    return values
 
 
-def _check_kernels(kind: str, source: str) -> None:
-    kernels = KERNELS[kind]
-    missing = [name for name in kernels.modules if find_spec(name) is None]
-    if missing:
-        raise ModelError(
-            f"model.source={source}: its weights are quantized with {kind}, whose kernels are not installed "
-            f"({', '.join(missing)}); run `{kernels.install}`"
-        )
-    if kind == "hqq" and not _reads_hqq():
-        raise ModelError(
-            f"model.source={source}: its weights are quantized with hqq, which this version of transformers cannot "
-            "load; use the unquantized model with quantization.kind=nf4"
-        )
-
-
-def _reads_hqq() -> bool:
-    """Whether transformers puts HQQ's packed weights into a model: its version 5 lost that way of loading at first."""
+def _loads_hqq() -> bool:
+    """Whether transformers loads HQQ's packed weights; the first releases of its version 5 do not."""
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 

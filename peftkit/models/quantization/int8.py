@@ -1,5 +1,5 @@
-"""INT8: frozen linear weights in 8 bits, a scale for each row, with columns of outliers multiplied apart (LLM.int8(),
-Dettmers et al. 2022, arXiv:2208.07339), through bitsandbytes, on CUDA and on the CPU.
+"""INT8: frozen linear weights in 8 bits with one scale per row; outlier columns are multiplied separately (LLM.int8(),
+Dettmers et al. 2022, arXiv:2208.07339). Uses bitsandbytes, on CUDA and on the CPU.
 
     quantization: {kind: int8, threshold: 6.0}
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @QUANTIZATIONS.register("int8")
 class Int8(Quantization):
-    """8-bit integers with outlier columns kept apart (LLM.int8(), arXiv:2208.07339)."""
+    """8-bit integers, outlier columns unquantized (LLM.int8(), arXiv:2208.07339)."""
 
     kind: Literal["int8"] = "int8"
     threshold: Annotated[float, Field(ge=0)] = 6.0
-    """Magnitude from which an activation is an outlier and its column is multiplied unquantized; 0 for never."""
+    """Magnitude from which an activation is an outlier, whose column is multiplied unquantized; 0 disables this."""
 
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""

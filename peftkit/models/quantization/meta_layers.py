@@ -1,62 +1,35 @@
-"""Quantized linear layers without weights: the bytes, products and saved tensors of bitsandbytes' layers, for planning.
+"""Quantized linear layers without data, for planning: the bytes, matmuls and saved tensors of bitsandbytes' layers.
 
-    NF4   ½ byte a weight; a 4-byte scale for each block of 64, or (double) a 1-byte scale and 4 bytes for 256 of them
-    INT8  1 byte a weight, a 4-byte scale for each row
+    NF4   ½ byte per weight; a 4-byte scale per block of 64, or (double) a 1-byte scale, and 4 bytes per 256 of them
+    INT8  1 byte per weight, a 4-byte scale per row
 
-A product opens the weight to the compute dtype and lets go of it again, forward and backward. What is kept for the
-backward pass differs: INT8 keeps its input, the 4-bit product keeps nothing (since bitsandbytes 0.43.2).
+Forward and backward each dequantize the weight to the compute dtype and free it again. They differ in what is saved
+for the backward pass: INT8 saves its input, the 4-bit matmul nothing (since bitsandbytes 0.43.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import Tensor, nn
 
-BLOCK, OUTER_BLOCK = 64, 256
-TABLES = 16 * 4 + 256 * 4 + 4
-"""Bytes of the lookup tables and the offset that double quantization keeps beside each weight."""
+from peftkit.models.quantization.stored import WeightFormat
+
 SCALES = "scales"
 
 
-@dataclass(frozen=True)
-class Held:
-    """How a quantization holds a matrix."""
-
-    kind: str
-    double: bool = False
-    block: int = BLOCK
-    """Weights to a scale, in 4 bits."""
-    outer: int = OUTER_BLOCK
-    """Scales to a scale of theirs."""
-
-    def weight_bytes(self, weights: int) -> int:
-        """Bytes of the packed weights."""
-        return (weights + 1) // 2 if self.kind == "nf4" else weights
-
-    def constant_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the scales and tables of a matrix of [rows, columns]."""
-        if self.kind == "int8":
-            return 4 * rows
-        blocks = -(-rows * columns // self.block)
-        if not self.double:
-            return 4 * blocks + 16 * 4
-        return blocks + 4 * -(-blocks // self.outer) + TABLES
-
-
-def replace_linear(model: nn.Module, held: Held, dtype: torch.dtype, skipped: Sequence[str]) -> None:
-    """Puts stand-ins in the place of the linear layers that transformers would quantize.
+def replace_linear(model: nn.Module, weight_format: WeightFormat, dtype: torch.dtype, skipped: Sequence[str]) -> None:
+    """Replaces the linear layers that transformers would quantize by layers without data.
 
     Args:
+        dtype: in which weights are multiplied.
         skipped: names of modules that are never quantized.
     """
-    from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -64,96 +37,78 @@ def replace_linear(model: nn.Module, held: Held, dtype: torch.dtype, skipped: Se
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, patterns):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _stand_in(module, held, dtype))
-    flag = "is_loaded_in_4bit" if held.kind == "nf4" else "is_loaded_in_8bit"
-    setattr(model, flag, True)  # methods ask for it, as they do of a model that bitsandbytes holds
+            setattr(model.get_submodule(parent), child, _meta_layer(module, weight_format, dtype))
+    # methods check this attribute, which transformers sets on a quantized model
+    setattr(model, "is_loaded_in_4bit" if weight_format.kind == "nf4" else "is_loaded_in_8bit", True)
 
 
-def _stand_in(linear: Any, held: Held, dtype: torch.dtype) -> nn.Module:
-    import torch
-    from torch import nn
-
+def _meta_layer(linear: Any, weight_format: WeightFormat, dtype: torch.dtype) -> nn.Module:
     rows, columns = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.T.shape
+    nf4, cls = weight_format.kind == "nf4", _layer_class(weight_format.kind)
     with torch.no_grad():
-        layer = _layer_class(held.kind).__new__(_layer_class(held.kind))
+        layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = columns, rows
-        size = (held.weight_bytes(rows * columns), 1) if held.kind == "nf4" else (rows, columns)
-        weight: Any = nn.Parameter(
-            torch.empty(size, dtype=torch.uint8 if held.kind == "nf4" else torch.int8), requires_grad=False
-        )
-        weight.quant_type, weight.compress_statistics = held.kind, held.double
-        if held.kind == "nf4":
-            shape = torch.Size((rows, columns))
-            weight.quant_state = SimpleNamespace(shape=shape, quant_type="nf4", dtype=dtype)
+        size = (weight_format.weight_bytes(rows * columns), 1) if nf4 else (rows, columns)
+        weight: Any = nn.Parameter(torch.empty(size, dtype=torch.uint8 if nf4 else torch.int8), requires_grad=False)
+        weight.quant_type, weight.compress_statistics = weight_format.kind, weight_format.double
+        if nf4:
+            weight.quant_state = SimpleNamespace(shape=torch.Size((rows, columns)), quant_type="nf4", dtype=dtype)
         layer.weight = weight
-        layer.register_buffer(SCALES, torch.empty(held.constant_bytes(rows, columns), dtype=torch.uint8))
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
-        layer.bias = bias
-        layer.held, layer.compute_dtype, layer.quant_state = held, dtype, getattr(weight, "quant_state", None)
+        layer.register_buffer(SCALES, torch.empty(weight_format.constant_bytes(rows, columns), dtype=torch.uint8))
+        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+        layer.weight_format, layer.compute_dtype = weight_format, dtype
+        layer.quant_state = getattr(weight, "quant_state", None)
         layer.state = SimpleNamespace(has_fp16_weights=False, threshold=6.0)
         layer.index = None
     return layer
 
 
 def _layer_class(kind: str) -> Any:
-    """A subclass of bitsandbytes' layer where that is installed, so that methods treat it as one."""
-    import importlib.util
-
-    from torch import nn
-
+    """A subclass of bitsandbytes' layer where that is installed, so that methods recognize it."""
     base: Any = nn.Linear
-    if importlib.util.find_spec("bitsandbytes") is not None:
+    if find_spec("bitsandbytes") is not None:
         import bitsandbytes as bnb
 
         base = bnb.nn.Linear4bit if kind == "nf4" else bnb.nn.Linear8bitLt
-    opened = {"open_weight": property(_open_weight)} if kind == "nf4" else {}
-    return type("Skeleton" + base.__name__, (base,), {"forward": _forward, **opened})
+    own = {"dequantize_weight": property(_dequantize_weight)} if kind == "nf4" else {}
+    return type("Meta" + base.__name__, (base,), {"forward": _forward, **own})
 
 
-def _open_weight(self: Any) -> Any:
-    """As ``peftkit.models.quantization.dequantize`` opens a real one."""
-    return partial(_opened, self.weight, self.in_features)
+def _dequantize_weight(self: Any) -> Any:
+    """As ``bitsandbytes_support.dequantizer`` dequantizes a real layer's weight."""
+    return partial(_dequantized, self.weight, self.in_features)
 
 
-def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    given, kind = x.dtype, "cpu" if x.is_meta else x.device.type  # the meta device has no autocast
-    if self.held.kind == "nf4":
+def _forward(self: Any, x: Tensor) -> Tensor:
+    nf4, dtype = self.weight_format.kind == "nf4", x.dtype
+    device = "cpu" if x.is_meta else x.device.type  # the meta device has no autocast
+    if nf4:
         x = x.to(self.compute_dtype)
-    elif torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
-        out = _product()(x, self.weight, self.in_features, self.held)
+    elif torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _QuantizedMatmul.apply(x, self.weight, self.in_features, nf4)
         if self.bias is not None:
             out = out.add_(self.bias.to(out.dtype))
-    return out.to(given) if self.held.kind == "nf4" else out
+    return out.to(dtype) if nf4 else out
 
 
-def _product() -> Any:
-    import torch
+class _QuantizedMatmul(torch.autograd.Function):
+    """x Wᵀ with W dequantized for each pass."""
 
-    class Opened(torch.autograd.Function):
-        """x Wᵀ with W opened for the product alone."""
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, columns: int, nf4: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.columns, ctx.saved = columns, None if nf4 else x
+        return torch.nn.functional.linear(x, _dequantized(weight, columns, x.dtype))
 
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, columns: int, held: Held) -> torch.Tensor:
-            ctx.save_for_backward(weight)
-            ctx.columns, ctx.dtype = columns, x.dtype
-            ctx.kept = x if held.kind == "int8" else None
-            return torch.nn.functional.linear(x, _opened(weight, columns, x.dtype))
-
-        @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-            (weight,) = ctx.saved_tensors
-            return torch.matmul(grad, _opened(weight, ctx.columns, grad.dtype)), None, None, None
-
-    return Opened.apply
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return torch.matmul(grad, _dequantized(weight, ctx.columns, grad.dtype)), None, None, None
 
 
-def _opened(weight: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    import torch
-
+def _dequantized(weight: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     numbers = weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
     return torch.empty(numbers // columns, columns, dtype=dtype, device=weight.device)

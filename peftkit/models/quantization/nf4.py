@@ -1,5 +1,5 @@
 """NF4: frozen linear weights in 4 bits, at the quantiles of a normal distribution (QLoRA, Dettmers et al. 2023,
-arXiv:2305.14314), through bitsandbytes, on CUDA and on the CPU.
+arXiv:2305.14314). Uses bitsandbytes, on CUDA and on the CPU.
 
     quantization: {kind: nf4, double: true}
 """
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 @QUANTIZATIONS.register("nf4")
 class NF4(Quantization):
-    """4-bit NormalFloat, blocks of 64 weights to a scale (QLoRA, arXiv:2305.14314)."""
+    """4-bit NormalFloat, one scale per block of 64 weights (QLoRA, arXiv:2305.14314)."""
 
     kind: Literal["nf4"] = "nf4"
     double: bool = True
-    """Quantize the scales as well: 0.127 bits a weight for them in place of 0.5."""
+    """Quantize the scales as well: 0.127 bits per weight for them instead of 0.5."""
 
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
+        import torch
         from transformers import BitsAndBytesConfig
 
-        from peftkit.models.quantization.bitsandbytes_support import compute_dtype, require_bitsandbytes
+        from peftkit.models.dtypes import dtype_for
+        from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 
         require_bitsandbytes(self.kind)
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=self.double,
-            bnb_4bit_compute_dtype=compute_dtype(model),
+            bnb_4bit_compute_dtype=dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu"),
             llm_int8_skip_modules=list(head_names),
         )
         return {"quantization_config": config}

@@ -1,11 +1,10 @@
-"""What the files of a checkpoint that bitsandbytes saved hold: which layers are packed, and in what blocks.
+"""How quantized weights are stored: their sizes, and which layers a checkpoint saved by bitsandbytes quantizes.
 
-A packed layer has its scales beside its weight: ``X.weight.absmax`` in 4 bits, ``X.SCB`` in 8. The config alone does
-not tell: a backbone that was saved without a head leaves ``llm_int8_skip_modules`` empty, and whoever puts a head on it
-would have that quantized as well.
+A quantized layer is stored with its scales: ``X.weight.absmax`` in 4 bits, ``X.SCB`` in 8. The config is not enough: a
+backbone saved without a head has an empty ``llm_int8_skip_modules``, and a head added to it would be quantized as well.
 
-    skipped = never_packed(model, heads, others, folder)        # names of layers that stay whole
-    config.quantization_config = settled(config.quantization_config, skipped, torch.bfloat16)
+    skipped = never_packed(model, heads, others, folder)        # names of layers that stay unquantized
+    config.quantization_config = runtime_config(config.quantization_config, skipped, torch.bfloat16)
 """
 
 from __future__ import annotations
@@ -22,65 +21,86 @@ if TYPE_CHECKING:
 SCALES_4BIT, SCALES_8BIT, STATE = ".weight.absmax", ".SCB", ".weight.quant_state.bitsandbytes__"
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """How a 4-bit checkpoint shares its scales out."""
+TABLES = 16 * 4 + 256 * 4 + 4
+"""Bytes of the lookup tables and the offset that double quantization stores with each weight."""
 
-    size: int
-    """Weights to a scale."""
-    outer: int | None
-    """Scales to a scale of theirs; None where they are not quantized."""
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a quantization stores a matrix."""
+
+    kind: str
+    double: bool = False
+    block: int = 64
+    """Weights per scale, in 4 bits."""
+    outer: int = 256
+    """Scales per scale of the scales."""
+
+    def weight_bytes(self, weights: int) -> int:
+        """Bytes of the packed weights."""
+        return (weights + 1) // 2 if self.kind == "nf4" else weights
+
+    def constant_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the scales and tables of a matrix, [rows, columns]."""
+        if self.kind == "int8":
+            return 4 * rows
+        blocks = -(-rows * columns // self.block)
+        if not self.double:
+            return 4 * blocks + 16 * 4
+        return blocks + 4 * -(-blocks // self.outer) + TABLES
 
 
 def never_packed(model: Any, heads: Sequence[str], others: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Names of modules of a model that must not be packed when a checkpoint is loaded into it.
+    """Names of the model's modules that must not be quantized when the checkpoint is loaded.
 
     Args:
         model: on the meta device, its layers not replaced yet.
-        heads: modules that are trained, and so never packed.
-        others: modules that are not packed unless the files hold them so (output embeddings, a pooler, what the
+        heads: modules that are trained, and therefore never quantized.
+        others: modules that are not quantized unless the files contain them so (output embeddings, a pooler, what the
             config names).
-        folder: where the checkpoint lies; where its files have not been fetched, nothing more is known.
+        folder: of the checkpoint; if its files have not been downloaded, only ``heads`` and ``others`` are known.
     """
     from torch import nn
 
-    names = {name for name, _ in _keys(folder)}
-    packed = {name.removesuffix(end) for end in (SCALES_4BIT, SCALES_8BIT) for name in names if name.endswith(end)}
-    whole = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} - packed
-    prefix = f"{model.base_model_prefix}."  # files of a backbone alone leave it out
+    keys = {key for key, _ in tensor_keys(folder)}
+    packed = {key.removesuffix(end) for end in (SCALES_4BIT, SCALES_8BIT) for key in keys if key.endswith(end)}
+    unpacked = {key.removesuffix(".weight") for key in keys if key.endswith(".weight")} - packed
+    prefix = f"{model.base_model_prefix}."  # the files of a backbone omit it
 
-    def held(name: str, within: set[str]) -> bool:
-        return bool({name, name.removeprefix(prefix)} & within)
+    def is_in(name: str, names: set[str]) -> bool:
+        return bool({name, name.removeprefix(prefix)} & names)
 
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    kept = [
-        name for name in others if not any(held(one, packed) for one in linears if f"{one}.".startswith(f"{name}."))
+    unquantized = [
+        name for name in others if not any(is_in(one, packed) for one in linears if f"{one}.".startswith(f"{name}."))
     ]
-    return tuple(dict.fromkeys([*heads, *kept, *(name for name in linears if held(name, whole))]))
+    return tuple(dict.fromkeys([*heads, *unquantized, *(name for name in linears if is_in(name, unpacked))]))
 
 
-def blocks(folder: Path) -> Blocks | None:
-    """How the scales of a 4-bit checkpoint are shared out; None where its files have not been fetched."""
-    for name, file in _keys(folder):
-        if STATE in name:
-            from safetensors import safe_open
+def nf4_format(folder: Path) -> WeightFormat | None:
+    """The format of a 4-bit checkpoint's weights; None if its files have not been downloaded."""
+    from safetensors import safe_open
 
-            with safe_open(file, framework="np") as opened:
-                held = json.loads(opened.get_tensor(name).tobytes())
-            return Blocks(int(held["blocksize"]), held.get("nested_blocksize"))
+    for key, path in tensor_keys(folder):
+        if STATE in key:
+            with safe_open(path, framework="np") as file:
+                state = json.loads(file.get_tensor(key).tobytes())
+            double = {"double": True, "outer": state["nested_blocksize"]} if state.get("nested_blocksize") else {}
+            return WeightFormat("nf4", block=int(state["blocksize"]), **double)
     return None
 
 
-def settled(held: Mapping[str, Any], skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The checkpoint's quantization config for this run: what stays whole, and the dtype of 4-bit products."""
+def runtime_config(config: Mapping[str, Any], skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
+    """The checkpoint's quantization config for this run: unquantized modules, and the dtype of 4-bit matmuls."""
     compute = str(dtype).removeprefix("torch.")
-    return {**held, "llm_int8_skip_modules": list(skipped), "bnb_4bit_compute_dtype": compute}
+    return {**config, "llm_int8_skip_modules": list(skipped), "bnb_4bit_compute_dtype": compute}
 
 
-def _keys(folder: Path) -> Iterator[tuple[str, Path]]:
+def tensor_keys(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Each tensor's key with its file; nothing if the files have not been downloaded."""
     from safetensors import safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as opened:
-            names = list(opened.keys())
-        yield from ((name, file) for name in names)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            keys = list(file.keys())
+        yield from ((key, path) for key in keys)

@@ -33,11 +33,11 @@ def tensors(tokens=11, heads=4, key_heads=2, width=6, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("block", "tile"), [(4, 1), (128, 1), (128, 1 << 20)])
-@pytest.mark.parametrize("kept", [0, 4])
+@pytest.mark.parametrize("saved", [0, 4])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_equals_torch_forward_and_backward(monkeypatch, block, tile, kept, name, key_heads):
-    for setting, value in (("BLOCK", block), ("TILE", tile), ("KEPT", kept)):
+def test_equals_torch_forward_and_backward(monkeypatch, block, tile, saved, name, key_heads):
+    for setting, value in (("BLOCK", block), ("TILE", tile), ("MAX_SAVED", saved)):
         monkeypatch.setattr(attention, setting, value)
     inputs, mask = tensors(key_heads=key_heads), MASKS[name](11)
     causal = name == "causal"
@@ -116,7 +116,7 @@ def test_inside_a_model(monkeypatch, name):
     """Padded rows: outputs stay within bf16's rounding of sdpa's, and our kernel is what ran."""
     model = make(name)
     ours = copy.deepcopy(model)
-    assert attention.cpu_attention(ours)
+    assert attention.use_cpu_attention(ours)
     calls, kernel = [], attention.blockwise
     monkeypatch.setattr(attention, "blockwise", lambda *a: calls.append(1) or kernel(*a))
     ids = torch.randint(3, 101, (3, 12))
@@ -133,18 +133,18 @@ def test_inside_a_model(monkeypatch, name):
 def test_packed_rows_stay_apart_and_generation_goes_to_sdpa():
     model = make("llama")
     expected = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert attention.cpu_attention(model)
+    assert attention.use_cpu_attention(model)
     assert packing.supports_packing(model) == (True, "")
     got = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert got.tolist() == expected.tolist()
 
 
 def test_only_bf16_sdpa_models_are_changed_and_nothing_is_saved_of_it(tmp_path):
-    assert not attention.cpu_attention(make("llama").float())
+    assert not attention.use_cpu_attention(make("llama").float())
     eager = make("llama")
     eager.set_attn_implementation("eager")
-    assert not attention.cpu_attention(eager)
+    assert not attention.use_cpu_attention(eager)
     model = make("llama")
-    attention.cpu_attention(model)
+    attention.use_cpu_attention(model)
     model.save_pretrained(tmp_path)
     assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))

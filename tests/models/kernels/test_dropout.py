@@ -52,7 +52,7 @@ def test_the_factor_is_rounded_as_torch_does(p):
 
 def test_layers_drop_in_training_only_and_their_gradient_goes_through_the_same_mask():
     model = nn.Sequential(nn.Dropout(0.4), nn.Dropout(0.0))
-    assert dropout.cpu_dropout(model) == 2
+    assert dropout.use_cpu_dropout(model) == 2
     x = torch.randn(64, 33, dtype=torch.bfloat16, requires_grad=True)
     torch.manual_seed(3)
     y = model.train()(x)

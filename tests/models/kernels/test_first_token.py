@@ -56,7 +56,7 @@ def test_scores_and_gradients_are_those_of_the_whole_block(name, attention):
     for parameter in whole.base_model.embeddings.parameters():
         parameter.requires_grad_(False)
     short = copy.deepcopy(whole)
-    assert first_token.prepare(short)
+    assert first_token.shorten_last_block(short)
     for inputs in (batch(), batch("left"), {"input_ids": batch()["input_ids"]}):
         if "attention_mask" not in inputs:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -73,7 +73,7 @@ def test_less_is_computed_and_elsewhere_every_token_is():
     inputs = batch()
     with FlopCounterMode(display=False) as whole:
         classifier.logits(model, inputs, "own")
-    assert first_token.prepare(model)
+    assert first_token.shorten_last_block(model)
     with FlopCounterMode(display=False) as short:
         classifier.logits(model, inputs, "own")
     assert short.get_total_flops() < 0.75 * whole.get_total_flops()
@@ -86,7 +86,7 @@ def test_a_low_rank_adapter_on_the_last_block_learns_the_same():
     config = LoraConfig(target_modules=["query", "value", "dense"], init_lora_weights=False, task_type="SEQ_CLS")
     whole = get_peft_model(model_of(KNOWN["bert"]), config).double()
     short = copy.deepcopy(whole)
-    assert first_token.prepare(short)
+    assert first_token.shorten_last_block(short)
     for mine, theirs in zip(outcome(short, batch())[1], outcome(whole, batch())[1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
@@ -102,9 +102,9 @@ def test_a_head_that_reads_other_tokens_is_left_alone():
 
     model = model_of(KNOWN["bert"])
     model.bert.pooler = Mean(model.bert.pooler)
-    assert not first_token.prepare(model)
+    assert not first_token.shorten_last_block(model)
     assert "forward" not in vars(model.bert.encoder.layer[-1])
     for config in (DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=48), LlamaConfig(
         vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
     )):  # fmt: skip
-        assert not first_token.prepare(model_of(config))
+        assert not first_token.shorten_last_block(model_of(config))

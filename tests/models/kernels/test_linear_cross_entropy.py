@@ -89,7 +89,7 @@ def test_every_architecture(monkeypatch, name, frozen):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
     model, batch = make(name), batch_of()
     model.get_output_embeddings().weight.requires_grad_(not frozen)
-    assert linear_cross_entropy.full_logits_reason(model, batch["input_ids"]) is None
+    assert linear_cross_entropy._shaping(model, batch["input_ids"]) is not None
     expected = reference(model, batch)
     wanted = gradients(model, expected)
     got = linear_cross_entropy.loss(model, batch)
@@ -108,10 +108,10 @@ def test_gradcheck(monkeypatch, cap, scale, frozen):
     torch.manual_seed(0)
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     module = torch.nn.Linear(4, 11, dtype=torch.float64).requires_grad_(not frozen)
-    head = linear_cross_entropy.Head(module, module.forward, linear_cross_entropy.Shaping(scale, cap), 11)
+    head = linear_cross_entropy.OutputLayer(module, module.forward, linear_cross_entropy.Shaping(scale, cap), 11)
     targets = torch.tensor([0, 10, 3, 3, 7])
     trained = [] if frozen else [module.weight, module.bias]
-    assert torch.autograd.gradcheck(lambda h, *_: linear_cross_entropy._summed(h, targets, head), (hidden, *trained))
+    assert torch.autograd.gradcheck(lambda h, *_: linear_cross_entropy._sum(h, targets, head), (hidden, *trained))
 
 
 def test_no_scored_token_gives_zero_and_still_a_graph():
@@ -210,7 +210,7 @@ def test_unknown_shaping_falls_back_to_whole_logits(caplog):
 
     model.forward = odd
     torch.testing.assert_close(linear_cross_entropy.loss(model, batch), reference(model, batch), rtol=1e-12, atol=1e-12)
-    assert "whole logits" in caplog.text
+    assert "full logits" in caplog.text
     torch.testing.assert_close(
         linear_cross_entropy.row_outputs(model, batch)["loss"].sum().double(), reference(model, batch)
     )

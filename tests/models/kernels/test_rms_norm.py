@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from peftkit.models.kernels.rms_norm import cpu_normalization, rms_norm
+from peftkit.models.kernels.rms_norm import rms_norm, use_cpu_rms_norm
 
 SMALL = {
     "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -22,7 +22,7 @@ def layers(width=48):
     theirs = LlamaRMSNorm(width, eps=1e-5)
     theirs.weight.data.normal_(1, 0.3)
     ours = copy.deepcopy(theirs)
-    assert cpu_normalization(torch.nn.Sequential(ours)) == 1
+    assert use_cpu_rms_norm(torch.nn.Sequential(ours)) == 1
     return theirs, ours
 
 
@@ -75,7 +75,7 @@ def test_which_models_it_is_for(config, count):
     options = {"head_dim": 8} if config in (Qwen3Config, Gemma2Config) else {}
     model = AutoModelForCausalLM.from_config(config(**SMALL, **options)).bfloat16().eval()
     ours = copy.deepcopy(model)
-    assert cpu_normalization(ours) == count
+    assert use_cpu_rms_norm(ours) == count
     ids = torch.randint(3, 101, (2, 12))
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, model(ids).logits)

@@ -21,8 +21,8 @@ IMPORT = """
 import sys, torch
 made = []
 compiled = torch.compile = lambda function, **options: made.append((function.__name__, options)) or function
-from peftkit.models import policy
-policy.quiet()
+from peftkit.models import third_party
+third_party.silence_libraries()
 import bitsandbytes
 assert torch.compile is compiled and not made, made
 assert [bitsandbytes.doubled(3), bitsandbytes.doubled(4), bitsandbytes.negated(5)] == [6, 8, -5]
@@ -31,14 +31,14 @@ assert made == [("doubled", {"dynamic": False}), ("negated", {})], made
 LEAVING = """
 import atexit, gc
 atexit.register(lambda: print("frozen" if gc.get_freeze_count() > 10_000 else "collected"))
-from peftkit.models import policy
-policy.quiet()
+from peftkit.models import third_party
+third_party.silence_libraries()
 assert gc.get_freeze_count() < 10_000
 """
 PEFT = """
 import sys
-from peftkit.models import policy
-policy.quiet()
+from peftkit.models import third_party
+third_party.silence_libraries()
 import peft
 assert "bitsandbytes" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
 """
@@ -62,7 +62,7 @@ def test_a_process_ends_without_looking_for_cycles_and_what_is_to_run_then_runs(
 
 def test_a_bitsandbytes_that_does_not_load_stops_nothing_that_does_not_need_it(tmp_path):
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('built for another torch')")
-    _run("from peftkit.models import policy; policy.quiet()", tmp_path)
+    _run("from peftkit.models import third_party; third_party.silence_libraries()", tmp_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -1,0 +1,39 @@
+"""Two ways to replace a module's ``forward``: temporarily on the instance, or by a subclass.
+
+docs/patches.md lists every use, what it gains, and when it can go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def replaced_forward(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """A context in which each module runs the given function; hooks around the module's call run as before.
+
+    A ``forward`` that was already set on the instance (device maps set one) is restored at the end.
+    """
+    originals = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in originals.items():
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+
+
+def with_forward(cls: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """A subclass with another ``forward``, to be assigned to a module's ``__class__``.
+
+    Names, parameters and state dict of the module stay as they are.
+    """
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})

@@ -1,0 +1,67 @@
+"""Patches of third-party libraries that apply to the whole process; docs/patches.md lists their figures."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def silence_libraries() -> None:
+    """Silences what users cannot act on: load reports, weight progress bars, hints about optional packages.
+
+    Errors are still shown. ``TRANSFORMERS_VERBOSITY`` takes precedence where it is set.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import_bitsandbytes()
+    skip_exit_gc()
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@functools.cache
+def import_bitsandbytes() -> None:
+    """Imports bitsandbytes, if it is installed, without importing torch's compiler.
+
+    peft always imports it, and it passes its fallback kernels to ``torch.compile`` at import time, which imports
+    Inductor: about a second of CPU time. Here they are compiled at their first call instead.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    compile_now = torch.compile
+
+    def compile_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(compile_at_first_call, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_at_first_call  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):  # whoever needs it imports it again, and gets the error
+            import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compile_now
+
+
+@functools.cache
+def skip_exit_gc() -> None:
+    """Skips the garbage collection of reference cycles at exit: about a second of CPU time with torch loaded.
+
+    ``atexit`` handlers still run, and reference counting still closes open files.
+    """
+    atexit.register(gc.freeze)
