@@ -32,6 +32,8 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 RICH = "font-family:Menlo"
 """In the HTML of rich's tables, of which a page shows the plain text."""
+ENTRY = re.compile(r"(Needs|Reached|Without)\b")
+"""How an entry of a recipe file's opening begins."""
 MAX_LINES = 40
 """Lines of one cell's printed output that a tutorial shows."""
 
@@ -235,7 +237,7 @@ def built_in_recipes() -> str:
 
 
 def _header(text: str) -> str:
-    """A recipe file's opening as Markdown: indented commands become code, a line that starts a new entry a paragraph."""
+    """A recipe file's opening as Markdown: indented commands become code, an entry such as "Needs:" a paragraph."""
     parts: list[str] = []
     for line in text.strip("\n").splitlines():
         code = line.startswith("    ")
