@@ -48,6 +48,8 @@ RUN_FOR_REAL = {"list", "show", "schema", "evaluate", "predict", "embed", "gener
 LANGUAGE = re.compile(r"style|instruct|STYLE")
 ELSEWHERE = {"peftkit", "deepspeed", "chatterbot-corpus", "shakespeare"}
 """Packages that docs name and constraints.txt does not pin."""
+DONE: set[str] = set()
+"""Exports that were run for real and need not be again."""
 SHIM = """#!/bin/bash
 cat > "$BRIDGE/stdin"
 printf '%s\\0' "$PWD" "${0##*/}" "$@" > "$BRIDGE/arguments"
@@ -238,10 +240,11 @@ def call_peftkit(shell: Shell, words: list[str]) -> None:
     for option in ("file", "marked"):
         assert values.get(option) is None or Path(values[option]).is_file(), f"no {values[option]} in the workspace"
     tour = shell.block.page == TOUR and name in ("train", "inspect")
-    fast = (
-        name in RUN_FOR_REAL or (name == "inspect" and recipe is None) or (name == "export" and "--format" not in words)
-    )
-    if (tour or fast) and "served" not in words:  # served: the ONNX export, which takes too long here
+    fast = name in RUN_FOR_REAL or (name == "inspect" and recipe is None)
+    if name == "export" and "--format" not in words:  # ONNX takes too long, and one merge shows them all
+        fast = "--merge" not in words or "merge" not in DONE
+        DONE.add("merge" if "--merge" in words else "adapter")
+    if (tour or fast) and "served" not in words:  # served: the ONNX export
         run_cli(words, shell.stdin())
 
 
