@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # Two workers share the cores, so idle threads sleep instead of spinning and taking time from the other worker.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test test-all check lint audit docs bench faults clean
+.PHONY: help install demo test test-all check lint audit docs notebooks bench faults clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -38,6 +38,9 @@ audit: $(STAMP)  ## known vulnerabilities of the installed packages; reports and
 
 docs: $(STAMP)  ## build the documentation into site/ with strict links
 	$(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(STAMP)  ## run the notebooks and store their outputs, about 20 minutes on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/execute.py $(ARGS)
 
 DATA ?= ag_news
 INSTRUCTIONS ?= alpaca
