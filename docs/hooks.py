@@ -19,6 +19,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from peftkit.methods import table
+from peftkit.registry import Registry
 from peftkit.schema import catalog, recipe, registries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
         yield from tutorial(notebook)
     yield "reference/recipes.md", built_in_recipes()
     yield "reference/fields.md", recipe_fields()
+    yield "reference/components.md", components()
     yield "reference/cli.md", command_line()
 
 
@@ -210,6 +212,24 @@ def _cell(text: str) -> str:
 
 def _linked(text: str) -> str:
     return ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def components() -> str:
+    """What every registry holds: name and first line of each item."""
+    parts = [
+        "# Components\n\nEverything that is found by name, as installed when this page was built. Packages add their "
+        "own through entry points; [Extending](../extending.md) shows how."
+    ]
+    for registry in vars(registries).values():
+        if not isinstance(registry, Registry):
+            continue
+        rows = []
+        for name in registry.names():
+            summary = (inspect.getdoc(registry.get(name)) or "").partition("\n\n")[0]
+            rows.append(f"| `{name}` | {_linked(_cell(summary))} |")
+        title = f"{registry.noun[0].upper()}{registry.noun[1:]}s"
+        parts.append("\n".join([f"## {title}\n", "| name | what it is |", "|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
 
 
 # -- recipes and commands ------------------------------------------------------------------------------------------
