@@ -274,7 +274,7 @@ def resolve(name: str, arguments: list, values: dict) -> Recipe | None:
     if values.get("space"):
         space.parse(values["space"], recipe)
     if values.get("gpu"):
-        devices.named(values["gpu"])
+        devices.parse_device(values["gpu"])
     if values.get("apply"):
         Path(values["apply"]).write_text(recipe.to_yaml(), encoding="utf-8")
     return recipe
