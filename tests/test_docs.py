@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -476,3 +476,16 @@ def test_the_api_reference_covers_the_public_names():
     assert set(peftkit.__all__) <= shown
     for module, _, name in targets:
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_the_changelog_names_modules_that_exist():
+    """Right column of the table of moved modules; ``.name`` is in the package of the full name before it."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("## [0.1.0]")[0]
+    moved = [cells.split("|")[2] for cells in re.findall(r"^\| `.*$", text, re.MULTILINE)]
+    assert len(moved) > 10
+    for cell in moved:
+        package = ""
+        for name in re.findall(r"`([\w.]+)`", cell):
+            full = name if name.startswith("peftkit.") else package + name
+            package = full.rpartition(".")[0]
+            assert importlib.util.find_spec(full), f"CHANGELOG.md: there is no {full}"
