@@ -316,8 +316,8 @@ def _default(parameter: Any) -> str:
 
 
 def _result(name: str) -> Callable[[], str]:
-    """Reads a table of ``benchmarks/results``, without its title."""
-    return lambda: re.sub(r"\A# .*\n", "", (RESULTS / name).read_text(encoding="utf-8"))
+    """Reads the table in a file of ``benchmarks/results``."""
+    return lambda: "\n".join(re.findall(r"^\|.*", (RESULTS / name).read_text(encoding="utf-8"), re.MULTILINE))
 
 
 TABLES: dict[str, Callable[[], str]] = {
