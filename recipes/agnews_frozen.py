@@ -13,10 +13,10 @@ from peftkit import Recipe, get_recipe, main, recipe, replace
 
 @recipe
 def agnews_frozen() -> Recipe:
-    """agnews_lora with the backbone frozen; a linear head on fixed features takes longer steps, and more of them.
+    """agnews_lora with the backbone frozen; a linear head on fixed features takes larger and more steps.
 
-    Its loss is convex and falls for long: the best checkpoint is told by it, where accuracy on a few hundred rows ties
-    early and by chance.
+    Its loss is convex and keeps falling, so it selects the best checkpoint; accuracy on a few hundred rows ties early
+    and by chance.
     """
     return replace(
         get_recipe("agnews_lora"),

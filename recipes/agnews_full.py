@@ -1,4 +1,4 @@
-"""AG News topics with all of DistilRoBERTa trained: what the parameter-efficient methods are measured by.
+"""AG News topics with all of DistilRoBERTa trained: the reference for parameter-efficient methods.
 
     accelerate launch recipes/agnews_full.py
 
@@ -13,7 +13,7 @@ from peftkit import Recipe, get_recipe, main, recipe, replace
 
 @recipe
 def agnews_full() -> Recipe:
-    """agnews_lora with full finetuning, at the small learning rate that pretrained weights bear."""
+    """agnews_lora with full finetuning, at the small learning rate that pretrained weights need."""
     return replace(
         get_recipe("agnews_lora"), name="agnews_full", method={"kind": "full"}, training={"learning_rate": 5e-5}
     )

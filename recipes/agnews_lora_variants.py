@@ -1,4 +1,4 @@
-"""AG News topics with the variants of LoRA: other updates, other starts, other learning rates.
+"""AG News topics with the variants of LoRA: other updates, initializations and learning rates.
 
     accelerate launch recipes/agnews_lora_variants.py agnews_dora
 
@@ -21,13 +21,13 @@ def _variant(name: str, method: dict[str, Any], **parts: Any) -> Recipe:
 
 @recipe
 def agnews_rslora() -> Recipe:
-    """AG News topics with rsLoRA at rank 64, whose scale α/√r bears large ranks (arXiv:2312.03732)."""
+    """AG News topics with rsLoRA at rank 64, whose scale α/√r stays stable at large ranks (arXiv:2312.03732)."""
     return _variant("agnews_rslora", {"rank": 64, "alpha": 16, "use_rslora": True})
 
 
 @recipe
 def agnews_dora() -> Recipe:
-    """AG News topics with DoRA: magnitude and direction of weights trained apart (arXiv:2402.09353)."""
+    """AG News topics with DoRA: magnitude and direction trained separately (arXiv:2402.09353)."""
     return _variant("agnews_dora", {"use_dora": True})
 
 
@@ -39,25 +39,25 @@ def agnews_loraplus() -> Recipe:
 
 @recipe
 def agnews_pissa() -> Recipe:
-    """AG News topics with PiSSA: LoRA from the principal components of the weights (arXiv:2404.02948)."""
+    """AG News topics with PiSSA: LoRA initialized from the weights' principal components (arXiv:2404.02948)."""
     return _variant("agnews_pissa", {"init_lora_weights": "pissa"})
 
 
 @recipe
 def agnews_olora() -> Recipe:
-    """AG News topics with OLoRA: LoRA from an orthonormal start (arXiv:2406.01775)."""
+    """AG News topics with OLoRA: LoRA with an orthonormal initialization (arXiv:2406.01775)."""
     return _variant("agnews_olora", {"init_lora_weights": "olora"})
 
 
 @recipe
 def agnews_eva() -> Recipe:
-    """AG News topics with EVA: LoRA from the directions of the data's own activations (arXiv:2410.07170)."""
+    """AG News topics with EVA: LoRA initialized from the data's own activations (arXiv:2410.07170)."""
     return _variant("agnews_eva", {"init_lora_weights": "eva"})
 
 
 @recipe
 def agnews_loftq() -> Recipe:
-    """AG News topics with LoftQ: LoRA over NF4 weights, from what these rounded off (arXiv:2310.08659)."""
+    """AG News topics with LoftQ: LoRA over NF4, initialized from the quantization error (arXiv:2310.08659)."""
     return _variant("agnews_loftq", {"init_lora_weights": "loftq"}, quantization={"kind": "nf4"})
 
 

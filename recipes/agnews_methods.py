@@ -15,19 +15,19 @@ from peftkit import Recipe, get_recipe, main, recipe, replace
 
 
 def _variant(name: str, **method: Any) -> Recipe:
-    """agnews_lora with another method, which learns at its own rate."""
+    """agnews_lora with another method at its own learning rate."""
     return replace(get_recipe("agnews_lora"), name=name, method=method, training={"learning_rate": None})
 
 
 @recipe
 def agnews_adalora() -> Recipe:
-    """AG News topics with AdaLoRA: ranks that go where they are needed (arXiv:2303.10512)."""
+    """AG News topics with AdaLoRA: ranks allocated where they are needed (arXiv:2303.10512)."""
     return _variant("agnews_adalora", kind="adalora")
 
 
 @recipe
 def agnews_vera() -> Recipe:
-    """AG News topics with VeRA: two trained vectors a layer around shared random matrices (arXiv:2310.11454)."""
+    """AG News topics with VeRA: two trained vectors per layer around shared random matrices (arXiv:2310.11454)."""
     return _variant("agnews_vera", kind="vera")
 
 
@@ -39,7 +39,7 @@ def agnews_ia3() -> Recipe:
 
 @recipe
 def agnews_oft() -> Recipe:
-    """AG News topics with OFT: weights turned by orthogonal blocks (arXiv:2306.07280)."""
+    """AG News topics with OFT: weights rotated by orthogonal blocks (arXiv:2306.07280)."""
     return _variant("agnews_oft", kind="oft")
 
 
@@ -57,13 +57,13 @@ def agnews_miss() -> Recipe:
 
 @recipe
 def agnews_prompt_tuning() -> Recipe:
-    """AG News topics with prompt tuning: trained vectors before the tokens (arXiv:2104.08691)."""
+    """AG News topics with prompt tuning: trained vectors in front of the tokens (arXiv:2104.08691)."""
     return _variant("agnews_prompt_tuning", kind="prompt_tuning")
 
 
 @recipe
 def agnews_p_tuning() -> Recipe:
-    """AG News topics with p-tuning: a small network makes the prompt (arXiv:2103.10385)."""
+    """AG News topics with p-tuning: a small network that generates the prompt (arXiv:2103.10385)."""
     return _variant("agnews_p_tuning", kind="p_tuning")
 
 
@@ -87,19 +87,19 @@ def agnews_bitfit() -> Recipe:
 
 @recipe
 def agnews_houlsby() -> Recipe:
-    """AG News topics with Houlsby's bottleneck adapters, two a block (arXiv:1902.00751)."""
+    """AG News topics with Houlsby's bottleneck adapters, two per block (arXiv:1902.00751)."""
     return _variant("agnews_houlsby", kind="bottleneck", variant="houlsby")
 
 
 @recipe
 def agnews_pfeiffer() -> Recipe:
-    """AG News topics with Pfeiffer's bottleneck adapters, one a block (arXiv:2005.00247)."""
+    """AG News topics with Pfeiffer's bottleneck adapters, one per block (arXiv:2005.00247)."""
     return _variant("agnews_pfeiffer", kind="bottleneck", variant="pfeiffer")
 
 
 @recipe
 def agnews_parallel() -> Recipe:
-    """AG News topics with bottleneck adapters beside the feed-forward layers (arXiv:2110.04366)."""
+    """AG News topics with bottleneck adapters parallel to the feed-forward layers (arXiv:2110.04366)."""
     return _variant("agnews_parallel", kind="bottleneck", variant="parallel")
 
 

@@ -1,4 +1,4 @@
-"""AG News topics with QLoRA: LoRA on an encoder that is held in 4 bits.
+"""AG News topics with QLoRA: LoRA on an encoder stored in 4 bits.
 
     accelerate launch recipes/agnews_qlora.py
 

@@ -14,7 +14,7 @@ from peftkit import Recipe, get_recipe, main, recipe, replace
 
 @recipe
 def imdb_lora() -> Recipe:
-    """agnews_lora on Maas et al. 2011 (ACL P11-1015): 50,000 reviews, half of them for testing."""
+    """agnews_lora on Maas et al. 2011 (ACL P11-1015): 50,000 reviews, half of them held out for testing."""
     return replace(
         get_recipe("agnews_lora"),
         name="imdb_lora",

