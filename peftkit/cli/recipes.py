@@ -13,19 +13,31 @@ from peftkit.schema.recipe import Recipe
 
 
 def list_items(
-    methods: Annotated[bool, typer.Option("--methods", help="List the methods.")] = False,
-    tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks.")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="List methods.")] = False,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List tasks.")] = False,
+    heads: Annotated[bool, typer.Option("--heads", help="List heads.")] = False,
+    quantizations: Annotated[bool, typer.Option("--quantizations", help="List quantizations.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="List kinds of data source.")] = False,
+    readers: Annotated[bool, typer.Option("--readers", help="List file readers.")] = False,
+    baselines: Annotated[bool, typer.Option("--baselines", help="List baselines.")] = False,
+    formats: Annotated[bool, typer.Option("--formats", help="List export formats.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes, or what a recipe can be composed of."""
+    """List the recipes, or what a recipe can be composed of, including what installed packages add."""
     if methods:
         from peftkit.methods import table
 
         print(json.dumps(table.as_json(), indent=2) if as_json else table.text())
         return
-    summaries = registries.TASKS.summaries() if tasks else catalog.summaries()
+    registered = {
+        registries.TASKS: tasks, registries.HEADS: heads, registries.QUANTIZATIONS: quantizations,
+        registries.SOURCES: sources, registries.READERS: readers, registries.BASELINES: baselines,
+        registries.EXPORTERS: formats,
+    }  # fmt: skip
+    registry = next((registry for registry, wanted in registered.items() if wanted), None)
+    summaries = registry.summaries() if registry else catalog.summaries()
     rows: list[dict[str, Any]] = [{"name": name, "summary": text} for name, text in summaries.items()]
-    if not tasks:
+    if registry is None:
         files = catalog.built_in()
         rows = [row | {"file": str(files[row["name"]]) if row["name"] in files else None} for row in rows]
     if as_json:

@@ -1,0 +1,1 @@
+"""Ordinal ratings, brought to peftkit by an installed package."""
