@@ -15,17 +15,19 @@ from peftkit.schema.recipe import Recipe
 def list_items(
     methods: Annotated[bool, typer.Option("--methods", help="List the methods.")] = False,
     tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks.")] = False,
+    formats: Annotated[bool, typer.Option("--formats", help="List the export formats.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the recipes, or what a recipe can be composed of."""
+    """List the recipes, what a recipe can be composed of, or the formats of `peftkit export`."""
     if methods:
         from peftkit.methods import table
 
         print(json.dumps(table.as_json(), indent=2) if as_json else table.text())
         return
-    summaries = registries.TASKS.summaries() if tasks else catalog.summaries()
+    registry = registries.TASKS if tasks else registries.EXPORTERS if formats else None
+    summaries = registry.summaries() if registry else catalog.summaries()
     rows: list[dict[str, Any]] = [{"name": name, "summary": text} for name, text in summaries.items()]
-    if not tasks:
+    if not registry:
         files = catalog.built_in()
         rows = [row | {"file": str(files[row["name"]]) if row["name"] in files else None} for row in rows]
     if as_json:

@@ -34,6 +34,7 @@ class Bottleneck(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
     default_learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    loads_with: ClassVar[Literal["peft", "transformers", "peftkit"]] = "peftkit"
     learns_pooling: ClassVar[bool] = False
 
     kind: Literal["bottleneck"] = "bottleneck"

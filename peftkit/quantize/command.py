@@ -25,7 +25,7 @@ from torch import Tensor
 
 from peftkit.data.pipeline import EncodedSplit, encode, prepare
 from peftkit.errors import ExportError, ModelError, RecipeError, RunError, did_you_mean
-from peftkit.export.adapter import staged
+from peftkit.export.staging import staged
 from peftkit.methods import loftq_init
 from peftkit.methods.lora import Lora
 from peftkit.methods.targets import linear_names

@@ -19,3 +19,4 @@ BASELINES: Registry[Any] = Registry("baseline", package="peftkit.evaluation.base
 QUANTIZATIONS: Registry[Any] = Registry(
     "quantization", package="peftkit.models.quantization", group="peftkit.quantizations"
 )
+EXPORTERS: Registry[Any] = Registry("export format", package="peftkit.export.formats", group="peftkit.exporters")
