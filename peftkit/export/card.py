@@ -20,8 +20,8 @@ from peftkit.schema.registries import METHODS
 
 FILE = "README.md"
 SOFTWARE = ("peftkit", "torch", "transformers", "peft")
-
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+PEFTKIT = ["import peftkit", "", 'model = peftkit.load("path/to/this/folder")  # model.model is the torch module']
 LOAD_FILE = "from safetensors.torch import load_file"
 LOAD_TENSORS = [
     'base.load_state_dict(load_file(f"{folder}/adapter_model.safetensors"), strict=False)  # biases and head',
@@ -62,7 +62,9 @@ def usage(manifest: Manifest) -> Usage:
         if loads_with != "peftkit":
             other = f"{loads_with} may load it on another without a warning, and its answers would be wrong"
         limits = (f"It fits only the base named above: {other}.",)
-    code = _peftkit_code(manifest) if loads_with == "peftkit" else _transformers_code(manifest, loads_with)
+    code = [*PEFTKIT, *manifest.head.peftkit_code()]
+    if loads_with != "peftkit":
+        code = _transformers_code(manifest, loads_with)
     return Usage(reader, "\n".join(code), f"In a fresh process, {reader.replace(' alone', '')}", limits)
 
 
@@ -71,29 +73,32 @@ def write(
 ) -> None:
     """Writes README.md into an exported folder; reads the proof from it."""
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+    method = recipe.method.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
+    source, local_base = recipe.data.source, Path(manifest.base).is_absolute()
+    metadata = {
+        **({} if local_base else {"base_model": manifest.base}),
+        "library_name": usage.reader.split()[0],
+        "pipeline_tag": manifest.head.pipeline_tag,
+        "tags": ["peftkit", manifest.method],
+    }
     columns, results = _results(metrics)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         columns=columns,
-        limits=_limits(manifest, usage),
-        local_base=" (the base is a folder on the machine that trained it)" if _has_local_base(manifest) else "",
+        learning_rate=recipe.learning_rate,
+        local_base=local_base,
+        machine=f"Python {platform.python_version()}, {platform.machine()}",
         manifest=manifest,
-        metadata=_metadata(manifest, usage),
-        opening=_opening(manifest, recipe),
+        # JSON is YAML, so nothing needs quoting by hand
+        metadata="\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in metadata.items()),
+        options=", ".join(f"{name} {value}" for name, value in method.items()),
         proof=proof.read(folder),
         results=results,
-        training=_training(manifest, recipe),
+        software=", ".join(f"{name} {version(name)}" for name in SOFTWARE),
+        sources=source if isinstance(source, str) else ", ".join(source),
+        training=recipe.training,
         usage=usage,
     )
     (folder / FILE).write_text(text, encoding="utf-8")
-
-
-def _has_local_base(manifest: Manifest) -> bool:
-    return manifest.saves == "adapter" and Path(manifest.base).is_absolute()
-
-
-def _peftkit_code(manifest: Manifest) -> list[str]:
-    load = ["import peftkit", "", 'model = peftkit.load("path/to/this/folder")  # model.model is the torch module']
-    return [*load, *manifest.head.peftkit_code()]
 
 
 def _transformers_code(manifest: Manifest, loads_with: str) -> list[str]:
@@ -115,43 +120,6 @@ def _transformers_code(manifest: Manifest, loads_with: str) -> list[str]:
     return [*lines, *manifest.head.usage_code(manifest.pooling, manifest.max_length)]
 
 
-def _metadata(manifest: Manifest, usage: Usage) -> str:
-    """The hub's front matter; JSON is YAML, so nothing needs quoting by hand."""
-    values: dict[str, Any] = {
-        "library_name": usage.reader.split()[0],
-        "pipeline_tag": manifest.head.pipeline_tag,
-        "tags": ["peftkit", manifest.method],
-    }
-    if not Path(manifest.base).is_absolute():
-        values = {"base_model": manifest.base, **values}
-    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items())
-
-
-def _opening(manifest: Manifest, recipe: Recipe) -> str:
-    sources = recipe.data.source if isinstance(recipe.data.source, str) else ", ".join(recipe.data.source)
-    return f"Finetuned from `{manifest.source}` with `{manifest.method}` on `{sources}`. It {manifest.head.summary()}."
-
-
-def _training(manifest: Manifest, recipe: Recipe) -> list[tuple[str, Any]]:
-    method = recipe.method.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
-    options = ", ".join(f"{name} {value}" for name, value in method.items())
-    training, quantization = recipe.training, manifest.quantization
-    return [
-        ("base", f"`{manifest.base}`" + (f" at `{manifest.revision}`" if manifest.revision else "")),
-        ("fingerprint of the base", f"`{manifest.fingerprint}`"),
-        ("method", manifest.method + (f" ({options})" if options else "")),
-        ("pooling", manifest.pooling) if manifest.heads else ("head", "the base's own"),
-        ("epochs", f"{training.epochs:g}"),
-        ("batch", f"{training.batch_tokens} tokens" if training.batch_tokens else f"{training.batch_size} rows"),
-        ("learning rate", f"{recipe.learning_rate:g}, {training.scheduler}"),
-        ("longest row", f"{manifest.max_length} tokens"),
-        ("seed", training.seed),
-        ("dtype of frozen weights", manifest.dtype if quantization is None else quantization["kind"]),
-        ("software", ", ".join(f"{name} {version(name)}" for name in SOFTWARE)),
-        ("machine", f"Python {platform.python_version()}, {platform.machine()}"),
-    ]
-
-
 def _results(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Columns: the metrics that any split has; rows: the splits."""
     numbers = {
@@ -166,17 +134,3 @@ def _results(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[
         if any(name in values for name in columns)
     ]
     return columns, rows
-
-
-def _limits(manifest: Manifest, usage: Usage) -> list[str]:
-    limits = [
-        f"Texts were truncated to {manifest.max_length} tokens in training; `predict` truncates longer ones, too.",
-        "The metrics hold for texts like those of the data set; nothing was tested on others.",
-        "What the base model learned before is still there, its errors and biases included.",
-    ]
-    if manifest.quantization is not None:
-        limits.append(
-            f"It was trained on a base quantized with {manifest.quantization['kind']}; on the unquantized base its "
-            "logits differ slightly."
-        )
-    return [*limits, *usage.limits]

@@ -114,8 +114,12 @@ def run_export(
         MethodError: the run cannot be written in this format.
         ExportError: the export does not reproduce the trained model.
     """
-    exporter, to = build(to_format, {**options, **({"merge": True} if merge else {})}), Path(to)
-    source = open_export(run)
+    options |= {"merge": True} if merge else {}
+    try:
+        exporter: Exporter = EXPORTERS.get(to_format).model_validate({"kind": to_format, **options})
+    except ValidationError as error:
+        raise RecipeError(describe(error, f"export format '{to_format}'")) from None
+    source, to = open_export(run), Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
     if reason := exporter.unsupported_reason(source):
@@ -132,12 +136,3 @@ def run_export(
         f"{wrote}; its logits differ from the trained model's by {values['relative']:.1g} of their standard deviation "
         f"({values['tolerance']:g} allowed)"
     )
-
-
-def build(name: str, options: dict[str, Any]) -> Exporter:
-    """The exporter of that name with its options; raises RecipeError for an unknown name, option or value."""
-    exporter = EXPORTERS.get(name)
-    try:
-        return exporter.model_validate({"kind": name, **options})  # type: ignore[no-any-return]
-    except ValidationError as error:
-        raise RecipeError(describe(error, f"export format '{name}'")) from None

@@ -35,6 +35,7 @@ from peftkit.models import dtypes
 from peftkit.models.kernels.attention import torchs_own
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.head import Head
+from peftkit.schema.registries import QUANTIZATIONS
 from peftkit.schema.types import LoadedModel
 
 FILE = "proof.json"
@@ -162,8 +163,12 @@ def trained_logits(loaded: LoadedModel, manifest: Manifest, batch: dict[str, Ten
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     quantized = _quantization(manifest) is not None
     dtype = getattr(torch, manifest.dtype) if quantized else torch.float32
-    with _plain_kernels(model) if quantized else _in_fp32(model), dtypes.autocast(dtype, device):
-        logits = manifest.head.plain_logits(model, batch, manifest.pooling)
+    with contextlib.ExitStack() as stack:
+        # over a quantized base the layers of a fresh process, so that every bit is the same
+        for context in (plainly(model), torchs_own(model)) if quantized else (_in_fp32(model),):
+            stack.enter_context(context)
+        with dtypes.autocast(dtype, device):
+            logits = manifest.head.plain_logits(model, batch, manifest.pooling)
     model.train(was_training)
     return logits.cpu()
 
@@ -238,13 +243,6 @@ def _fresh_logits(job: dict[str, Any], batch: dict[str, Tensor]) -> tuple[Tensor
 
 
 @contextlib.contextmanager
-def _plain_kernels(model: torch.nn.Module) -> Iterator[None]:
-    """Runs peft's layers and torch's attention, so that every bit is that of a fresh process."""
-    with plainly(model), torchs_own(model):
-        yield
-
-
-@contextlib.contextmanager
 def _in_fp32(model: torch.nn.Module) -> Iterator[None]:
     """Widens frozen half-precision weights to fp32 and rounds them back at the end, both without loss."""
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -264,13 +262,5 @@ def _quantization(manifest: Manifest) -> dict[str, Any] | None:
     if kind in KERNELS:
         return {"checkpoint": kind}
     heads = [*manifest.heads, ".*pooler"] if manifest.heads else ["lm_head"]  # as in models.loading.never_quantized
-    if kind == "nf4":
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": manifest.quantization["double"],
-            "bnb_4bit_compute_dtype": manifest.dtype,
-            "llm_int8_skip_modules": heads,
-        }
-    threshold = manifest.quantization["threshold"]
-    return {"load_in_8bit": True, "llm_int8_threshold": threshold, "llm_int8_skip_modules": heads}
+    quantization = QUANTIZATIONS.get(kind).model_validate(manifest.quantization)
+    return dict(quantization.config_arguments(manifest.dtype, heads))

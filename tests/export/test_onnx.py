@@ -78,7 +78,7 @@ def test_int8_is_a_smaller_file_with_the_same_answers_and_a_head_in_fp32(bert, t
     held = {"MatMulInteger", "DynamicQuantizeLinear"}
     assert held <= {node.op_type for node in small.node}
     assert not held & {node.op_type for node in whole.node}
-    (head,) = onnx_int8.heads(whole)
+    (head,) = onnx_int8.last_layers(whole)
     assert head in {node.name for node in small.node if node.op_type in onnx_int8.LINEAR}
     large = [tensor for tensor in small.initializer if len(tensor.dims) == 2 and tensor.dims[-1] != 3]
     assert {tensor.data_type for tensor in large} & integers

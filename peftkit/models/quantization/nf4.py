@@ -24,6 +24,16 @@ class NF4(Quantization):
     double: bool = True
     """Quantize the scales as well: 0.127 bits a weight for them in place of 0.5."""
 
+    def config_arguments(self, compute_dtype: Any, head_names: Sequence[str]) -> dict[str, Any]:
+        """See ``Quantization.config_arguments``."""
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "llm_int8_skip_modules": list(head_names),
+        }
+
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
         from transformers import BitsAndBytesConfig
@@ -31,11 +41,4 @@ class NF4(Quantization):
         from peftkit.models.quantization.bitsandbytes_support import compute_dtype, require_bitsandbytes
 
         require_bitsandbytes(self.kind)
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=self.double,
-            bnb_4bit_compute_dtype=compute_dtype(model),
-            llm_int8_skip_modules=list(head_names),
-        )
-        return {"quantization_config": config}
+        return {"quantization_config": BitsAndBytesConfig(**self.config_arguments(compute_dtype(model), head_names))}
