@@ -59,4 +59,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": recipes.doctor,
 }
 for _name, _function in COMMANDS.items():
-    app.command(_name)(guarded(_name, _function))
+    app.command(_name, cls=models.ExportCommand if _name == "export" else None)(guarded(_name, _function))

@@ -53,9 +53,9 @@ def embed(
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
 ) -> None:
     """Embed texts with the model's pooling."""
-    from peftkit.inference import embeddings
+    from peftkit.inference import embed_file
 
-    count = embeddings.embed_file(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
+    count = embed_file.embed_file(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
     if out:
         report(f"wrote {count} vectors to {out}")
 
@@ -98,12 +98,12 @@ def chat(
 ) -> None:
     """Chat with a language model on the terminal or through a pipe; /help lists commands."""
     from peftkit.inference import chat as conversation
-    from peftkit.inference import generate_file, trained_model
+    from peftkit.inference import generate_file, prompts, trained_model
 
     options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    _, recipe = generate_file.language_run(run)
-    trained_model.generation_config(recipe, options)  # reports a wrong option before the model is loaded
-    model = trained_model.load(run, adapters=_adapters(adapter or []), merge=merge_choice(merge))
+    export = generate_file.open_language_run(run)
+    prompts.generation_config(export.recipe, options)  # reports a wrong option before the model is loaded
+    model = trained_model.load(export, adapters=_adapters(adapter or []), merge=merge_choice(merge))
     conversation.chat(model.configured(**options), system=system)
 
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from peftkit.cli.commands import AsJson, Overrides, RecipeName, RunFolder, load_recipe, report
-from peftkit.errors import RecipeError, did_you_mean
+from peftkit.schema import overrides
+from peftkit.schema.registries import EXPORTERS
 
 To = Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.")]
+
+
+class ExportCommand(TyperCommand):
+    """Lists the formats in the help of `peftkit export`; they are imported only when it is shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            if parameter.name == "to_format":
+                names = ", ".join(EXPORTERS)
+                parameter.help = f"{names}; `peftkit list --formats` describes them."  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
 
 
 def export(
@@ -20,15 +33,17 @@ def export(
     to: To,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
     to_format: Annotated[
-        str, typer.Option("--format", help="peft, onnx (a classifier with its adapter in one file), or onnx-int8.")
+        str, typer.Option("--format", metavar="FORMAT", autocompletion=lambda: list(EXPORTERS))
     ] = "peft",
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[option=value]...", help="Options of the format.")
+    ] = None,
 ) -> None:
     """Export a run for other libraries, with a proof of equal outputs."""
     from peftkit.export import run_export
 
-    if to_format not in (known := ("peft", "onnx", "onnx-int8")):
-        raise RecipeError(f"--format {to_format}: {did_you_mean(to_format, known)}")
-    report(run_export(run, to, merge=merge, to_format=to_format))
+    values = {".".join(path): value for path, value in map(overrides.parse, options or ())}
+    report(run_export(run, to, merge=merge, to_format=to_format, **values))
 
 
 def quantize(

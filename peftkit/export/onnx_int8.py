@@ -1,8 +1,8 @@
-"""An ONNX file's weights in 8 bits, by ONNX Runtime's own quantizer: a quarter of the bytes, products in INT8.
+"""INT8 weights for an ONNX file, by ONNX Runtime's own quantizer: a quarter of the size, matmuls in INT8.
 
-Weights have a scale for each output channel; activations are quantized as they come, so that no rows are needed for
-it (dynamic quantization). The last layer, which gives the logits, stays in fp32. Weights take 7 of the 8 bits: where a
-processor adds pairs of products in 16 bits (x86 without VNNI), 8 would overflow.
+Weights have one scale per output channel; activations are quantized as they come, without calibration rows (dynamic
+quantization). The last layer, which gives the logits, stays in fp32. Weights use 7 of the 8 bits: 8 would overflow on
+processors that add pairs of products in 16 bits (x86 without VNNI).
 """
 
 from __future__ import annotations
@@ -14,32 +14,31 @@ LINEAR = frozenset({"MatMul", "Gemm"})
 
 
 def quantize(file: Path) -> None:
-    """Writes the file anew, with the weights of its products and embeddings in INT8."""
+    """Replaces the weights of matmuls and embeddings in the file by INT8."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
     model = onnx.load(str(file))
-    add_pre_process_metadata(model)  # what torch exports has its shapes, and is optimized already
+    add_pre_process_metadata(model)  # torch exports shapes, and an optimized graph
     quantize_dynamic(
         model, file, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8,
-        nodes_to_exclude=heads(model.graph),
+        nodes_to_exclude=last_layers(model.graph),
     )  # fmt: skip
 
 
-def heads(graph: Any) -> list[str]:
-    """Names of the products with weights that are nearest to the output."""
-    weights = {held.name for held in graph.initializer}
-    makers = {name: node for node in graph.node for name in node.output}
-    found, seen = [], set()
-    left = [given.name for given in graph.output]
-    while left:
-        node = makers.get(left.pop())
+def last_layers(graph: Any) -> list[str]:
+    """Names of the matmuls with weights that are nearest to the output."""
+    weights = {tensor.name for tensor in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    names, seen, pending = [], set(), [output.name for output in graph.output]
+    while pending:
+        node = producers.get(pending.pop())
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
         if node.op_type in LINEAR and weights & set(node.input):
-            found.append(node.name)
+            names.append(node.name)
         else:
-            left += node.input
-    return found
+            pending += node.input
+    return names

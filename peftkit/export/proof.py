@@ -1,9 +1,13 @@
-"""The proof that an export is what was trained: a fresh process loads it with plain peft and transformers.
+"""The proof of an export: its logits, in a fresh process, compared with those of the trained model.
 
-Both sides hold the weights as in training (the base rounded to bf16 where it was) and see the same tokens. They compute
-in fp32, where the order of operations hardly matters, so that a difference means other weights; over a quantized base,
-whose products have a precision of their own, both take peft's and transformers' own way in the dtype of training. The
-figure is the largest difference of two logits, divided by the standard deviation of the trained model's logits.
+Both sides see the same tokens and hold the weights as in training (the base rounded to bf16 if it was). They compute
+in fp32, where the order of operations hardly matters, so that a difference means different weights. Over a quantized
+base, whose matmuls have a precision of their own, both use the plain layers of peft and transformers in the dtype of
+training. The difference is the largest one of any logit, divided by the standard deviation of the trained model's.
+
+    prove(folder, loaded, manifest, rows, tolerance)                    read by peft and transformers
+    prove_loader(folder, loaded, manifest, load, tolerance)             read by another function, in a fresh process
+    compare_logits(exported, trained, tolerance, rows=…, dtype=…)       logits that the caller computed
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +35,60 @@ from peftkit.models import dtypes
 from peftkit.models.kernels.attention import torch_attention
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.head import Head
+from peftkit.schema.registries import QUANTIZATIONS
 from peftkit.schema.types import LoadedModel
 
 FILE = "proof.json"
-SCRIPT = Path(__file__).with_name("verify_worker.py")
+WORKER = Path(__file__).with_name("verify_worker.py")
 MINUTES = 20
+SAMPLE = "The quick brown fox jumps over the lazy dog."
+TEXTS = (SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?")
+"""Proof of exports that are written when the run's own rows are no longer at hand."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What proof.json says."""
+    """The contents of proof.json."""
 
     passed: bool
     relative: float
-    """Largest difference of logits ÷ their standard deviation."""
+    """Largest difference of two logits ÷ the standard deviation of the trained model's."""
     tolerance: float
     largest_difference: float
     spread: float
+    """Standard deviation of the trained model's logits."""
     rows: int
     logits: int
     same_choice: float
-    """Share of rows (or tokens) whose likeliest class (or token) is the same."""
+    """Share of rows (or tokens) with the same likeliest class (or token)."""
     dtype: str
     device: str
-    versions: dict[str, str]
+    versions: dict[str, str] | None = None
+    """Of the libraries in the fresh process; None if there was none."""
+
+    def write(self, folder: Path) -> None:
+        """Writes proof.json."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        (folder / FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def check(self, what: str = "the export", allowed_by: str = "export.tolerance") -> None:
+        """Raises ExportError unless the proof passed."""
+        if not self.passed:
+            raise ExportError(
+                f"{what}: its logits differ from the trained model's by {self.relative:.2g} of their standard "
+                f"deviation; {allowed_by} allows {self.tolerance:g}"
+            )
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """proof.json of a folder, or None if nothing was proven."""
+    file = folder / FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def choose_rows(encoded: Any, head: Head) -> list[dict[str, Any]]:
-    """A few held-out examples of several lengths: model inputs only."""
+    """The model inputs of a few held-out examples of different lengths."""
     name = next(split for split in ("test", "validation", "train") if split in encoded.splits)
     split = encoded.splits[name]
     order = sorted(range(len(split.lengths)), key=lambda index: (int(split.lengths[index]), index))
@@ -69,97 +99,152 @@ def choose_rows(encoded: Any, head: Head) -> list[dict[str, Any]]:
 
 
 def prove(
-    folder: Path, loaded: LoadedModel, about: Manifest, rows: Sequence[dict[str, Any]], tolerance: float
+    folder: Path, loaded: LoadedModel, manifest: Manifest, rows: Sequence[dict[str, Any]], tolerance: float
 ) -> Proof:
-    """Compares the export in ``folder`` with the trained model and writes proof.json into it.
+    """Compares an adapter or model that peft and transformers can load with the model that it was written from.
 
     Raises:
-        ExportError: the fresh process could not load the export at all.
+        ExportError: the fresh process could not load the export.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    batch = about.head.collate(columns, loaded.tokenizer) or collate(columns, loaded.tokenizer)
+    batch = manifest.head.collate(columns, loaded.tokenizer) or collate(columns, loaded.tokenizer)
     device = next(loaded.model.parameters()).device
-    trained = _trained_logits(loaded, about, batch, device)
-    return compare(folder, job_for(about, folder, device), batch, trained, tolerance)
+    return prove_batch(folder, manifest, batch, trained_logits(loaded, manifest, batch), tolerance, device=device)
 
 
-def job_for(about: Manifest, folder: Path, device: torch.device, **changes: Any) -> dict[str, Any]:
-    """What the fresh process is told: everything that the card tells a reader."""
-    job = {
-        "folder": str(folder.resolve()),
-        "saves": about.saves,
-        "auto_class": about.auto_class,
-        "base": about.base,
-        "revision": about.revision,
-        "heads": list(about.heads),
-        "pooling": about.pooling,
-        "held": about.dtype if about.saves == "adapter" else "float32",
-        "dtype": about.dtype if _quantization(about) else "float32",
-        "quantization": _quantization(about),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-    }
-    return {**job, **changes}
+def prove_loader(
+    folder: Path, loaded: LoadedModel, manifest: Manifest, load: Callable[[Path], Any], tolerance: float
+) -> Proof:
+    """Compares an export of any other format with the model that it was written from, on a few texts.
+
+    Args:
+        folder: the export.
+        loaded: the model in fp32 on the CPU, and its tokenizer.
+        manifest: of the run.
+        load: a function at the top level of an importable module. A fresh process calls it with the folder; what it
+            returns is called with ``input_ids`` and ``attention_mask`` and returns an object with ``logits``.
+        tolerance: allowed difference, relative to the standard deviation of the logits.
+
+    Raises:
+        ExportError: the fresh process failed.
+    """
+    manifest = replace(manifest, quantization=None, dtype="float32")
+    batch = sample_batch(loaded.tokenizer, manifest)
+    trained = trained_logits(loaded, manifest, batch)
+    return prove_batch(folder, manifest, batch, trained, tolerance, loader=f"{load.__module__}:{load.__qualname__}")
 
 
-def compare(folder: Path, job: dict[str, Any], batch: dict[str, Tensor], trained: Tensor, tolerance: float) -> Proof:
-    """Runs the fresh process on a batch and holds its logits against ``trained`` [rows, labels] or [tokens, words]."""
-    again, versions = _fresh_logits(job, batch)
-    if again.shape != trained.shape:
-        raise ExportError(
-            f"the export gives logits of shape {tuple(again.shape)}, training gave {tuple(trained.shape)}"
-        )
-    difference = (again.double() - trained.double()).abs().max().item()
-    spread = max(trained.double().std(correction=0).item(), 1e-12)
-    relative = difference / spread
-    proof = Proof(
-        passed=relative <= tolerance,  # False for NaN, too
-        relative=relative,
-        tolerance=tolerance,
-        largest_difference=difference,
-        spread=spread,
-        rows=len(batch["input_ids"]),
-        logits=trained.numel(),
-        same_choice=(again.argmax(-1) == trained.argmax(-1)).double().mean().item(),
-        dtype=job["dtype"],
-        device=job["device"],
+def prove_batch(
+    folder: Path, manifest: Manifest, batch: dict[str, Tensor], trained: Tensor, tolerance: float, *,
+    device: torch.device = CPU, loader: str | None = None,
+) -> Proof:  # fmt: skip
+    """Compares the logits of a fresh process with ``trained`` [rows, labels] or [tokens, vocabulary]."""
+    job = {**job_for(manifest, folder, device), "loader": loader}
+    exported, versions = _fresh_logits(job, batch)
+    return compare_logits(
+        exported, trained, tolerance, rows=len(batch["input_ids"]), dtype=job["dtype"], device=job["device"],
         versions=versions,
-    )
-    (folder / FILE).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
-    return proof
+    )  # fmt: skip
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """proof.json of a folder, or None where nothing was proven."""
-    file = folder / FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def sample_batch(tokenizer: Any, manifest: Manifest) -> dict[str, Tensor]:
+    """A few texts of different lengths, tokenized and padded."""
+    encoded = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
+    return {name: encoded[name] for name in manifest.head.model_inputs if name in encoded}
 
 
 @torch.no_grad()
-def _trained_logits(loaded: LoadedModel, about: Manifest, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+def trained_logits(loaded: LoadedModel, manifest: Manifest, batch: dict[str, Tensor]) -> Tensor:
+    """The logits [rows, labels] or [tokens, vocabulary] on the CPU that an export must reproduce."""
     model = loaded.model
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    moved = {name: tensor.to(device) for name, tensor in batch.items()}
-    quantized = _quantization(about) is not None
-    dtype = getattr(torch, about.dtype) if quantized else torch.float32
-    own_way = _plain_kernels(model) if quantized else _in_fp32(model)
-    with own_way, dtypes.autocast(dtype, device):
-        scores = about.head.plain_logits(model, moved, about.pooling)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    quantized = _quantization(manifest) is not None
+    dtype = getattr(torch, manifest.dtype) if quantized else torch.float32
+    with contextlib.ExitStack() as stack:
+        # over a quantized base the layers of a fresh process, so that every bit is the same
+        for context in (use_peft_forward(model), torch_attention(model)) if quantized else (_in_fp32(model),):
+            stack.enter_context(context)
+        with dtypes.autocast(dtype, device):
+            logits = manifest.head.plain_logits(model, batch, manifest.pooling)
     model.train(was_training)
-    return scores.cpu()
+    return logits.cpu()
 
 
-@contextlib.contextmanager
-def _plain_kernels(model: torch.nn.Module) -> Iterator[None]:
-    """peft's layers and torch's attention, to the last bit what a fresh process takes."""
-    with use_peft_forward(model), torch_attention(model):
-        yield
+def compare_logits(
+    exported: Tensor, trained: Tensor, tolerance: float, *, rows: int, dtype: str, device: str = "cpu",
+    versions: dict[str, str] | None = None,
+) -> Proof:  # fmt: skip
+    """The proof of an export from its logits; raises ExportError if their shape differs from the trained model's."""
+    if exported.shape != trained.shape:
+        raise ExportError(
+            f"the export gives logits of shape {tuple(exported.shape)}, training gave {tuple(trained.shape)}"
+        )
+    difference = (exported.double() - trained.double()).abs().max().item()
+    spread = max(trained.double().std(correction=0).item(), 1e-12)
+    return Proof(
+        passed=difference / spread <= tolerance,  # False for NaN, too
+        relative=difference / spread,
+        tolerance=tolerance,
+        largest_difference=difference,
+        spread=spread,
+        rows=rows,
+        logits=trained.numel(),
+        same_choice=(exported.argmax(-1) == trained.argmax(-1)).double().mean().item(),
+        dtype=dtype,
+        device=device,
+        versions=versions,
+    )
+
+
+def job_for(manifest: Manifest, folder: Path, device: torch.device) -> dict[str, Any]:
+    """What the fresh process is given: the information on the model card, and the machine's settings."""
+    quantization = _quantization(manifest)
+    return {
+        "folder": str(folder.resolve()),
+        "saves": manifest.saves,
+        "auto_class": manifest.auto_class,
+        "base": manifest.base,
+        "revision": manifest.revision,
+        "heads": list(manifest.heads),
+        "pooling": manifest.pooling,
+        "weights_dtype": manifest.dtype if manifest.saves == "adapter" else "float32",
+        "dtype": manifest.dtype if quantization else "float32",
+        "quantization": quantization,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "import_path": sys.path,
+    }
+
+
+def _fresh_logits(job: dict[str, Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, str]]:
+    with tempfile.TemporaryDirectory(prefix="peftkit-proof-") as name:
+        work = Path(name)
+        save_file({name: tensor.contiguous() for name, tensor in batch.items()}, work / "inputs.safetensors")
+        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+        # the fresh process is alone, whatever launched this one
+        distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        environment = {name: value for name, value in os.environ.items() if name not in distributed}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", str(WORKER), str(work)], env=environment | quiet, capture_output=True,
+                text=True, timeout=60 * MINUTES, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ExportError(f"a fresh process did not load the export within {MINUTES} minutes") from None
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(f"a fresh process cannot load the export: {last}")
+        versions = json.loads((work / "versions.json").read_text(encoding="utf-8"))
+        return load_file(work / "logits.safetensors")["logits"], versions
 
 
 @contextlib.contextmanager
 def _in_fp32(model: torch.nn.Module) -> Iterator[None]:
-    """Widens frozen half-precision weights, which loses nothing, and narrows them again, which restores them."""
+    """Widens frozen half-precision weights to fp32 and rounds them back at the end, both without loss."""
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
     try:
@@ -169,43 +254,13 @@ def _in_fp32(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(before[name])
 
 
-def _fresh_logits(job: dict[str, Any], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, str]]:
-    with tempfile.TemporaryDirectory(prefix="peftkit-proof-") as place:
-        work = Path(place)
-        save_file({name: tensor.contiguous() for name, tensor in batch.items()}, work / "inputs.safetensors")
-        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
-        # the fresh process is alone, whatever launched this one
-        distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        environment = {name: value for name, value in os.environ.items() if name not in distributed}
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(SCRIPT), str(work)], env=environment | quiet, capture_output=True,
-                text=True, timeout=60 * MINUTES, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise ExportError(f"the fresh process did not load the export within {MINUTES} minutes") from None
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ExportError(f"plain peft and transformers cannot load the export in a fresh process: {last}")
-        versions = json.loads((work / "versions.json").read_text(encoding="utf-8"))
-        return load_file(work / "logits.safetensors")["logits"], versions
-
-
-def _quantization(about: Manifest) -> dict[str, Any] | None:
-    """The recipe's quantization in transformers' own words."""
-    if about.quantization is None or about.saves == "model":
+def _quantization(manifest: Manifest) -> dict[str, Any] | None:
+    """The recipe's quantization as arguments of transformers' BitsAndBytesConfig."""
+    if manifest.quantization is None or manifest.saves == "model":
         return None
-    heads = [*about.heads, ".*pooler"] if about.heads else ["lm_head"]  # as in models.loading.never_quantized
-    if about.quantization["kind"] in KERNELS:
-        return {"checkpoint": about.quantization["kind"]}
-    if about.quantization["kind"] == "nf4":
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": about.quantization["double"],
-            "bnb_4bit_compute_dtype": about.dtype,
-            "llm_int8_skip_modules": heads,
-        }
-    threshold = about.quantization["threshold"]
-    return {"load_in_8bit": True, "llm_int8_threshold": threshold, "llm_int8_skip_modules": heads}
+    kind = manifest.quantization["kind"]
+    if kind in KERNELS:
+        return {"checkpoint": kind}
+    heads = [*manifest.heads, ".*pooler"] if manifest.heads else ["lm_head"]  # as in models.loading.never_quantized
+    quantization = QUANTIZATIONS.get(kind).model_validate(manifest.quantization)
+    return dict(quantization.config_arguments(manifest.dtype, heads))

@@ -1,11 +1,12 @@
-"""Loads an export with plain peft and transformers, in a process of its own, and writes the logits that it gives.
+"""Loads an export with plain peft and transformers in a process of its own, and writes its logits.
 
-    python -I verify_worker.py FOLDER    # holding job.json and inputs.safetensors
+    python -I verify_worker.py FOLDER    # which holds job.json and inputs.safetensors
 
-Nothing of peftkit is imported: what this file can do, any reader of the model card can do. Bottleneck adapters alone,
-of which peft knows nothing, are put on the base by peftkit.
+peftkit is not imported: what this file can do, any reader of the model card can do. Two exceptions: bottleneck
+adapters, which peft lacks, and formats of other exporters, which are loaded by the function that their job names.
 """
 
+import importlib
 import json
 import sys
 from importlib.metadata import version
@@ -17,43 +18,62 @@ from safetensors.torch import load_file, save_file
 
 
 def load(job):
-    """The exported model as the card says to load it."""
-    dtype = getattr(torch, job["held"])
+    """The exported model, loaded as its card says."""
+    folder = Path(job["folder"])
+    if job.get("loader"):
+        sys.path[:0] = job["import_path"]
+        module, _, function = job["loader"].partition(":")
+        return getattr(importlib.import_module(module), function)(folder)
+    model = load_transformers(job, folder).eval()
+    return model if job["quantization"] else model.to(job["device"], dtype=getattr(torch, job["dtype"]))
+
+
+def load_transformers(job, folder):
+    """A model, or a base with its adapter."""
+    dtype = getattr(torch, job["weights_dtype"])
     auto = getattr(transformers, job["auto_class"])
     if job["saves"] == "model":
-        return auto.from_pretrained(job["folder"], dtype=dtype)
+        return auto.from_pretrained(folder, dtype=dtype)
+    base = load_base(job, auto, dtype)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if not config["peft_type"].startswith("PEFTKIT_"):
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, folder)
+    if config["adapters"]:
+        sys.path[:0] = job["import_path"]
+        from peftkit.export.native_adapters import load_onto
+
+        return load_onto(base, folder)
+    base.load_state_dict(load_file(folder / "adapter_model.safetensors"), strict=False, assign=True)
+    return base
+
+
+def load_base(job, auto, dtype):
+    """The base in the precision in which the adapter was trained over it."""
     arguments = {"config": transformers.AutoConfig.from_pretrained(job["folder"])}
     if job["revision"]:
         arguments["revision"] = job["revision"]
-    if job["quantization"]:
-        if "checkpoint" not in job["quantization"]:  # a checkpoint of quantized weights says itself how to read them
-            arguments["quantization_config"] = transformers.BitsAndBytesConfig(**job["quantization"])
+    quantization = job["quantization"] or {}
+    if quantization:
         arguments["device_map"] = {"": job["device"]}
+        if "checkpoint" not in quantization:  # a quantized checkpoint holds its own configuration
+            arguments["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
     base = auto.from_pretrained(job["base"], dtype=dtype, ignore_mismatched_sizes=True, **arguments)
-    if "checkpoint" in (job["quantization"] or {}):
-        hold(base, dtype)
+    if "checkpoint" in quantization:
+        cast_unpacked(base, dtype)
     for name, module in base.named_modules():
         if name.split(".")[-1] in job["heads"]:
             module.float()  # heads were trained in fp32; in half precision they would be rounded on loading
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # the same kernels as in training
         if getattr(module, "linear_mode", "") is None:
-            module.linear_mode = "train"  # and of gptqmodel's layers
-    kind = json.loads((Path(job["folder"]) / "adapter_config.json").read_text(encoding="utf-8")).get("type")
-    if kind == "bitfit":
-        base.load_state_dict(load_file(Path(job["folder"]) / "adapter_model.safetensors"), strict=False, assign=True)
-        return base
-    if kind == "bottleneck":
-        from peftkit.export.own_format import put_on
-
-        return put_on(base, Path(job["folder"]))
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, job["folder"])
+            module.linear_mode = "train"  # also for gptqmodel's layers
+    return base
 
 
-def hold(base, dtype):
-    """Whole weights of a quantized checkpoint in one dtype: transformers leaves some as the files have them."""
+def cast_unpacked(base, dtype):
+    """Casts the unquantized weights of a quantized checkpoint; transformers leaves some in the dtype of their file."""
     for parameter in base.parameters():
         packed = hasattr(parameter, "quant_state") or type(parameter.data) is not torch.Tensor
         if parameter.is_floating_point() and not packed:
@@ -62,30 +82,30 @@ def hold(base, dtype):
 
 def logits(model, inputs, pooling):
     """[rows, labels] of a classifier, [tokens, vocabulary] of a language model."""
-    scores = model(**inputs).logits.float()
+    scores = torch.as_tensor(model(**inputs).logits).float()
     mask = inputs["attention_mask"]
+    if scores.dim() == 2:
+        return scores
     if pooling == "mean":
         weights = mask.unsqueeze(-1)
         return (scores * weights).sum(1) / weights.sum(1)
     if pooling == "cls":
         return scores[torch.arange(len(scores)), mask.int().argmax(1)]
-    # logits of a learned prompt stand before those of the row's own tokens
-    return scores if scores.dim() == 2 else scores[:, -mask.shape[1] :][mask.bool()]
+    # the logits of a learned prompt come before those of the row's own tokens
+    return scores[:, -mask.shape[1] :][mask.bool()]
 
 
 def main():
-    """Reads the job, writes logits.safetensors and versions.json beside it."""
+    """Reads the job; writes logits.safetensors and versions.json next to it."""
     work = Path(sys.argv[1])
     job = json.loads((work / "job.json").read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
-    model = load(job).eval()
-    if not job["quantization"]:
-        model = model.to(job["device"], dtype=getattr(torch, job["dtype"]))
+    model = load(job)
     inputs = {name: tensor.to(job["device"]) for name, tensor in load_file(work / "inputs.safetensors").items()}
     dtype = getattr(torch, job["dtype"])
     with torch.no_grad(), torch.autocast(job["device"], dtype=dtype, enabled=dtype != torch.float32):
-        found = logits(model, inputs, job["pooling"])
-    save_file({"logits": found.cpu().contiguous()}, work / "logits.safetensors")
+        outputs = logits(model, inputs, job["pooling"])
+    save_file({"logits": outputs.cpu().contiguous()}, work / "logits.safetensors")
     names = ("torch", "transformers", "peft")
     (work / "versions.json").write_text(json.dumps({name: version(name) for name in names}), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A finished run scored again: on a split of its own data, or on a file of rows with labels.
+"""Scores a finished run again: on a split of its own data, or on a file of rows with labels.
 
 peftkit.evaluate("runs/bbc_news_lora-…")["accuracy"]
 """
@@ -15,7 +15,7 @@ from peftkit.schema.recipe import replace
 
 if TYPE_CHECKING:
     from peftkit.data.pipeline import EncodedSplit
-    from peftkit.export.in_memory import Merge
+    from peftkit.export.merging import MergeMode
     from peftkit.inference.trained_model import LoadedRun
     from peftkit.schema.types import Row
 
@@ -28,20 +28,20 @@ def evaluate(
     *,
     split: str = "test",
     file: str | Path | None = None,
-    merge: Merge = "auto",
+    merge: MergeMode = "auto",
     group: ProcessGroup = ALONE,
 ) -> dict[str, float]:
-    """Figures by name, as in the run's metrics.json.
+    """Metrics by name, as in the run's metrics.json.
 
     Args:
         run: a run's folder, or an exported one.
-        split: train, validation or test of the run's own data, read, cleaned and split as for the training.
+        split: train, validation or test of the run's own data, read, cleaned and split as in training.
         file: rows with the recipe's columns, in place of a split; their labels must be the run's.
-        merge: as for ``peftkit.load``; False scores base and adapter apart, as in training.
-        group: processes that share the rows; all of them call this, and all get the figures.
+        merge: as for ``peftkit.load``; False scores the adapter unmerged, as in training.
+        group: processes that share the rows; all of them call this, and all get the metrics.
 
     Raises:
-        RunError: not a finished run, no such split, or the data no longer have the run's labels.
+        RunError: not a finished run, no such split, or the data's labels are no longer the run's.
         DataError: the file's rows are wrong.
     """
     from peftkit.evaluation.assessment import assess
@@ -50,8 +50,8 @@ def evaluate(
     model = group.main_first(lambda: load(run, merge=merge, device=group.device))
     rows = group.run_on_main(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
     outputs = _outputs(model, rows, group)
-    found = group.run_on_main(lambda: assess(model.head, outputs, rows, model.recipe.evaluation, split=split))
-    return {name: figure["value"] for name, figure in found["metrics"].items()}
+    assessment = group.run_on_main(lambda: assess(model.head, outputs, rows, model.recipe.evaluation, split=split))
+    return {name: metric["value"] for name, metric in assessment["metrics"].items()}
 
 
 def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
@@ -60,14 +60,14 @@ def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
     prepared = prepare(model.recipe)
     if prepared.info.labels != model.info.labels:
         now, then = (", ".join(info.labels) for info in (prepared.info, model.info))
-        raise RunError(f"{model.path}: its data have other labels now ({now}) than when it was trained ({then})")
+        raise RunError(f"{model.path}: the labels of its data are now {now}, but were {then} in training")
     if split not in prepared.splits:
         raise RunError(f"{model.path}: no split '{split}': {did_you_mean(split, prepared.splits)}")
     return list(prepared.splits[split])
 
 
 def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
-    """Canonical rows of a file, under the label names and the cleaning of texts that the run had."""
+    """Canonical rows of a file, with the label names and the text cleaning of the run."""
     from peftkit.data.loading import read_splits
     from peftkit.data.mapping import canonical_rows
     from peftkit.data.source import find_sources
@@ -83,7 +83,7 @@ def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
 
 
 def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str, Any]:
-    """Outputs of every example in order; each process of the group takes every so manyth of them."""
+    """Outputs of every example in order; each process of the group takes every world_size-th."""
     import numpy as np
 
     from peftkit.data.pipeline import encode_rows
@@ -92,11 +92,11 @@ def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str
     split = group.run_collectively(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
     mine = np.arange(group.rank, len(split.lengths), group.world_size)
     part = split.select(mine) if group.world_size > 1 else split
-    pieces = group.gather(lambda: (mine, _predicted(model, part)))
-    return in_order([piece for piece in pieces if len(piece[0])], len(split.lengths))
+    shards = group.gather(lambda: (mine, _predict(model, part)))
+    return in_order([shard for shard in shards if len(shard[0])], len(split.lengths))
 
 
-def _predicted(model: LoadedRun, split: EncodedSplit) -> dict[str, Any]:
+def _predict(model: LoadedRun, split: EncodedSplit) -> dict[str, Any]:
     from peftkit.data.batching import pass_tokens
     from peftkit.evaluation import runner
     from peftkit.models import dtypes

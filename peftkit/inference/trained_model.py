@@ -17,69 +17,59 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from peftkit.errors import DataError, MethodError, RecipeError, RunError, did_you_mean
-from peftkit.export import manifest, switching
-from peftkit.export.in_memory import LOST, Merge, Merging, merge_in_memory
-from peftkit.export.loading import find_export, load_exported
-from peftkit.export.manifest import Manifest
-from peftkit.export.switching import AddedAdapter
+from peftkit.errors import MethodError, RunError
+from peftkit.export import multi_adapter
+from peftkit.export.folder import ExportFolder, open_export
+from peftkit.export.loading import LoadedExport, load_exported
+from peftkit.export.merging import MergeMode, MergeState
+from peftkit.export.multi_adapter import AddedAdapter
+from peftkit.inference.prompts import Conversation, as_prompt, as_prompts, generation_config
+from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes
 from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
-from peftkit.schema.recipe import GenerationConfig, Recipe
-from peftkit.schema.types import LoadedModel, Prediction, Row, TaskInfo
-from peftkit.schema.validation import describe
-
-Text = str | tuple[str, str]
-Conversation = Sequence[Mapping[str, str]]
-NOT_OPTIONS = ("samples", "prompts")
-"""Fields of GenerationConfig that say what is generated in an evaluation, and not how."""
+from peftkit.schema.recipe import Recipe
+from peftkit.schema.types import Prediction, TaskInfo
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with everything needed to use it."""
+class LoadedRun(LoadedExport):
+    """A trained model with everything needed to use it; ``path`` is the exported folder.
 
-    path: Path
-    """The exported folder."""
-    loaded: LoadedModel
-    recipe: Recipe
-    info: TaskInfo
-    about: Manifest
+    ``model`` is the transformers model, or peft's wrapper around it, in evaluation mode. A single adapter is merged
+    into the base when the run is first used; peft's wrapper is then gone.
+    """
+
     metrics: dict[str, Any]
-    """Final figures by split."""
+    """Final metrics by split."""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """What ``generate`` and ``stream`` take in place of the recipe's ``evaluation.generation``."""
+    """Options of ``generate`` and ``stream`` in place of the recipe's ``evaluation.generation``."""
     others: dict[str, AddedAdapter] = field(default_factory=dict, repr=False)
     """Further adapters on the same base, by name."""
-    merging: Merging = field(default_factory=Merging)
-    """Whether a lone adapter is merged into the base in memory when it is first used."""
+    merge_state: MergeState = field(default_factory=MergeState)
+    """Whether the adapter is to be merged into the base in memory, and whether it was."""
 
     @property
-    def model(self) -> Any:
-        """The transformers model, or peft's wrapper around it, in evaluation mode.
-
-        A lone adapter is merged when the run is first used; peft's wrapper is then gone.
-        """
-        return self.loaded.model
+    def info(self) -> TaskInfo:
+        """What the task learned about its data: labels, problem type."""
+        return self.manifest.info
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that the adapter in use was trained with."""
+        """The tokenizer that the active adapter was trained with."""
         other = self.others.get(self.adapter or "")
         return other.tokenizer if other else self.loaded.tokenizer
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that can be switched between; "default" is the run's own."""
-        return (switching.FIRST,) if self.merging.done else switching.names(self.model)
+        """Names of the adapters; "default" is the run's own."""
+        return (multi_adapter.FIRST,) if self.merge_state.merged else multi_adapter.names(self.model)
 
     @property
     def adapter(self) -> str | None:
-        """The adapter in use; None where the method trained the base itself."""
-        return switching.FIRST if self.merging.done else switching.active(self.model)
+        """Name of the active adapter; None if the method trained the base itself."""
+        return multi_adapter.FIRST if self.merge_state.merged else multi_adapter.active(self.model)
 
     @property
     def head(self) -> Head:
@@ -97,9 +87,9 @@ class LoadedRun:
         """Predictions in the order of the texts.
 
         Args:
-            texts: texts, or (text, text pair) tuples; a single one is taken as a list of one.
+            texts: texts, or (text, text pair) tuples; a single text is a list of one.
             batch_size: texts per batch, grouped by length; None takes ``data.batching.EVALUATION_ROWS``.
-            threshold: probability from which a label of a multi-label task holds; None takes the task's own.
+            threshold: probability from which a multi-label task predicts a label; None takes the task's own.
 
         Raises:
             RunError: the run is a language model.
@@ -112,7 +102,7 @@ class LoadedRun:
         return self._outputs(texts, batch_size)["logits"]
 
     def _outputs(self, texts: Text | Sequence[Text], batch_size: int | None) -> dict[str, np.ndarray]:
-        """What the head makes of each text."""
+        """The head's outputs, by name, for each text."""
         from peftkit.data.batching import pass_tokens
         from peftkit.data.pipeline import encode_rows
         from peftkit.evaluation import runner
@@ -121,7 +111,9 @@ class LoadedRun:
         if self.head.writes_text:
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
         self.merge()
-        rows = list(_rows(texts, self._recipe))
+        task = self._recipe.task
+        lengths = {2, len(task.input_columns(self._recipe.data))}
+        rows = [task.input_row((text,) if isinstance(text, str) else text) for text in as_texts(texts, lengths)]
         if not rows:
             return {"logits": np.zeros((0, self.head.width), dtype=np.float32)}
         split = encode_rows(rows, self.tokenizer, self._recipe, self.info)
@@ -145,9 +137,7 @@ class LoadedRun:
         from peftkit.inference import embeddings
 
         self.merge()
-        return embeddings.of_run(self).embed(
-            texts if isinstance(texts, str) else list(texts), normalize=normalize, batch_size=batch_size
-        )
+        return embeddings.of_run(self).embed(texts, normalize=normalize, batch_size=batch_size)
 
     def generate(
         self,
@@ -161,37 +151,36 @@ class LoadedRun:
 
         Args:
             prompts: texts or conversations (lists of ``{"role": …, "content": …}`` that end with the user's turn); a
-                single one is taken as a list of one. A run of instruction tuning answers a text as the user's
-                question, with the recipe's ``data.system`` before it; one of style continues it.
-            batch_size: prompts that are continued together.
-            numbers: each prompt's own, by which its noise is drawn, where these prompts are some of many; None counts
-                from 0.
+                single one is a list of one. A run of instruction tuning answers a text as the user's question, after
+                the recipe's ``data.system``; one of style continues it.
+            batch_size: prompts per batch.
+            numbers: seeds each prompt's sampling, if these prompts are some of many; None counts from 0.
             options: fields of ``evaluation.generation`` (max_new_tokens, temperature, top_p, top_k,
-                repetition_penalty, seed); the rest stays as in the recipe.
+                repetition_penalty, seed); the others are the recipe's.
 
         Raises:
             RunError: the run is a classifier.
-            RecipeError: an option that there is none of, or a value that it cannot have.
+            RecipeError: an unknown option, or a value that it cannot have.
             DataError: a conversation with an unknown role, or without a question.
-            ModelError: a prompt is empty or longer than the model reads, or there is no chat template.
+            ModelError: a prompt is empty or longer than the model's context, or there is no chat template.
         """
         from peftkit.evaluation import generation
 
-        self._check_writes()
+        self._check_generates()
         config = generation_config(self._recipe, {**self.generation, **options})
-        asked = [as_prompt(one, self._recipe, f"prompt {n}: ") for n, one in enumerate(_prompts(prompts), 1)]
+        inputs = as_prompts(prompts, self._recipe)
         self.merge()
-        return generation.generate(self.model, self.tokenizer, asked, config, batch_size=batch_size, numbers=numbers)
+        return generation.generate(self.model, self.tokenizer, inputs, config, batch_size=batch_size, numbers=numbers)
 
     def stream(self, messages: str | Conversation, **options: Any) -> Iterator[str]:
-        """The answer to one conversation, or what follows one text, piece by piece; see ``generate``."""
+        """Yields the answer to one conversation, or the continuation of one text, in chunks; see ``generate``."""
         from peftkit.evaluation import generation
 
-        self._check_writes()
+        self._check_generates()
         config = generation_config(self._recipe, {**self.generation, **options})
-        asked = as_prompt(messages, self._recipe)
+        prompt = as_prompt(messages, self._recipe)
         self.merge()
-        return generation.stream(self.model, self.tokenizer, asked, config)
+        return generation.stream(self.model, self.tokenizer, prompt, config)
 
     def configured(self, **options: Any) -> LoadedRun:
         """The same model with other defaults for ``generate`` and ``stream``; raises RecipeError as they do."""
@@ -199,97 +188,85 @@ class LoadedRun:
         return replace(self, generation={**self.generation, **options})
 
     def add_adapter(self, path: str | Path, name: str) -> None:
-        """Loads another run's adapter beside this one, on the same base; ``use_adapter`` switches to it.
+        """Loads the adapter of another run on the same base; ``use_adapter`` switches to it.
 
         Raises:
             RunError: ``path`` is not a finished run, or the name is taken or cannot be used.
             ModelError: the adapter is not for this base, has another head or method, or is damaged.
         """
-        added = switching.read(Path(path), name, self.about, self.adapters)
+        added = multi_adapter.read(Path(path), name, first=self.manifest, taken=self.adapters)
         self.unmerge()
-        switching.attach(self.model, added)
+        multi_adapter.attach(self.model, added)
         self.others[name] = added
 
     def use_adapter(self, name: str) -> None:
-        """Predicts and writes with that adapter from now on; raises RunError when none has that name."""
-        switching.check_known(name, self.adapters)
-        if not self.merging.done:  # the one that was merged is in use
-            switching.use(self.model, name)
+        """Switches to an adapter; raises RunError if none has that name."""
+        multi_adapter.check_known(name, self.adapters)
+        if not self.merge_state.merged:  # otherwise it is the only one
+            multi_adapter.activate(self.model, name)
 
     @contextmanager
     def base(self) -> Iterator[LoadedRun]:
-        """Within it the adapter is off, and the base model answers: ``with run.base(): run.generate(…)``.
+        """Turns the adapter off within the block, so that the base answers: ``with run.base(): run.generate(…)``.
 
         Raises:
-            RunError: the method trained the base itself, so that there is nothing to take off.
+            RunError: the method trained the base itself, so that there is no adapter to turn off.
         """
         if not self.adapters:
-            raise RunError(f"{self.path}: method '{self.about.method}' trained the base itself; there is no adapter")
+            raise RunError(f"{self.path}: method '{self.manifest.method}' trained the base itself; there is no adapter")
         self.unmerge()
-        with switching.disabled(self.model):
+        with multi_adapter.disabled(self.model):
             yield self
 
     def merge(self) -> None:
-        """Merges a lone adapter into the base, in memory only, as ``load``'s ``merge`` says; done at the first use.
+        """Merges the only adapter into the base, in memory, as ``load``'s ``merge`` says; done at the first use.
 
         Raises:
             MethodError: the run was loaded with merge=True and cannot be merged.
         """
-        merging = self.merging
-        if not merging.due(self.model):
-            return
-        merging.check(self.model, quantized=self.about.quantization is not None)
-        if merging.reason:
-            return
-        try:
-            merged, lost = merge_in_memory(self.model)
-        except MethodError as error:
-            self._reload_base()
-            merging.refuse(str(error))
-            return
-        if lost > LOST and merging.wanted == "auto":
-            self._reload_base()
-            merging.refuse(f"rounding would take {lost:.0%} of what was learned")
-            return
-        self.loaded.model, merging.done = merged, True
+        if self.merge_state.is_pending(self.model):
+            quantized = self.manifest.quantization is not None
+            self.loaded.model = self.merge_state.merge(self.model, quantized=quantized, reload=self._reload)
 
     def unmerge(self) -> None:
-        """Takes base and adapter apart again, by reading them anew; from now on they stay so."""
-        if self.merging.done:
-            self._reload_base()
-        self.merging.done, self.merging.wanted = False, False
+        """Separates base and adapter, by loading them again; they are not merged any more."""
+        if self.merge_state.merged:
+            self._reload()
+        self.merge_state.merged, self.merge_state.mode = False, False
 
-    def _reload_base(self) -> None:
+    def _reload(self) -> Any:
         device = str(next(self.model.parameters()).device)
-        self.loaded.model = load_exported(self.path, device=device).loaded.model
+        export = ExportFolder(self.path, self.manifest, self.recipe)
+        self.loaded.model = load_exported(export, device=device).model
+        return self.model
 
     @property
     def _recipe(self) -> Recipe:
-        """The recipe of the adapter in use."""
+        """The recipe of the active adapter."""
         other = self.others.get(self.adapter or "")
         return other.recipe if other else self.recipe
 
-    def _check_writes(self) -> None:
+    def _check_generates(self) -> None:
         if not self.head.writes_text:
             raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
 
 
 def load(
-    path: str | Path,
+    path: str | Path | ExportFolder,
     *,
     device: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    merge: Merge = "auto",
+    merge: MergeMode = "auto",
 ) -> LoadedRun:
     """Loads a finished run, or an exported folder.
 
     Args:
-        path: a run's folder, its ``adapter/`` or ``model/``, or a copy of that on another machine.
-        device: "cpu", "cuda", "cuda:1", …; None takes CUDA where there is one.
-        adapters: other runs on the same base by the name under which ``use_adapter`` finds them.
-        merge: whether a lone adapter is merged into the base in memory at the first use, which saves its products.
-            "auto": where the method can be merged, the base is not quantized, and rounding leaves the adapter whole;
-            what needs the adapter apart (``base``, ``use_adapter``, ``add_adapter``) reads the weights anew.
+        path: a run's folder, its ``adapter/`` or ``model/``, or a copy of one on another machine.
+        device: "cpu", "cuda", "cuda:1", …; None takes CUDA if there is one.
+        adapters: other runs on the same base, by the name under which ``use_adapter`` finds them.
+        merge: whether a single adapter is merged into the base in memory at the first use, which saves its matmuls.
+            "auto" merges if the method allows it, the base is not quantized, and rounding keeps most of the adapter;
+            ``base``, ``use_adapter`` and ``add_adapter``, which need it unmerged, load the weights again.
 
     Raises:
         RunError: not a finished run of peftkit, or a name that cannot be used.
@@ -297,77 +274,18 @@ def load(
         ModelError: the base is missing or another than the one trained on, weights are pickled or damaged, or the
             head does not fit the labels.
     """
-    first = manifest.read(find_export(Path(path)))
+    export = path if isinstance(path, ExportFolder) else open_export(path)
     if merge is True and adapters:
         raise MethodError("several adapters on one base cannot be merged into it; leave merge at 'auto'")
     others: dict[str, AddedAdapter] = {}
     for name, other in (adapters or {}).items():
-        others[name] = switching.read(Path(other), name, first, [switching.FIRST, *others])
-    exported = load_exported(path, device=device)
+        taken = [multi_adapter.FIRST, *others]
+        others[name] = multi_adapter.read(Path(other), name, first=export.manifest, taken=taken)
+    run = load_exported(export, device=device)
     for added in others.values():
-        switching.attach(exported.loaded.model, added)
-    file = exported.folder / "metrics.json"
+        multi_adapter.attach(run.model, added)
+    file = export.path / "metrics.json"
     metrics = read_json(file) if file.is_file() else {}
     return LoadedRun(
-        exported.folder, exported.loaded, exported.recipe, exported.about.info, exported.about, metrics, others=others,
-        merging=Merging(merge),
-    )  # fmt: skip
-
-
-def generation_config(recipe: Recipe, options: Mapping[str, Any]) -> GenerationConfig:
-    """The recipe's ``evaluation.generation`` with options put over it.
-
-    Raises:
-        RecipeError: an option that there is none of (the nearest is named), or a value that it cannot have.
-    """
-    known = [name for name in GenerationConfig.model_fields if name not in NOT_OPTIONS]
-    for name in options:
-        if name not in known:
-            raise RecipeError(f"generation has no option '{name}': {did_you_mean(name, known)}")
-    try:
-        return GenerationConfig.model_validate({**recipe.evaluation.generation.model_dump(), **options})
-    except ValidationError as error:
-        raise RecipeError(describe(error, "generation")) from None
-
-
-def as_prompt(prompt: str | Conversation, recipe: Recipe, where: str = "") -> str | list[dict[str, str]]:
-    """A prompt as the run was trained to read it: a text as it is, or turns under the recipe's system prompt.
-
-    Raises:
-        DataError: neither a text nor a conversation that awaits an answer; ``where`` opens the message.
-    """
-    from peftkit.tasks import conversation
-
-    if isinstance(prompt, str):
-        prompt = recipe.task.as_prompt(prompt)
-        if isinstance(prompt, str):
-            return prompt
-    try:
-        return conversation.read_open(prompt, "messages", recipe.data.system)
-    except DataError as error:
-        raise DataError(f"{where}{error.message}") from None
-
-
-def _prompts(given: Any) -> list[str | Conversation]:
-    """Several prompts; a text, or a list of turns, is a single one."""
-    if isinstance(given, str):
-        return [given]
-    prompts = list(given)
-    return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
-
-
-def _rows(texts: Text | Sequence[Text], recipe: Recipe) -> Iterator[Row]:
-    """Canonical rows without labels; a lone (text, pair) tuple cannot be told from two texts, and is two texts."""
-    given = [texts] if isinstance(texts, str) else list(texts)
-    lengths = {2, len(recipe.task.input_columns(recipe.data))}
-    for place, text in enumerate(given):
-        if place and isinstance(text, str) != isinstance(given[0], str):
-            raise DataError(f"text {place}: texts and (text, text pair) tuples are mixed; give one kind in a call")
-        if isinstance(text, str):
-            yield recipe.task.input_row((text,))
-        elif isinstance(text, (tuple, list)) and len(text) in lengths and all(isinstance(part, str) for part in text):
-            yield recipe.task.input_row(text)
-        else:
-            raise DataError(
-                f"text {place}: expected a text or (text, text pair), found {type(text).__name__} {text!r:.60}"
-            )
+        run.path, run.manifest, run.recipe, run.loaded, metrics, others=others, merge_state=MergeState(merge)
+    )

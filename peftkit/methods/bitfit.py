@@ -27,6 +27,7 @@ class BitFit(Method):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
     default_learning_rate: ClassVar[float] = 5e-3
+    loads_with: ClassVar[Literal["peft", "transformers", "peftkit"]] = "transformers"
     learns_pooling: ClassVar[bool] = False
     quantizations: ClassVar[tuple[str, ...] | None] = ()
     """bitsandbytes casts its layers' biases to the compute dtype at every call, trained ones included."""

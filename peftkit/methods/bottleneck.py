@@ -36,6 +36,7 @@ class Bottleneck(Method):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
     merges: ClassVar[bool] = False
+    loads_with: ClassVar[Literal["peft", "transformers", "peftkit"]] = "peftkit"
     learns_pooling: ClassVar[bool] = False
 
     kind: Literal["bottleneck"] = "bottleneck"

@@ -29,6 +29,8 @@ class Method(ConfigSection):
     default_learning_rate: ClassVar[float] = 1e-3
     saves: ClassVar[Literal["adapter", "model"]] = "adapter"
     """Whether a run exports peft's adapter format or a whole transformers model."""
+    loads_with: ClassVar[Literal["peft", "transformers", "peftkit"]] = "peft"
+    """The library that puts an exported adapter on its base: peftkit for layers that peft lacks."""
     adapts_backbone: ClassVar[bool] = True
     """Whether anything below the head is trained."""
     learns_pooling: ClassVar[bool] = True

@@ -18,5 +18,9 @@ class Quantization(ConfigSection):
     kind: str
 
     @abstractmethod
+    def config_arguments(self, compute_dtype: Any, head_names: Sequence[str]) -> dict[str, Any]:
+        """Arguments of transformers' ``BitsAndBytesConfig``; a fresh process proves exports with the same ones."""
+
+    @abstractmethod
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments for transformers' ``from_pretrained``; heads and embeddings stay unquantized."""

@@ -22,3 +22,4 @@ QUANTIZATIONS: Registry[Any] = Registry(
 )
 SOURCES: Registry[Any] = Registry("data source", package="peftkit.data.sources", group="peftkit.sources")
 READERS: Registry[Any] = Registry("file reader", package="peftkit.data.readers", group="peftkit.readers")
+EXPORTERS: Registry[Any] = Registry("export format", package="peftkit.export.formats", group="peftkit.exporters")

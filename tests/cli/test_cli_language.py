@@ -247,7 +247,7 @@ def test_chat_over_a_pipe_answers_a_line_a_turn_and_switches_adapters(chat_run, 
     code, out, said = call(
         "chat", chat_run.path, "--adapter", f"other={other}", "--system", "be good", "--max-new-tokens", 4, stdin=asked
     )
-    assert (code, "answers now come from 'other'" in said) == (0, True)
+    assert (code, "switched to adapter 'other'" in said) == (0, True)
     run = peftkit.load(chat_run.path, adapters={"other": other}).configured(max_new_tokens=4)
     talk = [{"role": "system", "content": "be good"}, {"role": "user", "content": "what is oil"}]
     first = run.generate(talk)[0]
@@ -312,7 +312,7 @@ def changed(row):
 def test_marks_that_are_missing_or_files_that_would_be_overwritten(chat_run, call, tmp_path):
     marked = write(tmp_path / "marked.jsonl", [{"prompt": "a", "finetuned": "b"}])
     for arguments, said in (
-        (["--marked", marked, "--out", tmp_path / "o.jsonl"], "nothing is marked good"),
+        (["--marked", marked, "--out", tmp_path / "o.jsonl"], "no row is marked good"),
         (["--marked", marked, "--out", marked], "is the input file"),
         (["--marked", marked], "--marked FILE needs --out FILE"),
         (["own_csv", "--marked", marked, "--out", tmp_path / "o.jsonl"], "takes no recipe"),

@@ -20,7 +20,8 @@ from peftkit.cli import app
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import TrainingError
-from peftkit.inference import embeddings, evaluate, generate_file, predict_file
+from peftkit.inference import embed_file, evaluate, generate_file, predict_file
+from peftkit.inference import texts as text_rows
 from peftkit.inference.trained_model import LoadedRun
 from peftkit.schema.types import TaskInfo
 from tests import tiny
@@ -120,10 +121,10 @@ def predictions_of(run, given):
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_vectors_of_two_processes_are_those_of_one(made, together, tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(embeddings, "ROWS", 2)
+    monkeypatch.setattr(embed_file, "CHUNK", 2)
     (tmp_path / "in.txt").write_text("\n".join(texts(rows)) + "\n", encoding="utf-8")
     arguments = {"file": tmp_path / "in.txt", "column": None, "normalize": True}
-    embeddings.embed_file(str(made["classifier"]), out=tmp_path / "one.npy", **arguments)
+    embed_file.embed_file(str(made["classifier"]), out=tmp_path / "one.npy", **arguments)
     codes, _, said = together(
         "embed", made["classifier"], "--file", tmp_path / "in.txt", "--normalize", "--out", tmp_path / "two.npy"
     )
@@ -221,7 +222,7 @@ def test_a_main_process_that_cannot_write_leaves_nobody_waiting(made, together, 
             raise TrainingError("no space is left")
 
         if rank == 0:
-            predict_file._write_lines = full
+            text_rows.write_lines = full
 
     codes, _, said = together("predict", made["classifier"], "--file", file, before=before)
     assert codes == [1, 1]

@@ -44,8 +44,8 @@ def warm_up() -> None:
 
     import peftkit.cli.launch
     import peftkit.export.loading
-    import peftkit.export.merge
-    import peftkit.export.switching
+    import peftkit.export.multi_adapter
+    import peftkit.export.proof
     import peftkit.models.kernels.activation_checkpointing
     import peftkit.models.kernels.attention
     import peftkit.models.kernels.lora_linear

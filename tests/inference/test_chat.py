@@ -69,7 +69,7 @@ def test_reset_system_and_quit():
     output, notices, _ = talk(speaker, "a\n/reset\nb\n/system Be kind.\nc\n/quit\nnever\n", system="Be brief.")
     assert output == "2:a\n2:b\n4:c\n"
     assert [heard[0]["content"] for heard in speaker.heard] == ["Be brief.", "Be brief.", "Be kind."]
-    assert "forgotten" in notices
+    assert "conversation cleared" in notices
 
 
 def test_adapters_are_switched_by_name():
@@ -77,7 +77,7 @@ def test_adapters_are_switched_by_name():
     assert output == "kjv says a\nshakespeare says b\n"
     assert "adapters: kjv, shakespeare" in notices
     assert "did you mean 'shakespeare'?" in notices
-    assert "one adapter only" in talk(Echo(), "/adapter kjv\n")[1]
+    assert "only one adapter" in talk(Echo(), "/adapter kjv\n")[1]
 
 
 def test_unknown_command_names_the_nearest_and_help_lists_all():
@@ -113,7 +113,7 @@ class Failing:
         yield str(len(messages))
 
 
-def test_a_failed_turn_is_told_and_forgotten_on_a_terminal_and_raised_over_a_pipe():
+def test_a_failed_turn_is_reported_and_dropped_on_a_terminal_and_raised_over_a_pipe():
     output, notices, messages = talk(Failing(ModelError("too long")), "a\nb\nc\n", source=Terminal)
     assert "too long" in notices
     assert [m["content"] for m in messages] == ["a", "1", "c", "3"]
@@ -122,9 +122,9 @@ def test_a_failed_turn_is_told_and_forgotten_on_a_terminal_and_raised_over_a_pip
         talk(Failing(ModelError("too long")), "a\nb\nc\n")
 
 
-def test_control_c_cuts_an_answer_short_on_a_terminal():
+def test_control_c_interrupts_an_answer_on_a_terminal():
     _, notices, messages = talk(Failing(KeyboardInterrupt()), "a\nb\nc\n", source=Terminal)
-    assert "cut short" in notices
+    assert "interrupted" in notices
     assert len(messages) == 4
     assert notices.count("> ") == 4  # three lines and the end of the input
 

@@ -168,10 +168,10 @@ def test_without_the_adapter_the_base_writes(runs, base):
         ("", "cannot name an adapter"),
         ("a" * 65, "cannot name an adapter"),
         ("default", "called 'default' already"),
-        ("weight", "means something inside"),
-        ("lora", "means something inside"),
-        ("keys", "means something inside"),
-        ("q_proj", "means something inside"),
+        ("weight", "the model uses the name"),
+        ("lora", "the model uses the name"),
+        ("keys", "the model uses the name"),
+        ("q_proj", "the model uses the name"),
     ],
 )
 def test_names_that_cannot_be_used(runs, name, said):

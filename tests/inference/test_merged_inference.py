@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peftkit.errors import MethodError
-from peftkit.export.in_memory import merge_in_memory, unmergeable_reason
 from peftkit.export.loading import load_exported
+from peftkit.export.merging import merge_in_memory, unmergeable_reason
 from peftkit.inference.trained_model import load
 from peftkit.schema.types import TaskInfo
 from tests import tiny
@@ -53,8 +53,8 @@ def test_the_same_logits_and_the_files_as_they_were(name, bert, tmp_path):
     before = digests(folder), digests(bert)
     apart, model = load(folder, merge=False), load(folder)
     expected, found = apart.logits(TEXTS), model.logits(TEXTS)
-    assert model.merging.done
-    assert not apart.merging.done
+    assert model.merge_state.merged
+    assert not apart.merge_state.merged
     assert not hasattr(model.model, "peft_config")
     assert model.adapter == "default"
     assert model.adapters == ("default",)
@@ -80,7 +80,7 @@ def test_in_bf16_merging_is_no_further_from_fp32_than_bf16_is(bert, tmp_path):
     apart, model = load(folder, merge=False), load(folder)
     reference = _logits(load_exported(folder, dtype="float32").loaded.model, model.tokenizer)
     ours, theirs = model.logits(TEXTS), apart.logits(TEXTS)
-    assert model.merging.done
+    assert model.merge_state.merged
     assert model.model.get_input_embeddings().weight.dtype == torch.bfloat16
     noise = np.sqrt(np.square(theirs - reference).mean())
     assert 0 < np.sqrt(np.square(ours - reference).mean()) <= 2 * noise
@@ -113,8 +113,8 @@ def test_an_adapter_that_rounding_would_take_stays_apart(bert, tmp_path):
     save_file(small, folder / "adapter_model.safetensors", {"format": "pt"})
     model, apart = load(folder), load(folder, merge=False)
     np.testing.assert_array_equal(model.logits(TEXTS), apart.logits(TEXTS))
-    assert not model.merging.done
-    assert "rounding" in model.merging.reason
+    assert not model.merge_state.merged
+    assert "rounding" in model.merge_state.reason
 
 
 @pytest.mark.parametrize("name", APART)
@@ -122,8 +122,8 @@ def test_what_cannot_be_merged_answers_as_it_is_or_is_refused(name, bert, tmp_pa
     folder, _ = exported(tmp_path / "run", bert, method=APART[name], data={"max_length": 64}, **OFF)
     model = load(folder)
     np.testing.assert_array_equal(model.logits(TEXTS), load(folder, merge=False).logits(TEXTS))
-    assert not model.merging.done
-    assert model.merging.reason
+    assert not model.merge_state.merged
+    assert model.merge_state.reason
     with pytest.raises(MethodError, match="cannot be merged"):
         load(folder, merge=True).predict(TEXTS)
 
@@ -146,7 +146,7 @@ def test_a_language_model_writes_the_same(tmp_path):
     model, apart = load(folder), load(folder, merge=False)
     prompts = ["the king said", "oil"]
     assert model.generate(prompts, max_new_tokens=12) == apart.generate(prompts, max_new_tokens=12)
-    assert model.merging.done
+    assert model.merge_state.merged
     assert "".join(model.stream("oil", max_new_tokens=5)) == "".join(apart.stream("oil", max_new_tokens=5))
 
 
@@ -154,7 +154,7 @@ def test_what_needs_the_adapter_apart_reads_it_anew(lora, bert, tmp_path):
     other, _ = exported(tmp_path / "other", bert, method={"kind": "lora", "rank": 2}, **OFF)
     model, apart = load(lora), load(lora, merge=False)
     model.predict(TEXTS)
-    assert model.merging.done
+    assert model.merge_state.merged
     with model.base():
         assert np.abs(model.logits(TEXTS) - apart.logits(TEXTS)).max() > 0.01
     np.testing.assert_array_equal(model.logits(TEXTS), apart.logits(TEXTS))
@@ -163,7 +163,7 @@ def test_what_needs_the_adapter_apart_reads_it_anew(lora, bert, tmp_path):
     again.use_adapter("default")
     again.add_adapter(other, "other")
     assert again.adapters == ("default", "other")
-    assert not again.merging.done
+    assert not again.merge_state.merged
     np.testing.assert_array_equal(again.logits(TEXTS), apart.logits(TEXTS))
     again.use_adapter("other")
     np.testing.assert_array_equal(again.logits(TEXTS), load(other, merge=False).logits(TEXTS))

@@ -165,7 +165,7 @@ def save(made: SimpleNamespace, folder: Path) -> dict[str, Any]:
     about = manifest.build_manifest(made.loaded, made.recipe, made.info, "float32")
     adapter.save(folder, made.loaded, made.recipe, about, {})
     batch = {name: made.batch[name] for name in ("input_ids", "attention_mask")}
-    logits = proof._trained_logits(made.loaded, about, batch, torch.device("cpu"))
+    logits = proof.trained_logits(made.loaded, about, batch)
     return {"job": proof.job_for(about, folder, torch.device("cpu")), "batch": batch, "logits": logits}
 
 

@@ -84,7 +84,7 @@ import json, sys, peftkit
 from peftkit.export import card
 run, texts = peftkit.load(sys.argv[1]), json.loads(sys.argv[2])
 said = run.logits(texts).tolist() if run.labels else run.generate(texts, max_new_tokens=8)
-code = card.code(run.about).replace("path/to/this/folder", str(run.path))
+code = card.usage(run.manifest).code.replace("path/to/this/folder", str(run.path))
 exec(compile(code, "card", "exec"), {})  # plain peft and transformers; the card is ours
 print(json.dumps(said))
 """
@@ -114,7 +114,7 @@ def test_training_over_it_is_resumed_proven_and_predicted_with_by_a_fresh_proces
     run = peftkit.load(whole.path)
     here = run.logits(TEXTS).tolist() if run.labels else run.generate(TEXTS, max_new_tokens=8)
     assert json.loads(done.stdout.splitlines()[-1]) == here
-    assert (run.merging.done, run.merging.reason) == (False, "its base is quantized")
+    assert (run.merge_state.merged, run.merge_state.reason) == (False, "its base is quantized")
 
 
 @pytest.mark.parametrize("kind", HELD)

@@ -75,7 +75,7 @@ def test_wrong_lines_name_file_line_and_field(tmp_path, line, message):
 
 
 def test_nothing_marked_good_and_no_file(tmp_path):
-    with pytest.raises(DataError, match="nothing is marked good"):
+    with pytest.raises(DataError, match="no row is marked good"):
         marked_to_training_rows(write(tmp_path, ROWS)[0])
     with pytest.raises(DataError, match=r"none\.jsonl"):
         read(tmp_path / "none.jsonl")

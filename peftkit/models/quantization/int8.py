@@ -26,6 +26,14 @@ class Int8(Quantization):
     threshold: Annotated[float, Field(ge=0)] = 6.0
     """Magnitude from which an activation is an outlier, whose column is multiplied unquantized; 0 disables this."""
 
+    def config_arguments(self, compute_dtype: Any, head_names: Sequence[str]) -> dict[str, Any]:
+        """See ``Quantization.config_arguments``."""
+        return {
+            "load_in_8bit": True,
+            "llm_int8_threshold": self.threshold,
+            "llm_int8_skip_modules": list(head_names),
+        }
+
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
         from transformers import BitsAndBytesConfig
@@ -33,7 +41,4 @@ class Int8(Quantization):
         from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 
         require_bitsandbytes(self.kind)
-        config = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=self.threshold, llm_int8_skip_modules=list(head_names)
-        )
-        return {"quantization_config": config}
+        return {"quantization_config": BitsAndBytesConfig(**self.config_arguments(None, head_names))}

@@ -24,6 +24,16 @@ class NF4(Quantization):
     double: bool = True
     """Quantize the scales as well: 0.127 bits per weight for them instead of 0.5."""
 
+    def config_arguments(self, compute_dtype: Any, head_names: Sequence[str]) -> dict[str, Any]:
+        """See ``Quantization.config_arguments``."""
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.double,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "llm_int8_skip_modules": list(head_names),
+        }
+
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
         import torch
@@ -33,11 +43,5 @@ class NF4(Quantization):
         from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 
         require_bitsandbytes(self.kind)
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=self.double,
-            bnb_4bit_compute_dtype=dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu"),
-            llm_int8_skip_modules=list(head_names),
-        )
-        return {"quantization_config": config}
+        compute_dtype = dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu")
+        return {"quantization_config": BitsAndBytesConfig(**self.config_arguments(compute_dtype, head_names))}

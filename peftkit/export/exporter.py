@@ -1,0 +1,138 @@
+"""The contract of an export format: how a finished run is written, proven, described on its card, and loaded again.
+
+A format is one file in ``peftkit.export.formats``, or a class that another package names under the entry-point group
+``peftkit.exporters``. torch and peft are imported only inside the methods, so that listing the formats is fast.
+
+    @EXPORTERS.register("bundle")
+    class Bundle(Exporter):
+        \"\"\"One safetensors file for the bundle runtime.\"\"\"
+
+        kind: Literal["bundle"] = "bundle"
+        level: int = 6                                           # peftkit export … --format bundle level=9
+
+        def export(self, source, folder):
+            loaded = load_exported(source, device="cpu", dtype="float32", quantized=False).loaded
+            write_bundle(loaded.model, folder / "model.bundle", self.level)
+            tolerance = source.recipe.export.tolerance
+            self.finish(source, folder, proof.prove_loader(folder, loaded, source.manifest, read_bundle, tolerance))
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from peftkit.errors import MethodError, RecipeError, RunError
+from peftkit.export import manifest
+from peftkit.export.folder import COPIED, ExportFolder, open_export
+from peftkit.export.manifest import Manifest
+from peftkit.schema.registries import EXPORTERS
+from peftkit.schema.sections import ConfigSection
+from peftkit.schema.types import LoadedModel
+from peftkit.schema.validation import describe
+from peftkit.system.files import atomic_folder
+
+if TYPE_CHECKING:
+    from peftkit.export.card import Usage
+    from peftkit.export.proof import Proof
+
+DEFAULT = "peft"
+
+
+class Exporter(ConfigSection):
+    """Writes a finished run in one format.
+
+    Fields are the format's options; the first line of the docstring is its summary in `peftkit list --formats`.
+    """
+
+    kind: str
+
+    def unsupported_reason(self, source: ExportFolder) -> str:
+        """Why a run cannot be written in this format, and what to do instead; empty if it can."""
+        return ""
+
+    @abstractmethod
+    def export(self, source: ExportFolder, folder: Path) -> None:
+        """Writes a run's export into an empty folder, which is removed if this raises; ends with ``finish``.
+
+        Raises:
+            ExportError: the export does not reproduce the trained model.
+        """
+
+    def finish(self, source: ExportFolder, folder: Path, proof: Proof | None, **changes: Any) -> None:
+        """Writes what every export has: peftkit.json, recipe.yaml, metrics.json, proof.json and the card.
+
+        Args:
+            proof: of this export; None if it was not proven.
+            changes: fields of the manifest that differ from those of ``source``; ``saves`` is the format's name.
+
+        Raises:
+            ExportError: the proof failed.
+        """
+        from peftkit.export import card
+
+        if proof is not None:
+            proof.check(f"export format '{self.kind}'")
+            proof.write(folder)
+        contents = replace(source.manifest, **{"saves": self.kind, **changes})
+        manifest.write(folder, contents)
+        for name in COPIED:
+            shutil.copy2(source.path / name, folder / name)
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        card.write(folder, contents, source.recipe, metrics, self.usage(contents))
+
+    def usage(self, contents: Manifest) -> Usage:
+        """How the card says to load the export, and with what."""
+        from peftkit.export import card
+
+        return card.usage(contents)
+
+    def load(self, source: ExportFolder, tokenizer: Any) -> LoadedModel:
+        """The export as a model for ``peftkit.load``; its outputs have ``logits``."""
+        raise RunError(f"{source.path}: peftkit writes the format '{self.kind}', but cannot load it; load the run")
+
+
+def run_export(
+    run: str | Path, to: str | Path, *, merge: bool = False, to_format: str = DEFAULT, **options: Any
+) -> str:
+    """Writes a finished run to a new folder; returns a sentence about it.
+
+    Args:
+        merge: merge the adapter into the base: one plain model.
+        to_format: a name from `peftkit list --formats`.
+        options: of the format.
+
+    Raises:
+        RecipeError: no such format or option.
+        RunError: ``run`` is not a finished run, or ``to`` is not an empty folder.
+        MethodError: the run cannot be written in this format.
+        ExportError: the export does not reproduce the trained model.
+    """
+    options |= {"merge": True} if merge else {}
+    try:
+        exporter: Exporter = EXPORTERS.get(to_format).model_validate({"kind": to_format, **options})
+    except ValidationError as error:
+        raise RecipeError(describe(error, f"export format '{to_format}'")) from None
+    source, to = open_export(run), Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
+    if reason := exporter.unsupported_reason(source):
+        raise MethodError(reason)
+    with atomic_folder(to) as folder:
+        exporter.export(source, folder)
+    from peftkit.export import proof
+
+    wrote = f"wrote {to} (format {to_format}{', merged' if merge else ''})"
+    values = proof.read(to)
+    if values is None:
+        return f"{wrote}; nothing was proven (export.prove=false)"
+    return (
+        f"{wrote}; its logits differ from the trained model's by {values['relative']:.1g} of their standard deviation "
+        f"({values['tolerance']:g} allowed)"
+    )

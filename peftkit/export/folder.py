@@ -1,0 +1,64 @@
+"""An exported folder: where it is in a run, and what its peftkit.json and recipe.yaml say; no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftkit.errors import ModelError, RunError
+from peftkit.export import manifest
+from peftkit.export.manifest import Manifest
+from peftkit.models.sources import PICKLED
+from peftkit.schema.recipe import Recipe
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+COPIED = ("recipe.yaml", "metrics.json")
+"""Files that an export takes over from the one it is made from."""
+
+
+@dataclass(frozen=True)
+class ExportFolder:
+    """An exported folder that was checked, with its metadata read once."""
+
+    path: Path
+    manifest: Manifest
+    recipe: Recipe
+
+
+def open_export(path: str | Path) -> ExportFolder:
+    """The export of a run, or in an exported folder.
+
+    Raises:
+        RunError: not a finished run of peftkit.
+        ModelError: the folder holds pickled weights.
+    """
+    folder = find_export(Path(path))
+    contents = manifest.read(folder)
+    refuse_pickles(folder)
+    return ExportFolder(folder, contents, Recipe.from_yaml(folder / "recipe.yaml"))
+
+
+def find_export(path: Path) -> Path:
+    """The exported folder of a run, or ``path`` itself if it is one; raises RunError otherwise."""
+    if not path.is_dir():
+        raise RunError(f"{path}: there is no such folder; expected a run, or its adapter/ or model/")
+    for folder in (path, path / "adapter", path / "model"):
+        if (folder / manifest.FILE).is_file():
+            return folder
+    if (path / "checkpoints").is_dir():
+        raise RunError(
+            f"{path}: this run has not finished, so there is nothing to load; resume it with --resume {path}"
+        )
+    if (path / ADAPTER_CONFIG).is_file():
+        raise RunError(f"{path}: peftkit did not write this adapter; load it with peft.PeftModel.from_pretrained")
+    raise RunError(f"{path}: not a run of peftkit: no {manifest.FILE} in it, nor in its adapter/ or model/")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises ModelError if a folder holds weights that could run code."""
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise ModelError(
+            f"{folder}: holds {', '.join(pickled)}, which peftkit never writes and which can run code when opened; "
+            "remove it, or export the run again"
+        )

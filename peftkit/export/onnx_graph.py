@@ -1,0 +1,132 @@
+"""Tracing a classifier into an ONNX file, and running that file in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from peftkit.errors import ModelError
+from peftkit.export.folder import ExportFolder
+from peftkit.export.loading import load_exported
+from peftkit.export.merging import MergeMode, MergeState
+from peftkit.export.proof import SAMPLE, Proof, compare_logits
+from peftkit.export.proof import TEXTS as PROOF_TEXTS
+from peftkit.models import classifier
+from peftkit.models.blocks import unwrap
+from peftkit.models.kernels.first_token import reading_first_token
+from peftkit.schema.types import LoadedModel
+
+TEXTS = [*PROOF_TEXTS, "a market of stock and oil"]
+"""Texts of the proof: other numbers and lengths than those traced."""
+
+
+class ClassifierGraph(nn.Module):
+    """What is traced: the model, its adapter, and the pooling of its tokens."""
+
+    def __init__(self, model: Any, pooling: str, pairs: bool) -> None:
+        super().__init__()
+        self.model, self.pooling, self.pairs = model, pooling, pairs
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            batch["token_type_ids"] = token_type_ids
+        if self.pooling == "own":
+            with reading_first_token():
+                return classifier.plain_logits(self.model, batch, self.pooling)
+        if self.pooling == "mean":
+            return classifier.plain_logits(self.model, batch, self.pooling)
+        # an index of rows would be traced as a constant
+        scores = classifier.plain_logits(self.model, batch, "own")
+        first = attention_mask.argmax(1)[:, None, None].expand(-1, 1, scores.shape[-1])
+        return scores.gather(1, first)[:, 0]
+
+    def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
+        """A batch of texts, as pairs with each other where the model reads pairs."""
+        second = [texts[::-1]] if self.pairs else []
+        encoded = tokenizer(texts, *second, padding=True, return_tensors="pt")
+        names = ("input_ids", "attention_mask", *(["token_type_ids"] if self.pairs else []))
+        return {name: encoded[name] for name in names if name in encoded}
+
+
+class OnnxClassifier(nn.Module):
+    """An ONNX file in the place of a transformers classifier: called with a batch, it returns ``logits``."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._names = [argument.name for argument in self._session.get_inputs()]
+        self.placeholder = nn.Parameter(torch.zeros(()), requires_grad=False)
+        """Lets callers read a device off the parameters."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        """``SimpleNamespace(logits=[rows, labels])``."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch["token_type_ids"] = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        inputs = {name: batch[name].cpu().numpy() for name in self._names}
+        return SimpleNamespace(logits=torch.from_numpy(self._session.run(["logits"], inputs)[0]))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Batches that were not traced, and torch's logits of them with base and adapter unmerged."""
+
+    batches: list[dict[str, Tensor]]
+    logits: Tensor
+
+    def prove(self, file: Path, tolerance: float, dtype: str) -> Proof:
+        """Compares ONNX Runtime's logits with torch's."""
+        model = OnnxClassifier(file)
+        exported = torch.cat([model(**batch).logits for batch in self.batches])
+        return compare_logits(exported, self.logits, tolerance, rows=len(exported), dtype=dtype)
+
+
+def write_classifier(source: ExportFolder, file: Path, merge: MergeMode) -> Reference:
+    """Writes the ONNX file, and config and tokenizer next to it.
+
+    Raises:
+        MethodError: the adapter cannot be merged, and ``merge`` is True.
+        ModelError: the model cannot be traced.
+    """
+    loaded = _load(source)
+    graph = ClassifierGraph(loaded.model, source.manifest.pooling, source.recipe.data.text_pair is not None).eval()
+    batches = [graph.inputs(loaded.tokenizer, texts) for texts in (TEXTS, TEXTS[:1])]
+    with torch.no_grad():
+        reference = Reference(batches, torch.cat([graph(**batch) for batch in batches]))
+    state = MergeState(merge)
+    if state.is_pending(loaded.model):
+        graph.model = state.merge(loaded.model, quantized=False, reload=lambda: _load(source).model)
+    _trace(graph, graph.inputs(loaded.tokenizer, [SAMPLE, "?"]), file)
+    unwrap(graph.model).config.save_pretrained(file.parent)
+    loaded.tokenizer.save_pretrained(file.parent)
+    return reference
+
+
+def _load(source: ExportFolder) -> LoadedModel:
+    return load_exported(source, device="cpu", dtype="float32", quantized=False).loaded
+
+
+def _trace(graph: ClassifierGraph, inputs: dict[str, Tensor], file: Path) -> None:
+    """Traces the graph for any number of rows and tokens; hides what the exporter prints."""
+    rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph, tuple(inputs.values()), str(file), input_names=list(inputs), output_names=["logits"],
+                dynamo=True, external_data=False, dynamic_shapes={name: {0: rows, 1: tokens} for name in inputs},
+            )  # fmt: skip
+    except Exception as error:  # a tracer fails in many ways on an architecture that it does not know
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"this model cannot be written as ONNX: {first[:300]}") from error

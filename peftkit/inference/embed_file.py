@@ -1,0 +1,148 @@
+"""Vectors for a file or a pipe of texts.
+
+    peftkit embed RUN --file texts.csv --out vectors.npy
+
+``.npy`` holds the vectors alone [rows, width]; ``.parquet`` and ``.jsonl`` the rows with a column ``vector``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from peftkit.data.problems import Problems
+from peftkit.distributed import process_group
+from peftkit.distributed.process_group import ProcessGroup
+from peftkit.errors import DataError, RunError
+from peftkit.export.folder import ExportFolder, find_export, open_export
+from peftkit.export.loading import load_exported
+from peftkit.inference import embeddings, texts
+from peftkit.inference.embeddings import Embedder
+from peftkit.schema.types import Row
+
+WRITERS = (".npy", ".parquet", ".jsonl")
+VECTOR = "vector"
+CHUNK = 2048
+"""Rows in memory at a time, per process."""
+Chunk = tuple[list[Row], np.ndarray]
+
+
+def embed_file(
+    source: str, *, file: Path | None, column: str | None, out: Path | None, normalize: bool, pair: str | None = None
+) -> int:
+    """Embeds the rows of ``file`` (or lines of stdin) into ``out``, or as JSON lines on stdout; returns how many.
+
+    Rows are read, embedded and written a few thousand at a time. Processes that a launcher started share them; the
+    main one reads and writes.
+
+    Args:
+        source: a run, an exported folder, or a base model.
+        column: of the texts; None takes the run's own, or ``text`` for a base.
+        pair: column of a second text that is read with the first; None takes the run's own, if it has one.
+
+    Raises:
+        DataError: a file that cannot be read or written, a missing column, a row without a text.
+    """
+    with process_group.init_process_group() as group:
+        group.run_on_main(lambda: texts.check_files(file, out, WRITERS))
+        run = group.run_collectively(lambda: _open_run(source))
+        data = run.recipe.data if run else None
+        pair = pair or (data.text_pair if data else None)
+        columns = [column or (data.text if data else "text"), *([pair] if pair else [])]
+        group.run_on_main(lambda: texts.check_texts(file, columns))
+        model = group.main_first(lambda: _embedder(run or source, group.device))
+        rows = texts.read_texts(file, columns, Problems())
+        chunks = _embed(model, group, group.chunks(rows, CHUNK), columns, normalize)
+        return _write(chunks, out) if group.is_main else sum(len(rows) for rows, _ in chunks)
+
+
+def _open_run(source: str) -> ExportFolder | None:
+    """The run that ``source`` names; None for a base model."""
+    folder = Path(source)
+    try:
+        find_export(folder)
+    except RunError:
+        if (folder / "checkpoints").is_dir() or (folder / "adapter_config.json").is_file():
+            raise  # it was meant as a run
+        return None
+    return open_export(folder)
+
+
+def _embedder(source: ExportFolder | str, device: str | None) -> Embedder:
+    if isinstance(source, str):
+        return embeddings.of_model(source, device=device)
+    return embeddings.of_run(load_exported(source, device=device))
+
+
+def _embed(
+    model: Embedder, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], normalize: bool
+) -> Iterator[Chunk]:
+    for chunk in chunks:
+        given = [texts.text_of(row, columns) for row in chunk]
+        yield chunk, np.stack(group.map_sharded(given, lambda part: model.embed(part, normalize=normalize)))
+
+
+def _write(chunks: Iterator[Chunk], out: Path | None) -> int:
+    if out is None or out.suffix == ".jsonl":
+        rows = ({**row, VECTOR: vector.tolist()} for chunk, vectors in chunks for row, vector in zip(chunk, vectors))
+        return texts.write_rows(rows, out)
+    stage = out.with_name(f".{out.name}.tmp")
+    try:
+        count = (_write_array if out.suffix == ".npy" else _write_parquet)(chunks, stage)
+        stage.replace(out)
+    finally:
+        stage.unlink(missing_ok=True)
+    return count
+
+
+def _write_array(chunks: Iterator[Chunk], stage: Path) -> int:
+    """Writes the vectors one after the other, then the header again, with their number."""
+    count, width = 0, 0
+    with stage.open("wb") as file:
+        start = _write_header(file, (0, 0))
+        for rows, vectors in chunks:
+            count, width = count + len(rows), vectors.shape[1]
+            file.write(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
+        file.seek(0)
+        assert _write_header(file, (count, width)) == start, "the header has room for any number of rows"
+    return count
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, int]) -> int:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _write_parquet(chunks: Iterator[Chunk], stage: Path) -> int:
+    """Writes a row group per chunk; columns and types are those of the first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count, writer = 0, None
+    try:
+        for rows, vectors in chunks:
+            table = pa.Table.from_pylist(rows)
+            values = pa.array(vectors.reshape(-1), pa.float32())
+            table = table.append_column(VECTOR, pa.FixedSizeListArray.from_arrays(values, vectors.shape[1]))
+            if writer is None:
+                fields = [
+                    field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in table.schema
+                ]
+                writer = pq.ParquetWriter(stage, pa.schema(fields))
+            try:
+                writer.write_table(table.cast(writer.schema))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+                first = str(error).splitlines()[0]
+                raise DataError(
+                    f"rows {count} to {count + len(rows)} have other types than the first ones ({first}); use .jsonl"
+                ) from error
+            count += len(rows)
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        pq.write_table(pa.table({VECTOR: pa.array([], pa.list_(pa.float32()))}), stage)
+    return count

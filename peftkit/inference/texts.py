@@ -1,0 +1,133 @@
+"""Texts from callers, files and pipes, and rows of results: what predict, embed and generate share."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from peftkit.data.problems import Problems, missing_column, shorten
+from peftkit.data.reader import reader_for, reader_of_input
+from peftkit.errors import DataError
+from peftkit.schema.types import Row
+from peftkit.system import files
+
+Text = str | tuple[str, ...]
+"""A text, or texts that are read together, such as a pair."""
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Delimiter of the tables that can be written, by the file's suffix."""
+
+
+def as_texts(texts: Text | Iterable[Text], lengths: Container[int] = (2,)) -> list[Text]:
+    """A list of texts, or of tuples of texts of one of ``lengths``; a single text is a list of one.
+
+    Raises:
+        DataError: something else, or both kinds in one call.
+    """
+    checked: list[Text] = []
+    for number, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if isinstance(text, (tuple, list)) and len(text) in lengths and all(isinstance(part, str) for part in text):
+            text = tuple(text)
+        elif not isinstance(text, str):
+            raise DataError(
+                f"text {number}: expected a text or (text, text pair), found {type(text).__name__} {text!r:.60}"
+            )
+        if checked and isinstance(text, str) != isinstance(checked[0], str):
+            raise DataError(f"text {number}: texts and (text, text pair) tuples are mixed; give one kind per call")
+        checked.append(text)
+    return checked
+
+
+def text_of(row: Row, columns: Sequence[str]) -> Text:
+    """The text of a row, or the texts of several columns."""
+    return row[columns[0]] if len(columns) == 1 else tuple(row[column] for column in columns)
+
+
+def check_files(file: Path | None, out: Path | None, writers: Sequence[str] | None = None) -> None:
+    """Raises DataError if the input cannot be read or the output cannot be written; ``writers`` are its suffixes."""
+    if file:
+        reader_of_input(file)
+    if out and writers and out.suffix not in writers:
+        raise DataError(f"cannot be written: its name must end in {', '.join(writers)}", file=out)
+    if out:
+        files.check_output(out, file)
+
+
+def check_texts(file: Path | None, columns: Sequence[str]) -> list[str]:
+    """Names of all columns of the input; reads the whole file.
+
+    Raises:
+        DataError: everything that is wrong with the file, at once; or pairs from a pipe.
+    """
+    if file is None:
+        if len(columns) > 1:
+            raise DataError(f"pairs of texts ({' and '.join(columns)}) are read from a file: --file pairs.csv")
+        return list(columns)
+    problems = Problems()
+    names: dict[str, None] = {}
+    for row in read_texts(file, columns, problems):
+        names |= dict.fromkeys(row)
+    problems.check()
+    return list(names)
+
+
+def read_texts(file: Path | None, columns: Sequence[str], problems: Problems) -> Iterator[Row]:
+    """Rows of a file, or a row per line of stdin; a row without a text in one of the columns is a problem."""
+    for row in read_rows(file, columns[0], problems):
+        place = {"file": row.pop("_file"), "line": row.pop("_line")}
+        for column in columns:
+            if column not in row:
+                raise missing_column(column, row, field="--column", file=file)
+            if not isinstance(row[column], str):
+                problems.add(DataError(f"expected a text, found {shorten(row[column])}", column=column, **place))
+        yield row
+
+
+def read_rows(file: Path | None, column: str, problems: Problems) -> Iterator[Row]:
+    """Rows with ``_file`` and ``_line`` of a file, or of stdin; a line of a text is a row with that one column."""
+    if file is not None:
+        yield from reader_for(file)().inputs(file, problems, column)
+        return
+    for number, line in enumerate(sys.stdin, 1):
+        yield {column: line.rstrip("\r\n"), "_file": "stdin", "_line": number}
+
+
+def write_rows(rows: Iterable[Row], out: Path | None, columns: Sequence[str] = ()) -> int:
+    """Writes rows to ``out``, which appears when it is complete, or to stdout; returns how many.
+
+    JSON lines; with ``columns``, the input's, a table where the suffix asks for one.
+    """
+    if out is None:
+        return write_lines(rows, sys.stdout)
+    with files.open_atomic(out) as stream:
+        if columns and out.suffix in TABLES:
+            return _write_table(iter(rows), columns, stream, TABLES[out.suffix])
+        return write_lines(rows, stream)
+
+
+def write_lines(rows: Iterable[Row], stream: IO[str]) -> int:
+    """Writes rows as JSON lines; returns how many."""
+    count = 0
+    for row in rows:
+        stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        count += 1
+    return count
+
+
+def _write_table(rows: Iterator[Row], columns: Sequence[str], stream: IO[str], delimiter: str) -> int:
+    first = next(rows, {})
+    writer = csv.DictWriter(stream, list(dict.fromkeys([*columns, *first])), delimiter=delimiter)
+    writer.writeheader()
+    count = 0
+    for row in itertools.chain([first] if first else [], rows):
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+        count += 1
+    return count
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
