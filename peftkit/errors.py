@@ -1,11 +1,11 @@
 """Every exception that peftkit raises on purpose.
 
     PeftkitError                 exit code 1: the work failed
-    ├── TrainingError            the run cannot go on (numbers that are not finite, a rank that died)
+    ├── TrainingError            the run cannot continue (non-finite numbers, a rank that died)
     ├── CheckpointError          no valid checkpoint where one is needed, or one could not be written
     ├── ExportError              an export differs from what was trained
     ├── Interrupted              exit code 130 or 143: stopped by a signal, resumable
-    └── UserError (ValueError)   exit code 2: something given to us is wrong
+    └── UserError (ValueError)   exit code 2: wrong input
         ├── RecipeError          a recipe, an override, a field
         ├── DataError            a data set, a file, a row, a column
         ├── ModelError           a base model, a tokenizer, an adapter
@@ -28,11 +28,11 @@ class PeftkitError(Exception):
 
     exit_code = 1
     shared = False
-    """Whether all processes of a job raise it, so that the main one alone speaks of it."""
+    """Whether all processes of a job raise it, so that only the main one prints it."""
 
 
 class TrainingError(PeftkitError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class CheckpointError(PeftkitError):
@@ -50,9 +50,13 @@ class Interrupted(PeftkitError):
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """Pickling, with which an error reaches other processes, calls the constructor with both arguments."""
+        return type(self), (str(self), self.exit_code - 128)
+
 
 class UserError(PeftkitError, ValueError):
-    """Something given to peftkit is wrong; nothing was lost and nothing was started."""
+    """Wrong input; nothing was lost and nothing was started."""
 
     exit_code = 2
 

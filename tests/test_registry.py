@@ -71,3 +71,14 @@ def test_the_built_in_methods_and_tasks_are_there_under_their_kind():
         for name in registry:
             assert registry.get(name).model_fields["kind"].default == name
             assert registry.get(name).__doc__
+
+
+def test_errors_reach_other_processes_as_they_were_raised():
+    import pickle
+
+    from peftkit.errors import DataError, Interrupted
+
+    stopped = pickle.loads(pickle.dumps(Interrupted("stopped by SIGTERM", 15)))
+    assert (str(stopped), stopped.exit_code) == ("stopped by SIGTERM", 143)
+    wrong = pickle.loads(pickle.dumps(DataError("expected text", file="a.csv", line=3, column="text")))
+    assert (wrong.line, str(wrong)) == (3, "a.csv, line 3, column 'text': expected text")

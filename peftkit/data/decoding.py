@@ -57,5 +57,5 @@ def _without_mark(start: bytes, path: Path) -> bytes:
 
 def _not_utf8(line: bytes, error: UnicodeDecodeError, path: Path, number: int) -> DataError:
     around = line[max(0, error.start - 12) : error.start + 12].decode("cp1252", errors="replace").strip()
-    found = f"byte 0x{line[error.start]:02x} is not UTF-8 (near {shorten(around, 40)})"
-    return DataError(f"{found}; save the file as UTF-8", file=path, line=number)
+    detected = f"byte 0x{line[error.start]:02x} is not UTF-8 (near {shorten(around, 40)})"
+    return DataError(f"{detected}; save the file as UTF-8", file=path, line=number)
