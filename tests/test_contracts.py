@@ -24,7 +24,7 @@ from peftkit.schema.types import Prediction, TaskInfo
 ROOT = Path(peftkit.__file__).parent
 OWNERS = ("heads", "tasks", "_recipes")
 CALLERS = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in OWNERS)
-LITERALS = {("schema/recipe.py", "classification"), ("data/sources.py", "instruction")}
+LITERALS = {("schema/recipe.py", "classification"), ("data/loading.py", "instruction")}
 """The task of a recipe that names none, and a column's name."""
 OTHER_HEADS = "models/kernels"
 """Here a head is a module of torch's."""
