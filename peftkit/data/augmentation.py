@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peftkit.data.mapping import PLACE
+from peftkit.data.source import PLACE
 from peftkit.data.tables import iterate
 from peftkit.schema.recipe import AugmentationConfig
 from peftkit.schema.task import Task

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftkit.data.problems import Problems
-from peftkit.data.source import Source
+from peftkit.data.source import PLACE, Source
 from peftkit.data.tables import write_rows
 from peftkit.errors import DataError
 from peftkit.schema.recipe import DataConfig
+from peftkit.schema.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-INSTRUCTION_COLUMNS = (
-    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "response", "system",
-)  # fmt: skip
 
-
-def read_splits(source: Source, data: DataConfig, folder: Path, prefix: str) -> dict[str, Dataset]:
-    """The raw rows of each split, on disk under ``folder`` and memory-mapped.
+def read_sources(sources: Sequence[Source], task: Task, data: DataConfig, folder: Path) -> list[dict[str, Dataset]]:
+    """The raw rows of each source by split, memory-mapped from files ``raw*`` in ``folder``.
 
     Raises:
         DataError: bad files or rows, up to ten of them in one message; a split without rows.
     """
-    problems, used = Problems(), _used_columns(data)
-    splits: dict[str, Dataset] = {}
+    used = frozenset({*task.source_columns(data), *PLACE})
+    return [_read_splits(source, used, folder, f"raw{number}") for number, source in enumerate(sources)]
+
+
+def _read_splits(source: Source, used: frozenset[str], folder: Path, prefix: str) -> dict[str, Dataset]:
+    problems, splits = Problems(), {}
     for split in source.splits:
         try:
             raw = write_rows(source.rows(split, problems), folder, f"{prefix}-{split}", used)
@@ -49,11 +51,3 @@ def _with_class_names(raw: Dataset, names: dict[str, list[str]]) -> Dataset:
         if isinstance(features.get(column), Value):
             features[column] = ClassLabel(names=classes)
     return Dataset(raw.data, info=DatasetInfo(features=features)) if features != raw.features else raw
-
-
-def _used_columns(data: DataConfig) -> frozenset[str]:
-    labels = (data.label,) if isinstance(data.label, str) else data.label
-    pair = (data.text_pair,) if data.text_pair else ()
-    return frozenset(
-        {data.text, *pair, *labels, *data.columns.values(), *INSTRUCTION_COLUMNS, "_file", "_line", "_document"}
-    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peftkit.data.problems import Problems, located
-from peftkit.data.source import SPLITS
+from peftkit.data.source import PLACE, SPLITS
 from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.data.tables import iterate, write_rows
 from peftkit.errors import DataError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ARRAYS = {"source": "q", "split": "q", "text": "Q", "label": "Q", "digest": "Q", "document": "Q", "stratum": "q"}
-PLACE = ("_file", "_line", "_document")
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 
@@ -179,7 +178,7 @@ def hash64(text: str) -> int:
 
 
 def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
-    """What the task must know of all rows first; raises DataError with the file it concerns."""
+    """What the task must know of all rows first; raises DataError with the file."""
     # sources that are not merged need not have the same columns, so each is described by itself
     alone = [raw[0] if len(raw) == 1 else _merged(raw)] if task.merges_sources else raw
     first, *_ = [_describe_one(splits, task, data) for splits in alone]

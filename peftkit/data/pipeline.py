@@ -20,7 +20,7 @@ import numpy as np
 from peftkit.data import cleaning, splitting
 from peftkit.data.augmentation import augmented
 from peftkit.data.batching import collate
-from peftkit.data.loading import read_splits
+from peftkit.data.loading import read_sources
 from peftkit.data.mapping import Rows, canonical_rows, describe
 from peftkit.data.source import SPLITS, Source, find_sources
 from peftkit.data.steps import CleaningStep
@@ -66,14 +66,14 @@ class EncodedSplit:
     weights: np.ndarray
     """What each example adds to the loss's denominator, float32."""
     head: Head | None = field(default=None, kw_only=True)
-    """May collate batches its own way."""
+    """The head, which may have its own way to collate."""
 
     def select(self, rows: np.ndarray) -> EncodedSplit:
         """Some of the examples."""
         return EncodedSplit(self.examples.select(rows), self.lengths[rows], self.weights[rows], head=self.head)
 
     def batch(self, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Batch:
-        """The rows as padded tensors; see ``batching.collate``."""
+        """The rows as padded tensors, collated by the head or by ``batching.collate``."""
         columns = self.examples[rows.tolist()]
         own = self.head.collate(columns, tokenizer) if self.head else None
         return collate(columns, tokenizer) if own is None else own
@@ -104,7 +104,7 @@ def prepare(recipe: Recipe) -> PreparedData:
 def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     """Writes canonical rows, row numbers of each split, the task's info and the cleaning steps into ``folder``."""
     task, data = recipe.task, recipe.data
-    raw = [read_splits(source, data, folder, f"raw{number}") for number, source in enumerate(sources)]
+    raw = read_sources(sources, task, data, folder)
     info = describe(raw, task, data)
     release_mapped_pages()
     rows, steps = canonical_rows(raw, task, data, info, folder)
@@ -272,8 +272,9 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
 
 
 def _encoded_fingerprint(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
-    """Checkpoints hold it, so it must not change: ``models.tokenizer.tokenizer_fingerprint`` differs from what is
-    hashed here only in lacking the model's longest input.
+    """SHA-256 over everything that the tokens depend on.
+
+    Checkpoints store it, so it must not change: hence not ``tokenizer_fingerprint``, which leaves model_max_length out.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = dict(tokenizer.get_vocab()) if backend is None else json.loads(backend.to_str())
@@ -287,7 +288,7 @@ def _encoded_fingerprint(prepared: PreparedData, tokenizer: PreTrainedTokenizerB
 
 
 def _prepared_key(sources: list[Source], recipe: Recipe) -> str:
-    """Everything that the prepared rows depend on."""
+    """SHA-256 over everything that the prepared rows depend on."""
     digests = [source.digest for source in sources]
     data = recipe.data.model_dump(mode="json", exclude={"max_length"})
     seed = recipe.training.seed if recipe.data.augmentation is not None else None

@@ -47,6 +47,8 @@ ALIASES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 """What splits are called in sources → their name here."""
+PLACE = ("_file", "_line", "_document")
+"""Columns that say where a row comes from."""
 
 
 class Source(ABC):

@@ -13,7 +13,6 @@ from typing import IO
 
 import numpy as np
 
-from peftkit.data.problems import Problems
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, RunError
@@ -52,10 +51,10 @@ def embed_file(
         data = run.recipe.data if run else None
         pair = pair or (data.text_pair if data else None)
         columns = [column or (data.text if data else "text"), *([pair] if pair else [])]
-        group.run_on_main(lambda: texts.check_texts(file, columns))
+        rows = texts.InputTexts(file, columns)
+        group.run_on_main(rows.check)
         model = group.main_first(lambda: _embedder(run or source, group.device))
-        rows = texts.read_texts(file, columns, Problems())
-        chunks = _embed(model, group, group.chunks(rows, CHUNK), columns, normalize)
+        chunks = _embed(model, group, group.chunks(iter(rows), CHUNK), columns, normalize)
         return _write(chunks, out) if group.is_main else sum(len(rows) for rows, _ in chunks)
 
 

@@ -68,16 +68,14 @@ def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
 
 def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
     """Canonical rows of a file, with the label names and the text cleaning of the run."""
-    from peftkit.data.loading import read_splits
+    from peftkit.data.loading import read_sources
     from peftkit.data.mapping import canonical_rows
     from peftkit.data.source import find_sources
 
     task = model.recipe.task
     data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None}).data
     with tempfile.TemporaryDirectory() as folder:
-        raw = [
-            read_splits(source, data, Path(folder), f"raw{number}") for number, source in enumerate(find_sources(data))
-        ]
+        raw = read_sources(find_sources(data), task, data, Path(folder))
         rows, _ = canonical_rows(raw, task, data, model.info, Path(folder))
         return list(rows.data)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftkit.data.problems import Problems
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError
@@ -45,10 +44,10 @@ def predict_file(
         export = group.run_collectively(lambda: _open(run))
         first, *others = export.recipe.task.input_columns(export.recipe.data)
         columns = [column or first, *others]
-        names = group.run_on_main(lambda: texts.check_texts(file, columns))
+        rows = texts.InputTexts(file, columns)
+        names = group.run_on_main(rows.check)
         model = group.main_first(lambda: trained_model.load(export, merge=merge, device=group.device))
-        rows = texts.read_texts(file, columns, Problems())
-        answers = _answers(model, group, group.chunks(rows, CHUNK), columns, set(names))
+        answers = _answers(model, group, group.chunks(iter(rows), CHUNK), columns, set(names))
         return texts.write_rows(answers, out, names) if group.is_main else sum(1 for _ in answers)
 
 

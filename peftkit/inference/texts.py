@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import sys
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from peftkit.system import files
 
 Text = str | tuple[str, ...]
 """A text, or texts that are read together, such as a pair."""
+KEPT_BYTES = 1 << 26
 TABLES = {".csv": ",", ".tsv": "\t"}
 """Delimiter of the tables that can be written, by the file's suffix."""
 
@@ -57,34 +59,54 @@ def check_files(file: Path | None, out: Path | None, writers: Sequence[str] | No
         files.check_output(out, file)
 
 
-def check_texts(file: Path | None, columns: Sequence[str]) -> list[str]:
-    """Names of all columns of the input; reads the whole file.
+class InputTexts:
+    """Rows of a file, or of the lines of stdin, with a text in each of ``columns``.
 
-    Raises:
-        DataError: everything that is wrong with the file, at once; or pairs from a pipe.
+    A file is parsed once if it has at most ``KEPT_BYTES``; a larger one is parsed again after ``check``, so that it
+    need not fit in memory.
     """
-    if file is None:
-        if len(columns) > 1:
-            raise DataError(f"pairs of texts ({' and '.join(columns)}) are read from a file: --file pairs.csv")
-        return list(columns)
-    problems = Problems()
-    names: dict[str, None] = {}
-    for row in read_texts(file, columns, problems):
-        names |= dict.fromkeys(row)
-    problems.check()
-    return list(names)
 
+    def __init__(self, file: Path | None, columns: Sequence[str]) -> None:
+        self.file, self.columns = file, columns
+        self._checked: deque[Row] | None = None
 
-def read_texts(file: Path | None, columns: Sequence[str], problems: Problems) -> Iterator[Row]:
-    """Rows of a file, or a row per line of stdin; a row without a text in one of the columns is a problem."""
-    for row in read_rows(file, columns[0], problems):
-        place = {"file": row.pop("_file"), "line": row.pop("_line")}
-        for column in columns:
-            if column not in row:
-                raise missing_column(column, row, field="--column", file=file)
-            if not isinstance(row[column], str):
-                problems.add(DataError(f"expected a text, found {shorten(row[column])}", column=column, **place))
-        yield row
+    def check(self) -> list[str]:
+        """Names of all columns; reads the whole file.
+
+        Raises:
+            DataError: everything that is wrong with the file, at once; or pairs from a pipe.
+        """
+        if self.file is None:
+            if len(self.columns) > 1:
+                named = " and ".join(self.columns)
+                raise DataError(f"pairs of texts ({named}) are read from a file: --file pairs.csv")
+            return list(self.columns)
+        problems, rows, fits = Problems(), deque[Row](), self.file.stat().st_size <= KEPT_BYTES
+        names: dict[str, None] = {}
+        for row in self._read(problems):
+            names |= dict.fromkeys(row)
+            if fits:
+                rows.append(row)
+        problems.check()
+        self._checked = rows if fits else None
+        return list(names)
+
+    def __iter__(self) -> Iterator[Row]:
+        if self._checked is None:
+            yield from self._read(Problems())
+        while self._checked:
+            yield self._checked.popleft()
+
+    def _read(self, problems: Problems) -> Iterator[Row]:
+        """The rows; one without a text in one of the columns is a problem."""
+        for row in read_rows(self.file, self.columns[0], problems):
+            place = {"file": row.pop("_file"), "line": row.pop("_line")}
+            for column in self.columns:
+                if column not in row:
+                    raise missing_column(column, row, field="--column", file=self.file)
+                if not isinstance(row[column], str):
+                    problems.add(DataError(f"expected a text, found {shorten(row[column])}", column=column, **place))
+            yield row
 
 
 def read_rows(file: Path | None, column: str, problems: Problems) -> Iterator[Row]:

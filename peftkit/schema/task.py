@@ -51,6 +51,11 @@ class Task(ConfigSection):
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """The source's row under the task's own column names and types; raises DataError(column=…) for a bad one."""
 
+    def source_columns(self, data: DataConfig) -> set[str]:
+        """Columns of the source that the task may read; values of mixed types in one of them are an error."""
+        labels = (data.label,) if isinstance(data.label, str) else data.label
+        return {data.text, *labels, *data.columns.values()} | ({data.text_pair} if data.text_pair else set())
+
     def input_columns(self, data: DataConfig) -> tuple[str, ...]:
         """Columns of the source that a prediction needs, in the order of ``input_row``."""
         return (data.text,)

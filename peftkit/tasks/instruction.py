@@ -21,7 +21,7 @@ from peftkit.errors import DataError
 from peftkit.models import chat_template
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
-from peftkit.tasks.conversation import Message, format_of, read_row
+from peftkit.tasks.conversation import COLUMNS, OPTIONAL, Message, format_of, read_row
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize
 from peftkit.tasks.windows import Stretch, pack, to_columns
@@ -54,6 +54,10 @@ class Instruction(LanguageTask):
         for rows in splits.values():
             format_of(rows.column_names, data.format, data.columns)
         return TaskInfo(CAUSAL_LM)
+
+    def source_columns(self, data: DataConfig) -> set[str]:
+        """Those of every format."""
+        return super().source_columns(data) | {*OPTIONAL, *(name for names in COLUMNS.values() for name in names)}
 
     @classmethod
     def example_info(cls, *, decoder: bool) -> TaskInfo | None:

