@@ -230,7 +230,7 @@ def test_the_baseline_before_training_is_the_base_and_not_a_random_prompt(llama,
         ({"method": {"kind": "adalora", "init_r": 4, "target_r": 8}}, "init_r"),
         ({"method": {"kind": "peft", "peft_type": "LOHAA"}}, "LOHA"),
         ({"method": {"kind": "peft", "peft_type": "LOHA", "arguments": {"aplha": 3}}}, "alpha"),
-        ({"method": {"kind": "peft", "peft_type": "LOHA"}, "quantization": {"kind": "nf4"}}, "packed"),
+        ({"method": {"kind": "peft", "peft_type": "LOHA"}, "quantization": {"kind": "nf4"}}, "needs unquantized"),
         ({"method": {"kind": "peft", "peft_type": "ADALORA"}}, "method.kind=adalora"),
         ({"method": {"kind": "peft", "peft_type": "POLY"}}, "task"),
         ({"method": {"kind": "peft", "peft_type": "CARTRIDGE"}, "export": {"merge": True}}, "changes no weight"),
@@ -255,7 +255,7 @@ def test_what_the_architecture_cannot_take_is_refused_before_its_weights_are_rea
 
     assert "last token" in refused(llama, "prompt_tuning")
     assert "quantization.kind=nf4" in refused(llama, {"kind": "lora", "init_lora_weights": "loftq"})
-    assert "does not take" in refused(tiny.tiny_distilbert(tmp_path / "distil"), "prefix_tuning")
+    assert "does not accept" in refused(tiny.tiny_distilbert(tmp_path / "distil"), "prefix_tuning")
     recipe = tiny.tiny_recipe(bert, method="p_tuning", data={"source": "none.csv", "max_length": 128})
     with pytest.raises(UserError, match="at most 108"):
         build(recipe, every_method.INFOS["encoder"], load_tokenizer(recipe.model))
