@@ -41,16 +41,10 @@ def _explain(error: Exception, name: str, revision: str | None) -> HubError:
         problem = f"there is no '{name}' at {page} (or it is private and HF_TOKEN grants no access); check the spelling"
     elif isinstance(error, errors.HFValidationError):
         problem = f"'{name}' is not a hub id: {error}"
-    elif HF_HUB_OFFLINE:
-        problem = (
-            f"'{name}' is not complete in the cache and HF_HUB_OFFLINE is set: unset it, or download the model once "
-            "while online"
-        )
-    elif isinstance(error, errors.LocalEntryNotFoundError):
-        problem = (
-            f"'{name}' is not complete in the cache and the hub cannot be reached: check the network (HF_ENDPOINT, "
-            "proxies) and run it again"
-        )
+    elif HF_HUB_OFFLINE or isinstance(error, errors.LocalEntryNotFoundError):
+        offline = "HF_HUB_OFFLINE is set: unset it, or download the model once while online"
+        unreachable = "the hub cannot be reached: check the network (HF_ENDPOINT, proxies) and run it again"
+        problem = f"'{name}' is not complete in the cache and {offline if HF_HUB_OFFLINE else unreachable}"
     else:
         cause = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         problem = f"the download of '{name}' failed ({cause}); run it again, complete files are kept"

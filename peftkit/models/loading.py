@@ -6,6 +6,7 @@ logits = classifier.logits(loaded.model, batch, loaded.pooling)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -128,13 +129,10 @@ def heads_of(config: PreTrainedConfig, folder: Path) -> tuple[str, ...]:
 
 def writes_text(config: PreTrainedConfig) -> bool:
     """Whether the architecture is a decoder, and not a masked language model with a causal variant."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto as auto
 
-    kind = config.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return config.model_type in causal and config.model_type not in masked
 
 
 def choose_pooling(recipe: Recipe, head: Head, folder: Path) -> Pooling:
@@ -178,10 +176,8 @@ def never_quantized(config: PreTrainedConfig, pooling: Pooling, head: Head, fold
         model = auto_class(head, pooling).from_config(config, trust_remote_code=False)
     output = model.get_output_embeddings()
     others = [name for name, module in model.named_modules() if module is output and output is not None]
-    heads: tuple[str, ...] = ()
-    if head.adds_layers:
-        heads = head_modules(model, {"missing_keys": []})
-        others += [f"{model.base_model_prefix}.pooler"]
+    heads = head_modules(head, model)
+    others += [f"{model.base_model_prefix}.pooler"] if head.adds_layers else []
     if checkpoint.quantized_with(config) == "bitsandbytes":
         others += config.quantization_config.get("llm_int8_skip_modules") or ()
         return stored.never_packed(model, heads, others, folder)
@@ -259,25 +255,24 @@ def _from_pretrained(
         )  # fmt: skip
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
-    heads = head_modules(model, report) if head.adds_layers else ()
+    heads = head_modules(head, model, report["missing_keys"])
     return model, heads, _check_report(report, heads, folder, model)
 
 
 def auto_class(head: Head, pooling: Pooling) -> Any:
+    """The class of transformers that loads the head's models."""
     import transformers
 
     return getattr(transformers, head.auto_class(pooling))
 
 
-def head_modules(model: PreTrainedModel, report: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the modules on top of the backbone, and of a pooler that the checkpoint lacks."""
-    names = [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
-    names += [name for name in ("pooler",) if any(f".{name}." in key for key in report["missing_keys"])]
-    return tuple(names)
+def head_modules(head: Head, model: PreTrainedModel, missing_keys: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names of the modules that the head adds on top of the backbone, and of a pooler that the checkpoint lacks."""
+    if not head.adds_layers:
+        return ()
+    top = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+    names = [name for name, child in top if any(True for _ in child.parameters())]
+    return (*names, "pooler") if any(".pooler." in key for key in missing_keys) else tuple(names)
 
 
 def _check_report(report: dict[str, Any], heads: tuple[str, ...], folder: Path, model: PreTrainedModel) -> list[str]:

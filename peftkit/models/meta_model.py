@@ -59,9 +59,8 @@ def build_meta_model(
         with no_init_weights():
             model = loading.auto_class(head, pooling).from_config(config, trust_remote_code=False, **arguments)
         model.tie_weights()
-        report = {"missing_keys": _missing_keys(model, folder)}
         loaded = LoadedModel(model, tokenizer, pooling, auto_class=head.auto_class(pooling))
-        loaded.head_names = loading.head_modules(model, report) if head.adds_layers else ()
+        loaded.head_names = loading.head_modules(head, model, _missing_keys(model, folder))
         if weight_format is not None:
             replace_linear(model, weight_format, dtype, skipped)
         recipe.method.apply(loaded)

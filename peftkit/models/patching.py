@@ -33,8 +33,5 @@ def replaced_forward(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[Non
 
 
 def with_forward(cls: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """A subclass with another ``forward``, to be assigned to a module's ``__class__``.
-
-    Names, parameters and state dict of the module stay as they are.
-    """
+    """A subclass with another ``forward``, for a module's ``__class__``: names, parameters and state dict stay."""
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})

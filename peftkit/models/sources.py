@@ -72,9 +72,7 @@ def resolve(model: ModelConfig) -> ResolvedSource:
 def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
     """A local folder with the model in transformers' format, downloaded or dequantized where necessary.
 
-    Args:
-        source: from ``resolve``.
-        weights: False downloads config and tokenizer only.
+    ``weights=False`` downloads config and tokenizer only.
 
     Raises:
         HubError: the model cannot be downloaded.

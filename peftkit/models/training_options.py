@@ -14,22 +14,17 @@ from peftkit.schema.types import LoadedModel
 
 def prepare_for_training(loaded: LoadedModel, recipe: Recipe, head: Head) -> None:
     """Applies the recipe's training options to a model whose method has been applied."""
-    from peftkit.models.kernels import first_token
-    from peftkit.models.kernels.activation_checkpointing import checkpoint_activations
-    from peftkit.models.kernels.attention import use_cpu_attention
-    from peftkit.models.kernels.compile import compile_blocks
-    from peftkit.models.kernels.dropout import use_cpu_dropout
-    from peftkit.models.kernels.rms_norm import use_cpu_rms_norm
+    from peftkit.models.kernels import activation_checkpointing, attention, compile, dropout, first_token, rms_norm
 
     if recipe.model.attention == "auto":
-        use_cpu_attention(loaded.model)
-    use_cpu_rms_norm(loaded.model)
-    use_cpu_dropout(loaded.model)
+        attention.use_cpu_attention(loaded.model)
+    rms_norm.use_cpu_rms_norm(loaded.model)
+    dropout.use_cpu_dropout(loaded.model)
     if head.pools and loaded.pooling == "own":
         first_token.shorten_last_block(loaded.model)
     if recipe.training.compile and not _has_no_data(loaded.model):
-        compile_blocks(loaded.model)
-    checkpoint_activations(loaded.model, recipe.training.gradient_checkpointing)
+        compile.compile_blocks(loaded.model)
+    activation_checkpointing.checkpoint_activations(loaded.model, recipe.training.gradient_checkpointing)
     if recipe.training.neftune_alpha:
         add_embedding_noise(loaded.model, recipe.training.neftune_alpha)
 

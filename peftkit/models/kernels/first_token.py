@@ -49,11 +49,7 @@ def reading_first_token() -> Iterator[None]:
 
 
 def shorten_last_block(model: nn.Module) -> bool:
-    """Makes a classifier's last block compute only the first token, if a trial gives the same scores.
-
-    Args:
-        model: a transformers classifier, or a wrapper around one, on its device.
-    """
+    """Makes a (wrapped) classifier's last block compute only the first token, if a trial gives the same scores."""
     inner: Any = unwrap(model)
     try:
         last: Any = find_blocks(inner)[1][-1]

@@ -102,9 +102,7 @@ def row_outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if shaping is None:
             losses, correct = _token_scores([_full_logits(model, batch, keep)], targets_S, Shaping())
         else:
-            losses, correct = _at_output(
-                model, batch, keep, lambda hidden_SH, output: _chunked_scores(hidden_SH, targets_S, output)
-            )
+            losses, correct = _at_output(model, batch, keep, lambda h, output: _chunked_scores(h, targets_S, output))
     rows = keep // targets.shape[1]
     return {
         name: torch.zeros(len(targets), device=rows.device).index_add_(0, rows, values.float())
@@ -157,7 +155,9 @@ def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
     if not torch.is_grad_enabled():
         return _chunked_scores(hidden_SH, targets_S, output)[0].sum()
     trained = [parameter for parameter in output.module.parameters() if parameter.requires_grad]
-    if trained or not _is_plain(output.module):
+    # a weight that can be used directly: no adapter around it, not quantized, not offloaded
+    plain = type(output.module) is nn.Linear and output.module.weight.is_floating_point()
+    if trained or not plain or hasattr(output.module, "_hf_hook"):
         return _AnyOutputLayer.apply(hidden_SH, targets_S, output, *trained)  # type: ignore[no-any-return]
     weight: Tensor = output.module.weight  # type: ignore[assignment]
     bias = output.module.bias
@@ -173,11 +173,6 @@ def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
 def _wide(logits: Tensor) -> Tensor:
     """Logits in the dtype of the softmax: fp32, or fp64 if the model is in fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether the layer's weight can be used directly: no adapter around it, not quantized, not offloaded."""
-    return type(layer) is nn.Linear and layer.weight.is_floating_point() and not hasattr(layer, "_hf_hook")
 
 
 def _slices(logits_SV: Tensor) -> Iterator[slice]:

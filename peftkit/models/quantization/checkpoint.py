@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import MethodError, ModelError
-from peftkit.models.quantization import stored
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +46,7 @@ def quantized_with(config: Any) -> str | None:
 
 
 def kind_of(model: ModelConfig) -> str | None:
-    """The same for a recipe's base; only the configuration of a hub model is downloaded.
-
-    Raises:
-        ModelError, HubError: there is no such base.
-    """
+    """``quantized_with`` of a recipe's base, of which only the configuration is downloaded."""
     from peftkit.models.sources import check_config, folder_of, resolve
 
     return quantized_with(check_config(folder_of(resolve(model), weights=False)))
@@ -108,13 +103,11 @@ def check_recipe(config: Any, recipe: Recipe) -> str | None:
 def runtime_config(config: Any, kind: str, skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
     """The checkpoint's quantization config for this run: kernels that have a backward pass, the run's own dtype.
 
-    Args:
-        skipped: names of modules that stay unquantized, for kinds whose config names them.
-        dtype: of 4-bit matmuls.
+    ``skipped`` names the modules that stay unquantized, for kinds whose config names them.
     """
     values = dict(config.quantization_config)
     if kind == "bitsandbytes":
-        return stored.runtime_config(values, skipped, dtype)
+        values |= {"llm_int8_skip_modules": list(skipped), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     if kind in ("gptq", "awq"):
         values["backend"] = "auto_trainable"  # by default gptqmodel chooses the fastest, which may only infer
     return values

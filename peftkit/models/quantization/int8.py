@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 from peftkit.schema.quantization import Quantization
 from peftkit.schema.registries import QUANTIZATIONS
 
@@ -37,8 +38,6 @@ class Int8(Quantization):
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
         from transformers import BitsAndBytesConfig
-
-        from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 
         require_bitsandbytes(self.kind)
         return {"quantization_config": BitsAndBytesConfig(**self.config_arguments(None, head_names))}

@@ -10,14 +10,13 @@ for the backward pass: INT8 saves its input, the 4-bit matmul nothing (since bit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftkit.models.quantization.bitsandbytes_support import is_installed
 from peftkit.models.quantization.stored import WeightFormat
 
 SCALES = "scales"
@@ -67,17 +66,17 @@ def _meta_layer(linear: Any, weight_format: WeightFormat, dtype: torch.dtype) ->
 def _layer_class(kind: str) -> Any:
     """A subclass of bitsandbytes' layer where that is installed, so that methods recognize it."""
     base: Any = nn.Linear
-    if find_spec("bitsandbytes") is not None:
+    if is_installed():
         import bitsandbytes as bnb
 
         base = bnb.nn.Linear4bit if kind == "nf4" else bnb.nn.Linear8bitLt
-    own = {"dequantize_weight": property(_dequantize_weight)} if kind == "nf4" else {}
+    own = {"dequantize_weight": _dequantize_weight} if kind == "nf4" else {}
     return type("Meta" + base.__name__, (base,), {"forward": _forward, **own})
 
 
-def _dequantize_weight(self: Any) -> Any:
+def _dequantize_weight(self: Any, dtype: torch.dtype) -> Tensor:
     """As ``bitsandbytes_support.dequantizer`` dequantizes a real layer's weight."""
-    return partial(_dequantized, self.weight, self.in_features)
+    return _dequantized(self.weight, self.in_features, dtype)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:

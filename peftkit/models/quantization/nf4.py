@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 from peftkit.schema.quantization import Quantization
 from peftkit.schema.registries import QUANTIZATIONS
 
@@ -40,7 +41,6 @@ class NF4(Quantization):
         from transformers import BitsAndBytesConfig
 
         from peftkit.models.dtypes import dtype_for
-        from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
 
         require_bitsandbytes(self.kind)
         compute_dtype = dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu")

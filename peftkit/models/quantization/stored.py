@@ -2,25 +2,17 @@
 
 A quantized layer is stored with its scales: ``X.weight.absmax`` in 4 bits, ``X.SCB`` in 8. The config is not enough: a
 backbone saved without a head has an empty ``llm_int8_skip_modules``, and a head added to it would be quantized as well.
-
-    skipped = never_packed(model, heads, others, folder)        # names of layers that stay unquantized
-    config.quantization_config = runtime_config(config.quantization_config, skipped, torch.bfloat16)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 SCALES_4BIT, SCALES_8BIT, STATE = ".weight.absmax", ".SCB", ".weight.quant_state.bitsandbytes__"
-
-
 TABLES = 16 * 4 + 256 * 4 + 4
 """Bytes of the lookup tables and the offset that double quantization stores with each weight."""
 
@@ -88,12 +80,6 @@ def nf4_format(folder: Path) -> WeightFormat | None:
             double = {"double": True, "outer": state["nested_blocksize"]} if state.get("nested_blocksize") else {}
             return WeightFormat("nf4", block=int(state["blocksize"]), **double)
     return None
-
-
-def runtime_config(config: Mapping[str, Any], skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The checkpoint's quantization config for this run: unquantized modules, and the dtype of 4-bit matmuls."""
-    compute = str(dtype).removeprefix("torch.")
-    return {**config, "llm_int8_skip_modules": list(skipped), "bnb_4bit_compute_dtype": compute}
 
 
 def tensor_keys(folder: Path) -> Iterator[tuple[str, Path]]:
