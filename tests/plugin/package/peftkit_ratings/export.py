@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from peftkit.export.exporter import Exporter
-
 from peftkit.schema.types import LoadedModel
 
 
