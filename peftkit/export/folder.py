@@ -13,7 +13,7 @@ from peftkit.schema.recipe import Recipe
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COPIED = ("recipe.yaml", "metrics.json")
-"""Files that an export takes over from the one it is made from."""
+"""Files of a run's export that its exports in other formats hold, too."""
 
 
 @dataclass(frozen=True)

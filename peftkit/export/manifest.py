@@ -8,33 +8,49 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from peftkit.errors import ModelError, RecipeError, RunError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from peftkit.errors import ModelError, RunError
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import read_json, resolve
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import EXPORTERS, HEADS
 from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.schema.validation import describe
 
 FILE = "peftkit.json"
 FORMAT = 1
-SAVES, POOLINGS = ("adapter", "model"), ("own", "mean", "cls")
+SAVES = ("adapter", "model")
+
+
+def _check_saves(name: str) -> str:
+    if name not in SAVES:
+        EXPORTERS.get(name)  # raises for an unknown format
+    return name
+
+
+def _check_head(info: TaskInfo) -> TaskInfo:
+    HEADS.get(info.problem_type)  # raises for an unknown head
+    return info
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of peftkit.json."""
+    """The contents of peftkit.json; unknown or missing fields are refused when it is read."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     recipe: str
     """The recipe's name."""
     method: str
-    saves: str
-    """adapter, model, or the format's name of another exporter."""
+    saves: Annotated[str, AfterValidator(_check_saves)]
+    """adapter, model, or the name of another export format."""
     task: str
-    info: TaskInfo
-    pooling: str
+    info: Annotated[TaskInfo, AfterValidator(_check_head)]
+    pooling: Literal["own", "mean", "cls"]
     heads: tuple[str, ...]
     auto_class: str
     """The class of transformers that loads the base."""
@@ -49,7 +65,7 @@ class Manifest:
     """Of the frozen weights in training."""
     quantization: dict[str, Any] | None
     """The recipe's quantization of the base, or {kind: gptq} for a base whose checkpoint is quantized."""
-    max_length: int
+    max_length: Annotated[int, Field(gt=0, lt=10**8)]
     format: int = FORMAT
 
     @property
@@ -96,38 +112,14 @@ def read(folder: Path) -> Manifest:
         raise RunError(f"{folder}: expected an export of peftkit, found no {FILE} in it")
     try:
         values = read_json(file)
-        if values["format"] > FORMAT:
-            raise RunError(f"{file}: written by a newer peftkit (format {values['format']}); upgrade to read it")
-        info = values["info"] | {"labels": tuple(values["info"]["labels"])}
-        if info.get("class_weights") is not None:
-            info["class_weights"] = tuple(info["class_weights"])
-        manifest = Manifest(**{**values, "info": TaskInfo(**info), "heads": tuple(values["heads"])})
-        _check(manifest)
-        return manifest
+        format = values.get("format") if isinstance(values, dict) else None
+        if isinstance(format, int) and format > FORMAT:
+            raise RunError(f"{file}: written by a newer peftkit (format {format}); upgrade to read it")
+        return TypeAdapter(Manifest).validate_python(values)
     except ModelError as error:
         raise RunError(str(error)) from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{file}: not as peftkit writes it ({type(error).__name__}: {str(error)[:200]})") from None
-
-
-def _check(manifest: Manifest) -> None:
-    """Raises TypeError or ValueError for a value that peftkit does not write."""
-    names = ("recipe", "method", "task", "auto_class", "source", "base", "dtype", "fingerprint")
-    texts = [*(getattr(manifest, name) for name in names), *manifest.heads, *manifest.info.labels]
-    for text in [*texts, manifest.revision or ""]:
-        if not isinstance(text, str):
-            raise TypeError(f"expected a text, found {text!r:.60}")
-    for name, known in {"saves": (*SAVES, *EXPORTERS), "pooling": POOLINGS}.items():
-        if getattr(manifest, name) not in known:
-            raise ValueError(f"{name} is {getattr(manifest, name)!r:.60}; known are {', '.join(known)}")
-    try:
-        HEADS.get(manifest.info.problem_type)
-    except RecipeError as error:
-        raise ValueError(f"problem_type: {error!s:.120}") from None
-    if not isinstance(manifest.max_length, int) or not 0 < manifest.max_length < 10**8:
-        raise ValueError(f"max_length is {manifest.max_length!r:.60}")
+    except ValidationError as error:
+        raise RunError(describe(error, f"{file}: not as peftkit writes it")) from None
 
 
 def _quantization(recipe: Recipe, model: Any) -> dict[str, Any] | None:

@@ -200,16 +200,11 @@ def compare_logits(
 
 
 def job_for(manifest: Manifest, folder: Path, device: torch.device) -> dict[str, Any]:
-    """What the fresh process is given: the information on the model card, and the machine's settings."""
+    """What the fresh process is given: the manifest, and the machine's settings."""
     quantization = _quantization(manifest)
     return {
+        **asdict(manifest),
         "folder": str(folder.resolve()),
-        "saves": manifest.saves,
-        "auto_class": manifest.auto_class,
-        "base": manifest.base,
-        "revision": manifest.revision,
-        "heads": list(manifest.heads),
-        "pooling": manifest.pooling,
         "weights_dtype": manifest.dtype if manifest.saves == "adapter" else "float32",
         "dtype": manifest.dtype if quantization else "float32",
         "quantization": quantization,

@@ -21,6 +21,7 @@ from peftkit.export.loading import load_exported
 from peftkit.inference import embeddings, texts
 from peftkit.inference.embeddings import Embedder
 from peftkit.schema.types import Row
+from peftkit.system import files
 
 WRITERS = (".npy", ".parquet", ".jsonl")
 VECTOR = "vector"
@@ -88,19 +89,14 @@ def _write(chunks: Iterator[Chunk], out: Path | None) -> int:
     if out is None or out.suffix == ".jsonl":
         rows = ({**row, VECTOR: vector.tolist()} for chunk, vectors in chunks for row, vector in zip(chunk, vectors))
         return texts.write_rows(rows, out)
-    stage = out.with_name(f".{out.name}.tmp")
-    try:
-        count = (_write_array if out.suffix == ".npy" else _write_parquet)(chunks, stage)
-        stage.replace(out)
-    finally:
-        stage.unlink(missing_ok=True)
-    return count
+    with files.atomic_file(out) as staging:
+        return (_write_array if out.suffix == ".npy" else _write_parquet)(chunks, staging)
 
 
-def _write_array(chunks: Iterator[Chunk], stage: Path) -> int:
+def _write_array(chunks: Iterator[Chunk], staging: Path) -> int:
     """Writes the vectors one after the other, then the header again, with their number."""
     count, width = 0, 0
-    with stage.open("wb") as file:
+    with staging.open("wb") as file:
         start = _write_header(file, (0, 0))
         for rows, vectors in chunks:
             count, width = count + len(rows), vectors.shape[1]
@@ -115,7 +111,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, int]) -> int:
     return file.tell()
 
 
-def _write_parquet(chunks: Iterator[Chunk], stage: Path) -> int:
+def _write_parquet(chunks: Iterator[Chunk], staging: Path) -> int:
     """Writes a row group per chunk; columns and types are those of the first."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -130,7 +126,7 @@ def _write_parquet(chunks: Iterator[Chunk], stage: Path) -> int:
                 fields = [
                     field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in table.schema
                 ]
-                writer = pq.ParquetWriter(stage, pa.schema(fields))
+                writer = pq.ParquetWriter(staging, pa.schema(fields))
             try:
                 writer.write_table(table.cast(writer.schema))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
@@ -143,5 +139,5 @@ def _write_parquet(chunks: Iterator[Chunk], stage: Path) -> int:
         if writer is not None:
             writer.close()
     if writer is None:
-        pq.write_table(pa.table({VECTOR: pa.array([], pa.list_(pa.float32()))}), stage)
+        pq.write_table(pa.table({VECTOR: pa.array([], pa.list_(pa.float32()))}), staging)
     return count

@@ -3,8 +3,7 @@
     write(folder, rows)                              # generations.jsonl and generations.html
     rows = marked_to_training_rows("marked.jsonl")   # those marked good, as rows to train on
 
-The page needs no network and no server. The browser stores the marks, and saves them as a file in the format of
-``generations.jsonl``.
+The page needs no network or server; the browser stores the marks, and saves them in the format of the first file.
 """
 
 from __future__ import annotations
