@@ -1,16 +1,7 @@
 """The contract of a file reader: how files of one kind become rows.
 
-    @READERS.register("ini")
-    class IniReader(Reader):
-        \"\"\"INI files, one row per section.\"\"\"
-
-        extensions = (".ini",)
-
-        def rows(self, path, problems):
-            ...
-            yield {"text": "…", "label": "…", "_file": str(path), "_line": 3}
-
-A module of ``peftkit.data.readers``, or an installed package through the entry-point group ``peftkit.readers``.
+A reader is a class in a module of ``peftkit.data.readers``, or of an installed package through the entry-point group
+``peftkit.readers``; docs/extending.md has an example.
 """
 
 from __future__ import annotations
@@ -109,10 +100,3 @@ def reader_for(path: Path) -> type[Reader]:
         return known[suffix]
     hint = "unpack it first" if suffix in ARCHIVES else did_you_mean(suffix, known)
     raise DataError(f"cannot be read: expected a file ending in {', '.join(known)}; {hint}", file=path)
-
-
-def reader_of_input(path: Path) -> type[Reader]:
-    """The reader of a file given on the command line; raises DataError where it is missing or cannot be read."""
-    if not path.is_file():
-        raise DataError("no such file", file=path)
-    return reader_for(path)

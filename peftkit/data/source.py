@@ -1,25 +1,7 @@
 """The contract of a data source: which rows ``data.source`` stands for.
 
-    @SOURCES.register("demo")
-    class DemoSource(Source):
-        \"\"\"Generated rows, for demonstrations.\"\"\"
-
-        form = "demo:ROWS"
-        splits = ("train",)
-
-        @classmethod
-        def accepts(cls, name):
-            return name.startswith("demo:")
-
-        @property
-        def digest(self):
-            return self.name
-
-        def rows(self, split, problems):
-            for line in range(int(self.name.removeprefix("demo:"))):
-                yield {"text": f"text {line}", "label": line % 2, "_file": self.name, "_line": line + 1}
-
-A module of ``peftkit.data.sources``, or an installed package through the entry-point group ``peftkit.sources``.
+A source is a class in a module of ``peftkit.data.sources``, or of an installed package through the entry-point group
+``peftkit.sources``; docs/extending.md has an example.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from peftkit.data.problems import Problems, missing_column, shorten
-from peftkit.data.reader import reader_for, reader_of_input
+from peftkit.data.reader import reader_for
 from peftkit.errors import DataError
 from peftkit.schema.types import Row
 from peftkit.system import files
@@ -52,7 +52,9 @@ def text_of(row: Row, columns: Sequence[str]) -> Text:
 def check_files(file: Path | None, out: Path | None, writers: Sequence[str] | None = None) -> None:
     """Raises DataError if the input cannot be read or the output cannot be written; ``writers`` are its suffixes."""
     if file:
-        reader_of_input(file)
+        if not file.is_file():
+            raise DataError("no such file", file=file)
+        reader_for(file)
     if out and writers and out.suffix not in writers:
         raise DataError(f"cannot be written: its name must end in {', '.join(writers)}", file=out)
     if out:

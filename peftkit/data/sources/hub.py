@@ -155,8 +155,7 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
     # datasets cuts the chain of causes, so the hub is asked once more
     causes = [*_causes(error), *_causes(_hub_error(name, data))]
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/datasets/{name}"
-    subset = _subset(error, name, data)
-    if subset is not None:
+    if (subset := _subset(error, name, data)) is not None:
         return subset
     if _has(causes, errors.GatedRepoError):
         message = f"'{name}' is gated: accept its terms at {page}, then set HF_TOKEN (or run `hf auth login`)"
@@ -211,6 +210,5 @@ def _unreachable(causes: list[BaseException]) -> bool:
 
 
 def _first_line(causes: list[BaseException]) -> str:
-    cause = causes[0]
-    first = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {first[0][:200]}" if first else type(cause).__name__
+    first, kind = str(causes[0]).strip().splitlines(), type(causes[0]).__name__
+    return f"{kind}: {first[0][:200]}" if first else kind
