@@ -190,6 +190,6 @@ def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
 
 def _advice(problem: str) -> str:
     return (
-        f"the chat template {problem}, so answers cannot be told from prompts; "
+        f"the chat template {problem}, so answers cannot be separated from prompts; "
         f"set model.chat_template to one of: {', '.join(sorted(NAMED))}"
     )

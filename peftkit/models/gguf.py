@@ -62,8 +62,8 @@ def _is_complete(folder: Path) -> bool:
     Sizes only: hashing gigabytes of weights at each start would take longer than reading them.
     """
     try:
-        files = json.loads((folder / cache.MANIFEST).read_text(encoding="utf-8"))
-        return bool(files) and all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+        entries = json.loads((folder / cache.MANIFEST).read_text(encoding="utf-8"))
+        return bool(entries) and all((folder / name).stat().st_size == entry["size"] for name, entry in entries.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

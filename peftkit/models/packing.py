@@ -136,7 +136,7 @@ def _try_packing(model: Any) -> tuple[Strategy | None, str]:
     if learned_tokens(model):
         return None, f"{name} with a learned prompt reads it before the first document of a row only"
     if "position_ids" not in forward_parameters(model):
-        return None, f"{name} takes no position_ids, so documents in one row cannot be told apart"
+        return None, f"{name} takes no position_ids, so documents in one row cannot be separated"
     config = unwrap(model).config.get_text_config()
     local = getattr(config, "sliding_window", None) or len(set(getattr(config, "layer_types", None) or ())) > 1
     strategies: tuple[Strategy, ...] = ("positions",) if local else ("positions", "mask")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftkit.data.batching import EVALUATION_ROWS
 from peftkit.schema.baseline import Baseline, BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 
@@ -58,6 +57,7 @@ def _score_names(inputs: BaselineInputs) -> BaselineResult:
 
 def _scores(inputs: BaselineInputs, texts: list[str]) -> np.ndarray:
     """[texts, classes], higher for a class that fits better."""
+    from peftkit.data.batching import EVALUATION_ROWS
     from peftkit.evaluation import zero_shot_scores
 
     names, limit = inputs.head.class_names(), inputs.recipe.data.max_length
