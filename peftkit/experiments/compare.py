@@ -106,8 +106,9 @@ def compare(
     _refuse_other_rows(planned)
     folder = Path(out) if out else Path(chosen[0].output_dir) / f"compare-{chosen[0].name}"
     runner: Runner = _subprocesses(jobs) if isolated else InProcessRunner()
+    training_seeds = _seeds(seeds, chosen[0])
     with experiment_jobs.in_use(folder):
-        work = ComparisonRun(folder, planned, _seeds(seeds, chosen[0]), runner, jobs if isolated else 1, quiet)
+        work = ComparisonRun(folder, planned, training_seeds, runner, jobs if isolated else 1, quiet)
         stopped = work.run()
         table = tabulate(chosen[0].name, work.groups(), metric=metric, against=against, cost=cost)
         reporting.write(table, folder)
@@ -264,8 +265,9 @@ def _groups_of(runs: Sequence[Path]) -> list[Group]:
         ignored = ("name", "training.seed", "training.threads", *NOT_LEARNED_FROM)
         learned = {name: value for name, value in fields.items() if not name.startswith(ignored)}
         groups.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
+    fingerprints = {run: _data_of(run) for run in runs}
     for run in runs[1:]:
-        if _data_of(run) != _data_of(runs[0]):
+        if fingerprints[run] != fingerprints[runs[0]]:
             raise RunError(
                 f"{run} was trained on other rows than {runs[0]}; compare runs with the same data and splits"
             )

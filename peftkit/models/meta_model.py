@@ -15,9 +15,9 @@ import torch
 
 from peftkit.errors import ModelError
 from peftkit.models import loading
+from peftkit.models.meta_layers import replace_linear
 from peftkit.models.quantization import stored
 from peftkit.models.quantization.checkpoint import check_recipe, quantized_with
-from peftkit.models.quantization.meta_layers import replace_linear
 from peftkit.models.quantization.stored import WeightFormat
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.training_options import prepare_for_training

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftkit.models.quantization.meta_layers import SCALES
+from peftkit.models.meta_layers import SCALES
 from peftkit.planning.trace import Trace
 
 BLOCK, SMALL = 256, 4096

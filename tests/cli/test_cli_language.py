@@ -106,7 +106,7 @@ save_file(found, out)
 def test_adapter_and_merged_model_give_equal_logits_in_plain_libraries(chat_run, call, tmp_path):
     code, _, said = call("export", chat_run.path, "--to", tmp_path / "merged", "--merge")
     assert code == 0, said
-    assert "wrote the merged model" in said
+    assert "(format peft, merged)" in said
     out = tmp_path / "logits.safetensors"
     folders = [chat_run.adapter, chat_run.recipe.model.source, tmp_path / "merged"]
     subprocess.run(

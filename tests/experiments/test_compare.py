@@ -154,7 +154,7 @@ def test_ctrl_c_leaves_what_is_done_and_the_same_call_goes_on(quick, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(InProcessRunner, "run", once)
-        with pytest.raises(Interrupted, match="the same command goes on") as stopped:
+        with pytest.raises(Interrupted, match="repeat the command to resume") as stopped:
             here(quick, tmp_path / "out", methods=["lora", "frozen"])
     assert stopped.value.exit_code == 130
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["variants"]
@@ -210,7 +210,7 @@ def test_variants_that_would_not_see_the_same_rows_are_refused(quick, compared, 
     with pytest.raises(RunError, match="was trained on other rows"):
         peftkit.compare([compared["lora"]["runs"][0], alone.path])
     (alone.path / "about.json").unlink()
-    with pytest.raises(RunError, match="names its data"):
+    with pytest.raises(RunError, match="fingerprint of its data"):
         peftkit.compare([alone.path])
 
 
@@ -218,7 +218,7 @@ def test_variants_that_would_not_see_the_same_rows_are_refused(quick, compared, 
     ("options", "said"),
     [
         ({"methods": ["loar"]}, "did you mean 'lora'"),
-        ({"methods": ["lora", "lora"]}, "two variants would be called 'lora'"),
+        ({"methods": ["lora", "lora"]}, "two variants have the label 'lora'"),
         ({"vary": ["method.rnak=4,8"]}, "did you mean 'rank'"),
         ({"vary": ["method.rank"]}, "expected part.field=value,value"),
         ({"vary": ["method.rank=4,-1"]}, "method.rank"),

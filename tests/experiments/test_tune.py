@@ -98,7 +98,7 @@ def test_a_stopped_study_goes_on_with_the_trial_that_was_running(quick, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(InProcessRunner, "run", stopped)
-        with pytest.raises(Interrupted, match="1 trials are kept"):
+        with pytest.raises(Interrupted, match="1 trials are in"):
             here(quick, space, tmp_path / "out", sampler="grid", trials=3)
     table = here(quick, space, tmp_path / "out", sampler="grid", trials=3)
     names = [name for name, _, _ in stand_in]
@@ -205,7 +205,7 @@ def test_a_failing_trial_is_told_and_the_best_of_cheap_trials_is_trained_on_all_
     assert found.run.metrics["training"]["rows"] > 48
     assert peftkit.Recipe.from_yaml(tmp_path / "out" / "best.yaml").training.batch_size == 8
     assert "no room" in (tmp_path / "out" / "tune.html").read_text()
-    with pytest.raises(RunError, match="a study of another rows"):
+    with pytest.raises(RunError, match="a study with a different rows"):
         here(quick, {"training.batch_size": [8, 16]}, tmp_path / "out", sampler="grid")
 
 
@@ -216,16 +216,16 @@ def test_a_failing_trial_is_told_and_the_best_of_cheap_trials_is_trained_on_all_
         (["training.learning_rate=1e-5..-1"], {}, "smaller number first"),
         (["training.learning_rate=0..1:log"], {}, "starts above 0"),
         (["training.learning_rate=-1.0..1.0"], {}, "greater than 0"),
-        (["training.learning_rate=a..b"], {}, "'a' is no number"),
+        (["training.learning_rate=a..b"], {}, "'a' is not a number"),
         (["training.learning_rate=1e-5..1e-2:lgo"], {}, "did you mean 'log'"),
-        (["training.batch_size=1.0..8.0"], {}, "write 4..16 for whole numbers"),
+        (["training.batch_size=1.0..8.0"], {}, "write 4..16 for integers"),
         (["training.batch_size=8,0"], {}, "greater than or equal to 1"),
         (["training.scheduler=linear,cosin"], {}, "cosine"),
         (["training.batch_size=8"], {}, "two values or more"),
         (["training.batch_size"], {}, "expected part.field=SPEC"),
-        (["data.test_size=0.1,0.2"], {}, "judged by other rows"),
-        (["training.seed=1..5"], {}, "luck"),
-        (["evaluation.confidence=0.9,0.95"], {}, "changes nothing that is learned"),
+        (["data.test_size=0.1,0.2"], {}, "scored on other rows"),
+        (["training.seed=1..5"], {}, "chance"),
+        (["evaluation.confidence=0.9,0.95"], {}, "does not affect learning"),
         ([RATES, RATES], {}, "give it once"),
         ([RATES], {"sampler": "grid"}, "a grid has no end here"),
         ([RATES], {"sampler": "bayes"}, "did you mean 'bayesian'"),

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peftkit.models.quantization.meta_layers import SCALES
+from peftkit.models.meta_layers import SCALES
 from peftkit.models.quantization.stored import WeightFormat
 from peftkit.planning.memory import persistent_memory
 from peftkit.planning.trace import Tracer, fake_tensor_mode

@@ -169,9 +169,9 @@ def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(small_reci
     monkeypatch.setattr("peftkit.run._data_and_model", lambda *given: pytest.fail("something was loaded"))
     with pytest.raises(RecipeError, match=r"does not work on cpu here \(no C\+\+ compiler was found\)"):
         peftkit.train(recipe, quiet=True)
-    with pytest.raises(RecipeError, match="selective finds no products"):
+    with pytest.raises(RecipeError, match="selective finds no matmuls"):
         peftkit.train(replace(recipe, training={"gradient_checkpointing": "selective"}), quiet=True)
-    with pytest.raises(RecipeError, match="spread over processes"):
+    with pytest.raises(RecipeError, match="sharded over processes"):
         compile.check("cpu", "off", sharded=True)
 
 
