@@ -192,11 +192,11 @@ class Shell:
         script.write_text(f'srun() {{ "$@"; }}\nset -e -o pipefail\n{self.block.text}\n', encoding="utf-8")
         environment = {**os.environ, "BRIDGE": str(self.bridge), "PATH": f"{self.bridge}/bin:/usr/bin:/bin"}
 
+        command = ["timeout", "900", "bash", str(script)]  # ends what waits for this process if it is killed
+        options = {"cwd": self.folder, "env": environment, "stdin": subprocess.DEVNULL, "capture_output": True}
+
         def work() -> None:
-            outcome.append(
-                subprocess.run(["bash", str(script)], cwd=self.folder, env=environment, stdin=subprocess.DEVNULL,
-                               capture_output=True, text=True)
-            )  # fmt: skip
+            outcome.append(subprocess.run(command, text=True, **options))
             (self.bridge / "request").write_text("end")
 
         worker = threading.Thread(target=work)
