@@ -21,7 +21,6 @@ from typing import Any
 from peftkit.errors import ModelError
 from peftkit.system import cache, files
 
-KIND = "gguf"
 MAGIC = b"GGUF"
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def dequantize(path: Path) -> Path:
         magic = stream.read(len(MAGIC))
     if magic != MAGIC:
         raise ModelError(f"{path}: expected a GGUF file (its first bytes are {MAGIC!r}), found {magic!r}")
-    folder = cache.cache_folder(KIND) / _key(path)
+    folder = cache.cache_folder("gguf") / _key(path)
     if not _is_complete(folder):
         with cache.entry_lock(folder):
             if not _is_complete(folder):

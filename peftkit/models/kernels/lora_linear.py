@@ -104,9 +104,7 @@ def _add_into(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Adds the low-rank update to y in place.
 
-    Returns:
-        Which elements of x dropout kept (one byte each, or the seed of the mask; None without dropout), and x Aᵀ if it
-        is narrow.
+    Returns which elements dropout kept (a byte each, or the mask's seed; None without dropout), and x Aᵀ if narrow.
     """
     keep = None
     if 0 < p < 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":

@@ -29,11 +29,7 @@ class Int8(Quantization):
 
     def config_arguments(self, compute_dtype: Any, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.config_arguments``."""
-        return {
-            "load_in_8bit": True,
-            "llm_int8_threshold": self.threshold,
-            "llm_int8_skip_modules": list(head_names),
-        }
+        return {"load_in_8bit": True, "llm_int8_threshold": self.threshold, "llm_int8_skip_modules": list(head_names)}
 
     def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
