@@ -10,8 +10,7 @@ scales, and gradients pass straight through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,7 +63,9 @@ def distill(
     head = model.get_output_embeddings() if causal else None
     for weight in vectors:
         weight.requires_grad_(True)
-    with eval_modules(model), _trainable_scales(layers, scales):
+    # until bitsandbytes' own forward passes gradients to the scales
+    forwards = {layer: partial(_scaled_linear, layer, scale) for layer, scale in zip(layers, scales)}
+    with eval_modules(model), replaced_forward(forwards):
         for step, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             with torch.enable_grad():
                 hidden = forward(model, batch)[_token_mask(batch, causal)]
@@ -112,17 +113,8 @@ def _error_gradient(hidden: Tensor, targets: Tensor, head: None) -> Tensor:
     return (2 * (hidden.float() - targets) / targets.square().sum()).to(hidden.dtype)
 
 
-@contextmanager
-def _trainable_scales(layers: Sequence[Any], scales: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, layers multiply by their codes times these scales.
-
-    Replaces each layer's ``forward``, until bitsandbytes' own passes gradients to the scales.
-    """
-    with replaced_forward({layer: partial(_scaled_linear, layer, scale) for layer, scale in zip(layers, scales)}):
-        yield
-
-
 def _scaled_linear(layer: Any, scale: Tensor, x: Tensor) -> Tensor:
+    """The forward pass of an NF4 layer with its codes times these scales."""
     y: Tensor = _ScaledMatmul.apply(x, scale, layer.weight)
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 

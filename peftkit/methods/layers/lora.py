@@ -11,8 +11,6 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from peftkit.models.patching import with_forward
-
 if TYPE_CHECKING:
     import torch
 
@@ -52,6 +50,8 @@ def _peft_classes() -> frozenset[type]:
 
 @functools.cache
 def _fast_class(cls: Any) -> type[torch.nn.Module]:
+    from peftkit.models.patching import with_forward
+
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = None if args or any(value is not None for value in kwargs.values()) else _plain_adapter(self)
         output: torch.Tensor = cls.forward(self, x, *args, **kwargs) if adapter is None else _forward(self, x, adapter)
