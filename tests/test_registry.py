@@ -82,3 +82,11 @@ def test_errors_reach_other_processes_as_they_were_raised():
     assert (str(stopped), stopped.exit_code) == ("stopped by SIGTERM", 143)
     wrong = pickle.loads(pickle.dumps(DataError("expected text", file="a.csv", line=3, column="text")))
     assert (wrong.line, str(wrong)) == (3, "a.csv, line 3, column 'text': expected text")
+
+
+@pytest.mark.parametrize(("old", "new"), [("begin", "on_train_begin"), ("after_step", "on_step_end")])
+def test_a_method_of_another_package_that_overrides_a_renamed_member_is_refused(old, new):
+    from peftkit.schema.method import Method
+
+    with pytest.raises(TypeError, match=rf"Theirs\.{old}: peftkit calls this '{new}' now"):
+        type("Theirs", (Method,), {old: lambda self, *given: None})

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from peftkit.schema.types import Batch, LoadedModel
 
 
+RENAMED = {
+    "begin": "on_train_begin", "after_step": "on_step_end", "finish": "on_train_end", "packed": "quantized_checkpoints",
+    "why_not_merged": "unmergeable_reason", "why_not_over": "unsupported_checkpoint_reason",
+}  # fmt: skip
+
+
 class Method(ConfigSection):
     """What is trained on top of, or inside, the base model."""
 
@@ -49,6 +55,13 @@ class Method(ConfigSection):
     """Whether the untrained method leaves the base's outputs as they were."""
 
     kind: str
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuses members by the names of 0.1.0, which nothing would call."""
+        super().__init_subclass__(**options)
+        for old, new in RENAMED.items():
+            if old in cls.__dict__:
+                raise TypeError(f"{cls.__module__}.{cls.__name__}.{old}: peftkit calls this '{new}' now; rename it")
 
     def check(self, recipe: Recipe) -> None:
         """Raises MethodError when the method cannot work with this recipe; called before anything is loaded."""
