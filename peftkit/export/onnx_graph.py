@@ -20,7 +20,7 @@ from peftkit.export.loading import load_exported
 from peftkit.export.merging import MergeMode, MergeState
 from peftkit.export.proof import SAMPLE, Proof, compare_logits
 from peftkit.export.proof import TEXTS as PROOF_TEXTS
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.models.blocks import unwrap
 from peftkit.models.kernels.first_token import reading_first_token
 from peftkit.schema.types import LoadedModel
@@ -42,11 +42,11 @@ class ClassifierGraph(nn.Module):
             batch["token_type_ids"] = token_type_ids
         if self.pooling == "own":
             with reading_first_token():
-                return classifier.plain_logits(self.model, batch, self.pooling)
+                return pooled_logits.plain_logits(self.model, batch, self.pooling)
         if self.pooling == "mean":
-            return classifier.plain_logits(self.model, batch, self.pooling)
+            return pooled_logits.plain_logits(self.model, batch, self.pooling)
         # an index of rows would be traced as a constant
-        scores = classifier.plain_logits(self.model, batch, "own")
+        scores = pooled_logits.plain_logits(self.model, batch, "own")
         first = attention_mask.argmax(1)[:, None, None].expand(-1, 1, scores.shape[-1])
         return scores.gather(1, first)[:, 0]
 

@@ -24,7 +24,7 @@ from peftkit.schema.types import LoadedModel
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftkit.methods.layers.bottleneck import AdapterShape
+    from peftkit.methods.layers.bottleneck_adapter import AdapterShape
 
 KINDS = {"houlsby": ("attention", "feed_forward"), "pfeiffer": ("feed_forward",), "parallel": ("feed_forward",)}
 SCALES = {"houlsby": 1.0, "pfeiffer": 1.0, "parallel": 4.0}
@@ -63,12 +63,12 @@ class Bottleneck(Method):
 
     def apply(self, loaded: LoadedModel) -> None:
         """Inserts the adapters; raises MethodError where a block has no such branch."""
-        from peftkit.methods.layers import bottleneck
+        from peftkit.methods.layers import bottleneck_adapter
 
         model = loaded.model
         model.requires_grad_(False)
-        bottleneck.insert(model, self.adapter_shapes(model), self.init)
-        for adapter in bottleneck.adapters(model):
+        bottleneck_adapter.insert(model, self.adapter_shapes(model), self.init)
+        for adapter in bottleneck_adapter.adapters(model):
             adapter.requires_grad_(True)
         for name, parameter in model.named_parameters():
             if in_head(name, loaded.head_names):
@@ -76,7 +76,7 @@ class Bottleneck(Method):
 
     def adapter_shapes(self, model: nn.Module) -> list[AdapterShape]:
         """The shapes of the adapters that a model gets; raises MethodError where a block has no such branch."""
-        from peftkit.methods.layers.bottleneck import AdapterShape
+        from peftkit.methods.layers.bottleneck_adapter import AdapterShape
         from peftkit.methods.layers.residual import find_branches
 
         try:

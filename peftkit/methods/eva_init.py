@@ -82,11 +82,11 @@ def _failure_reason(output: str) -> str:
 
 
 def _forward(model: Any, batch: Batch, loaded: LoadedModel) -> None:
-    from peftkit.models import classifier
+    from peftkit.models import pooled_logits
     from peftkit.models.kernels import linear_cross_entropy
 
     if loaded.head_names:
-        classifier.plain_logits(model, batch, loaded.pooling)  # every block reads every token
+        pooled_logits.plain_logits(model, batch, loaded.pooling)  # every block reads every token
     else:
         linear_cross_entropy.row_outputs(model, batch)
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
 from peftkit.methods import loftq_init
-from peftkit.methods.layers.lora import accelerate_lora
+from peftkit.methods.layers.fast_lora import accelerate_lora
 from peftkit.methods.targets import Fraction, LinearLayerMethod, check_patterns, fan_in_fan_out
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import folder_of, resolve

@@ -1,7 +1,7 @@
 """Builds the trainable model of a recipe: base weights, head, dtypes, method.
 
 loaded = build(recipe, prepared.info, tokenizer)
-logits = classifier.logits(loaded.model, batch, loaded.pooling)
+logits = pooled_logits.logits(loaded.model, batch, loaded.pooling)
 """
 
 from __future__ import annotations
