@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def save(folder: Path, model: nn.Module, method: str, base: str, revision: str |
         "format": FORMAT,
         "base_model_name_or_path": base,
         "revision": revision,
-        "adapters": [adapter.shape.to_json() for adapter in bottleneck_adapter.adapters(model)],
+        "adapters": [asdict(adapter.shape) for adapter in bottleneck_adapter.adapters(model)],
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {

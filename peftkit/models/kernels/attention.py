@@ -4,10 +4,9 @@
 
 On short rows, torch's fused CPU kernel spends two thirds of its time in the bf16 backward pass. This module processes
 queries in blocks; causal blocks only read the keys up to their own end, heads that share keys are one matmul, and
-matmuls are plain bf16 ones with the softmax in fp32, the precision of transformers' eager attention. Few rows are
-processed at a time, so that the weights of a tile stay in the processor's cache: allocating memory for all of them
-costs several times their matmuls. The backward pass recomputes each block's weights (as in FlashAttention, Dao et al.
-2022, arXiv:2205.14135); only those of short rows, which are small, and dropout masks are saved.
+matmuls are in bf16 with the softmax in fp32, the precision of transformers' eager attention. Few rows are processed at
+a time, so that the weights of a tile stay in the processor's cache. The backward pass recomputes each block's weights
+(as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); only those of short rows and dropout masks are saved.
 
 Shape suffixes: B rows × key heads, G query heads per key head, T queries, S keys, D head width.
 """
@@ -30,10 +29,8 @@ from peftkit.models.blocks import unwrap
 from peftkit.models.kernels import dropout
 
 NAME = "peftkit_cpu"
-BLOCK = 128
-"""Queries per tile."""
-TILE = 1 << 20
-"""Most attention weights per tile, unless one row's block has more."""
+BLOCK = 128  # queries per tile
+TILE = 1 << 20  # most attention weights per tile, unless one row's block has more
 MAX_SAVED = 2
 """Attention weights (fp32) are saved for the backward pass if there are at most this many per number in the queries."""
 
@@ -79,23 +76,17 @@ def attend(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [rows, heads, T, D] → [rows, T, heads, D]."""
-    if not _is_supported(query, key, attention_mask, arguments):
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **arguments
-        )
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    causal = bool(causal) and attention_mask is None
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return blockwise(query, key, value, attention_mask, causal, scale, dropout), None
-
-
-def _is_supported(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    plain = not any(arguments.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    mask, others = attention_mask, ("position_bias", "softcap", "s_aux", "cache")
+    plain = not torch.compiler.is_compiling() and all(arguments.get(name) is None for name in others)
     full_rows = query.shape[2] == key.shape[2] > 1
     same_for_heads = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
-    return plain and full_rows and same_for_heads and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    if not (plain and full_rows and same_for_heads and query.is_cpu and query.dtype == torch.bfloat16):
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, mask, dropout, scaling, is_causal, **arguments
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return blockwise(query, key, value, mask, bool(causal) and mask is None, scale, dropout), None
 
 
 def blockwise(
@@ -107,7 +98,7 @@ def blockwise(
         query: [rows, heads, T, D].
         key, value: [rows, key heads, T, D]; the number of heads is a multiple of the key heads.
         mask: bool, True where attention is allowed, [rows or 1, 1, T or 1, T]; None allows all.
-        causal: whether queries only see keys up to their own position; False with a mask, which then decides.
+        causal: whether queries only see keys up to their own position; False with a mask.
     """
     return _Blockwise.apply(query, key, value, mask, causal, scale, dropout)  # type: ignore[no-any-return]
 
@@ -191,10 +182,7 @@ def _tiles(query: Tensor, mask: Tensor | None, causal: bool) -> tuple[list[_Tile
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The additive form of a mask, None if it masks nothing; computed once for all layers that share the mask.
-
-    Addition is several times faster than ``masked_fill``.
-    """
+    """The additive form of a mask (several times faster than ``masked_fill``), None if it masks nothing; cached."""
     forms = _ADDITIVE_MASKS.setdefault(mask, {})
     if dtype not in forms:
         zeros = torch.zeros(mask.shape, dtype=dtype)
