@@ -1,10 +1,9 @@
 """Bottleneck adapters: two small layers with a nonlinearity between them, on the residual branches of every block.
 
 Houlsby et al. 2019, arXiv:1902.00751 (after attention and after feed-forward). Pfeiffer et al. 2020, arXiv:2005.00247
-(after feed-forward only). He et al. 2021, arXiv:2110.04366 (parallel to feed-forward, scaled by 4).
-
-The branches are found by tracing a forward pass of a few tokens (``methods.layers.residual``), which works for any
-architecture. In post-norm models Pfeiffer's adapter reads the feed-forward branch before the norm, as in pre-norm ones.
+(after feed-forward only). He et al. 2021, arXiv:2110.04366 (parallel to feed-forward, scaled by 4). The branches are
+found by tracing a forward pass of a few tokens (``methods.layers.residual``), which works for any architecture. In
+post-norm models Pfeiffer's adapter reads the feed-forward branch before the norm, as in pre-norm ones.
 """
 
 from __future__ import annotations

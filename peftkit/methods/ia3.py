@@ -1,7 +1,4 @@
-"""(IA)³: trained vectors that scale keys, values and the input of the second feed-forward layer.
-
-l_k ⊙ K, l_v ⊙ V, l_ff ⊙ γ(W₁x). Liu et al. 2022, arXiv:2205.05638.
-"""
+"""(IA)³: trained vectors that scale keys, values and feed-forward activations: l_k ⊙ K, l_v ⊙ V, l_ff ⊙ γ(W₁x)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
     method: {kind: peft, peft_type: LOHA, arguments: {r: 8, alpha: 16}}
 
-The arguments are those of peft's configuration class for that type. ``target_modules`` defaults to every linear layer
-outside the head.
+``target_modules`` defaults to every linear layer outside the head.
 """
 
 from __future__ import annotations

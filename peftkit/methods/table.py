@@ -29,7 +29,22 @@ class TableRow:
 
 def rows() -> list[TableRow]:
     """Every registered method, by kind; imports neither torch nor peft."""
-    return [_row(kind, METHODS.get(kind)) for kind in METHODS.names()]
+    kinds = tuple(QUANTIZATIONS.names())
+    return [
+        TableRow(
+            kind=kind,
+            summary=(method.__doc__ or "").strip().splitlines()[0].rstrip("."),
+            paper=method.paper,
+            learning_rate=method.default_learning_rate,
+            classifier=True,
+            decoder_classifier=method.keeps_token_ids,
+            language_model=method.adapts_backbone,
+            quantizations=kinds if method.quantizations is None else method.quantizations,
+            merges=method.merges and method.saves == "adapter",
+            exports=method.saves,
+        )
+        for kind, method in ((kind, METHODS.get(kind)) for kind in METHODS)
+    ]
 
 
 def as_json() -> list[dict[str, Any]]:
@@ -57,18 +72,3 @@ def markdown() -> str:
         marks = ["✓" if mark else "–" for mark in supported]
         lines.append([f"`{row.kind}`", summary, f"{row.learning_rate:g}", *marks, row.exports])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _row(kind: str, method: Any) -> TableRow:
-    return TableRow(
-        kind=kind,
-        summary=(method.__doc__ or "").strip().splitlines()[0].rstrip("."),
-        paper=method.paper,
-        learning_rate=method.default_learning_rate,
-        classifier=True,
-        decoder_classifier=method.keeps_token_ids,
-        language_model=method.adapts_backbone,
-        quantizations=tuple(QUANTIZATIONS.names()) if method.quantizations is None else method.quantizations,
-        merges=method.merges and method.saves == "adapter",
-        exports=method.saves,
-    )

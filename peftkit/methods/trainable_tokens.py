@@ -1,8 +1,4 @@
-"""Trainable tokens: the embeddings of a few tokens are trained, all others stay frozen.
-
-For tokens that the base has rarely seen, such as those of a chat template. From peft, without a paper:
-https://huggingface.co/docs/peft/package_reference/trainable_tokens
-"""
+"""Trainable tokens: only the embeddings of a few tokens are trained, such as those of a chat template."""
 
 from __future__ import annotations
 

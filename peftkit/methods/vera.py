@@ -1,7 +1,4 @@
-"""VeRA: one pair of frozen random matrices for all layers, and two trained vectors per layer.
-
-W + Λ_b B Λ_d A. Kopiczko et al. 2023, arXiv:2310.11454.
-"""
+"""VeRA: W + Λ_b B Λ_d A, with one pair of frozen random A and B for all layers, and two trained vectors per layer."""
 
 from __future__ import annotations
 

@@ -31,10 +31,7 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe, head: Head) -> Non
 
 
 def add_embedding_noise(model: Any, alpha: float) -> None:
-    """Adds uniform noise of ± alpha / √(tokens × width) to the input embeddings in training mode.
-
-    NEFTune, Jain et al. 2023, arXiv:2310.05914.
-    """
+    """Adds uniform noise of ± alpha / √(tokens × width) to embeddings in training (NEFTune, arXiv:2310.05914)."""
 
     def add_noise(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:

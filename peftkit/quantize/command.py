@@ -1,8 +1,5 @@
 """``peftkit quantize``: a base model in NF4, quantized for the rows that it will be trained on.
 
-    peftkit quantize instruct_qlora --to smollm2-nf4
-    peftkit train instruct_qlora model.source=./smollm2-nf4 quantization=null
-
 ``quantization.kind=nf4`` rounds each weight to the nearest value. Here weights are rounded with GPTQ, calibrated on
 training rows (``gptq``), and then scales and norms are distilled from the unquantized model (``distillation``). The
 result is an ordinary bitsandbytes checkpoint. Where the recipe's LoRA is initialized with LoftQ, the quantized weights

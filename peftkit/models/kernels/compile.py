@@ -6,7 +6,6 @@ compiled. peftkit's own kernels step aside during compilation, so that the compi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -43,11 +42,6 @@ def compile_blocks(model: Any) -> None:
     for block in find_blocks(unwrap(model))[1]:
         cls: Any = type(block)
         block.__class__ = _compiled(cls)
-
-
-def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """A context in which compiled blocks run uncompiled."""
-    return torch.compiler.set_stance("force_eager")
 
 
 @functools.cache

@@ -36,9 +36,7 @@ def linear(
     Args:
         x: [..., I] in the weight's dtype.
         weight_OI: frozen; or a function that dequantizes it to a dtype, called once per pass in each direction.
-        bias_O: frozen.
         a_RI, b_OR: trained, in any dtype; cast to x's once per call.
-        scale: s.
         p: probability of dropping an element of x before A.
     """
     return _Linear.apply(x, weight_OI, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
