@@ -43,6 +43,6 @@ def _part(name: str) -> str:
         suffix = " (bottleneck)"
     if "original_module" in steps:
         suffix = " (replaced, kept frozen)"
-    path = itertools.takewhile(lambda step: not step.isdigit(), steps[:-1])
-    path = [step for step in path if step not in WRAPPERS and not step.startswith("lora_")]
+    above_blocks = itertools.takewhile(lambda step: not step.isdigit(), steps[:-1])
+    path = [step for step in above_blocks if step not in WRAPPERS and not step.startswith("lora_")]
     return ".".join(path[:3] or steps[-1:]) + suffix

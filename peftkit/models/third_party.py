@@ -57,5 +57,5 @@ def import_bitsandbytes() -> None:
 
 @functools.cache
 def skip_exit_gc() -> None:
-    """Skips the garbage collection of cycles at exit: a second of CPU time with torch loaded, and no file left open."""
+    """Skips the garbage collection of cycles at exit, a second of CPU time with torch; open files are still closed."""
     atexit.register(gc.freeze)

@@ -76,17 +76,20 @@ def attend(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [rows, heads, T, D] → [rows, T, heads, D]."""
-    mask, others = attention_mask, ("position_bias", "softcap", "s_aux", "cache")
-    plain = not torch.compiler.is_compiling() and all(arguments.get(name) is None for name in others)
-    full_rows = query.shape[2] == key.shape[2] > 1
-    same_for_heads = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
-    if not (plain and full_rows and same_for_heads and query.is_cpu and query.dtype == torch.bfloat16):
+    if torch.compiler.is_compiling() or not _is_supported(query, key, attention_mask, arguments):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, mask, dropout, scaling, is_causal, **arguments
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **arguments
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return blockwise(query, key, value, mask, bool(causal) and mask is None, scale, dropout), None
+    return blockwise(query, key, value, attention_mask, bool(causal) and attention_mask is None, scale, dropout), None
+
+
+def _is_supported(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
+    plain = not any(arguments.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
+    full_rows = query.shape[2] == key.shape[2] > 1
+    same_for_heads = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+    return plain and full_rows and same_for_heads and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 def blockwise(
