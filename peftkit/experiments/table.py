@@ -111,7 +111,7 @@ def tabulate(
         "against": reference,
         "best": best,
         "cost": cost,
-        "variants": [entry | rows.get(entry["variant"], {}) for entry in listed],
+        "variants": [entry | rows.get(group.label, {}) for group, entry in zip(groups, listed)],
         "baselines": _baselines(measured[best][0], metric, confidence, best),
         "pick": _pick([rows[label] for label in close], rows[best], metric, cost),
     }
