@@ -43,8 +43,13 @@ class _Writer:
         path = self.folder / f"{self.name}.arrow"
         if len(self._parts) == 1 and not self.dropped:
             self._parts[0].rename(path)
-        else:
-            self._rewrite(path)
+            return open_table(path)
+        with pa.ipc.new_stream(str(path), pa.schema(list(self.types.items()))) as sink:
+            for part in self._parts:
+                with pa.memory_map(str(part)) as source, pa.ipc.open_stream(source) as reader:
+                    for batch in reader:
+                        sink.write_batch(_batch(batch.to_pylist(), self.types, {}))
+                part.unlink()
         return open_table(path)
 
     def write(self, rows: list[Row]) -> None:
@@ -76,14 +81,6 @@ class _Writer:
         if self._sink is not None:
             self._sink.close()
             self._sink = None
-
-    def _rewrite(self, path: Path) -> None:
-        with pa.ipc.new_stream(str(path), pa.schema(list(self.types.items()))) as sink:
-            for part in self._parts:
-                with pa.memory_map(str(part)) as source, pa.ipc.open_stream(source) as reader:
-                    for batch in reader:
-                        sink.write_batch(_batch(batch.to_pylist(), self.types, {}))
-                part.unlink()
 
 
 def write_rows(rows: Iterable[Row], folder: Path, name: str, used: frozenset[str] | None = None) -> Dataset | None:

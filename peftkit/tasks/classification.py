@@ -153,9 +153,7 @@ class Classification(Task):
 
     def _check_texts(self, splits: Mapping[str, Any], data: DataConfig) -> None:
         for rows in splits.values():
-            for field, name in (("text", data.text), ("text_pair", data.text_pair)):
-                if name is None:
-                    continue
+            for field, name in zip(("text", "text_pair"), self.input_columns(data)):
                 require_column(rows, name, f"data.{field}")
                 kinds = {column: getattr(feature, "dtype", feature) for column, feature in rows.features.items()}
                 if kinds[name] not in TEXT:

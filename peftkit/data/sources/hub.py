@@ -160,7 +160,8 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
     elif "DataFilesNotFound" in type(error).__name__ or "EmptyDataset" in type(error).__name__:
         message = f"'{name}' has no data file that can be read: see {page}/tree/main"
     else:
-        message = f"the download of '{name}' failed ({_first_line(causes)}); run it again, complete files are kept"
+        first = f"{type(causes[0]).__name__}: {str(causes[0]).strip()}".removesuffix(": ").splitlines()[0][:200]
+        message = f"the download of '{name}' failed ({first}); run it again, complete files are kept"
     forms = source_forms(without=HubSource)
     return HubError(f"data.source: {message}. To run without the hub, set data.source to {forms}")
 
@@ -193,8 +194,3 @@ def _unreachable(causes: list[BaseException]) -> bool:
     return bool(names & {"ConnectError", "ConnectTimeout", "ProxyError", "LocalEntryNotFoundError"}) or (
         "ConnectionError" in names and "Couldn't reach" in str(causes[0])
     )
-
-
-def _first_line(causes: list[BaseException]) -> str:
-    first, kind = str(causes[0]).strip().splitlines(), type(causes[0]).__name__
-    return f"{kind}: {first[0][:200]}" if first else kind
