@@ -94,8 +94,9 @@ def read_open(value: Any, column: str, system: str | None = None) -> list[Messag
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:
     """The turns with the system prompt before them, where they have none of their own."""
-    missing = system is not None and messages[0]["role"] != "system"
-    return [{"role": "system", "content": system}, *messages] if missing else messages
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], text: str) -> str | list[Message]:

@@ -111,7 +111,11 @@ def test_several_columns_of_0_and_1_make_several_labels():
         ([["a"], ["b"], [None], []], None, "train.csv, line 4.*null"),
         (["a", "a", "a", "a"], None, "all 4 rows of the train split have the label 'a'"),
         (["a", "b", "1", "b"], None, "train.csv, line 4.*mixed kinds.*'1'"),
-        (["a", "b", "bb", "b"], ("a", "b"), "train.csv, line 4.*'bb' is not among the 2 labels.*did you mean 'b'"),
+        (
+            ["a", "b", "bb", "b"],
+            ("a", "b"),
+            "train.csv, line 4.*'bb' of the train split is not among the 2 labels.*did you mean 'b'",
+        ),
         ([0, 1, 7, 1], ("a", "b"), "line 4.*label 7.*ids 0 to 1"),
     ],
 )
