@@ -127,6 +127,11 @@ class DataConfig(ConfigSection):
     augmentation: AugmentationConfig | None = None
     """Augmentation of the training split; None for none."""
 
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """``label`` as a tuple."""
+        return (self.label,) if isinstance(self.label, str) else self.label
+
     @model_validator(mode="after")
     def _weights_match_sources(self) -> DataConfig:
         sources = 1 if isinstance(self.source, str) else len(self.source)
