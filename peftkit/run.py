@@ -28,11 +28,11 @@ from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.system import files
 from peftkit.training import results
-from peftkit.training.device_support import check_device_support
 from peftkit.training.features import plan_features
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, ValidationCallback
+from peftkit.training.optimizer import check_device_support
 from peftkit.training.step import TaskModule
 
 if TYPE_CHECKING:

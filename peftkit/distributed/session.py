@@ -23,8 +23,7 @@ MIXED_PRECISION = {"torch.float32": "no", "torch.bfloat16": "bf16", "torch.float
 class Session(ProcessGroup):
     """One process's view of a training run.
 
-    Failures of the machine (a full disk, no memory) are not raised on the other processes: this one reports them with
-    the command that resumes the run, and the watchdog ends the rest.
+    Failures of the machine (a full disk, no memory) are raised here only, and the watchdog ends the other processes.
     """
 
     device: torch.device
@@ -46,8 +45,7 @@ class Session(ProcessGroup):
         """Module and optimizer as Accelerate wraps them for this run's processes."""
         if self._zero:
             zero.configure(self.accelerator, recipe, module, self.dtype)
-        wrapped, prepared = self.accelerator.prepare(module, optimizer)
-        return wrapped, prepared
+        return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Runs a backward pass; in a step's last one DeepSpeed also makes the optimizer step."""
@@ -61,10 +59,8 @@ class Session(ProcessGroup):
         if recipe.tracking:
             configuration = self.accelerator.project_configuration
             configuration.project_dir = configuration.logging_dir = str(folder)
-            fields = {
-                name: value if isinstance(value, (int, float, str)) else str(value)
-                for name, value in flatten(recipe).items()
-            }
+            plain = (int, float, str)
+            fields = {name: v if isinstance(v, plain) else str(v) for name, v in flatten(recipe).items()}
             self.accelerator.init_trackers(recipe.name, config=fields)
 
     def describe(self) -> str:

@@ -47,21 +47,17 @@ def check(accelerator: Any, recipe: Recipe) -> None:
     plugin = accelerator.deepspeed_plugin
     training, config = recipe.training, plugin.deepspeed_config["zero_optimization"]
     offload = [name for name in OFFLOAD if ((config.get(name) or {}).get("device") or "none") != "none"]
+    elementwise = training.optimizer in ELEMENTWISE
+    quantized = recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
+    changes_weights = type(recipe.method).on_step_end is not Method.on_step_end
+    early = bool(plugin.zero3_init_flag)
     unsupported = {
         f"ZeRO stage {plugin.zero_stage}; use stage 2 or 3": plugin.zero_stage not in STAGES,
-        "zero3_init_flag, which partitions weights before the method is applied; set it to false": (
-            plugin.zero3_init_flag
-        ),
+        "zero3_init_flag, which partitions weights before the method is applied; set it to false": early,
         f"{' and '.join(offload)}, which brings its own optimizer": bool(offload),
-        f"training.optimizer={training.optimizer}; use {' or '.join(ELEMENTWISE)}": (
-            training.optimizer not in ELEMENTWISE
-        ),
-        "a quantized base; use configs/accelerate/fsdp2_qlora.yaml": (
-            recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
-        ),
-        f"method.kind={recipe.method.kind}, which changes weights after a step": (
-            type(recipe.method).on_step_end is not Method.on_step_end
-        ),
+        f"training.optimizer={training.optimizer}; use {' or '.join(ELEMENTWISE)}": not elementwise,
+        "a quantized base; use configs/accelerate/fsdp2_qlora.yaml": quantized,
+        f"method.kind={recipe.method.kind}, which changes weights after a step": changes_weights,
         "training.nonfinite=skip: the step is made before its loss is known": training.nonfinite == "skip",
         "training.weight_averaging": bool(training.weight_averaging),
         "training.micro_batch=auto": training.micro_batch == "auto",
@@ -72,10 +68,7 @@ def check(accelerator: Any, recipe: Recipe) -> None:
 
 
 def disable_partitioned_loading() -> None:
-    """Keeps transformers from partitioning weights as it loads them, which stage 3 would make it do, flag or not.
-
-    Methods need full weights, and the main process loads first, by itself; DeepSpeed partitions them afterwards.
-    """
+    """Keeps transformers from partitioning weights as it loads them: methods need full ones."""
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

@@ -1,8 +1,4 @@
-"""The data as the model will see them: rows, classes, lengths, truncation, padding, and examples token by token.
-
-inspection = inspect(recipe)   # loads the tokenizer, no model
-json.dumps(inspection.as_dict())
-"""
+"""The data as the model will see them: rows, classes, lengths, truncation, padding, and examples token by token."""
 
 from __future__ import annotations
 
@@ -103,7 +99,7 @@ class Inspection:
 
 
 def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
-    """Prepare, encode and inspect a recipe's data.
+    """Prepare, encode and inspect a recipe's data; no model is loaded.
 
     Args:
         examples: number of encoded examples per split.
@@ -200,10 +196,7 @@ def _example(example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreT
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the decoded text, so that all of them joined are that text.
-
-    A character of several tokens appears with the last of them.
-    """
+    """What each token adds to the decoded text; a character of several tokens appears with the last of them."""
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))

@@ -52,10 +52,7 @@ class PersistentMemory:
 
 
 def persistent_memory(model: Any, optimizer: str, *, averaged: bool = False) -> PersistentMemory:
-    """Memory of a model (with or without data), its optimizer, and the average of its trained weights.
-
-    Tied weights count once.
-    """
+    """Memory of a model (with or without data; tied weights count once), its optimizer, and its averaged weights."""
     parameters = list({id(p): p for p in model.parameters()}.values())
     trained = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]

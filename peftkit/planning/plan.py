@@ -1,9 +1,4 @@
-"""The plan of a run: what is trained, its memory and time, and whether it fits a device.
-
-plan = make_plan(recipe)                        # on this machine
-plan = make_plan(recipe, parse_device("8GB"))   # on another
-plan.peak.total, plan.fits, plan.seconds
-"""
+"""The plan of a run: what is trained, its memory and time, and whether it fits a device."""
 
 from __future__ import annotations
 
@@ -29,6 +24,7 @@ from peftkit.planning.workload import Workload, data_workload
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo
+from peftkit.system.cores import cores
 from peftkit.system.memory import KERNELS
 
 
@@ -97,16 +93,10 @@ class PlanInputs:
     loader_bytes: int
     file_bytes: int
 
-    @property
-    def packed(self) -> bool:
-        """Whether rows hold several documents."""
-        return "position_ids" in self.encoded.splits["train"].examples.column_names
-
 
 def collect_inputs(recipe: Recipe) -> PlanInputs:
     """Load tokenizer and data, and measure the machine; no weights are loaded."""
     from peftkit.data.pipeline import encode, prepare
-    from peftkit.system.cores import cores
 
     machines.import_libraries()
     machine = machines.measure(recipe.training.threads or cores())
@@ -120,18 +110,14 @@ def collect_inputs(recipe: Recipe) -> PlanInputs:
 
 
 def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs | None = None) -> Plan:
-    """The plan of a recipe.
-
-    Args:
-        device: None takes this machine's.
-        inputs: those of an earlier plan with the same data.
+    """The plan of a recipe on a device (default: this machine's), with the inputs of an earlier plan of the same data.
 
     Raises:
         UserError: the recipe, its data or its base model are wrong; the errors are those of a run.
     """
     silence_libraries()
     inputs, device = inputs or collect_inputs(recipe), device or local_device()
-    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu", packed=inputs.packed)
+    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu")
     return plan_workload(recipe, device, inputs, workload)
 
 
@@ -167,8 +153,6 @@ def _kernels(workload: Workload, train: Trace, evaluation: Trace) -> int:
 
 def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
     """Bytes that training with micro-batches of that shape needs on a CPU, in addition to the loaded model."""
-    from peftkit.system.cores import cores
-
     machine = machines.measure(recipe.training.threads or cores())
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, info, tokenizer, dtype)
