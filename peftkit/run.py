@@ -1,8 +1,4 @@
-"""The whole flow of a run, in one function that can be read, copied and reordered.
-
-run = peftkit.train(peftkit.get_recipe("bbc_news_lora"))
-run.metrics["test"]["accuracy"], run.path
-"""
+"""The whole flow of a run, in one function that can be read, copied and reordered."""
 
 from __future__ import annotations
 
@@ -122,8 +118,7 @@ def train(
             session.start_trackers(recipe, folder)
             baselines = results.before_training(loop, model, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
-            splits = results.HELD_OUT if final else ("validation",)
-            scores = results.after_training(loop, model, prepared, baselines, splits)
+            scores = results.after_training(loop, model, prepared, baselines, final=final)
             unsharded = _unsharded(model, loop, prepared.info) if final else model
             if session.is_main:
                 results.write(folder, scores)

@@ -52,7 +52,6 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that reads, writes and prints."""
         return self.rank == 0
 
     def run_collectively(self, work: Callable[[], Result]) -> Result:
@@ -92,10 +91,7 @@ class ProcessGroup:
         return self.all_gather_object(self.run_collectively(work))
 
     def map_sharded(self, items: Sequence[Item], work: Callable[[list[Item]], Iterable[Result]]) -> list[Result]:
-        """Applies ``work``, which maps a list to as many results, to all items; returns all results on every process.
-
-        Item i goes to rank ``i % world_size``; a rank may have none.
-        """
+        """Applies ``work``, which maps a list to as many results, to all items; all results are on every process."""
         if self.world_size == 1:
             return list(work(list(items)))
         own = list(items[self.rank :: self.world_size])

@@ -34,12 +34,10 @@ class Session(ProcessGroup):
         self.accelerator, self.dtype, self.threads = accelerator, dtype, threads
         self._zero = sharding.strategy(accelerator) == sharding.DEEPSPEED
         self.sharded = self._zero or bool(getattr(accelerator, "is_fsdp2", False))
-        """Whether parameters are sharded over the processes."""
         self.notes: list[str] = []
         self.folder: Path | None = None
         """The run's folder, once it is known."""
         self.watchdog = self.new_watchdog()
-        """Notices other processes that die or hang, while it is entered."""
 
     def prepare(self, recipe: Recipe, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Module and optimizer as Accelerate wraps them for this run's processes."""
@@ -108,9 +106,8 @@ def open_session(recipe: Recipe) -> Session:
     if note := missing_processes(session.world_size):
         session.notes.append(note)
     if session.sharded:
-        session.notes.append(
-            "the model is sharded over the processes: generation samples and the zero-shot baseline are skipped"
-        )
+        skipped = "generation samples and the zero-shot baseline are skipped"
+        session.notes.append(f"the model is sharded over the processes: {skipped}")
     return session
 
 

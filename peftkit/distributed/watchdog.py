@@ -31,8 +31,7 @@ from typing import Any
 from peftkit.distributed.activity import Activity, main_thread_location
 from peftkit.errors import TrainingError
 
-BEAT = 1.0
-"""Seconds between heartbeats."""
+BEAT = 1.0  # seconds between heartbeats
 SILENCE = 25.0
 """Seconds without a heartbeat after which a process counts as stopped."""
 STALL, SLOWER = 45.0, 10.0
@@ -115,7 +114,6 @@ class Watchdog:
     """Watches the other processes of a job from a thread; does nothing in a job of one process.
 
     Args:
-        rank, world_size: of this process and its job.
         broadcast: returns the main process's value on every process.
         address: of the main process.
         idle_limit: seconds for which all may be idle outside of training.
@@ -173,31 +171,24 @@ class Watchdog:
     def arm(self) -> None:
         """Expects progress from here on: passes follow each other."""
         if not self._armed:
-            self._armed = True
-            self._count()
+            self.report_progress()
 
     def report_progress(self) -> None:
         """Reports that a forward or a backward pass is done."""
         if self._armed and self._progress > 6:  # the first passes are not representative
             self._longest = max(self._longest, time.monotonic() - self._progress_time)
-        self._armed = True
-        self._count()
+        self._armed, self._progress, self._progress_time = True, self._progress + 1, time.monotonic()
 
     def disarm(self) -> None:
         """Expects no progress until the next pass: what follows, such as a checkpoint, may take any time."""
         self._armed = False
         self._progress_time = time.monotonic()
 
-    def _count(self) -> None:
-        self._progress, self._progress_time = self._progress + 1, time.monotonic()
-
     def lost(self) -> str:
         """Which process was lost and why; empty if none was, or the watchdog does not find out in LOST_SECONDS."""
         if self._thread:
             self._lost.wait(LOST_SECONDS)
         return self._reason
-
-    # -- connecting --------------------------------------------------------------------------------------------------
 
     def _accept_peers(self, server: socket.socket, token: str) -> None:
         """Accepts a connection from every other process that knows the token."""
@@ -230,8 +221,6 @@ class Watchdog:
         hello = {"token": token, "rank": self.rank, "host": _host(), "pid": os.getpid()}
         connection.sendall((json.dumps(hello) + "\n").encode())
         self._peers[0] = Peer(0, connection, *main_process)
-
-    # -- watching ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         woken = time.monotonic()

@@ -49,7 +49,6 @@ class Plan:
 
     @property
     def peak(self) -> Phase:
-        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
@@ -59,7 +58,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has enough memory for the peak."""
         return self.peak.total <= self.device.memory
 
     def to_json(self) -> dict[str, Any]:

@@ -41,7 +41,6 @@ class Shape:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens and padding."""
         return self.rows * self.tokens
 
     def size(self) -> tuple[int, int]:

@@ -34,9 +34,6 @@ DTYPES = {
 }  # fmt: skip
 
 
-# -- atomic: complete or absent ------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields the path of a staging file, which replaces ``path`` when the block ends without an exception."""
@@ -113,9 +110,6 @@ def check_output(out: Path, source: Path | None) -> None:
         raise DataError("is a folder; name a file with --out", file=out)
     if source and out.exists() and out.samefile(source):
         raise DataError("is the input file and would be overwritten; name another file with --out", file=out)
-
-
-# -- durable: on the disk when the call returns --------------------------------------------------------------------
 
 
 def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:

@@ -25,10 +25,8 @@ AUTO = "auto"
 class AutoStepper(Stepper):
     """A Stepper that halves its rows per micro-batch when memory runs out."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.report: Callable[[str], None] = lambda message: None
-        """Called with a message at every change."""
+    report: Callable[[str], None] = staticmethod(lambda message: None)
+    """Called with a message at every change."""
 
     def find_micro_batch(self) -> None:
         """Try the largest micro-batch of the first epoch; leaves no gradients, and the random state unchanged."""

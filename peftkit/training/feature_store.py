@@ -52,8 +52,8 @@ class FeatureSplit(EncodedSplit):
             features = self._tensor(self.stored[rows])
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **columns, FEATURES: features}
         spans = zip(self.starts[rows], self.lengths[rows])
-        features = [self._tensor(self.stored[start : start + length]) for start, length in spans]
-        padded = pad_sequence(features, batch_first=True, padding_side=tokenizer.padding_side)
+        unpadded = [self._tensor(self.stored[start : start + length]) for start, length in spans]
+        padded = pad_sequence(unpadded, batch_first=True, padding_side=tokenizer.padding_side)
         return {**super().batch(rows, tokenizer), FEATURES: padded}
 
     def _tensor(self, values: np.ndarray) -> Tensor:
@@ -63,7 +63,8 @@ class FeatureSplit(EncodedSplit):
 
 def open_split(split: EncodedSplit, path: Path, dtype: torch.dtype, *, per_row: bool) -> FeatureSplit:
     """A split with the memory-mapped features of the entry at ``path``."""
-    stored, columns = np.load(path / FILE, mmap_mode="r", allow_pickle=False), {}
+    stored = np.load(path / FILE, mmap_mode="r", allow_pickle=False)
+    columns: dict[str, Tensor] = {}
     if per_row:
         table = split.examples.select_columns(["labels", "weight"]).with_format("arrow")[:]
         weight = torch.tensor(table["weight"].to_pylist(), dtype=torch.float32)

@@ -7,10 +7,10 @@ features follows Alain & Bengio (2016, arXiv:1610.01644).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,11 +133,7 @@ class FeaturePlan:
         """Find the model's frozen trunk, and keep it in evaluation mode from now on; whether there is one."""
         train = self.encoded.splits["train"]
         batch = self._batch(train, probe_rows(train))
-        self.module.eval()
-
-        def forward(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return self.module(dict(batch), outputs=True)  # type: ignore[no-any-return]
-
+        forward = functools.partial(self.module.eval(), outputs=True)
         with self.session.accelerator.autocast():
             trunk, reason = find_frozen_trunk(self.module.model, forward, batch, self.module.pooling)
             if trunk is None:

@@ -94,10 +94,8 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _describe(device: torch.device) -> str:

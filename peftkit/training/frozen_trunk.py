@@ -151,8 +151,8 @@ def find_frozen_trunk(
     Args:
         model: its ``requires_grad`` must be final.
         forward: a batch's outputs by name, through the task.
-        batch: a few rows of unequal lengths, on the model's device.
-        pooling: "own", "mean" or "cls", as in ``classifier.logits``.
+        batch: a few rows of unequal lengths.
+        pooling: as in ``classifier.logits``.
     """
     inner = unwrap(model)
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)

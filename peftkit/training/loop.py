@@ -75,7 +75,7 @@ class Loop:
             self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer
         )
 
-    def run(self, resume_from: Checkpoint | None = None) -> TrainingState:
+    def run(self, resume_from: Checkpoint | None = None) -> None:
         """Train to the end, from the start or from a checkpoint.
 
         Raises:
@@ -101,7 +101,6 @@ class Loop:
             self._stop = None  # later evaluations run to their end
         self._restore_best()
         self.recipe.method.on_train_end(self.module.model)
-        return self.state
 
     def _run_epochs(self) -> None:
         state = self.state
@@ -261,9 +260,9 @@ class Loop:
         """Write a checkpoint; a failed save during training is logged and training continues."""
         self.session.watchdog.disarm()
         model, optimizer = self.weights.tensors(), optimizer_tensors(self.module, self.optimizer)
-        broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
-        if broken:
-            raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_checkpoint()}")
+        for name, tensor in model.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(f"after step {self.state.step} {name} is not finite; {self._last_checkpoint()}")
         error = self.session.run_on_main(lambda: self._write(model, optimizer))
         if error and required:
             raise CheckpointError(f"{error}; {self._last_checkpoint()}")

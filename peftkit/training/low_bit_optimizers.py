@@ -58,11 +58,6 @@ def build(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.opti
     return optimizer
 
 
-def is_low_bit(optimizer: Any) -> bool:
-    """Whether an optimizer is bitsandbytes' own."""
-    return hasattr(optimizer, "init_state") and hasattr(optimizer, "fill_qmap")
-
-
 def restore(optimizer: Any, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
     """Restore a parameter's state into buffers that the optimizer allocates itself, since they may be paged."""
     for group_index, group in enumerate(optimizer.param_groups):

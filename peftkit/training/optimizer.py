@@ -91,14 +91,13 @@ def load_optimizer_tensors(
         return
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    states: dict[str, dict[str, torch.Tensor]] = {}
+    states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
-        states.setdefault(name, {})[key] = tensor
-    for name, state in states.items():
-        parameter = parameters[name]
-        if low_bit_optimizers.is_low_bit(optimizer):
+        states.setdefault(parameters[name], {})[key] = tensor
+    for parameter, state in states.items():
+        if hasattr(optimizer, "fill_qmap"):  # bitsandbytes' own
             low_bit_optimizers.restore(optimizer, parameter, state)
-            continue
-        for key, tensor in state.items():
-            optimizer.state[parameter][key] = shard_like(tensor.to(parameter.device), parameter)
+        else:
+            placed = {key: shard_like(tensor.to(parameter.device), parameter) for key, tensor in state.items()}
+            optimizer.state[parameter] = placed

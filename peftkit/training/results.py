@@ -40,8 +40,6 @@ from peftkit.system.cache import cached_array
 from peftkit.training import feature_store, flops
 from peftkit.training.loop import Loop
 
-HELD_OUT = ("validation", "test")
-
 
 @dataclass
 class Results:
@@ -137,12 +135,13 @@ def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
 
 
 def after_training(
-    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: PreTrainingBaselines, splits: Sequence[str]
+    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: PreTrainingBaselines, *, final: bool
 ) -> Results:
-    """Scores the trained model on held-out splits and compares it with the baselines."""
+    """Scores the trained model on held-out splits, without ``final`` on validation only, and next to the baselines."""
     recipe, head, results, seconds = loop.recipe, loop.module.head, Results(), {}
-    for split in (split for split in splits if split in loop.data.splits):
-        encoded = loop.data.splits[split]
+    for split in ("validation", "test") if final else ("validation",):
+        if (encoded := loop.data.splits.get(split)) is None:
+            continue
         started = time.perf_counter()
         outputs = loop.evaluate(encoded)
         seconds[split] = time.perf_counter() - started
@@ -161,7 +160,7 @@ def after_training(
         results.metrics[name] = baseline.metrics
         results.baselines.append(compare(name, baseline, head, outputs, recipe.evaluation.confidence))
     training = results.metrics["training"] = training_metrics(loop, seconds)
-    if loop.session.is_main and tuple(splits) == HELD_OUT:
+    if loop.session.is_main and final:
         results.plan = prediction.compare_with_measured(
             recipe, prepared.info, loop.tokenizer, loop.data, training, device=loop.session.device,
             world_size=loop.session.world_size, sharded=loop.session.sharded,

@@ -112,11 +112,12 @@ class Stepper:
         self.module.train()
         self.session.watchdog.arm()
         total = self.accumulate(batch, weight, step)
-        norm = self._clip_gradients()
+        limit = self.recipe.training.max_grad_norm or float("inf")
+        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)  # None with DeepSpeed
         if self.session.world_size > 1:
             total = self.session.accelerator.reduce(total, "sum")
         loss = float(total) / weight if weight else 0.0
-        result = StepResult(loss, weight, norm, len(batch), tokens)
+        result = StepResult(loss, weight, 0.0 if norm is None else float(unshard(norm)), len(batch), tokens)
         if result.finite:
             self.optimizer.step()
             self.recipe.method.on_step_end(self.model, step + 1)
@@ -150,10 +151,7 @@ class Stepper:
         return total
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
-        """The detached loss: its graph is freed before the next micro-batch.
-
-        bitsandbytes' INT8 layers keep what they save for the backward pass as long as their node of the graph lives.
-        """
+        """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return."""
         with self.session.accelerator.autocast():
             loss: torch.Tensor = self.module(batch)
         self.session.watchdog.report_progress()
@@ -167,11 +165,6 @@ class Stepper:
         """The rows as padded tensors on this process's device."""
         batch = self.split.batch(rows, self.tokenizer)
         return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
-
-    def _clip_gradients(self) -> float:
-        limit = self.recipe.training.max_grad_norm or float("inf")
-        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)
-        return float(unshard(norm)) if norm is not None else 0.0
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
