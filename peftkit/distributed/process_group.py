@@ -1,10 +1,5 @@
 """The processes of one job: work done by the main one, work shared by all, and errors raised on all.
 
-    with init_process_group() as group:
-        model = group.main_first(lambda: load(run, device=group.device))
-        for chunk in group.chunks(rows, 512):                  # read by the main process only
-            labels = group.map_sharded(chunk, model.predict)   # in the chunk's order, on every process
-
 Every method that takes ``work`` is a collective, and an error on one process is raised on all. A process that is killed
 or hangs is reported by the watchdog. Training's ``Session`` is such a group.
 """

@@ -121,7 +121,9 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
 
 def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: Workload) -> Plan:
     """The plan of a recipe with given micro-batches."""
-    dtype = planned_dtype(recipe, device)
+    dtype = dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
+    if device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available():
+        dtype = torch.bfloat16  # without a GPU here, the planned one is assumed to have it
     machine = machines.with_gpu_rates(inputs.machine) if device.gpu else inputs.machine
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, inputs.info, inputs.tokenizer, dtype, gpu=device.gpu)
@@ -157,13 +159,6 @@ def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any
         model = TracedModel(loaded, head_of(info, recipe.task), dtype)
         states = persistent_memory(loaded.model, recipe.training.optimizer).states
         return sum(model.train(shape, 2).resident(machine.allocator_ratio).values()) + states
-
-
-def planned_dtype(recipe: Recipe, device: Device) -> Any:
-    """The dtype of frozen weights; without a GPU here, the planned one is assumed to have bf16."""
-    if device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available():
-        return torch.bfloat16
-    return dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
 
 
 def _estimate_times(

@@ -94,7 +94,6 @@ class Tracer(FakeValues):
         self._known: dict[int, weakref.ref[Any]] = {}
         self._live: Counter[str] = Counter()
         self._mapped: Counter[str] = Counter()
-        self._total = 0
         self._matmuls: set[Any] = set()
         self.trace = Trace()
 
@@ -106,7 +105,7 @@ class Tracer(FakeValues):
 
     def finish(self) -> Trace:
         """The trace up to here; to be called while the results are still referenced."""
-        self.trace.end, self.trace.kernels = self._total, len(self._matmuls)
+        self.trace.end, self.trace.kernels = self._live.total(), len(self._matmuls)
         return self.trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,15 +131,13 @@ class Tracer(FakeValues):
         part = LOGITS if self._vocabulary and tensor.dim() and tensor.shape[-1] == self._vocabulary else OTHER
         self._known[key] = weakref.ref(storage, self._on_free(key, part, size))
         self._add(part, size)
-        if self._total > self.trace.peak:
-            self.trace.peak, self.trace.parts = self._total, dict(self._live)
-            self.trace.mapped = dict(self._mapped)
+        if (total := self._live.total()) > self.trace.peak:
+            self.trace.peak, self.trace.parts, self.trace.mapped = total, dict(self._live), dict(self._mapped)
         return True
 
     def _add(self, part: str, size: int) -> None:
         self._live[part] += size
         self._mapped[part] += size if abs(size) >= MAPPED else 0
-        self._total += size
 
     def _on_free(self, key: int, part: str, size: int) -> Callable[[Any], None]:
         def on_free(reference: Any) -> None:

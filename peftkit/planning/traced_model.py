@@ -75,7 +75,8 @@ class TracedModel:
         except ModelError:
             return self._run(shape, micro_batches)
         count = len(blocks)
-        if count <= MORE + 1 or len({_signature(block) for block in blocks}) > 1:
+        parameters = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in b.named_parameters()] for b in blocks]
+        if count <= MORE + 1 or any(each != parameters[0] for each in parameters):
             return self._run(shape, micro_batches)
         with _shortened(blocks, FEW):
             few = self._run(shape, micro_batches)
@@ -103,10 +104,6 @@ class TracedModel:
         return replace(
             trace, flops=trace.flops // count, moved=trace.moved // count, operators=trace.operators // count
         )
-
-
-def _signature(block: torch.nn.Module) -> tuple[Any, ...]:
-    return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
 
 
 @contextlib.contextmanager

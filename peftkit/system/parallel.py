@@ -1,7 +1,5 @@
 """Chunks of rows processed by several processes, with results in order: for Python code, which the GIL serializes.
 
-    for columns in in_order(encode_chunk, range(0, rows, 1000), workers=4): …
-
 Workers are forked, so that they start at once with everything that this process has read, tokenizer and mapped rows
 included; only results are sent back, and few chunks are in flight.
 """

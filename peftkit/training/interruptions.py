@@ -62,7 +62,7 @@ def _advice(session: Session) -> str:
     return f"its checkpoints are saved. Resume with:\n  peftkit train --resume {folder}"
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """Records SIGINT, SIGTERM or SIGUSR1, or that the time is up; a second SIGINT interrupts immediately.
 
     Use it as a context manager, which restores the old handlers. Outside of the main thread, where Python allows no
@@ -70,16 +70,13 @@ class StopRequest:
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
+        super().__init__()
         self.signal_number: int | None = None
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
-        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
-        self._handlers.enter_context(_handling(self._handle))
+        self.enter_context(_handling(self._handle))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handlers.close()
 
     @property
     def code(self) -> int:
