@@ -121,9 +121,9 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
 
 def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: Workload) -> Plan:
     """The plan of a recipe with given micro-batches."""
-    dtype = dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
-    if device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available():
-        dtype = torch.bfloat16  # without a GPU here, the planned one is assumed to have it
+    # without a GPU here, the planned one is assumed to have bf16
+    assumed = device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available()
+    dtype = torch.bfloat16 if assumed else dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
     machine = machines.with_gpu_rates(inputs.machine) if device.gpu else inputs.machine
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, inputs.info, inputs.tokenizer, dtype, gpu=device.gpu)

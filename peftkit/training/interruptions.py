@@ -52,7 +52,7 @@ def _reason(error: BaseException, session: Session) -> str | None:
     if isinstance(error, MemoryError) or any(phrase in text.lower() for phrase in OUT_OF_MEMORY):
         first = text.splitlines()[0] if text else "no memory is left"
         return f"rank {session.rank} is out of memory ({first[:200]}): lower training.micro_batch or data.max_length"
-    return (isinstance(error, RuntimeError) and session.watchdog.lost()) or None
+    return (session.watchdog.lost() or None) if isinstance(error, RuntimeError) else None
 
 
 def _advice(session: Session) -> str:
