@@ -97,7 +97,9 @@ def open_session(recipe: Recipe) -> Session:
     )  # fmt: skip
     sharding.check(accelerator, recipe)
     if zero.is_requested():
-        zero.disable_partitioned_loading()
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # transformers would load partitioned weights, but methods need full ones
     threads = share_of_cores(recipe.training.threads)
     torch.set_num_threads(threads)
     bound_kernel_cache()

@@ -65,13 +65,6 @@ def check(accelerator: Any, recipe: Recipe) -> None:
             raise RecipeError(f"DeepSpeed does not work with {feature}; or {ALTERNATIVES}")
 
 
-def disable_partitioned_loading() -> None:
-    """Keeps transformers from partitioning weights as it loads them: methods need full ones."""
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-
-
 def configure(accelerator: Any, recipe: Recipe, module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Gives DeepSpeed the recipe's precision and clipping, and registers weights with the modules that use them.
 
