@@ -53,7 +53,7 @@ def methods_table(source: str, device: Device) -> list[Cell]:
     inputs = PlanInputs(tokenizer, info, None, machines.measure(cores()), 0, weight_file_bytes(folder))
     shape = Shape(1, tokens, tokens - 1)  # all scored
     workload = Workload((shape,), (shape,), 1, 1, False)
-    return [_cell(values, method, each, device, inputs, workload) for method in METHODS for each in PRECISIONS]
+    return [_cell(values, method, each, device, inputs, workload) for method in METHODS.names() for each in PRECISIONS]
 
 
 def _cell(
