@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from peftkit.data.pipeline import PreparedData
-from peftkit.evaluation import samples
+from peftkit.evaluation import generation, samples
 from peftkit.evaluation.assessment import assess, compare
 from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
@@ -131,7 +131,8 @@ def _as_base(loop: Loop, loaded: LoadedModel) -> AbstractContextManager[Any]:
 
 def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
     with loop.session.accelerator.autocast():
-        return samples.write_texts(loaded.model, loaded.tokenizer, chosen, loop.recipe.evaluation.generation)
+        prompts = [sample.prompt for sample in chosen]
+        return generation.generate(loaded.model, loaded.tokenizer, prompts, loop.recipe.evaluation.generation)
 
 
 def after_training(
