@@ -45,7 +45,8 @@ def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor: a collective if it is sharded, otherwise the tensor itself."""
     if zero.is_partitioned(tensor):
         return zero.unshard(tensor)
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor
 
 
 def shard_like(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
