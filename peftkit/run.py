@@ -15,7 +15,7 @@ from peftkit.models import packing
 from peftkit.models.loading import build
 from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from peftkit.reporting import run_report
+from peftkit.reporting import html, run_report
 from peftkit.runs import folder as folders
 from peftkit.runs import resume as resuming
 from peftkit.runs.environment import environment_changes
@@ -59,7 +59,7 @@ class Run:
         return load(self.path).predict(texts, **options)
 
     def _repr_html_(self) -> str:
-        return run_report.fragment(self.path)
+        return html.render(run_report.read(self.path), standalone=False)
 
 
 def train(
@@ -95,7 +95,7 @@ def train(
         module = TaskModule(model, head_of(prepared.info, recipe.task))
         frozen = plan_features(module, recipe, encoded, tokenizer, session, model.fingerprint)
         model.notes += [frozen.note] if frozen.note else []
-        console = run_report.console_reporter(session, quiet=quiet)
+        console = run_report.ConsoleReporter(silent=quiet or not session.is_main)
         overview = console.start(recipe, session, prepared, encoded, model)
 
         folder = session.folder = folders.open_folder(recipe, session, resume)

@@ -17,6 +17,7 @@ from peftkit.experiments.jobs import DONE, InProcessRunner, Job, Outcome, Runner
 from peftkit.experiments.table import Group, check_names, tabulate
 from peftkit.experiments.variants import Variant, parse_vary, variants
 from peftkit.reporting import comparison as reporting
+from peftkit.reporting import experiment
 from peftkit.runs import folder as folders
 from peftkit.runs.resume import NOT_LEARNED_FROM
 from peftkit.schema import catalog
@@ -45,7 +46,7 @@ class Comparison:
         return next(row for row in (*self.table["variants"], *self.table["baselines"]) if row["variant"] == label)
 
     def _repr_html_(self) -> str:
-        return reporting.fragment(self.table)
+        return experiment.render(reporting.page(self.table), standalone=False)
 
 
 def compare(
@@ -107,7 +108,7 @@ def compare(
         work = ComparisonRun(folder, planned, training_seeds, runner, jobs if isolated else 1, quiet)
         stopped = work.run()
         table = tabulate(chosen[0].name, work.groups(), metric=metric, against=against, cost=cost)
-        reporting.write(table, folder)
+        experiment.write(folder, "compare", table, reporting.page(table))
     if stopped:
         raise Interrupted(f"stopped; finished runs are in {folder}; repeat the command to resume", signal.SIGINT)
     return Comparison(table, folder)

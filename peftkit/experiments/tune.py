@@ -23,6 +23,7 @@ from peftkit.experiments import jobs as experiment_jobs
 from peftkit.experiments import search
 from peftkit.experiments.jobs import DONE, FAILED, PRUNED, InProcessRunner, Job, Outcome, Runner, SubprocessRunner
 from peftkit.experiments.space import Space, parse
+from peftkit.reporting import experiment
 from peftkit.reporting import search as reporting
 from peftkit.run import Run
 from peftkit.runs import folder as folders
@@ -54,7 +55,7 @@ class Study:
         return dict(self.table["best"]["values"])
 
     def _repr_html_(self) -> str:
-        return reporting.fragment(self.table)
+        return experiment.render(reporting.page(self.table), standalone=False)
 
 
 def tune(
@@ -120,7 +121,8 @@ def tune(
             study_runner.run(trials, seconds)
             return study_runner.finish()
         except KeyboardInterrupt:
-            reporting.write(study_runner.table(), folder)
+            table = study_runner.table()
+            experiment.write(folder, "tune", table, reporting.page(table))
             count = len(search.finished_trials(study))
             message = f"stopped; {count} trials are in {folder}; run the same command again to resume"
             raise Interrupted(message, signal.SIGINT) from None
@@ -168,7 +170,7 @@ class StudyRunner:
                 raise PeftkitError(f"the best trial could not be finished: {outcome.message}")
             run = Path(str(outcome.run))
         table = self.table(run)
-        reporting.write(table, self.folder)
+        experiment.write(self.folder, "tune", table, reporting.page(table))
         return Study(table, self.folder, recipe, Run(run, Recipe.from_yaml(run / folders.RECIPE)))
 
     def table(self, run: Path | None = None) -> dict[str, Any]:
