@@ -1,8 +1,4 @@
-"""The whole flow of a run, in one function that can be read, copied and reordered.
-
-run = peftkit.train(peftkit.get_recipe("bbc_news_lora"))
-run.metrics["test"]["accuracy"], run.path
-"""
+"""The whole flow of a run, in one function that can be read, copied and reordered."""
 
 from __future__ import annotations
 
@@ -28,11 +24,11 @@ from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.system import files
 from peftkit.training import results
-from peftkit.training.device_support import check_device_support
 from peftkit.training.features import plan_features
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, ValidationCallback
+from peftkit.training.optimizer import check_device_support
 from peftkit.training.step import TaskModule
 
 if TYPE_CHECKING:
@@ -122,8 +118,7 @@ def train(
             session.start_trackers(recipe, folder)
             baselines = results.before_training(loop, model, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
-            splits = results.HELD_OUT if final else ("validation",)
-            scores = results.after_training(loop, model, prepared, baselines, splits)
+            scores = results.after_training(loop, model, prepared, baselines, final=final)
             unsharded = _unsharded(model, loop, prepared.info) if final else model
             if session.is_main:
                 results.write(folder, scores)

@@ -31,7 +31,9 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     Takes a second or less, once: cached by device, dtype, threads and torch version.
     """
     device = torch.device(device)
-    key = "\n".join((_describe(device), str(dtype), torch.__version__))
+    processor = f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    place = str(torch.cuda.get_device_name(device)) if device.type == "cuda" else processor
+    key = "\n".join((place, str(dtype), torch.__version__))
     path = cache_folder("machine") / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with entry_lock(path):
         if not path.is_file():
@@ -94,13 +96,5 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
