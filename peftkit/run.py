@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
+from peftkit.data.source import find_sources
 from peftkit.distributed import sharding
 from peftkit.distributed.session import Session, open_session
 from peftkit.export.adapter import export_run
@@ -137,6 +138,7 @@ def _data_and_model(
 ) -> tuple[Recipe, PreTrainedTokenizerBase, PreparedData, EncodedData, LoadedModel]:
     """Data, tokenizer and model; the recipe without packing if the model cannot separate packed rows."""
     with session.accelerator.main_process_first():  # then the others read its caches
+        find_sources(recipe.data)  # missing data are reported before a model that cannot be had
         tokenizer = load_tokenizer(recipe.model)
         prepared = prepare(recipe)
         encoded = encode(prepared, tokenizer, recipe)

@@ -21,7 +21,10 @@ from peftkit.schema.task import Task
 
 
 def drop_conflicts(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningStep]:
-    """Equal texts with different labels within a split; ``drop`` removes all of them."""
+    """Equal texts with different labels within a split; ``drop`` removes all of them.
+
+    ``report`` raises DataError where most of the rows are such, which is what a table of one row per label looks like.
+    """
     steps = []
     for split, index in _splits(rows, alive) if action != "off" else ():
         _, texts = np.unique(rows.text[index], return_inverse=True)
@@ -29,6 +32,10 @@ def drop_conflicts(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningS
         pairs = np.unique(texts * len(names) + labels)  # a number for each text and label that occur together
         bad = index[(np.bincount(pairs // len(names)) > 1)[texts]]
         bad = bad[np.argsort(rows.text[bad], kind="stable")]
+        if action == "report" and 2 * len(bad) > len(index):
+            message = f"the texts of {len(bad):,} of {len(index):,} rows of the {split} split also have another label"
+            hint = "in a table of one row per label, write one row per text with all of its labels"
+            raise DataError(f"{message}: {hint}; if labels are meant to differ so, data.cleaning.conflicts=off or drop")
         if len(bad):
             steps.append(_step(rows, alive, "conflicts", split, action, bad, None))
     return steps

@@ -7,7 +7,7 @@ import json
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,8 @@ class _Mapper:
 
     def _canonical(self, row: Row, split: str) -> Row | None:
         """The canonical row; None for a bad row (a problem) and an empty one (a problem or dropped)."""
+        if (column := self.task.null_word(row, self.data)) is not None and not self._keeps(row, split, column):
+            return None
         try:
             canonical = self.task.canonical(row, self.data, self.info)
         except DataError as error:
@@ -118,11 +120,29 @@ class _Mapper:
             return None
         return {**canonical, **{name: row[name] for name in PLACE if name in row}}
 
-    def _count(self, name: str, split: str, action: str, row: Row) -> None:
+    def _keeps(self, row: Row, split: str, column: str) -> bool:
+        """Whether a row stays that has only a word for a missing value in a column; counts it."""
+        action = self.data.cleaning.null_words
+        if action == "error":
+            message = f"expected a value, found {row[column]!r}; fill or remove the row, or set"
+            hint = "data.cleaning.null_words=drop"
+            self.problems.add(DataError(f"{message} {hint}", file=row["_file"], line=row["_line"], column=column))
+        else:
+            dropped = action == "drop"
+            self._count(
+                "null_words",
+                split,
+                "dropped" if dropped else "reported",
+                row,
+                f": {column} {row[column]!r} ({'' if dropped else 'see '}data.cleaning.null_words)",
+            )
+        return action is None
+
+    def _count(self, name: str, split: str, action: str, row: Row, what: str = "") -> None:
         step = (name, split, action)
         self.counts[step] += 1
         if self.counts[step] <= EXAMPLES:
-            self.places[step].append(f"{row['_file']}:{row['_line']}")
+            self.places[step].append(f"{row['_file']}:{row['_line']}{what}")
 
     def _is_empty(self, row: Row, column: str | None) -> bool:
         """Whether a row was refused for an empty column other than the label."""
@@ -170,14 +190,25 @@ def hash64(text: str) -> int:
 def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
     """What the task must know of all rows first; raises DataError with the file."""
     # sources that are not merged need not have the same columns, so each is described by itself
-    infos = []
-    for splits in [_merged(raw)] if task.merges_sources else raw:
-        try:
-            infos.append(task.describe(splits, data))
-        except DataError as error:
-            first: Any = next(iter(splits.values()))[0]
-            raise error if error.line else located(error, first["_file"], None) from None
+    infos = [
+        _with_file(splits, lambda splits: task.describe(splits, data))
+        for splits in ([_merged(raw)] if task.merges_sources else raw)
+    ]
     return infos[0]
+
+
+def describe_file(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig, info: TaskInfo) -> TaskInfo:
+    """How a file of further rows is read for a trained run; raises DataError with the file."""
+    return _with_file(raw[0], lambda splits: task.describe_file(splits, data, info))
+
+
+def _with_file(splits: Mapping[str, Dataset], read: Callable[[Mapping[str, Dataset]], TaskInfo]) -> TaskInfo:
+    """What ``read`` returns for the splits; a DataError without a line gets their file."""
+    try:
+        return read(splits)
+    except DataError as error:
+        first: Any = next(iter(splits.values()))[0]
+        raise error if error.line else located(error, first["_file"], None) from None
 
 
 def _merged(raw: Sequence[Mapping[str, Dataset]]) -> Mapping[str, Dataset]:

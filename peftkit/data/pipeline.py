@@ -116,6 +116,8 @@ def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
         path.unlink()
     splits, cleaning_steps = _clean_and_split(rows, recipe, info)
     steps += cleaning_steps
+    strata = {name: _strata(rows, index) for name, index in splits.items()}
+    steps += [CleaningStep(name, split, "reported", *what) for name, split, *what in task.review(strata, info)]
     copies = _augment(rows.data.select(splits["train"]), recipe, folder, steps)
     digest = hashlib.sha256(json.dumps(asdict(info), sort_keys=True).encode())
     for split, index in splits.items():
@@ -147,6 +149,12 @@ def _clean_and_split(rows: Rows, recipe: Recipe, info: TaskInfo) -> tuple[dict[s
             done = "; ".join(f"{step.name} {step.action} {step.rows}" for step in steps if step.action == "dropped")
             raise DataError(f"no row is left in the {name} split{f' ({done})' if done else ''}; see data.cleaning")
     return {name: index for name, index in numbers.items() if len(index)}, steps
+
+
+def _strata(rows: Rows, index: np.ndarray) -> dict[str, int]:
+    """Rows of each stratum of a split."""
+    counts = np.bincount(rows.stratum[index], minlength=len(rows.strata)).tolist()
+    return {name: count for name, count in zip(rows.strata, counts) if count}
 
 
 def _augment(train: Dataset, recipe: Recipe, folder: Path, steps: list[CleaningStep]) -> str:

@@ -13,7 +13,7 @@ class CleaningStep:
 
     name: str
     """empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing, limit,
-    or augmentation."""
+    augmentation, null_words, or what a task reviews (``Task.review``): similar_classes, missing_classes, imbalance."""
     split: str
     action: str
     """dropped, changed, reported, kept or added."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from peftkit.data.loading import read_sources
-from peftkit.data.mapping import canonical_rows
+from peftkit.data.mapping import canonical_rows, describe_file
 from peftkit.data.pipeline import encode_rows, prepare
 from peftkit.data.source import find_sources
 from peftkit.distributed.process_group import ProcessGroup
@@ -68,7 +68,8 @@ def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
     data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None}).data
     with tempfile.TemporaryDirectory() as folder:
         raw = read_sources(find_sources(data), task, data, Path(folder))
-        rows, _ = canonical_rows(raw, task, data, model.info, Path(folder))
+        info = describe_file(raw, task, data, model.info)
+        rows, _ = canonical_rows(raw, task, data, info, Path(folder))
         return list(rows.data)
 
 

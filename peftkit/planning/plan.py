@@ -95,7 +95,9 @@ class PlanInputs:
 def collect_inputs(recipe: Recipe) -> PlanInputs:
     """Load tokenizer and data, and measure the machine; no weights are loaded."""
     from peftkit.data.pipeline import encode, prepare
+    from peftkit.data.source import find_sources
 
+    find_sources(recipe.data)
     machines.import_libraries()
     machine = machines.measure(recipe.training.threads or cores())
     before = psutil.Process().memory_info().rss

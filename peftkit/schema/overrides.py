@@ -35,6 +35,8 @@ def parse(override: str) -> tuple[list[str], Any]:
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"override '{override}': expected part.field=value, such as training.epochs=1")
+    if len(text) == 1 and not text.isalnum() and not text.isspace() and text != "~":
+        return path.strip().split("."), text  # a lone mark is text (a separator), whatever it means in YAML
     try:
         value = value_of(text) if text.strip() else ""
     except (yaml.YAMLError, RecursionError):

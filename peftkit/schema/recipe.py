@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import recipe_yaml
 from peftkit.schema.registries import BASELINES, METHODS, QUANTIZATIONS, TASKS
-from peftkit.schema.sections import ConfigSection, DiscriminatedBy, NameIn
+from peftkit.schema.sections import ClassName, ConfigSection, DiscriminatedBy, NameIn
 from peftkit.schema.validation import describe
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -64,7 +64,13 @@ class CleaningConfig(ConfigSection):
     leakage: Literal["drop", "error", "report", "off"] = "drop"
     """Training rows whose text also occurs in validation or test; validation rows that also occur in test."""
     conflicts: Literal["drop", "report", "off"] = "report"
-    """Equal texts with different labels; drop removes all of them."""
+    """Equal texts with different labels; drop removes all of them. Where most rows are such, report is an error."""
+    null_words: Literal["drop", "error"] | None = None
+    """Rows of a classifier whose text or label is only a word for a missing value (nan, NULL, N/A, None, …). None
+    reports them, and such a label is a class."""
+    similar_classes: Literal["merge"] | None = None
+    """Classes whose names differ in case, spacing or Unicode form only. None reports them; merge makes them one, under
+    the commonest name."""
 
 
 class AugmentationConfig(ConfigSection):
@@ -97,9 +103,12 @@ class DataConfig(ConfigSection):
     text_pair: str | None = None
     """Column of a second text (entailment, similarity)."""
     label: str | tuple[str, ...] = "label"
-    """Column of the label; several 0/1 columns are a multi-label task."""
-    labels: tuple[str, ...] | None = None
-    """Label names, in id order; None takes them from the source. A label that is not among them is an error."""
+    """Column of the label; several columns of 0/1, true/false or yes/no are a multi-label task."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """What stands between several labels of one cell, where they are text: "|" in "sports|politics"."""
+    labels: tuple[ClassName, ...] | None = None
+    """Label names, in id order; None takes them from the source. A label that is not among them is an error. With
+    one-hot lists, the names of their places."""
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion"] = "auto"
     """Format of instruction rows; auto detects it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from peftkit.errors import RecipeError, did_you_mean
@@ -29,6 +29,16 @@ class ConfigSection(BaseModel):
                         {"key": str(key), "hint": did_you_mean(str(key), cls.model_fields)},
                     )  # fmt: skip
         return value
+
+
+def _as_class_name(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"a class name cannot be true or false; quote it as the data spell it: '{value}'")
+    return str(value) if isinstance(value, int) else value
+
+
+ClassName = Annotated[str, BeforeValidator(_as_class_name)]
+"""The name of a class, which may be written as a whole number."""
 
 
 @dataclass(frozen=True)

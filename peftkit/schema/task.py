@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.sections import ConfigSection
@@ -50,6 +50,26 @@ class Task(ConfigSection):
     @abstractmethod
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """The source's row under the task's own column names and types; raises DataError(column=…) for a bad one."""
+
+    def describe_file(self, splits: Mapping[str, Any], data: DataConfig, info: TaskInfo) -> TaskInfo:
+        """The info by which further rows with answers are read, those of a file to evaluate on, given the run's.
+
+        Raises DataError as ``describe`` does; the rows may lack some of the classes.
+        """
+        return info
+
+    def null_word(self, row: Row, data: DataConfig) -> str | None:
+        """The column of a raw row whose value is only a word for a missing one ("nan"), and may be meant so."""
+        return None
+
+    def review(
+        self, strata: Mapping[str, Mapping[str, int]], info: TaskInfo
+    ) -> Iterable[tuple[str, str, int, tuple[str, ...]]]:
+        """What a user should know of the rows before training: (step, split, rows that it concerns, what it is).
+
+        ``strata`` are the rows of each split by ``stratum``. The steps are reported like those of cleaning.
+        """
+        return ()
 
     def source_columns(self, data: DataConfig) -> set[str]:
         """Columns of the source that the task may read; values of mixed types in one of them are an error."""

@@ -23,8 +23,9 @@ class TaskInfo:
     """Class names by id; empty for language models, one name for a regression."""
     class_weights: tuple[float, ...] | None = None
     """Loss weight of each class; None means 1 for all."""
-    integers: Literal["names", "ids"] = "names"
-    """What a whole number in the label column is: the name of a class ("5" stars), or its id, counted from 0."""
+    integers: Literal["names", "ids", "one_hot"] = "names"
+    """What a whole number in the label column is: the name of a class ("5" stars), its id, counted from 0, or, in a
+    list of 0 and 1, whether the class of its place holds."""
 
 
 @dataclass(frozen=True)

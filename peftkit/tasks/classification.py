@@ -7,7 +7,8 @@ Each of the three has a head of its own in ``peftkit.heads``, with its loss and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -16,9 +17,13 @@ from peftkit.data.problems import require_column
 from peftkit.errors import DataError, RecipeError, did_you_mean
 from peftkit.schema.head import head_of
 from peftkit.schema.registries import TASKS
+from peftkit.schema.sections import ClassName
 from peftkit.schema.task import Task
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks import label_column as reading
+from peftkit.tasks import label_review
+from peftkit.tasks.label_column import is_null_word
+from peftkit.tasks.label_spelling import class_names, indicator, number, parse, split_labels, text_of
 from peftkit.tasks.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -39,10 +44,11 @@ class Classification(Task):
 
     kind: Literal["classification"] = "classification"
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = "auto"
-    """auto: several label columns or a list per row are multi-label; fractions are a regression."""
+    """auto: several label columns, lists or data.label_separator are multi-label; many different decimals are a
+    regression; words, codes and whole numbers are one class per row. What could be read in two ways is asked about."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread evenly over the classes (Szegedy et al. 2016); for one label per row."""
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    class_weights: Literal["balanced"] | dict[ClassName, Annotated[float, Field(gt=0)]] | None = None
     """Loss weight of each class: balanced is rows ÷ (classes × rows of the class); a mapping sets some, the others are
     1. With several labels per row they weight the positives; balanced is then negatives ÷ positives."""
     cosine_temperature: Annotated[float, Field(gt=0)] | None = None
@@ -59,21 +65,54 @@ class Classification(Task):
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
         """Problem type, class names and class weights from the raw splits; checks every label of every split."""
         self._check_texts(splits, data)
-        names = data.label_columns
-        columns = [reading.read_column(split, rows, name) for split, rows in splits.items() for name in names]
-        if len(names) > 1:
+        columns = _columns(splits, data)
+        if len(data.label_columns) > 1:
             return self._describe_indicators(columns, data)
+        columns = self._with_lists(columns, data)
         _refuse_differing(columns)
         train = _training(columns)
         problem = self._problem_of(train, data)
         if problem == REGRESSION:
             return self._describe_regression(columns)
         if problem == MULTI and not train.is_list:
-            needs = "needs a list of labels in each row, or several 0/1 columns named in data.label"
+            needs = "needs a list of labels in each row, data.label_separator, or several 0/1 columns in data.label"
             train.fail(f"task.problem_type={MULTI} {needs}; this column holds one value per row")
         if problem == SINGLE and train.is_list:
             train.fail(f"this column holds a list in each row; set task.problem_type={MULTI}")
         return self._describe_classes(columns, problem, data)
+
+    def describe_file(self, splits: Mapping[str, Any], data: DataConfig, info: TaskInfo) -> TaskInfo:
+        """``info`` with the file's own reading of whole numbers; its labels must be known, but need not all occur."""
+        self._check_texts(splits, data)
+        columns = _columns(splits, data)
+        if len(data.label_columns) > 1:
+            for column in columns:
+                _count_positives(column)
+            return info
+        if info.problem_type == REGRESSION:
+            _check_numbers(columns)
+            return info
+        if info.problem_type == MULTI:
+            texts = [column for column in columns if column.is_text]
+            if data.label_separator is None and not any("list" in column.kinds() for column in texts):
+                columns = [column for column in columns if not column.is_text]  # ``canonical`` divides and checks each
+            else:
+                columns = reading.lists_of(columns, data.label_separator)
+            info = replace(info, integers=_integers_of_lists(columns, info))
+        if info.integers != "one_hot":
+            for column in columns:
+                reading.check_known(column, _reader(data, info), "the run knows no others")
+        return info
+
+    def _with_lists(self, columns: list[reading.LabelColumn], data: DataConfig) -> list[reading.LabelColumn]:
+        separator = data.label_separator
+        if separator is not None and self.problem_type not in ("auto", MULTI):
+            message = f"data.label_separator={separator!r} makes several labels per row"
+            raise RecipeError(f"{message}, but task.problem_type={self.problem_type} has one; leave one of them out")
+        train = _training(columns)
+        if separator is not None and train.is_text and not any(separator in text for text in train.distinct()):
+            train.fail(f"no label of the {train.split} split has a {separator!r} (data.label_separator) in it")
+        return reading.lists_of(columns, separator) if self.problem_type in ("auto", MULTI) else columns
 
     def _problem_of(self, train: reading.LabelColumn, data: DataConfig) -> str:
         if self.problem_type != "auto":
@@ -81,35 +120,54 @@ class Classification(Task):
         if train.is_list:
             return MULTI
         if data.labels is None and train.names is None:
-            values = train.distinct()
-            numeric = all(reading.number(value) is not None for value in values)
-            if numeric and any(reading.whole_number(value) is None for value in values):
+            if reading.reads_as_number(train):
                 return REGRESSION
+            reading.refuse_joined(train)
         return SINGLE
 
     def _describe_classes(self, columns: list[reading.LabelColumn], problem: str, data: DataConfig) -> TaskInfo:
         train = _training(columns)
-        labels = data.labels or train.names
+        labels, merge = data.labels or train.names, data.cleaning.similar_classes == "merge"
+        if train.is_list and reading.are_one_hot(columns, len(labels) if labels else None):
+            return self._describe_one_hot(columns, data)
+        hint = None if labels is None else "" if data.labels is None else reading.PINNED
         if labels is None:
             reading.refuse_mixed(train)
-            labels = reading.sorted_names(train.distinct())
+            labels = class_names(train.distinct())
+            labels = reading.merged_names(train, labels) if merge else labels
             reading.refuse_too_many(train, len(labels))
         if len(set(labels)) != len(labels):
             raise DataError(f"data.labels names a label twice: {', '.join(labels)}", column=train.name)
-        integers = reading.reading_of_integers(columns, labels)
+        reader = reading.ClassReader(labels, reading.reading_of_integers(columns, labels), merge)
         for column in columns:
-            reading.check_known(column, labels, integers, given=data.labels is not None or train.names is not None)
-        counts = _count_ids(train, labels, integers)
+            reading.check_known(column, reader, hint)
+        counts = _count_ids(train, reader)
         if sum(count > 0 for count in counts) < 2 and problem == SINGLE:
             _fail_one_class(train)
         if data.labels is None:
-            _refuse_unseen(columns, labels, integers, counts)
-        return TaskInfo(problem, labels, self._weights(labels, counts, len(train.values), problem), integers)
+            _refuse_unseen(columns, reader, counts)
+        weights = self._weights(labels, counts, len(train.values), problem)
+        return TaskInfo(problem, labels, weights, reader.integers)
+
+    def _describe_one_hot(self, columns: list[reading.LabelColumn], data: DataConfig) -> TaskInfo:
+        """Labels by place in lists of 0 and 1, named by ``data.labels``, the source or their number from 0."""
+        train = _training(columns)
+        counts = train.indicators().sum(axis=0).tolist()
+        labels = data.labels or train.names or tuple(map(str, range(len(counts))))
+        for column in columns if data.labels is None else ():
+            unseen = (column.indicators()[:, [not count for count in counts]] > 0).any(axis=1)
+            if unseen.any():
+                hint = "add some, or list the names in data.labels to train anyway"
+                message = f"a row of the {column.split} split has a label that no row of training has; {hint}"
+                column.fail(message, int(unseen.argmax()))
+        return TaskInfo(MULTI, labels, self._weights(labels, counts, len(train.values), MULTI), "one_hot")
 
     def _describe_indicators(self, columns: list[reading.LabelColumn], data: DataConfig) -> TaskInfo:
         if self.problem_type not in ("auto", MULTI):
             reads = f"task.problem_type={self.problem_type} reads one column"
             raise RecipeError(f"{reads}, but data.label names {len(data.label)}")
+        if data.label_separator is not None:
+            raise RecipeError(f"data.label_separator divides one column, but data.label names {len(data.label)}")
         if data.labels is not None and len(data.labels) != len(data.label):
             raise RecipeError(f"data.labels has {len(data.labels)} names for {len(data.label)} columns of data.label")
         train, positives = _training(columns), [(column.split, _count_positives(column)) for column in columns]
@@ -121,12 +179,7 @@ class Classification(Task):
         for field in ("class_weights", "label_smoothing", "cosine_temperature"):
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise RecipeError(f"task.{field} needs classes, and this is a regression; leave it out")
-        for column in columns:
-            if column.is_list:
-                column.fail("a regression learns one number per row; this column holds a list in each row", 0)
-            for value in column.distinct():
-                if reading.number(value) is None:
-                    column.fail(f"expected a finite number for a regression, found {value!r}", column.first(value))
+        _check_numbers(columns)
         if len(_training(columns).distinct()) < 2:
             _fail_one_class(_training(columns))
         return TaskInfo(REGRESSION, (columns[0].name,))
@@ -170,16 +223,31 @@ class Classification(Task):
     def _label(self, row: Row, data: DataConfig, info: TaskInfo) -> int | float | list[float]:
         names = data.label_columns
         if len(names) > 1:
-            return [float(_value(row, name, reading.indicator, "0 or 1")) for name in names]
+            return [float(_value(row, name, indicator, "0 or 1, true or false, yes or no")) for name in names]
         if info.problem_type == REGRESSION:
-            return _value(row, names[0], reading.number, "a finite number")
+            return _value(row, names[0], number, "a finite number")
         value = _cell(row, names[0])
-        if info.problem_type == MULTI:
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise DataError(f"expected a list of labels, found {value!r}", column=names[0])
-            given = {_class(item, names[0], info) for item in value}
-            return [float(position in given) for position in range(len(info.labels))]
-        return _class(value, names[0], info)
+        if info.problem_type != MULTI:
+            return _class(value, names[0], _reader(data, info))
+        listed = _listed(value, names[0], data, info)
+        if info.integers == "one_hot" and len(listed) == len(info.labels):
+            flags = [indicator(item) for item in listed]
+            if all(flag is not None for flag in flags):
+                return [float(flag or 0) for flag in flags]
+        given = {_class(item, names[0], _reader(data, info)) for item in listed}
+        return [float(position in given) for position in range(len(info.labels))]
+
+    def null_word(self, row: Row, data: DataConfig) -> str | None:
+        return next(
+            (name for name in (*self.input_columns(data), *data.label_columns) if is_null_word(row.get(name))), None
+        )
+
+    def review(self, strata: Mapping[str, Mapping[str, int]], info: TaskInfo) -> Iterable[label_review.Remark]:
+        """Classes with like names, classes that a split lacks, and imbalance; nothing for a regression."""
+        if info.problem_type == REGRESSION:
+            return ()
+        counts = {split: _class_counts(each, info) for split, each in strata.items()}
+        return label_review.review(counts, weighted=self.class_weights is not None)
 
     def input_columns(self, data: DataConfig) -> tuple[str, ...]:
         return (data.text,) if data.text_pair is None else (data.text, data.text_pair)
@@ -220,6 +288,15 @@ class Classification(Task):
         return {**columns, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
 
 
+def _columns(splits: Mapping[str, Any], data: DataConfig) -> list[reading.LabelColumn]:
+    null_words = data.cleaning.null_words
+    return [
+        reading.read_column(split, rows, name, null_words)
+        for split, rows in splits.items()
+        for name in data.label_columns
+    ]
+
+
 def _training(columns: list[reading.LabelColumn]) -> reading.LabelColumn:
     return next((column for column in columns if column.split == "train"), columns[0])
 
@@ -233,25 +310,60 @@ def _refuse_differing(columns: list[reading.LabelColumn]) -> None:
             column.fail(f"labels are {here} and {there}; write them one way", 0)
 
 
-def _count_ids(column: reading.LabelColumn, labels: tuple[str, ...], integers: str) -> list[int]:
-    counts = [0] * len(labels)
+def _reader(data: DataConfig, info: TaskInfo) -> reading.ClassReader:
+    return reading.ClassReader(info.labels, info.integers, data.cleaning.similar_classes == "merge")
+
+
+def _check_numbers(columns: list[reading.LabelColumn]) -> None:
+    for column in columns:
+        if column.is_list:
+            column.fail("a regression learns one number per row; this column holds a list in each row", 0)
+        for value in column.distinct():
+            if number(value) is None:
+                expected = "expected a finite number such as 1250.5 for a regression"
+                hint = "; data.cleaning.null_words=drop leaves such rows out" if is_null_word(value) else ""
+                column.fail(f"{expected}, found {value!r}{hint}", column.first(value))
+
+
+def _integers_of_lists(columns: Sequence[reading.LabelColumn], info: TaskInfo) -> reading.Integers:
+    """How whole numbers in the lists of a file are read for a trained run; raises DataError where it knows none."""
+    if not columns or not reading.are_one_hot(columns, len(info.labels), trained=info.integers):
+        return "ids" if info.integers == "one_hot" else info.integers
+    if info.integers == "names" and info.labels != tuple(map(str, range(len(info.labels)))):
+        listed = ", ".join(info.labels[:6])
+        columns[0].fail(f"lists of 0 and 1, but the run was trained on lists of names; write the names: {listed}", 0)
+    return "one_hot"
+
+
+def _listed(value: Any, column: str, data: DataConfig, info: TaskInfo) -> Sequence[Any]:
+    """The labels of a cell: a list, a list spelled as text, or labels joined by the recipe's or a usual separator."""
+    if isinstance(value, str):
+        if data.label_separator is not None or isinstance(parse(value), list):
+            return split_labels(value, data.label_separator or ",")
+        reader = _reader(data, info)
+        return [value] if reader.id(value) is not None else reader.split(value) or [value]
+    if not isinstance(value, Sequence):
+        raise DataError(f"expected a list of labels, found {value!r}", column=column)
+    return value
+
+
+def _count_ids(column: reading.LabelColumn, reader: reading.ClassReader) -> list[int]:
+    counts = [0] * len(reader.labels)
     for value, count in column.counts().items():
-        position = reading.class_id(value, labels, integers)
+        position = reader.id(value)
         assert position is not None, value
         counts[position] += count
     return counts
 
 
-def _refuse_unseen(
-    columns: list[reading.LabelColumn], labels: tuple[str, ...], integers: str, counts: Sequence[int]
-) -> None:
+def _refuse_unseen(columns: list[reading.LabelColumn], reader: reading.ClassReader, counts: Sequence[int]) -> None:
     """Raises DataError when another split has a class that no training row has, unless data.labels lists it."""
     hint = "add some, or list the names in data.labels to train anyway"
     for column in columns:
         for value in column.distinct():
-            position = reading.class_id(value, labels, integers)
+            position = reader.id(value)
             if position is not None and not counts[position]:
-                label = f"label '{labels[position]}' of the {column.split} split"
+                label = f"label '{reader.labels[position]}' of the {column.split} split"
                 column.fail(f"{label} has no row in training, so it cannot be learned; {hint}", column.first(value))
 
 
@@ -266,20 +378,36 @@ def _fail_one_class(column: reading.LabelColumn) -> None:
 def _count_positives(column: reading.LabelColumn) -> int:
     positives = 0
     for value, count in column.counts().items():
-        flag = reading.indicator(value)
+        flag = indicator(value)
         if flag is None:
-            column.fail(f"a column of a multi-label task holds 0 or 1, found {value!r}", column.first(value))
+            message = (
+                f"a column of a multi-label task holds 0 or 1, found {value!r}; true and false, yes and no will do"
+            )
+            column.fail(message, column.first(value))
         positives += count * flag
     return positives
 
 
-def _class(value: Any, column: str, info: TaskInfo) -> int:
+def _class_counts(strata: Mapping[str, int], info: TaskInfo) -> dict[str, int]:
+    """Rows of each class from the rows of each stratum, which ``Classification.stratum`` names."""
+    counts = [0] * len(info.labels)
+    for stratum, rows in strata.items():
+        places = (
+            [place for place, flag in enumerate(stratum) if flag == "1"]
+            if info.problem_type == MULTI
+            else [int(stratum)]
+        )
+        for place in places:
+            counts[place] += rows
+    return dict(zip(info.labels, counts))
+
+
+def _class(value: Any, column: str, reader: reading.ClassReader) -> int:
     if value is None:
         raise DataError("no label", column=column)
-    position = reading.class_id(value, info.labels, info.integers)
+    position = reader.id(value)
     if position is None:
-        near = did_you_mean(reading.name_of(value), info.labels)
-        raise DataError(f"unknown label {value!r}: {near}", column=column)
+        raise DataError(f"unknown label {value!r}: {did_you_mean(text_of(value), reader.labels)}", column=column)
     return position
 
 

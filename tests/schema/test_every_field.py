@@ -116,6 +116,7 @@ TESTS = {
     "data.text": "data/test_bad_data.py::test_a_bad_header_is_named",
     "data.text_pair": CLASSIFICATION + "test_pairs_count_for_duplicates_and_labels_for_strata",
     "data.label": "data/test_bad_data.py::test_a_bad_csv_row_is_named",
+    "data.label_separator": "tasks/test_label_spellings.py::test_a_separator_takes_effect_or_is_refused",
     "data.labels": "data/test_bad_data.py::test_an_unknown_label_and_a_single_class_are_named",
     "data.format": INSTRUCTION + "test_every_format_is_read_as_the_same_messages",
     "data.columns": INSTRUCTION + "test_every_format_is_read_as_the_same_messages",
@@ -131,6 +132,10 @@ TESTS = {
     "data.cleaning.empty": "data/test_bad_data.py::test_empty_rows_can_be_dropped",
     "data.cleaning.control_characters": CLEANING + "test_control_characters_are_stripped_and_meaningful_joiners_stay",
     "data.cleaning.duplicates": CLEANING + "test_duplicates_keep_the_first_and_ignore_case_and_spacing",
+    "data.cleaning.null_words":
+        "data/test_label_reports.py::test_words_for_null_are_counted_as_they_stand_and_dropped_on_demand",
+    "data.cleaning.similar_classes":
+        "data/test_label_reports.py::test_names_that_look_alike_are_reported_with_their_rows_or_merged",
     "data.cleaning.near_duplicates": CLEANING + "test_near_duplicates_are_told_dropped_or_ignored",
     "data.cleaning.near_threshold": CLEANING + "test_near_duplicates_are_told_dropped_or_ignored",
     "data.cleaning.leakage": CLEANING + "test_leakage_is_dropped_refused_or_told",
