@@ -16,6 +16,7 @@ import torch
 from peftkit.data.pipeline import EncodedData
 from peftkit.planning import machine as machines
 from peftkit.planning.machine import Machine
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import TaskInfo
 
@@ -43,10 +44,11 @@ def compare_with_measured(
     threads = recipe.training.threads or cores()
     if sharded:
         return {"reason": "sharded weights are not planned"}
-    if not machines.is_measured(threads) and metrics["seconds"] < LONG:
+    decoder = head_of(info, recipe.task).writes_text
+    if not machines.is_measured(threads, decoder=decoder) and metrics["seconds"] < LONG:
         return {"reason": "this machine has not been measured; run `peftkit plan` once"}
     try:
-        machine = machines.measure(threads)
+        machine = machines.measure(threads, decoder=decoder)
         plan = _plan(recipe, info, tokenizer, encoded, metrics, device, world_size, machine)
     except Exception as error:  # an architecture that cannot be traced must not fail a finished run
         return {"reason": f"{recipe.model.source} could not be planned: {type(error).__name__}: {error}"}

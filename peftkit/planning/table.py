@@ -50,9 +50,10 @@ def methods_table(source: str, device: Device, *, rows: int = 1, tokens: int = 5
     folder = folder_of(resolve(model), weights=False)
     tokenizer = load_tokenizer(model)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    values["task"], info = _usual_task(decoder=writes_text(config))
+    decoder = writes_text(config)
+    values["task"], info = usual_task(decoder=decoder)
     tokens = min(tokens, int(getattr(config, "max_position_embeddings", 0) or tokens))
-    inputs = PlanInputs(tokenizer, info, None, machines.measure(cores()), 0, weight_file_bytes(folder))
+    inputs = PlanInputs(tokenizer, info, None, machines.measure(cores(), decoder=decoder), 0, weight_file_bytes(folder))
     workload = single_batch(rows, tokens)
     return [
         _cell(values, method, precision, device, inputs, workload)
@@ -61,7 +62,7 @@ def methods_table(source: str, device: Device, *, rows: int = 1, tokens: int = 5
     ]
 
 
-def _usual_task(*, decoder: bool) -> tuple[str, TaskInfo]:
+def usual_task(*, decoder: bool) -> tuple[str, TaskInfo]:
     """The task that such a base model is usually trained for."""
     infos = {kind: TASKS.get(kind).example_info(decoder=decoder) for kind in TASKS}
     return next((kind, info) for kind, info in infos.items() if info is not None)

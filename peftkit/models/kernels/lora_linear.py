@@ -107,7 +107,7 @@ def _add_into(
     Returns which elements dropout kept (a byte each, or the mask's seed; None without dropout), and x Aᵀ if narrow.
     """
     keep = None
-    if 0 < p < 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+    if dropout.is_fast(x, p):
         keep = torch.tensor(dropout.new_seed())  # nothing as large as x is saved
         x = x * dropout.mask(x.shape, p, x.dtype, int(keep))
     elif p > 0:
