@@ -186,7 +186,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     accuracy = f"{row['accuracy']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
     times = [f"{row['seconds']:.0f} s", f"{row['process_seconds']:.0f} s"]
     memory = formatting.size(row["peak_memory_bytes"])
-    return [accuracy, formatting.count(row["trained_parameters"]), memory, *times, formatting.size(row["saved_bytes"])]
+    return [accuracy, f"{row['trained_parameters']:,}", memory, *times, formatting.size(row["saved_bytes"])]
 
 
 def _said(row: Mapping[str, Any]) -> str:

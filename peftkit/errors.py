@@ -1,17 +1,4 @@
-"""Every exception that peftkit raises on purpose.
-
-    PeftkitError                 exit code 1: the work failed
-    ├── TrainingError            the run cannot continue (non-finite numbers, a rank that died)
-    ├── CheckpointError          no valid checkpoint where one is needed, or one could not be written
-    ├── ExportError              an export differs from what was trained
-    ├── Interrupted              exit code 130 or 143: stopped by a signal, resumable
-    └── UserError (ValueError)   exit code 2: wrong input
-        ├── RecipeError          a recipe, an override, a field
-        ├── DataError            a data set, a file, a row, a column
-        ├── ModelError           a base model, a tokenizer, an adapter
-        ├── MethodError          a method that cannot work on this model or task
-        ├── HubError             the hub is unreachable, gated, or lacks what was asked for
-        └── RunError             a run folder that is missing, foreign, locked or changed
+"""Every exception that peftkit raises on purpose: UserErrors for wrong input, other PeftkitErrors for failed work.
 
 A message says what was expected, what was found and where, and what to do next.
 """
@@ -24,7 +11,7 @@ from pathlib import Path
 
 
 class PeftkitError(Exception):
-    """Base of all errors raised on purpose; shown to the user as one message, never as a traceback."""
+    """Base of all errors raised on purpose; shown as one message without a traceback. Exit code 1: the work failed."""
 
     exit_code = 1
     shared = False
@@ -32,11 +19,11 @@ class PeftkitError(Exception):
 
 
 class TrainingError(PeftkitError):
-    """The run cannot continue."""
+    """The run cannot continue (non-finite numbers, a rank that died)."""
 
 
 class CheckpointError(PeftkitError):
-    """A checkpoint is missing, corrupt, or could not be written."""
+    """There is no valid checkpoint where one is needed, or one could not be written."""
 
 
 class ExportError(PeftkitError):
@@ -44,7 +31,7 @@ class ExportError(PeftkitError):
 
 
 class Interrupted(PeftkitError):
-    """Stopped by a signal after a checkpoint was written; ``exit_code`` is 128 + the signal's number."""
+    """Stopped by a signal, resumable; ``exit_code`` is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -56,7 +43,7 @@ class Interrupted(PeftkitError):
 
 
 class UserError(PeftkitError, ValueError):
-    """Wrong input; nothing was lost and nothing was started."""
+    """Wrong input, exit code 2; nothing was lost and nothing was started."""
 
     exit_code = 2
 
@@ -87,7 +74,7 @@ class MethodError(UserError):
 
 
 class HubError(UserError):
-    """The hub cannot give what was asked for."""
+    """The hub is unreachable, gated, or lacks what was asked for."""
 
 
 class RunError(UserError):

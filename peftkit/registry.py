@@ -1,8 +1,4 @@
-"""Named things that can be extended: methods, tasks, quantizations, recipes.
-
-A registry finds its built-in items by importing the modules of one package, so adding one means adding a file;
-an installed distribution adds its own through an entry-point group of the same name.
-"""
+"""Named things that can be extended by a file in a package of peftkit, or through an entry point of a distribution."""
 
 from __future__ import annotations
 
@@ -39,11 +35,9 @@ class Registry(Generic[T]):
         """Decorator that adds an item under ``name``; raises RecipeError when the name is taken."""
 
         def add(item: T) -> T:
-            taken = self._items.get(name)
-            if taken is not None and _origin(taken) != _origin(item):
-                raise RecipeError(
-                    f"{self.noun} '{name}' is registered twice: {_origin(taken)} and {_origin(item)}; rename one"
-                )
+            first, second = _origin(self._items.get(name, item)), _origin(item)
+            if first != second:
+                raise RecipeError(f"{self.noun} '{name}' is registered twice: {first} and {second}; rename one")
             self._items[name] = item
             return item
 
@@ -58,7 +52,6 @@ class Registry(Generic[T]):
             raise RecipeError(f"unknown {self.noun} '{name}': {did_you_mean(name, self._items)}") from None
 
     def names(self) -> list[str]:
-        """All names, sorted."""
         self._load()
         return sorted(self._items)
 

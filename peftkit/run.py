@@ -1,8 +1,4 @@
-"""The whole flow of a run, in one function that can be read, copied and reordered.
-
-run = peftkit.train(peftkit.get_recipe("bbc_news_lora"))
-run.metrics["test"]["accuracy"], run.path
-"""
+"""The whole flow of a run, in one function that can be read, copied and reordered."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from peftkit.models import packing
 from peftkit.models.loading import build
 from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from peftkit.reporting import run_report
+from peftkit.reporting import html, run_report
 from peftkit.runs import folder as folders
 from peftkit.runs import resume as resuming
 from peftkit.runs.environment import environment_changes
@@ -28,11 +24,11 @@ from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.system import files
 from peftkit.training import results
-from peftkit.training.device_support import check_device_support
 from peftkit.training.features import plan_features
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, ValidationCallback
+from peftkit.training.optimizer import check_device_support
 from peftkit.training.step import TaskModule
 
 if TYPE_CHECKING:
@@ -63,7 +59,7 @@ class Run:
         return load(self.path).predict(texts, **options)
 
     def _repr_html_(self) -> str:
-        return run_report.fragment(self.path)
+        return html.render(run_report.read(self.path), standalone=False)
 
 
 def train(
@@ -99,7 +95,7 @@ def train(
         module = TaskModule(model, head_of(prepared.info, recipe.task))
         frozen = plan_features(module, recipe, encoded, tokenizer, session, model.fingerprint)
         model.notes += [frozen.note] if frozen.note else []
-        console = run_report.console_reporter(session, quiet=quiet)
+        console = run_report.ConsoleReporter(silent=quiet or not session.is_main)
         overview = console.start(recipe, session, prepared, encoded, model)
 
         folder = session.folder = folders.open_folder(recipe, session, resume)
@@ -122,8 +118,7 @@ def train(
             session.start_trackers(recipe, folder)
             baselines = results.before_training(loop, model, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
-            splits = results.HELD_OUT if final else ("validation",)
-            scores = results.after_training(loop, model, prepared, baselines, splits)
+            scores = results.after_training(loop, model, prepared, baselines, final=final)
             unsharded = _unsharded(model, loop, prepared.info) if final else model
             if session.is_main:
                 results.write(folder, scores)

@@ -11,7 +11,7 @@ import pytest
 import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted, RecipeError, RunError, TrainingError
-from peftkit.training.stopping import StopRequest
+from peftkit.training.interruptions import StopRequest
 
 
 def adapter_bytes(run):

@@ -79,7 +79,7 @@ def test_packing_gives_way_to_batches_by_length_where_a_model_cannot_keep_rows_a
 
 def test_language_models_resume_to_the_same_bytes(instruct, monkeypatch):
     from peftkit.errors import Interrupted
-    from peftkit.training.stopping import StopRequest
+    from peftkit.training.interruptions import StopRequest
 
     recipe = replace(instruct, task={"packing": True}, training={"epochs": 6, "batch_size": 2, "neftune_alpha": 1.0})
     whole = peftkit.train(recipe, quiet=True)

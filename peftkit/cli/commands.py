@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit.cli import launch
+from peftkit.errors import RunError
 from peftkit.schema import catalog, overrides
 from peftkit.schema.recipe import Recipe
 
@@ -23,7 +25,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, such as runs/NAME-….")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MergeInMemory = Annotated[
+Merge = Annotated[
     bool | None,
     typer.Option(
         "--merge/--no-merge",
@@ -42,8 +44,11 @@ def guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
         with launch.one_message():
-            if name not in PARALLEL:
-                launch.one_process(name, PARALLEL)
+            if name not in PARALLEL and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+                raise RunError(
+                    f"peftkit {name} runs in one process, but the launcher started {os.environ['WORLD_SIZE']}; run it "
+                    f"without a launcher (only {', '.join(PARALLEL)} run in several processes)"
+                )
             function(*arguments, **options)
             sys.stdout.flush()
 
@@ -53,11 +58,6 @@ def guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 def load_recipe(name: str, changes: list[str] | None) -> Recipe:
     """The recipe of that name with overrides applied."""
     return overrides.apply(catalog.get_recipe(name), changes or ())
-
-
-def merge_choice(merge: bool | None) -> Any:
-    """``--merge``, ``--no-merge``, or "auto" without either."""
-    return "auto" if merge is None else merge
 
 
 def given(**options: Any) -> dict[str, Any]:

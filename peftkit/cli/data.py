@@ -35,7 +35,7 @@ def inspect(
     from peftkit.reporting import inspection as view
 
     inspection = inspecting.inspect(load_recipe(recipe, changes))
-    print(json.dumps(view.as_json(inspection), indent=2) if as_json else view.as_text(inspection))
+    print(json.dumps(inspection.as_dict(), indent=2) if as_json else view.as_text(inspection))
     if html:
         view.write_html(inspection, html)
         report(f"wrote {html}")

@@ -41,10 +41,11 @@ def launched_processes(seconds: float = SECONDS) -> str:
 
     They are counted because with --cpu, accelerate starts one process whatever its configuration says.
     """
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    command = [*accelerate, "launch", "--quiet", "-m", "peftkit.cli.doctor"]
+    launch = "-m accelerate.commands.accelerate_cli launch --quiet -m peftkit.cli.doctor"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            [sys.executable, *launch.split()], capture_output=True, text=True, timeout=seconds, check=False
+        )
     except subprocess.TimeoutExpired:
         return f"unknown: no answer within {seconds:g} s"
     if done.returncode:

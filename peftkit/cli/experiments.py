@@ -41,6 +41,7 @@ def compare(
     """Compare methods trained on the same rows, each in its own process; or finished runs."""
     from peftkit.experiments.compare import compare as run_comparison
     from peftkit.reporting import comparison as view
+    from peftkit.reporting import experiment
 
     changes = [text for text in items if "=" in text and not Path(text).exists()]
     comparison = run_comparison(
@@ -51,7 +52,7 @@ def compare(
     if as_json:
         print(json.dumps(comparison.table, indent=2))
         return
-    view.show(comparison.table)
+    experiment.show(view.page(comparison.table))
     if comparison.path:
         print(f"\nReport: {comparison.path / 'compare.html'}")
 
@@ -79,6 +80,7 @@ def tune(
 ) -> None:
     """Search hyperparameters on validation data; the best run is finished and tested once."""
     from peftkit.experiments.tune import tune as run_study
+    from peftkit.reporting import experiment
     from peftkit.reporting import search as view
 
     study = run_study(
@@ -88,5 +90,5 @@ def tune(
     if as_json:
         print(json.dumps(study.table, indent=2))
         return
-    view.show(study.table)
+    experiment.show(view.page(study.table))
     print(f"\nRecipe: {study.path / 'best.yaml'}\nRun: {study.run.path}\nReport: {study.path / 'tune.html'}")

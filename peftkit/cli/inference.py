@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peftkit.cli.commands import MergeInMemory, RunFolder, given, merge_choice, report
+from peftkit.cli.commands import Merge, RunFolder, given, report
 from peftkit.errors import RunError
 
 Texts = Annotated[
@@ -25,12 +26,12 @@ def predict(
     file: Texts = None,
     column: Annotated[str | None, typer.Option(help="Column of the texts. Default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write csv, tsv or jsonl. Default: JSON lines on stdout.")] = None,
-    merge: MergeInMemory = None,
+    merge: Merge = None,
 ) -> None:
     """Classify texts, with the probability of every label."""
     from peftkit.inference import predict_file
 
-    count = predict_file.predict_file(run, file=file, column=column, out=out, merge=merge_choice(merge))
+    count = predict_file.predict_file(run, file=file, column=column, out=out, **given(merge=merge))
     if out:
         report(f"wrote {count} rows to {out}")
 
@@ -71,13 +72,13 @@ def generate(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
-    merge: MergeInMemory = None,
+    merge: Merge = None,
 ) -> None:
     """Generate text from prompts; rows hold prompt, messages, or instruction and input."""
     from peftkit.inference import generate_file
 
     options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    count = generate_file.generate_file(run, file=file, out=out, options=options, merge=merge_choice(merge))
+    count = generate_file.generate_file(run, file=file, out=out, options=options, **given(merge=merge))
     if out:
         report(f"wrote {count} rows to {out}")
 
@@ -94,17 +95,17 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
-    merge: MergeInMemory = None,
+    merge: Merge = None,
 ) -> None:
     """Chat with a language model on the terminal or through a pipe; /help lists commands."""
-    from peftkit.inference import chat as conversation
     from peftkit.inference import generate_file, prompts, trained_model
+    from peftkit.inference.chat import Chat
 
     options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     export = generate_file.open_language_run(run)
     prompts.generation_config(export.recipe, options)  # reports a wrong option before the model is loaded
-    model = trained_model.load(export, adapters=_adapters(adapter or []), merge=merge_choice(merge))
-    conversation.chat(model.configured(**options), system=system)
+    model = trained_model.load(export, adapters=_adapters(adapter or []), **given(merge=merge))
+    Chat(model.configured(**options), sys.stdin, sys.stdout, sys.stderr, system).run()
 
 
 def _adapters(texts: list[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftkit.errors import HubError, PeftkitError, RecipeError, RunError, UserError, did_you_mean
+from peftkit.errors import HubError, PeftkitError, RecipeError, UserError, did_you_mean
 from peftkit.schema import catalog, overrides
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cores import limit_spinning
@@ -77,15 +77,6 @@ def train(recipe: Recipe, resume: str | None = None, allow: tuple[str, ...] = ()
 def is_main_rank() -> bool:
     """Whether this is the process that prints, according to the launcher's environment."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def one_process(command: str, parallel: Sequence[str]) -> None:
-    """Raises RunError when a launcher started several processes of a command that cannot share its work."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise RunError(
-            f"peftkit {command} runs in one process, but the launcher started {os.environ['WORLD_SIZE']}; run it "
-            f"without a launcher (only {', '.join(parallel)} run in several processes)"
-        )
 
 
 @contextlib.contextmanager

@@ -36,14 +36,14 @@ def list_items(
     }  # fmt: skip
     registry = next((registry for registry, wanted in registered.items() if wanted), None)
     summaries = registry.summaries() if registry else catalog.summaries()
+    if not as_json:
+        show_values(summaries)
+        return
     rows: list[dict[str, Any]] = [{"name": name, "summary": text} for name, text in summaries.items()]
     if registry is None:
         files = catalog.built_in()
         rows = [row | {"file": str(files[row["name"]]) if row["name"] in files else None} for row in rows]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        show_values(summaries)
+    print(json.dumps(rows, indent=2))
 
 
 def show(

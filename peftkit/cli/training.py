@@ -8,16 +8,7 @@ from typing import Annotated
 import typer
 
 from peftkit.cli import launch
-from peftkit.cli.commands import (
-    ANY_RECIPE,
-    AsJson,
-    MergeInMemory,
-    Overrides,
-    RunFolder,
-    load_recipe,
-    merge_choice,
-    show_values,
-)
+from peftkit.cli.commands import ANY_RECIPE, AsJson, Merge, Overrides, RunFolder, given, load_recipe, show_values
 from peftkit.errors import RecipeError, RunError
 from peftkit.schema import overrides
 from peftkit.schema.recipe import Recipe
@@ -41,7 +32,10 @@ def train(
     if words and "=" not in words[0]:
         chosen = load_recipe(words[0], words[1:])
     elif resume and resume != launch.NEWEST:
-        chosen = overrides.apply(_recipe_of_run(Path(resume)), words)
+        file = Path(resume) / "recipe.yaml"
+        if not file.is_file():
+            raise RunError(f"{resume}: expected the folder of a run with a recipe.yaml, found none")
+        chosen = overrides.apply(Recipe.from_yaml(file), words)
     else:
         raise RecipeError("expected a recipe (`peftkit list` shows them), or --resume RUN")
     launch.train(chosen, resume, tuple(allow or ()))
@@ -51,7 +45,7 @@ def evaluate(
     run: RunFolder,
     file: Annotated[Path | None, typer.Option(help="Rows with labels, instead of a split of the run's data.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    merge: MergeInMemory = None,
+    merge: Merge = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run on its own data or on a file."""
@@ -59,13 +53,6 @@ def evaluate(
     from peftkit.inference import evaluate
 
     with process_group.init_process_group() as group:
-        metrics = evaluate.evaluate(run, split=split, file=file, merge=merge_choice(merge), group=group)
+        metrics = evaluate.evaluate(run, split=split, file=file, group=group, **given(merge=merge))
     if launch.is_main_rank():
         show_values(metrics, as_json)
-
-
-def _recipe_of_run(run: Path) -> Recipe:
-    file = run / "recipe.yaml"
-    if not file.is_file():
-        raise RunError(f"{run}: expected the folder of a run with a recipe.yaml, found none")
-    return Recipe.from_yaml(file)

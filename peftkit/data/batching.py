@@ -39,15 +39,12 @@ class MicroBatch:
 
 
 def epoch_batches(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> list[np.ndarray]:
-    """The epoch's global batches as arrays of row numbers; every row is in exactly one.
-
-    Args:
-        lengths: tokens of each row, [rows].
-    """
+    """The epoch's global batches as arrays of row numbers; every row, of ``lengths`` [rows] tokens, is in one."""
     generator = np.random.Generator(np.random.PCG64([training.seed, epoch]))
     order = generator.permutation(len(lengths))
+    budget = (None, training.batch_tokens) if training.batch_tokens else (training.batch_size, None)
     if training.batching == "random":
-        return _batches(order, lengths, training)
+        return split_by_budget(order, lengths, *budget)
     typical = training.batch_size
     if training.batch_tokens:
         typical = max(1, int(training.batch_tokens / max(1.0, float(lengths.mean()))))
@@ -55,13 +52,8 @@ def epoch_batches(lengths: np.ndarray, training: TrainingConfig, epoch: int) -> 
     batches: list[np.ndarray] = []
     for start in range(0, len(order), pool):
         rows = order[start : start + pool]
-        batches += _batches(rows[np.argsort(lengths[rows], kind="stable")], lengths, training)
+        batches += split_by_budget(rows[np.argsort(lengths[rows], kind="stable")], lengths, *budget)
     return [batches[index] for index in generator.permutation(len(batches))]
-
-
-def _batches(rows: np.ndarray, lengths: np.ndarray, training: TrainingConfig) -> list[np.ndarray]:
-    """Cuts an ordered list of rows into global batches, by row count or by token budget."""
-    return split_by_budget(rows, lengths, None if training.batch_tokens else training.batch_size, training.batch_tokens)
 
 
 def steps_per_epoch(lengths: np.ndarray, training: TrainingConfig) -> int:
@@ -86,9 +78,8 @@ def shard_batch(
     at most ``micro_batch`` rows and ``micro_tokens`` padded tokens, or a single row.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
-    shards = [
-        split_by_budget(order[each::world_size], lengths, micro_batch, micro_tokens) for each in range(world_size)
-    ]
+    dealt = [order[each::world_size] for each in range(world_size)]
+    shards = [split_by_budget(rows, lengths, micro_batch, micro_tokens) for rows in dealt]
     micro_batches = [MicroBatch(rows) for rows in shards[rank]]
     return micro_batches + [MicroBatch(order[:1], counts=False)] * (max(map(len, shards)) - len(micro_batches))
 
@@ -96,12 +87,11 @@ def shard_batch(
 def split_by_budget(rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None) -> list[np.ndarray]:
     """Splits an ordered list of rows into batches of at most ``most`` rows and ``tokens`` padded tokens, or one row."""
     batches, start, longest = [], 0, 0
-    for end, row in enumerate(rows):
-        longest = max(longest, int(lengths[row]))
-        many = end + 1 - start
+    for end, length in enumerate(lengths[rows].tolist()):
+        longest, many = max(longest, length), end + 1 - start
         if many > 1 and ((most and many > most) or (tokens and longest * many > tokens)):
             batches.append(rows[start:end])
-            start, longest = end, int(lengths[row])
+            start, longest = end, length
     return [*batches, rows[start:]] if len(rows) else []
 
 
@@ -111,12 +101,7 @@ def pass_tokens(training: TrainingConfig, device: str) -> int:
 
 
 def by_length(lengths: np.ndarray, size: int | None = None, tokens: int | None = None) -> list[np.ndarray]:
-    """Batches for evaluation, longest first, so that too large a batch fails at once.
-
-    Args:
-        size: maximum rows; None takes ``EVALUATION_ROWS``.
-        tokens: maximum padded tokens.
-    """
+    """Batches of at most ``size`` rows and ``tokens`` padded tokens, longest first: too large a batch fails at once."""
     return split_by_budget(np.argsort(-lengths, kind="stable"), lengths, size or EVALUATION_ROWS, tokens)
 
 
@@ -138,22 +123,18 @@ def collate(columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizer
     lengths = [len(ids) for ids in columns["input_ids"]]
     width, left = max(lengths), tokenizer.padding_side == "left"
 
-    def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    def pad(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
         out = np.full((len(rows), width), value, dtype=np.int64)
         for index, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            out[index, place] = row
+            out[index, slice(width - len(row), width) if left else slice(len(row))] = row
         return torch.from_numpy(out)
 
-    fill = {"input_ids": int(tokenizer.pad_token_id or 0), "token_type_ids": 0, "position_ids": 0}
-    batch = {name: pad(columns[name], fill[name]) for name in MODEL_INPUTS if name in columns}
-    batch["attention_mask"] = pad([[1] * length for length in lengths], 0)
+    fill = {"input_ids": int(tokenizer.pad_token_id or 0)}
+    batch = {name: pad(columns[name], fill.get(name, 0)) for name in MODEL_INPUTS if name in columns}
+    batch["attention_mask"] = pad([[1] * length for length in lengths])
     if "labels" in columns:
         labels = columns["labels"]
-        if _is_per_token(labels, lengths):
-            batch["labels"] = pad(labels, IGNORE)
-        else:
-            batch["labels"] = torch.tensor(labels)
+        batch["labels"] = pad(labels, IGNORE) if _is_per_token(labels, lengths) else torch.tensor(labels)
     if "weight" in columns:
         batch["weight"] = torch.tensor(columns["weight"], dtype=torch.float32)
     return batch

@@ -6,7 +6,7 @@ taken. Texts are compared without case and spacing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -24,16 +24,13 @@ def drop_conflicts(rows: Rows, alive: np.ndarray, action: str) -> list[CleaningS
     """Equal texts with different labels within a split; ``drop`` removes all of them."""
     steps = []
     for split, index in _splits(rows, alive) if action != "off" else ():
-        _, inverse = np.unique(rows.text[index], return_inverse=True)
-        # a text's labels agree when the smallest and the largest of their hashes do
-        low = np.full(inverse.max() + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
-        high = np.zeros(inverse.max() + 1, dtype=np.uint64)
-        np.minimum.at(low, inverse, rows.label[index])
-        np.maximum.at(high, inverse, rows.label[index])
-        bad = index[(low != high)[inverse]]
+        _, texts = np.unique(rows.text[index], return_inverse=True)
+        names, labels = np.unique(rows.label[index], return_inverse=True)
+        pairs = np.unique(texts * len(names) + labels)  # a number for each text and label that occur together
+        bad = index[(np.bincount(pairs // len(names)) > 1)[texts]]
         bad = bad[np.argsort(rows.text[bad], kind="stable")]
         if len(bad):
-            steps.append(_step(rows, "conflicts", split, action, bad, alive))
+            steps.append(_step(rows, alive, "conflicts", split, action, bad, None))
     return steps
 
 
@@ -46,18 +43,14 @@ def drop_duplicates(rows: Rows, alive: np.ndarray, action: str) -> list[Cleaning
         again = np.flatnonzero(earlier != np.arange(len(index)))
         if len(again):
             twins = dict(zip(index[again].tolist(), index[earlier[again]].tolist()))
-            steps.append(_step(rows, "duplicates", split, action, index[again], alive, twins))
+            steps.append(_step(rows, alive, "duplicates", split, action, index[again], twins))
     return steps
 
 
 def near_duplicates(
     rows: Rows, alive: np.ndarray, task: Task, cleaning: CleaningConfig
 ) -> tuple[list[CleaningStep], np.ndarray]:
-    """Near duplicates in the training split, and each row's group, which goes into one split as a whole.
-
-    Returns:
-        steps, and groups [rows]: the index of the group's first row.
-    """
+    """Near duplicates in the training split, and each row's group [rows], as the index of the group's first row."""
     groups = np.arange(len(rows))
     index = np.flatnonzero(alive & (rows.split == 0))
     if cleaning.near_duplicates == "off" or not len(index):
@@ -75,28 +68,23 @@ def near_duplicates(
     if not twins:
         return [], groups
     near = np.array(sorted(twins))
-    return [_step(rows, "near_duplicates", "train", cleaning.near_duplicates, near, alive, twins, " ~ ")], groups
+    return [_step(rows, alive, "near_duplicates", "train", cleaning.near_duplicates, near, twins)], groups
 
 
 def drop_leakage(rows: Rows, alive: np.ndarray, split: np.ndarray, action: str) -> list[CleaningStep]:
     """Training rows whose text is also in validation or test, and validation rows whose text is in test.
 
-    Args:
-        split: current split of each row [rows], which may differ from the source's.
-
-    Raises:
-        DataError: there are such rows, and ``action`` is "error".
+    ``split`` [rows] may differ from the source's. Raises DataError for such rows when ``action`` is "error".
     """
     steps = []
     for inner, outer in ((0, (1, 2)), (1, (2,))) if action != "off" else ():
         held_out = np.flatnonzero(alive & np.isin(split, outer))
-        index = np.flatnonzero(alive & (split == inner))
-        leaked = index[np.isin(rows.text[index], rows.text[held_out])]
+        leaked = np.flatnonzero(alive & (split == inner) & np.isin(rows.text, rows.text[held_out]))
         if not len(leaked):
             continue
         row_of = dict(zip(rows.text[held_out].tolist(), held_out.tolist()))
         twins = {row: row_of[int(rows.text[row])] for row in leaked.tolist()}
-        step = _step(rows, "leakage", SPLITS[inner], action, leaked, alive, twins)
+        step = _step(rows, alive, "leakage", SPLITS[inner], action, leaked, twins)
         if action == "error":
             message = f"{step.rows} rows of the {step.split} split are also in the data that it is evaluated on"
             hint = "remove them, or set data.cleaning.leakage=drop"
@@ -113,20 +101,11 @@ def _splits(rows: Rows, alive: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _step(
-    rows: Rows,
-    name: str,
-    split: str,
-    action: str,
-    affected: np.ndarray,
-    alive: np.ndarray,
-    twins: Mapping[int, int] | None = None,
-    sign: str = " = ",
+    rows: Rows, alive: np.ndarray, name: str, split: str, action: str, bad: np.ndarray, twins: dict[int, int] | None
 ) -> CleaningStep:
-    """The step that drops or reports the ``affected`` rows; ``twins`` maps each to the row it collides with."""
-    examples = tuple(
-        f"{rows.place(row)}{sign}{rows.place(twins[row])}" if twins else rows.place(row)
-        for row in affected[:EXAMPLES].tolist()
-    )
+    """The step that drops or reports the ``bad`` rows; ``twins`` maps each to the row that it collides with."""
+    shown, sign = bad[:EXAMPLES].tolist(), " ~ " if name == "near_duplicates" else " = "
+    places = [rows.place(row) + (sign + rows.place(twins[row]) if twins else "") for row in shown]
     if action == "drop":
-        alive[affected] = False
-    return CleaningStep(name, split, "dropped" if action == "drop" else "reported", len(affected), examples)
+        alive[bad] = False
+    return CleaningStep(name, split, "dropped" if action == "drop" else "reported", len(bad), tuple(places))

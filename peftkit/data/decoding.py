@@ -18,21 +18,17 @@ class Lines:
         self._stream, self._path, self._problems = stream, path, problems
 
     def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._stream.readline()
-        if not line:
-            raise StopIteration
-        self.number += 1
-        if self.number == 1:
-            line = _without_mark(line, self._path)
-        try:
-            return line.decode("utf-8", errors=self._errors)
-        except UnicodeDecodeError as error:
-            self.spoiled = True
-            self._problems.add(_not_utf8(line, error, self._path, self.number))
-            return line.decode("utf-8", errors="replace")
+        for line in self._stream:
+            self.number += 1
+            if self.number == 1:
+                line = _without_mark(line, self._path)
+            try:
+                text = line.decode("utf-8", errors=self._errors)
+            except UnicodeDecodeError as error:
+                self.spoiled = True
+                self._problems.add(_not_utf8(line, error, self._path, self.number))
+                text = line.decode("utf-8", errors="replace")
+            yield text
 
 
 def decode_file(path: Path, problems: Problems, fallback: str | None = None) -> str:

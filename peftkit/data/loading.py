@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 def read_sources(sources: Sequence[Source], task: Task, data: DataConfig, folder: Path) -> list[dict[str, Dataset]]:
     """The raw rows of each source by split, memory-mapped from files ``raw*`` in ``folder``.
 
-    Raises:
-        DataError: bad files or rows, up to ten of them in one message; a split without rows.
+    Raises DataError for bad files or rows, up to ten of them in one message, and for a split without rows.
     """
     used = frozenset({*task.source_columns(data), *PLACE})
     return [_read_splits(source, used, folder, f"raw{number}") for number, source in enumerate(sources)]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +64,7 @@ class Rows:
 def canonical_rows(
     raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig, info: TaskInfo, folder: Path
 ) -> tuple[Rows, list[CleaningStep]]:
-    """Every row of every split under the task's own columns, with control characters and empty rows dealt with.
-
-    Args:
-        raw: raw splits, one mapping per source.
-        folder: where ``canonical.arrow`` is written.
+    """Every row of every source's splits under the task's own columns; writes ``canonical.arrow`` into ``folder``.
 
     Raises:
         DataError: bad rows, up to ten in one message; or no row is left.
@@ -79,7 +75,8 @@ def canonical_rows(
     if table is None:
         raise DataError("no row is left: every text is empty")
     columns = {name: np.frombuffer(values, dtype=values.typecode) for name, values in mapper.arrays.items()}
-    return Rows(table, **columns, strata=tuple(mapper.strata)), mapper.steps()
+    steps = [CleaningStep(*step, count, tuple(mapper.places[step])) for step, count in mapper.counts.items()]
+    return Rows(table, **columns, strata=tuple(mapper.strata)), steps
 
 
 class _Mapper:
@@ -89,12 +86,11 @@ class _Mapper:
         self.task, self.data, self.info = task, data, info
         self.problems = Problems()
         self.counts: Counter[tuple[str, str, str]] = Counter()
-        self.places: dict[tuple[str, str, str], list[str]] = {}
+        self.places: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
         self.arrays = {name: array(kind) for name, kind in ARRAYS.items()}
         self.strata: dict[str, int] = {}
 
     def rows(self, raw: Sequence[Mapping[str, Dataset]]) -> Iterator[Row]:
-        """Canonical rows of all sources and splits."""
         for source, splits in enumerate(raw):
             for split, table in splits.items():
                 for row in iterate(table):
@@ -122,23 +118,17 @@ class _Mapper:
             return None
         return {**canonical, **{name: row[name] for name in PLACE if name in row}}
 
-    def steps(self) -> list[CleaningStep]:
-        """What was done to the rows so far."""
-        return [CleaningStep(*step, count, tuple(self.places[step])) for step, count in self.counts.items()]
-
     def _count(self, name: str, split: str, action: str, row: Row) -> None:
         step = (name, split, action)
         self.counts[step] += 1
         if self.counts[step] <= EXAMPLES:
-            self.places.setdefault(step, []).append(f"{row['_file']}:{row['_line']}")
+            self.places[step].append(f"{row['_file']}:{row['_line']}")
 
     def _is_empty(self, row: Row, column: str | None) -> bool:
         """Whether a row was refused for an empty column other than the label."""
-        labels = (self.data.label,) if isinstance(self.data.label, str) else self.data.label
-        if column is None or column in labels or column not in row:
+        if column is None or column in self.data.label_columns or column not in row:
             return False
-        value = row[column]
-        return value is None or (isinstance(value, str) and not value.strip())
+        return row[column] is None or (isinstance(row[column], str) and not row[column].strip())
 
     def _add_empty(self, row: Row, split: str, column: str | None) -> None:
         if self.data.cleaning.empty == "drop":
@@ -180,25 +170,22 @@ def hash64(text: str) -> int:
 def describe(raw: Sequence[Mapping[str, Dataset]], task: Task, data: DataConfig) -> TaskInfo:
     """What the task must know of all rows first; raises DataError with the file."""
     # sources that are not merged need not have the same columns, so each is described by itself
-    alone = [raw[0] if len(raw) == 1 else _merged(raw)] if task.merges_sources else raw
-    first, *_ = [_describe_one(splits, task, data) for splits in alone]
-    return first
-
-
-def _describe_one(splits: Mapping[str, Dataset], task: Task, data: DataConfig) -> TaskInfo:
-    try:
-        return task.describe(splits, data)
-    except DataError as error:
-        if error.line is None and error.file is None:
+    infos = []
+    for splits in [_merged(raw)] if task.merges_sources else raw:
+        try:
+            infos.append(task.describe(splits, data))
+        except DataError as error:
             first: Any = next(iter(splits.values()))[0]
-            raise located(error, first["_file"], None) from None
-        raise
+            raise error if error.line else located(error, first["_file"], None) from None
+    return infos[0]
 
 
 def _merged(raw: Sequence[Mapping[str, Dataset]]) -> Mapping[str, Dataset]:
     """The splits of several sources as one."""
     from datasets import concatenate_datasets
 
+    if len(raw) == 1:
+        return raw[0]
     merged = {}
     for split in SPLITS:
         tables = [splits[split] for splits in raw if split in splits]

@@ -7,12 +7,14 @@ Every candidate is then compared exactly, so that only similar texts are reporte
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
+
+from peftkit.data.mapping import hash64
 
 HASHES = 128
 RECALL = 0.998
@@ -20,7 +22,7 @@ BUCKET = 64
 """Rows of one bucket that all others in it are compared with: bounds the work where thousands share boilerplate."""
 _CHUNK = 2000
 _WORD = re.compile(r"\w+")
-_KNOWN_WORDS = 1_000_000
+_word_hash = lru_cache(maxsize=1_000_000)(hash64)
 
 Texts = Callable[[np.ndarray], Iterable[Sequence[str]]]
 """Row numbers → the words of each."""
@@ -33,9 +35,7 @@ def words_of(text: str) -> list[str]:
 
 def shingles(words: Sequence[str]) -> set[tuple[str, ...]]:
     """The set of word 3-grams; a shorter text is one shingle."""
-    if len(words) < 3:
-        return {tuple(words)}
-    return set(zip(words, words[1:], words[2:]))
+    return set(zip(words, words[1:], words[2:])) or {tuple(words)}
 
 
 def jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
@@ -76,11 +76,7 @@ def find_pairs(words: Texts, rows: int, threshold: float) -> Iterator[tuple[int,
 
 
 def _candidates(keys: Iterable[np.ndarray]) -> np.ndarray:
-    """Pairs [pairs, 2] (later, earlier) that share a bucket in some band, each once, ordered.
-
-    Args:
-        keys: one key per row, [rows], band after band.
-    """
+    """Pairs [pairs, 2] (later, earlier) that share a bucket in some band, whose ``keys`` are [rows]; ordered."""
     pairs = [np.empty((0, 2), dtype=np.int64)]
     for band in keys:
         order = np.argsort(band, kind="stable")
@@ -105,28 +101,16 @@ def _band_keys(texts: list[Sequence[str]], bands: int, width: int) -> np.ndarray
     for number, multiplier in enumerate(multipliers):
         # multiply-shift keeps the high bits, which depend on all bits of the shingle's hash
         least = np.minimum.reduceat((flat * multiplier) >> np.uint64(20), starts)
-        band = number // width
-        keys[band] = _mix(keys[band] ^ least)
+        keys[number // width] = _mix(keys[number // width] ^ least)
     return keys
-
-
-_words: dict[str, int] = {}
 
 
 def _shingle_hashes(words: Sequence[str]) -> np.ndarray:
     """A 64-bit hash of every 3-gram, uint64."""
-    if len(_words) > _KNOWN_WORDS:
-        _words.clear()
-    ids = np.fromiter((_words.get(word) or _learn(word) for word in words), dtype=np.uint64, count=len(words))
+    ids = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
     if len(ids) < 3:
         ids = np.concatenate([np.zeros(3 - len(ids), dtype=np.uint64), ids])
     return _mix(_mix(_mix(ids[:-2]) ^ ids[1:-1]) ^ ids[2:])
-
-
-def _learn(word: str) -> int:
-    number = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-    _words[word] = number
-    return number
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from peftkit.data import cleaning, splitting
 from peftkit.data.augmentation import augmented
@@ -24,7 +24,7 @@ from peftkit.data.loading import read_sources
 from peftkit.data.mapping import Rows, canonical_rows, describe
 from peftkit.data.source import SPLITS, Source, find_sources
 from peftkit.data.steps import CleaningStep
-from peftkit.data.tables import BATCH, open_table, write_rows
+from peftkit.data.tables import BATCH, iterate, open_table, write_rows
 from peftkit.errors import DataError
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import Recipe
@@ -39,8 +39,6 @@ from peftkit.system.memory import release_mapped_pages
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["CleaningStep", "EncodedData", "EncodedSplit", "PreparedData", "encode", "encode_rows", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,14 @@ class EncodedSplit:
     head: Head | None = field(default=None, kw_only=True)
     """The head, which may have its own way to collate."""
 
+    @classmethod
+    def of(cls, examples: Dataset, head: Head) -> EncodedSplit:
+        """Examples with their lengths and weights, read from the columns."""
+        columns: Any = examples.data
+        lengths = pc.list_value_length(columns["input_ids"]).to_numpy().astype(np.int32)
+        return cls(examples, lengths, columns["weight"].to_numpy().astype(np.float32), head=head)
+
     def select(self, rows: np.ndarray) -> EncodedSplit:
-        """Some of the examples."""
         return EncodedSplit(self.examples.select(rows), self.lengths[rows], self.weights[rows], head=self.head)
 
     def batch(self, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Batch:
@@ -102,7 +106,6 @@ def prepare(recipe: Recipe) -> PreparedData:
 
 
 def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
-    """Writes canonical rows, row numbers of each split, the task's info and the cleaning steps into ``folder``."""
     task, data = recipe.task, recipe.data
     raw = read_sources(sources, task, data, folder)
     info = describe(raw, task, data)
@@ -151,17 +154,11 @@ def _augment(train: Dataset, recipe: Recipe, folder: Path, steps: list[CleaningS
     config = recipe.data.augmentation
     if config is None:
         return ""
-    digest, count = hashlib.sha256(), 0
-
-    def copies() -> Iterator[Row]:
-        nonlocal count
-        for row in augmented(train, recipe.task, config, recipe.training.seed):
-            digest.update(recipe.task.text_of(row).encode("utf-8", "surrogatepass") + b"\0")
-            count += 1
-            yield row
-
-    write_rows(copies(), folder, "augmented")
-    steps.append(CleaningStep("augmentation", "train", "added", count))
+    copies = write_rows(augmented(train, recipe.task, config, recipe.training.seed), folder, "augmented")
+    steps.append(CleaningStep("augmentation", "train", "added", 0 if copies is None else len(copies)))
+    digest = hashlib.sha256()
+    for row in iterate(copies) if copies is not None else ():
+        digest.update(f"{recipe.task.text_of(row)}\0".encode())
     return digest.hexdigest()
 
 
@@ -170,10 +167,8 @@ def _open_prepared(folder: Path, sources: tuple[str, ...]) -> PreparedData:
 
     summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     rows = open_table(folder / "canonical.arrow")
-    splits = {}
-    for split in SPLITS:
-        if (folder / f"{split}.npy").is_file():
-            splits[split] = rows.select(np.load(folder / f"{split}.npy", allow_pickle=False))
+    files = {split: file for split in SPLITS if (file := folder / f"{split}.npy").is_file()}
+    splits = {split: rows.select(np.load(file, allow_pickle=False)) for split, file in files.items()}
     if (folder / "augmented.arrow").is_file():
         copies = open_table(folder / "augmented.arrow")
         splits["train"] = concatenate_datasets([splits["train"], copies.cast(rows.features)])
@@ -187,11 +182,7 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> EncodedData:
-    """Tokens, labels and weights of every split.
-
-    Raises:
-        DataError: a row cannot be encoded, or a split has no example left.
-    """
+    """Tokens, labels and weights of every split; raises DataError when a row cannot be encoded or none is left."""
     fingerprint = _encoded_fingerprint(prepared, tokenizer, recipe)
     path = cache_folder("encoded") / hashlib.sha256((fingerprint + _code_digest(recipe.task)).encode()).hexdigest()
 
@@ -201,13 +192,13 @@ def encode(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: R
 
     with cached_entry(path, write):
         head = head_of(prepared.info, recipe.task)
-        return EncodedData({split: _open_encoded(path, split, head) for split in prepared.splits}, fingerprint)
+        splits = {split: EncodedSplit.of(open_table(path / f"{split}.arrow"), head) for split in prepared.splits}
+        return EncodedData(splits, fingerprint)
 
 
 def _encode_split(
     rows: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo, folder: Path
 ) -> None:
-    lengths, weights = array("i"), array("f")
     starts = range(0, len(rows), BATCH)
 
     def encode_chunk(start: int) -> dict[str, list[Any]]:
@@ -218,17 +209,12 @@ def _encode_split(
     def examples() -> Iterator[Row]:
         workers = share_of_cores(recipe.training.threads)
         for start, columns in zip(starts, parallel.in_order(encode_chunk, starts, workers)):
-            for example in _examples(columns, start):
-                lengths.append(len(example["input_ids"]))
-                weights.append(example["weight"])
-                yield example
+            yield from _examples(columns, start)
 
     if write_rows(examples(), folder, split) is None:
         first: Any = rows[0]
         message = f"the {split} split, which starts here, has no example left after tokenizing; see data.max_length"
         raise DataError(message, file=first["_file"], line=first["_line"])
-    np.save(folder / f"{split}-lengths.npy", np.array(lengths, dtype=np.int32), allow_pickle=False)
-    np.save(folder / f"{split}-weights.npy", np.array(weights, dtype=np.float32), allow_pickle=False)
 
 
 def _encode_columns(
@@ -252,13 +238,8 @@ def _examples(columns: dict[str, list[Any]], start: int) -> Iterator[Row]:
         yield example
 
 
-def _open_encoded(folder: Path, split: str, head: Head) -> EncodedSplit:
-    arrays = [np.load(folder / f"{split}-{name}.npy", allow_pickle=False) for name in ("lengths", "weights")]
-    return EncodedSplit(open_table(folder / f"{split}.arrow"), *arrays, head=head)
-
-
 def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, info: TaskInfo) -> EncodedSplit:
-    """Canonical rows encoded in memory, for prediction."""
+    """Canonical rows encoded in memory, for prediction; raises DataError where none makes an example."""
     from datasets import Dataset
 
     examples: list[Row] = []
@@ -266,9 +247,9 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
         batch = rows[start : start + BATCH]
         columns = {name: [row[name] for row in batch] for name in batch[0]}
         examples += _examples(_encode_columns(columns, tokenizer, recipe, info), start)
-    lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int32)
-    weights = np.array([example["weight"] for example in examples], dtype=np.float32)
-    return EncodedSplit(Dataset.from_list(examples), lengths, weights, head=head_of(info, recipe.task))
+    if not examples:
+        raise DataError("no example is left after tokenizing; see data.max_length")
+    return EncodedSplit.of(Dataset.from_list(examples), head_of(info, recipe.task))
 
 
 def _encoded_fingerprint(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
@@ -282,8 +263,7 @@ def _encoded_fingerprint(prepared: PreparedData, tokenizer: PreTrainedTokenizerB
         rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
     tokens = [type(tokenizer).__name__, rules, special, tokenizer.chat_template, tokenizer.model_max_length]
-    data = recipe.data
-    fields = {"max_length": data.max_length, "system": data.system, "format": data.format, "columns": data.columns}
+    fields = {name: getattr(recipe.data, name) for name in ("max_length", "system", "format", "columns")}
     return _sha([prepared.fingerprint, _sha(tokens), recipe.task.model_dump(mode="json"), fields])
 
 

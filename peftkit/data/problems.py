@@ -18,7 +18,6 @@ class Problems:
         self.count = 0
 
     def add(self, error: DataError) -> None:
-        """Adds one bad row."""
         self.count += 1
         if len(self.shown) < SHOWN:
             self.shown.append(error)
@@ -29,7 +28,6 @@ class Problems:
         return self.summary()
 
     def check(self) -> None:
-        """Raises what was collected, if anything was."""
         if self.count:
             raise self.summary()
 
@@ -54,11 +52,19 @@ def located(error: DataError, file: Any, line: Any) -> DataError:
 def missing_column(column: str, columns: Iterable[str], *, field: str, file: Any = None) -> DataError:
     """The error for a missing column; ``field`` is the recipe's field that names it ("data.text")."""
     names = [name for name in columns if not name.startswith("_")]
-    listed = ", ".join(names) or "none"
-    message = f"no such column; the columns are: {listed}; {did_you_mean(column, names)}; set {field}"
+    near = did_you_mean(column, names)
+    listed = f" The columns are: {', '.join(names)};" if near.endswith("?") else ";"
+    message = f"no such column: {near}{listed} set {field}"
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         message += " (is the file separated by something other than commas?)"
     return DataError(message, file=file, column=column)
+
+
+def require_column(dataset: Any, name: str, field: str) -> None:
+    """Raises DataError when a ``datasets.Dataset`` has no column ``name``, which the recipe's ``field`` names."""
+    if name not in dataset.column_names:
+        file = dataset[0].get("_file") if len(dataset) else None
+        raise missing_column(name, dataset.column_names, field=field, file=file)
 
 
 def shorten(value: Any, limit: int = 60) -> str:

@@ -62,7 +62,6 @@ class DocumentReader(Reader):
         """The file's text, with lines ending in a newline."""
 
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
-        """One row with the text, or its sections."""
         text, line, start = self.text(path, problems), 1, 0
         if not self.sections:
             yield {self.column: text, "_file": str(path), "_line": 1}
@@ -77,7 +76,6 @@ class DocumentReader(Reader):
             start = end
 
     def inputs(self, path: Path, problems: Problems, column: str) -> Iterator[Row]:
-        """A row for each line."""
         for number, line in enumerate(self.text(path, problems).split("\n"), 1):
             yield {column: line, "_file": str(path), "_line": number}
 

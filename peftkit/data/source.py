@@ -90,10 +90,6 @@ class File:
     extra: dict[str, str] = field(default_factory=dict)
 
 
-Layout = dict[str, list[File]]
-"""Split → files."""
-
-
 class FileSource(Source):
     """A source whose splits are files on this machine."""
 
@@ -103,7 +99,7 @@ class FileSource(Source):
         self.splits = tuple(split for split in SPLITS if split in self.layout)
 
     @abstractmethod
-    def find_files(self) -> Layout:
+    def find_files(self) -> dict[str, list[File]]:
         """The files of each split; raises DataError where there are none."""
 
     @cached_property
@@ -112,34 +108,25 @@ class FileSource(Source):
         digest = hashlib.sha256()
         for split, files in self.layout.items():
             for file in files:
-                digest.update(
-                    f"{split}\0{file.path}\0{sorted(file.extra.items())}\0{file_digest(file.path)}\n".encode()
-                )
+                parts = (split, str(file.path), str(sorted(file.extra.items())), file_digest(file.path))
+                digest.update("\0".join(parts).encode() + b"\n")
         return digest.hexdigest()
 
     def rows(self, split: str, problems: Problems) -> Iterator[Row]:
-        """Rows of the split's files, one file after the other."""
         for file in self.layout[split]:
             for row in file.reader.rows(file.path, problems):
                 yield {**row, **file.extra} if file.extra else row
 
     def class_names(self, split: str) -> dict[str, list[str]]:
-        """As the first file lists them."""
         first = self.layout[split][0]
         return first.reader.class_names(first.path)
 
     def place(self, split: str) -> str:
-        """The first file."""
         return str(self.layout[split][0].path)
 
 
 def find_sources(data: DataConfig) -> list[Source]:
-    """The sources of a recipe, located but not read.
-
-    Raises:
-        DataError: no such file, folder, package or split; nothing that can be read.
-        HubError: the hub cannot be reached, or has no such data set.
-    """
+    """The sources of a recipe, located but not read; raises DataError or HubError, as they do when created."""
     sources = []
     for name in (data.source,) if isinstance(data.source, str) else data.source:
         kind = next((kind for kind in _kinds() if kind.accepts(name)), None)
@@ -151,8 +138,8 @@ def find_sources(data: DataConfig) -> list[Source]:
 
 def source_forms(without: type[Source] | None = None) -> str:
     """What ``data.source`` may be: "a hub id, a file or folder or package:NAME"."""
-    *others, last = (kind.form for kind in reversed(_kinds()) if kind is not without)
-    return f"{', '.join(others)} or {last}" if others else last
+    forms = [kind.form for kind in reversed(_kinds()) if kind is not without]
+    return " or ".join([", ".join(forms[:-1]), forms[-1]])
 
 
 def _kinds() -> list[type[Source]]:

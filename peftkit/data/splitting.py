@@ -25,15 +25,11 @@ def make_splits(
 ) -> tuple[np.ndarray, list[CleaningStep]]:
     """Each row's split [rows]: the source's own; validation and test are held out of train where it has none.
 
-    Args:
-        groups: rows with the same number stay together, as do those of one document and equal texts.
-        labels: class names, for messages.
-
-    Raises:
-        DataError: there are fewer rows than are to be held out.
+    Rows of one of the ``groups`` stay together, as do those of one document and equal texts. Raises DataError when
+    there are fewer rows than are to be held out; ``labels`` are class names for messages.
     """
-    split, steps = rows.split.copy(), []
-    counts: dict[int, int] = {}
+    split = rows.split.copy()
+    steps: list[CleaningStep] = []
     units: np.ndarray | None = None
     for source in np.unique(rows.source):
         mine = rows.source == source
@@ -57,19 +53,18 @@ def make_splits(
                 message = f"no {SPLITS[number]} split can be held out: all {total} rows belong to one document or text"
                 raise DataError(f"{message}; name a file for it, or add documents")
             split[held_out] = number
-            counts[number] = counts.get(number, 0) + len(held_out)
-    return split, [*steps, *(CleaningStep("split", SPLITS[each], "kept", counts[each]) for each in sorted(counts))]
+    moved = np.bincount(split[split != rows.split], minlength=len(SPLITS)).tolist()
+    return split, steps + [CleaningStep("split", name, "kept", count) for name, count in zip(SPLITS, moved) if count]
 
 
 def hold_out(
     rows: np.ndarray, units: np.ndarray, strata: np.ndarray, count: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """About ``count`` of the rows (exactly, if every unit is one row), with the classes in their shares.
+    """About ``count`` of the rows [n] (exactly, if every unit is one row), with the classes in their shares.
 
     Every class leaves at least one unit behind.
 
     Args:
-        rows: row numbers, [n].
         units: rows with the same number are taken or left together, [n].
         strata: class of each row, [n]; a unit has the class of its first row.
     """
@@ -78,9 +73,9 @@ def hold_out(
     available = np.bincount(of_unit, weights=sizes, minlength=len(classes))
     wanted = apportion(available, count, available - np.minimum(available, 1))
     taken = np.zeros(len(sizes), dtype=bool)
-    for number in range(len(classes)):
+    for number, most in enumerate(wanted.tolist()):
         members = generator.permutation(np.flatnonzero(of_unit == number))
-        taken[_fill(members, sizes, int(wanted[number]))] = True
+        taken[_fill(members, sizes, most)] = True
     return rows[taken[inverse]]
 
 
@@ -91,8 +86,7 @@ def apportion(sizes: np.ndarray, count: int, most: np.ndarray) -> np.ndarray:
     order = np.argsort(-(exact - np.floor(exact)), kind="stable")
     while shares.sum() < min(count, most.sum()):
         for number in order:
-            if shares[number] < most[number] and shares.sum() < count:
-                shares[number] += 1
+            shares[number] += shares[number] < most[number] and shares.sum() < count
     return shares
 
 
@@ -104,8 +98,8 @@ def _fill(members: np.ndarray, sizes: np.ndarray, wanted: int) -> list[int]:
         if filled + sizes[unit] <= wanted and len(chosen) < len(members) - 1:
             chosen.append(unit)
             filled += int(sizes[unit])
-    left = [unit for unit in members.tolist() if unit not in set(chosen)] if 2 * filled < wanted else []
-    if len(left) > 1:
+    left = [unit for unit in members.tolist() if unit not in set(chosen)]
+    if len(left) > 1 and 2 * filled < wanted:
         chosen.append(min(left, key=lambda unit: sizes[unit]))
     return chosen
 
@@ -136,17 +130,12 @@ def limit(rows: Rows, alive: np.ndarray, split: np.ndarray, data: DataConfig) ->
         if most is None or len(index) <= most:
             continue
         strata = rows.stratum[index] if data.stratify else np.zeros(len(index), dtype=np.int64)
-        chosen = _choose(index, strata, most, _generator(data, LIMIT))
-        alive[np.setdiff1d(index, chosen)] = False
-        steps.append(CleaningStep("limit", name, "dropped", len(index) - len(chosen)))
+        _, of_row, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+        generator = _generator(data, LIMIT)
+        for stratum, share in enumerate(apportion(sizes.astype(float), most, sizes)):
+            alive[generator.permutation(index[of_row == stratum])[share:]] = False
+        steps.append(CleaningStep("limit", name, "dropped", len(index) - most))
     return steps
-
-
-def _choose(index: np.ndarray, strata: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    classes, of_row, sizes = np.unique(strata, return_inverse=True, return_counts=True)
-    wanted = apportion(sizes.astype(float), count, sizes)
-    chosen = [generator.permutation(index[of_row == number])[: wanted[number]] for number in range(len(classes))]
-    return np.sort(np.concatenate(chosen))
 
 
 def _units(rows: Rows, groups: np.ndarray) -> np.ndarray:

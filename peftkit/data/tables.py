@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,52 +26,41 @@ BATCH = 1000
 _MISFIT = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
 
-class RowWriter:
-    """Writes rows to ``folder/name.arrow``.
+class _Writer:
+    """The state of ``write_rows``: types so far, columns given up, and part files."""
 
-    Args:
-        used: columns that are needed; a value in one of them that does not fit the type of the earlier ones is an
-            error with file, line and column. Other columns with mixed types are dropped. None means all columns.
-    """
-
-    def __init__(self, folder: Path, name: str, used: frozenset[str] | None = None) -> None:
+    def __init__(self, folder: Path, name: str, used: frozenset[str] | None) -> None:
         self.folder, self.name, self.used = folder, name, used
         self.types: dict[str, pa.DataType] = {}
         self.dropped: set[str] = set()
-        self._rows: list[Row] = []
         self._parts: list[Path] = []
         self._sink: pa.ipc.RecordBatchStreamWriter | None = None
 
-    def add(self, row: Row) -> None:
-        """Writes one row, in batches; raises DataError where a column's values have mixed types."""
-        self._rows.append(row)
-        if len(self._rows) == BATCH:
-            self._flush()
-
     def close(self) -> Dataset | None:
-        """The rows as a memory-mapped data set; None if there were none."""
-        self._flush()
         self._end_part()
         if not self._parts:
             return None
         path = self.folder / f"{self.name}.arrow"
         if len(self._parts) == 1 and not self.dropped:
             self._parts[0].rename(path)
-        else:
-            self._rewrite(path)
+            return open_table(path)
+        with pa.ipc.new_stream(str(path), pa.schema(list(self.types.items()))) as sink:
+            for part in self._parts:
+                with pa.memory_map(str(part)) as source, pa.ipc.open_stream(source) as reader:
+                    for batch in reader:
+                        sink.write_batch(_batch(batch.to_pylist(), self.types, {}))
+                part.unlink()
         return open_table(path)
 
-    def _flush(self) -> None:
-        rows, self._rows = self._rows, []
-        if not rows:
-            return
+    def write(self, rows: list[Row]) -> None:
         before, columns = dict(self.types), {}
         for name in dict.fromkeys(key for row in rows for key in row):
             if name not in self.dropped:
                 columns[name] = self._widen(name, rows)
         if self._sink is None or before != self.types:
-            self._begin_part()
-        assert self._sink is not None
+            self._end_part()
+            self._parts.append(self.folder / f"{self.name}.part{len(self._parts)}")
+            self._sink = pa.ipc.new_stream(str(self._parts[-1]), pa.schema(list(self.types.items())))
         self._sink.write_batch(_batch(rows, self.types, columns))
 
     def _widen(self, name: str, rows: list[Row]) -> pa.Array | None:
@@ -87,31 +77,22 @@ class RowWriter:
             self.types.pop(name, None)
             return None
 
-    def _begin_part(self) -> None:
-        self._end_part()
-        path = self.folder / f"{self.name}.part{len(self._parts)}"
-        self._parts.append(path)
-        self._sink = pa.ipc.new_stream(str(path), pa.schema(list(self.types.items())))
-
     def _end_part(self) -> None:
         if self._sink is not None:
             self._sink.close()
             self._sink = None
 
-    def _rewrite(self, path: Path) -> None:
-        with pa.ipc.new_stream(str(path), pa.schema(list(self.types.items()))) as sink:
-            for part in self._parts:
-                with pa.memory_map(str(part)) as source, pa.ipc.open_stream(source) as reader:
-                    for batch in reader:
-                        sink.write_batch(_batch(batch.to_pylist(), self.types))
-                part.unlink()
-
 
 def write_rows(rows: Iterable[Row], folder: Path, name: str, used: frozenset[str] | None = None) -> Dataset | None:
-    """All rows in ``folder/name.arrow``, memory-mapped; None if there are none."""
-    writer = RowWriter(folder, name, used)
-    for row in rows:
-        writer.add(row)
+    """All rows in ``folder/name.arrow``, memory-mapped; None if there are none.
+
+    Args:
+        used: columns that are needed; a value in one of them that does not fit the type of the earlier ones is an
+            error with file, line and column. Other columns with mixed types are dropped. None means all columns.
+    """
+    writer, remaining = _Writer(folder, name, used), iter(rows)
+    while batch := list(islice(remaining, BATCH)):
+        writer.write(batch)
     return writer.close()
 
 
@@ -160,32 +141,26 @@ def unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
 
 
-def _batch(
-    rows: list[Row], types: dict[str, pa.DataType], columns: Mapping[str, pa.Array | None] | None = None
-) -> pa.RecordBatch:
+def _batch(rows: list[Row], types: dict[str, pa.DataType], columns: Mapping[str, Any]) -> pa.RecordBatch:
     """Rows under the types; ``columns`` are arrays of them that exist already, reused where their type is right."""
-
-    def array(name: str, kind: pa.DataType) -> pa.Array:
-        column = (columns or {}).get(name)
-        return column if column is not None and column.type == kind else pa.array([row.get(name) for row in rows], kind)
-
-    arrays = [array(name, kind) for name, kind in types.items()]
+    arrays = []
+    for name, kind in types.items():
+        ready = columns.get(name)
+        reuse = ready is not None and ready.type == kind
+        arrays.append(ready if reuse else pa.array([row.get(name) for row in rows], kind))
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(list(types.items())))
 
 
 def _type_error(name: str, rows: list[Row], known: pa.DataType) -> DataError:
     """The error for the first row whose value does not fit the type of those before it."""
     for row in rows:
-        value: Any = row.get(name)
         try:
-            known = unified(known, pa.array([value]).type)
+            known = unified(known, pa.array([row.get(name)]).type)
         except _MISFIT:
             break
-    expected = f"expected {_describe(known)} as in the rows before, found {shorten(value)}"
-    return DataError(
-        f"{expected}; give all values of the column one type",
-        file=row.get("_file"), line=row.get("_line"), column=name,
-    )  # fmt: skip
+    message = f"expected {_describe(known)} as in the rows before, found {shorten(row.get(name))}"
+    hint = "give all values of the column one type"
+    return DataError(f"{message}; {hint}", file=row.get("_file"), line=row.get("_line"), column=name)
 
 
 def _describe(kind: pa.DataType) -> str:

@@ -1,7 +1,7 @@
 """Whether a process is doing anything: its CPU time, its I/O, the state of its threads and children, and its location.
 
-A process that waits in a collective for another one sleeps, and so does one that hangs on a lock or a lost connection.
-One that gets no CPU time on a busy machine does not sleep: it is runnable, and counts as active.
+A process that waits in a collective, for a lock or for a lost connection sleeps. One that gets no CPU time on a busy
+machine does not: it is runnable, and counts as active.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
-from types import FrameType
+from traceback import walk_stack
 
 import psutil
 
@@ -52,17 +53,12 @@ class Activity:
 
 def main_thread_location() -> tuple[str, bool]:
     """The main thread's location, such as ``loop.py:120 in _step``, and whether it waits for other processes."""
-    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "?", False
-    code, waiting = frame.f_code, False
-    location = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
-    for _ in range(DEPTH):
-        if frame is None:
-            break
-        waiting = waiting or any(part in frame.f_code.co_filename for part in COLLECTIVES)
-        frame = frame.f_back
-    return location, waiting
+    files = [caller.f_code.co_filename for caller, _ in islice(walk_stack(frame), DEPTH)]
+    waiting = any(part in file for file in files for part in COLLECTIVES)
+    return f"{Path(files[0]).name}:{frame.f_lineno} in {frame.f_code.co_name}", waiting
 
 
 def _io_bytes() -> int:

@@ -31,8 +31,7 @@ def missing_processes(world_size: int) -> str | None:
 def requested_processes(command: Sequence[str]) -> int:
     """How many processes an ``accelerate launch …`` command asks for; 1 for any other command.
 
-    The option comes before the configuration file that the command names, and that before the user's default file,
-    which Accelerate ignores under ``--cpu``.
+    By option, else by the named configuration file, else by the default one, which Accelerate ignores under ``--cpu``.
     """
     if "launch" not in command and not any(Path(word).name == "accelerate-launch" for word in command):
         return 1
@@ -44,7 +43,12 @@ def requested_processes(command: Sequence[str]) -> int:
         from accelerate.commands.config.config_args import default_config_file
 
         file = default_config_file
-    return _configured_processes(Path(file)) if file else 1
+    import yaml
+
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, yaml.YAMLError):
+        configured = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("num_processes")
+        return configured if isinstance(configured, int) and configured > 0 else 1
+    return 1
 
 
 def _option(command: Sequence[str], name: str) -> str:
@@ -54,14 +58,3 @@ def _option(command: Sequence[str], name: str) -> str:
         if option in {f"--{name}", f"--{name.replace('_', '-')}"}:
             return value or "".join(command[position + 1 : position + 2])
     return ""
-
-
-def _configured_processes(file: Path) -> int:
-    """``num_processes`` of a YAML or JSON configuration; 1 if it cannot be read."""
-    import yaml
-
-    config = None
-    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    count = config.get("num_processes") if isinstance(config, dict) else None
-    return count if isinstance(count, int) and count > 0 else 1

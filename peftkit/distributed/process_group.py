@@ -1,12 +1,7 @@
 """The processes of one job: work done by the main one, work shared by all, and errors raised on all.
 
-    with init_process_group() as group:
-        model = group.main_first(lambda: load(run, device=group.device))
-        for chunk in group.chunks(rows, 512):                  # read by the main process only
-            labels = group.map_sharded(chunk, model.predict)   # in the chunk's order, on every process
-
-All processes run the same lines. Every method that takes ``work`` is a collective, and an error on one process is
-raised on all. A process that is killed or hangs is reported by the watchdog. Training's ``Session`` is such a group.
+Every method that takes ``work`` is a collective, and an error on one process is raised on all. A process that is killed
+or hangs is reported by the watchdog. Training's ``Session`` is such a group.
 """
 
 from __future__ import annotations
@@ -34,10 +29,8 @@ Result = TypeVar("Result")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets besides WORLD_SIZE."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=6)
-"""How long collectives wait: the main process may download, tokenize or export for longer than the defaults (gloo 30
-minutes, NCCL 10), and the watchdog notices processes that die or hang."""
-LOST_SECONDS = 5.0
-"""Seconds to wait for the watchdog to name the lost process after a collective failed."""
+"""The defaults (gloo 30 minutes, NCCL 10) are too short where the main process downloads, tokenizes or exports; the
+watchdog notices processes that die or hang."""
 
 
 @dataclass
@@ -54,15 +47,10 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that reads, writes and prints."""
         return self.rank == 0
 
     def run_collectively(self, work: Callable[[], Result]) -> Result:
-        """Runs ``work`` on every process and returns this process's result once all have finished.
-
-        Raises:
-            PeftkitError: the error of the first process that failed, on every process.
-        """
+        """Runs ``work`` on every process; returns its result here, or raises the first error when all are done."""
         if self.world_size == 1:
             return work()
         result, own = self._attempt(work)
@@ -98,10 +86,7 @@ class ProcessGroup:
         return self.all_gather_object(self.run_collectively(work))
 
     def map_sharded(self, items: Sequence[Item], work: Callable[[list[Item]], Iterable[Result]]) -> list[Result]:
-        """Applies ``work``, which maps a list to as many results, to all items; returns all results on every process.
-
-        Item i goes to rank ``i % world_size``; a rank may have none.
-        """
+        """Applies ``work``, which maps a list to as many results, to all items; all results are on every process."""
         if self.world_size == 1:
             return list(work(list(items)))
         own = list(items[self.rank :: self.world_size])
@@ -145,12 +130,11 @@ class ProcessGroup:
             tensors.update(read())
             return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
-        received = {}
         for name, (shape, dtype) in self.run_on_main(read_shapes).items():
             tensor = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(self.device)
             torch.distributed.broadcast(tensor, src=0)
-            received[name] = tensor.cpu()
-        return received
+            tensors[name] = tensor.cpu()
+        return tensors
 
     def all_reduce_max(self, value: int) -> int:
         """The largest of the processes' values."""
@@ -184,8 +168,7 @@ class ProcessGroup:
 def init_process_group() -> Iterator[ProcessGroup]:
     """Connects the launched processes while a command runs; without a launcher, a group of one.
 
-    Each process takes the GPU of its local rank where there are any, and its share of the CPU cores. A note on stderr
-    says when fewer processes run than were requested.
+    Each process takes the GPU of its local rank where there are any, and its share of the CPU cores.
 
     Raises:
         RunError: WORLD_SIZE asks for several processes, and the launcher's other variables are missing.
@@ -206,8 +189,7 @@ def init_process_group() -> Iterator[ProcessGroup]:
             try:
                 yield group
             except RuntimeError as failure:  # a collective that another process left
-                lost = watchdog.lost(wait=LOST_SECONDS)
-                if not lost:
+                if not (lost := watchdog.lost()):
                     raise
                 error = TrainingError(f"{lost}; run it again")
                 reporting_rank = 1 if lost.startswith("rank 0") and "failed" not in lost else 0

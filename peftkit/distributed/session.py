@@ -23,8 +23,7 @@ MIXED_PRECISION = {"torch.float32": "no", "torch.bfloat16": "bf16", "torch.float
 class Session(ProcessGroup):
     """One process's view of a training run.
 
-    Failures of the machine (a full disk, no memory) are not raised on the other processes: this one reports them with
-    the command that resumes the run, and the watchdog ends the rest.
+    Failures of the machine (a full disk, no memory) are raised here only, and the watchdog ends the other processes.
     """
 
     device: torch.device
@@ -35,19 +34,16 @@ class Session(ProcessGroup):
         self.accelerator, self.dtype, self.threads = accelerator, dtype, threads
         self._zero = sharding.strategy(accelerator) == sharding.DEEPSPEED
         self.sharded = self._zero or bool(getattr(accelerator, "is_fsdp2", False))
-        """Whether parameters are sharded over the processes."""
         self.notes: list[str] = []
         self.folder: Path | None = None
         """The run's folder, once it is known."""
         self.watchdog = self.new_watchdog()
-        """Notices other processes that die or hang, while it is entered."""
 
     def prepare(self, recipe: Recipe, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Module and optimizer as Accelerate wraps them for this run's processes."""
         if self._zero:
             zero.configure(self.accelerator, recipe, module, self.dtype)
-        wrapped, prepared = self.accelerator.prepare(module, optimizer)
-        return wrapped, prepared
+        return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Runs a backward pass; in a step's last one DeepSpeed also makes the optimizer step."""
@@ -61,10 +57,8 @@ class Session(ProcessGroup):
         if recipe.tracking:
             configuration = self.accelerator.project_configuration
             configuration.project_dir = configuration.logging_dir = str(folder)
-            fields = {
-                name: value if isinstance(value, (int, float, str)) else str(value)
-                for name, value in flatten(recipe).items()
-            }
+            plain = (int, float, str)
+            fields = {name: v if isinstance(v, plain) else str(v) for name, v in flatten(recipe).items()}
             self.accelerator.init_trackers(recipe.name, config=fields)
 
     def describe(self) -> str:
@@ -103,7 +97,9 @@ def open_session(recipe: Recipe) -> Session:
     )  # fmt: skip
     sharding.check(accelerator, recipe)
     if zero.is_requested():
-        zero.disable_partitioned_loading()
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # transformers would load partitioned weights, but methods need full ones
     threads = share_of_cores(recipe.training.threads)
     torch.set_num_threads(threads)
     bound_kernel_cache()
@@ -112,9 +108,8 @@ def open_session(recipe: Recipe) -> Session:
     if note := missing_processes(session.world_size):
         session.notes.append(note)
     if session.sharded:
-        session.notes.append(
-            "the model is sharded over the processes: generation samples and the zero-shot baseline are skipped"
-        )
+        skipped = "generation samples and the zero-shot baseline are skipped"
+        session.notes.append(f"the model is sharded over the processes: {skipped}")
     return session
 
 

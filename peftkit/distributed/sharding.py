@@ -1,8 +1,7 @@
 """Sharded parameters: gathered in full to be saved, and sharded again when they are loaded.
 
 FSDP2 keeps every parameter as a DTensor, of which a process holds its shard; DeepSpeed has its own ways (``zero``).
-Unsharding is a collective: all processes must call ``unshard`` on the same tensors in the same order, whichever of them
-then writes.
+Unsharding is a collective: all processes must call ``unshard`` on the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -36,13 +35,10 @@ def check(accelerator: Any, recipe: Recipe) -> None:
 
 
 def reshard(module: torch.nn.Module) -> None:
-    """Reshards every parameter: after an evaluation the outermost ones are still gathered.
-
-    What is written into a gathered parameter would be lost, and the optimizer knows the shards only.
-    """
+    """Reshards every parameter: what is written into one that an evaluation left gathered would be lost."""
     for submodule in module.modules():
-        if (method := getattr(submodule, "reshard", None)) is not None:
-            method()
+        if hasattr(submodule, "reshard"):
+            submodule.reshard()
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,10 +50,7 @@ def unshard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_like(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A full tensor sharded and placed like a target of the same shape; no communication.
-
-    Every process passes the same tensor and keeps its own shard of it.
-    """
+    """A full tensor, equal on every process, sharded and placed like a target of the same shape; no communication."""
     mesh = getattr(target, "device_mesh", None)
     if mesh is None or tensor.shape != target.shape:
         return tensor

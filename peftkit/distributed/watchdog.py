@@ -6,15 +6,10 @@ Once a second every process sends the main one a line over a socket of their own
     {"done": true}  {"failed": "…"}   it has finished, or its work failed
     {"lost": 3, "reason": "…"}        from the main process: all must end
 
-A thread of each process does this, whatever the main thread waits for: collectives (gloo, NCCL) would notice a stopped
-process only after their own timeout of ten minutes or more. A process whose connection breaks has died; one that falls
-silent was stopped. A process hangs
-
-* if the whole job has been idle for the time allowed: all processes sleep, waiting for each other or for something that
-  does not come (``activity``); or
-* if passes are under way and no process makes progress, although they are busy: one of them loops.
-
-The process that made the least progress is named. "Passes" are forward and backward passes.
+A thread of each process does this: collectives (gloo, NCCL) would notice a stopped process only after their own timeout
+of ten minutes or more. A process whose connection breaks has died; one that falls silent was stopped. One hangs if the
+whole job has been idle for the time allowed (``activity``), or if passes (forward and backward) are under way and no
+process makes progress, although they are busy. The process that made the least progress is named.
 """
 
 from __future__ import annotations
@@ -36,8 +31,7 @@ from typing import Any
 from peftkit.distributed.activity import Activity, main_thread_location
 from peftkit.errors import TrainingError
 
-BEAT = 1.0
-"""Seconds between heartbeats."""
+BEAT = 1.0  # seconds between heartbeats
 SILENCE = 25.0
 """Seconds without a heartbeat after which a process counts as stopped."""
 STALL, SLOWER = 45.0, 10.0
@@ -48,6 +42,8 @@ IDLE_IN_TRAINING, IDLE_OUTSIDE = 30.0, 900.0
 """Seconds for which all may be idle: in training, and before and after it, where they may wait for a cache's lock."""
 GRACE = 4.0
 """Seconds that the main thread has to end in its own way before the process is ended."""
+LOST_SECONDS = 5.0
+"""Seconds in which the lost process is named after a collective failed."""
 CONNECT_SECONDS = 45.0
 MAX_LINE = 4096
 MISSED_BEATS = 5
@@ -63,7 +59,7 @@ class Heartbeat:
     armed: bool = False
     """Whether passes follow each other now; otherwise any time is allowed, as for a checkpoint or an export."""
     since_progress: float = 0.0
-    """Seconds since the last progress."""
+    """Seconds."""
     idle: float = 0.0
     """Seconds since it last did anything at all."""
     idle_limit: float = IDLE_OUTSIDE
@@ -79,8 +75,8 @@ class Peer:
 
     rank: int
     connection: socket.socket
-    host: str = "?"
-    pid: int = 0
+    host: str
+    pid: int
     received: bytes = b""
     heard: float = field(default_factory=time.monotonic)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
@@ -118,23 +114,18 @@ class Watchdog:
     """Watches the other processes of a job from a thread; does nothing in a job of one process.
 
     Args:
-        rank, world_size: of this process and its job.
         broadcast: returns the main process's value on every process.
         address: of the main process.
-        silence, stall, first: limits in seconds; see the constants.
         idle_limit: seconds for which all may be idle outside of training.
         advice: what a user should do after a process was lost.
-        end: ends this process; replaced in tests.
     """
 
     def __init__(
         self, rank: int, world_size: int, broadcast: Callable[[Any], Any], *, address: str = "127.0.0.1",
-        silence: float = SILENCE, stall: float = STALL, first: float = FIRST, idle_limit: float = IDLE_OUTSIDE,
-        advice: str = "Resume from its last checkpoint with --resume", end: Callable[[int], Any] = os._exit,
+        idle_limit: float = IDLE_OUTSIDE, advice: str = "Resume from its last checkpoint with --resume",
     ) -> None:  # fmt: skip
         self.rank, self.world_size = rank, world_size
-        self._broadcast, self._address, self._advice, self._end = broadcast, address, advice, end
-        self._silence, self._stall, self._first = silence, stall, first
+        self._broadcast, self._address, self._advice = broadcast, address, advice
         self._peers: dict[int, Peer] = {}
         self._closing, self._lost, self._reason = threading.Event(), threading.Event(), ""
         self._armed, self._progress, self._progress_time, self._longest = False, 0, time.monotonic(), 0.0
@@ -170,7 +161,7 @@ class Watchdog:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Lowers the idle limit while steps, validations and checkpoints follow each other."""
-        self._idle_limit = min(IDLE_IN_TRAINING, self._stall)
+        self._idle_limit = IDLE_IN_TRAINING
         try:
             yield
         finally:
@@ -180,30 +171,24 @@ class Watchdog:
     def arm(self) -> None:
         """Expects progress from here on: passes follow each other."""
         if not self._armed:
-            self._armed = True
-            self._count()
+            self.report_progress()
 
     def report_progress(self) -> None:
-        """Reports that half a pass or a step is done."""
+        """Reports that a forward or a backward pass is done."""
         if self._armed and self._progress > 6:  # the first passes are not representative
             self._longest = max(self._longest, time.monotonic() - self._progress_time)
-        self._armed = True
-        self._count()
+        self._armed, self._progress, self._progress_time = True, self._progress + 1, time.monotonic()
 
     def disarm(self) -> None:
         """Expects no progress until the next pass: what follows, such as a checkpoint, may take any time."""
         self._armed = False
         self._progress_time = time.monotonic()
 
-    def _count(self) -> None:
-        self._progress, self._progress_time = self._progress + 1, time.monotonic()
-
-    def lost(self, wait: float = 0.0) -> str:
-        """Which process was lost and why; empty if none was, or the watchdog does not find out in ``wait`` seconds."""
-        self._lost.wait(wait if self._thread else 0.0)
+    def lost(self) -> str:
+        """Which process was lost and why; empty if none was, or the watchdog does not find out in LOST_SECONDS."""
+        if self._thread:
+            self._lost.wait(LOST_SECONDS)
         return self._reason
-
-    # -- connecting --------------------------------------------------------------------------------------------------
 
     def _accept_peers(self, server: socket.socket, token: str) -> None:
         """Accepts a connection from every other process that knows the token."""
@@ -236,8 +221,6 @@ class Watchdog:
         hello = {"token": token, "rank": self.rank, "host": _host(), "pid": os.getpid()}
         connection.sendall((json.dumps(hello) + "\n").encode())
         self._peers[0] = Peer(0, connection, *main_process)
-
-    # -- watching ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         woken = time.monotonic()
@@ -279,15 +262,15 @@ class Watchdog:
             except (EOFError, ValueError, TypeError):
                 if not peer.done:
                     return peer.rank, "ended without an error message: it was killed, or ran out of memory"
-            if not peer.done and time.monotonic() - peer.heard > self._silence:
-                return peer.rank, f"sent no heartbeat for {self._silence:.0f} s: it was stopped, or disconnected"
+            if not peer.done and time.monotonic() - peer.heard > SILENCE:
+                return peer.rank, f"sent no heartbeat for {SILENCE:.0f} s: it was stopped, or disconnected"
         return None
 
     def _hanging(self, own: Heartbeat) -> tuple[int, str] | None:
         """The process that made the least progress if the job hangs; a process on its own is not judged."""
         by_rank = {0: own} | {rank: peer.heartbeat for rank, peer in self._peers.items() if not peer.done}
         beats = by_rank.values()
-        limit = max(self._stall, SLOWER * self._longest) if self._longest else self._first
+        limit = max(STALL, SLOWER * self._longest) if self._longest else FIRST
         asleep = all(beat.idle >= beat.idle_limit for beat in beats)
         stuck = any(beat.armed for beat in beats) and all(beat.since_progress >= limit for beat in beats)
         if len(beats) < 2 or not (asleep or stuck):
@@ -299,21 +282,19 @@ class Watchdog:
 
     def _end_job(self, rank: int, reason: str) -> None:
         peer = self._peers.get(rank)
-        process = f" (process {peer.pid} on {peer.host.partition('/')[0]})" if peer and peer.pid else ""
+        process = f" (process {peer.pid} on {peer.host.partition('/')[0]})" if peer else ""
         self._reason = f"rank {rank}{process} {reason}"
         for other in self._peers.values():
             other.send({"lost": rank, "reason": reason})
         self._lost.set()
-        if "failed" not in reason and peer and peer.pid and peer.host == _host():
-            with contextlib.suppress(
-                OSError
-            ):  # a stopped process reacts to nothing else, and its launcher waits for it
-                os.kill(peer.pid, signal.SIGKILL)
+        if "failed" not in reason and peer and peer.host == _host():
+            with contextlib.suppress(OSError):
+                os.kill(peer.pid, signal.SIGKILL)  # a stopped process reacts to nothing else, and its launcher waits
         if self._closing.wait(GRACE):
             return
         if self.rank == min(set(range(self.world_size)) - {rank}):
             print(f"peftkit: {self._reason}; the job ends. {self._advice}", file=sys.stderr, flush=True)
-        self._end(1)
+        os._exit(1)
 
 
 def _host() -> str:

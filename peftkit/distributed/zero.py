@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO, stages 2 and 3 (Rajbhandari et al. 2020, arXiv:1910.02054), through Accelerate's plugin.
 
-    accelerate launch --config_file configs/accelerate/zero3.yaml --num_processes 4 recipes/instruct_alpaca_lora.py
-
 DeepSpeed's engine clips gradients and makes the optimizer step inside the last backward pass. Each process keeps a
 partition of the optimizer's state and of the fp32 weights, and in stage 3 also of the weights that forward passes use.
 Checkpoints are ours: unsharded tensors under the parameters' own names, readable without DeepSpeed, from which a run
@@ -47,21 +45,17 @@ def check(accelerator: Any, recipe: Recipe) -> None:
     plugin = accelerator.deepspeed_plugin
     training, config = recipe.training, plugin.deepspeed_config["zero_optimization"]
     offload = [name for name in OFFLOAD if ((config.get(name) or {}).get("device") or "none") != "none"]
+    elementwise = training.optimizer in ELEMENTWISE
+    quantized = recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
+    changes_weights = type(recipe.method).on_step_end is not Method.on_step_end
+    early = bool(plugin.zero3_init_flag)
     unsupported = {
         f"ZeRO stage {plugin.zero_stage}; use stage 2 or 3": plugin.zero_stage not in STAGES,
-        "zero3_init_flag, which partitions weights before the method is applied; set it to false": (
-            plugin.zero3_init_flag
-        ),
+        "zero3_init_flag, which partitions weights before the method is applied; set it to false": early,
         f"{' and '.join(offload)}, which brings its own optimizer": bool(offload),
-        f"training.optimizer={training.optimizer}; use {' or '.join(ELEMENTWISE)}": (
-            training.optimizer not in ELEMENTWISE
-        ),
-        "a quantized base; use configs/accelerate/fsdp2_qlora.yaml": (
-            recipe.quantization is not None or checkpoint.kind_of(recipe.model) is not None
-        ),
-        f"method.kind={recipe.method.kind}, which changes weights after a step": (
-            type(recipe.method).on_step_end is not Method.on_step_end
-        ),
+        f"training.optimizer={training.optimizer}; use {' or '.join(ELEMENTWISE)}": not elementwise,
+        "a quantized base; use configs/accelerate/fsdp2_qlora.yaml": quantized,
+        f"method.kind={recipe.method.kind}, which changes weights after a step": changes_weights,
         "training.nonfinite=skip: the step is made before its loss is known": training.nonfinite == "skip",
         "training.weight_averaging": bool(training.weight_averaging),
         "training.micro_batch=auto": training.micro_batch == "auto",
@@ -69,16 +63,6 @@ def check(accelerator: Any, recipe: Recipe) -> None:
     for feature, present in unsupported.items():
         if present:
             raise RecipeError(f"DeepSpeed does not work with {feature}; or {ALTERNATIVES}")
-
-
-def disable_partitioned_loading() -> None:
-    """Keeps transformers from partitioning weights as it loads them, which stage 3 would make it do, flag or not.
-
-    Methods need full weights, and the main process loads first, by itself; DeepSpeed partitions them afterwards.
-    """
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
 
 
 def configure(accelerator: Any, recipe: Recipe, module: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -165,12 +149,15 @@ def load_optimizer_tensors(
     """Loads what ``optimizer_tensors`` returned; each process takes its partition."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values = {name.rpartition("/")[2]: tensor for name, tensor in tensors.items()}
     optimizer.state.clear()
     if not values:
         return
-    for vector in _flat_vectors(parameters, optimizer):
+    # the flat vectors that the optimizer updates in place of parameters
+    owner = next((parameter._z3_optimizer for parameter in parameters.values() if hasattr(parameter, "ds_id")), None)
+    vectors = [vector for group in optimizer.param_groups for vector in group["params"]]
+    for vector in owner.fp32_partitioned_groups_flat if owner is not None else vectors:
         optimizer.state[vector] = {
             key: torch.zeros_like(vector) if value.ndim else value.clone() for key, value in values.items()
         }
@@ -192,14 +179,6 @@ def _link_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Non
             vector = optimizer.param_groups[mapping.param_group_index]["params"][0]
             if vector in optimizer.state:
                 mapping.set_optim_state_fragment(vector, optimizer.state[vector])
-
-
-def _flat_vectors(parameters: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The flat vectors that the optimizer updates in place of parameters."""
-    owner = next((parameter._z3_optimizer for parameter in parameters.values() if hasattr(parameter, "ds_id")), None)
-    if owner is not None:
-        return list(owner.fp32_partitioned_groups_flat)
-    return [vector for group in optimizer.param_groups for vector in group["params"]]
 
 
 def _partition(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:

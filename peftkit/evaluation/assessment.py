@@ -13,17 +13,15 @@ from peftkit.schema.baseline import BaselineResult
 from peftkit.schema.head import Head, Outputs
 from peftkit.schema.recipe import EvaluationConfig
 
-Assessment = dict[str, Any]
-
 
 def assess(
     head: Head, outputs: Outputs, rows: Any, evaluation: EvaluationConfig, *, split: str = "test", seed: int = 0
-) -> Assessment:
+) -> dict[str, Any]:
     """Assesses one split.
 
     Args:
         outputs: what ``head.outputs`` returned for the split, gathered in order.
-        rows: the split's canonical rows, a ``datasets.Dataset`` or columns by name (``text``, ``_file``, ``_line``).
+        rows: the split's canonical rows, a ``datasets.Dataset`` or a list.
         seed: of the bootstrap.
 
     Returns:
@@ -54,25 +52,24 @@ def compare(name: str, baseline: BaselineResult, head: Head, outputs: Outputs, c
         ``name``, ``metrics``, ``note``, ``rows`` (scored), ``comparison`` (the head's test; None where it has none, or
         the baseline was not computed) and ``verdict``, a sentence or the empty string.
     """
-    entry: dict[str, Any] = {"name": name, "metrics": baseline.metrics, "note": baseline.note, "rows": None}
-    entry |= {"comparison": None, "verdict": ""}
+    rows, comparison, verdict = None, None, ""
     if baseline.outputs:
         rows = np.arange(len(outputs["loss"])) if baseline.rows is None else baseline.rows
         same = {key: values[rows] for key, values in outputs.items()}
-        entry["rows"] = len(rows)
-        entry["comparison"], entry["verdict"] = head.compare(same, baseline.outputs, name, confidence)
-    return entry
+        comparison, verdict = head.compare(same, baseline.outputs, name, confidence)
+    return {
+        "name": name,
+        "metrics": baseline.metrics,
+        "note": baseline.note,
+        "rows": None if rows is None else len(rows),
+        "comparison": comparison,
+        "verdict": verdict,
+    }
 
 
 def _entry(name: str, value: float, limits: Mapping[str, tuple[float, float, str]]) -> dict[str, Any]:
-    low, high, kind = limits.get(name, (None, None, None))
-    return {
-        "value": value if np.isfinite(value) else None,
-        "low": low,
-        "high": high,
-        "interval": kind,
-        "greater_is_better": greater_is_better(name),
-    }
+    entry = dict(zip(("low", "high", "interval"), limits.get(name, (None,) * 3)))
+    return {"value": value if np.isfinite(value) else None, **entry, "greater_is_better": greater_is_better(name)}
 
 
 def _intervals(head: Head, outputs: Outputs, confidence: float, seed: int) -> dict[str, tuple[float, float, str]]:

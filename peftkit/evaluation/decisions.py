@@ -23,8 +23,6 @@ from peftkit.evaluation.reliability import expected_calibration_error, reliabili
 
 PAIRS = 1000
 """Rows of a regression whose gold and predicted numbers are kept for a plot."""
-TEXTS = ("text", "text_pair")
-"""Columns of a canonical row that reports show."""
 TEXT_CHARACTERS = 500
 """Characters of a text that are kept in a report."""
 
@@ -82,16 +80,18 @@ class Decisions(ABC):
         """At most ``count`` wrong rows, the worst first: wrong and confident, or far off.
 
         Args:
-            rows: a ``datasets.Dataset``, a list of rows, or columns by name: ``text``, and ``text_pair``, ``_file``,
-                ``_line`` where known.
+            rows: canonical rows by number: a ``datasets.Dataset`` or a list.
 
         Returns:
             For each ``text``, ``gold``, ``predicted``, ``confidence`` or ``error``, ``file``, ``line``.
         """
-        (wrong, severity), columns, entries = self.severity(gold), _columns(rows), []
+        (wrong, severity), entries = self.severity(gold), []
         for number in np.argsort(-severity, kind="stable")[: min(count, int(wrong.sum()))].tolist():
-            entry = {"text": _text(columns, number), **self.row(number, gold)}
-            entries.append(entry | self._measure(number, gold, severity) | _position(columns, number))
+            row = rows[number]
+            text = " ⏐ ".join(row[name] for name in ("text", "text_pair") if name in row)
+            text = text if len(text) <= TEXT_CHARACTERS else f"{text[:TEXT_CHARACTERS]}…"
+            entry = {"text": text, **self.row(number, gold), **self._measure(number, gold, severity)}
+            entries.append({**entry, "file": row.get("_file"), "line": row.get("_line")})
         return entries
 
     def _measure(self, number: int, gold: np.ndarray, severity: np.ndarray) -> dict[str, float]:
@@ -223,12 +223,10 @@ def score(decided: Decisions, gold: np.ndarray, names: Iterable[str]) -> dict[st
     """Named metrics of all rows, ``loss`` left out; NaN without rows.
 
     Raises:
-        RecipeError, HubError: see ``metrics.check``.
+        RecipeError, HubError: see ``metrics.compute_metric``.
     """
     values: dict[str, float] = {}
-    for name in dict.fromkeys(names):
-        if name == "loss":
-            continue
+    for name in dict.fromkeys(name for name in names if name != "loss"):
         if name == "calibration_error":
             if not isinstance(decided, Classes):
                 raise RecipeError("metric 'calibration_error' needs one label per row; leave it out")
@@ -248,35 +246,7 @@ def _per_class(gold: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -
     if len(labels) == 1:  # of one column scikit-learn scores the classes 0 and 1
         scores = [score[-1:] for score in scores]
     return [
-        {
-            "label": label,
-            "precision": float(scores[0][number]),
-            "recall": float(scores[1][number]),
-            "f1": float(scores[2][number]),
-            "rows": int(scores[3][number]),
-            "predicted": int(predicted[:, number].sum()),
-        }
-        for number, label in enumerate(labels)
-    ]
-
-
-def _columns(rows: Any) -> Mapping[str, Sequence[Any]]:
-    """A ``datasets.Dataset`` or a list of rows as columns by name."""
-    if isinstance(rows, Mapping):
-        return rows
-    if hasattr(rows, "column_names"):
-        wanted = (*TEXTS, "_file", "_line")
-        return {name: rows[name] for name in wanted if name in rows.column_names}
-    return {name: [row[name] for row in rows] for name in (rows[0] if len(rows) else {"text": None})}
-
-
-def _text(rows: Mapping[str, Sequence[Any]], number: int) -> str:
-    text = " ⏐ ".join(rows[name][number] for name in TEXTS if name in rows)
-    return text if len(text) <= TEXT_CHARACTERS else f"{text[:TEXT_CHARACTERS]}…"
-
-
-def _position(rows: Mapping[str, Sequence[Any]], number: int) -> dict[str, Any]:
-    return {
-        "file": rows["_file"][number] if "_file" in rows else None,
-        "line": int(rows["_line"][number]) if "_line" in rows and rows["_line"][number] is not None else None,
-    }
+        {"label": label, "precision": float(precision), "recall": float(recall), "f1": float(f1), "rows": int(rows),
+         "predicted": int(given)}
+        for label, precision, recall, f1, rows, given in zip(labels, *scores, predicted.sum(axis=0), strict=True)
+    ]  # fmt: skip

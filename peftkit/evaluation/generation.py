@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,10 +85,7 @@ def _batches(lengths: list[int], size: int, *, alike: bool) -> Iterator[list[int
 
 
 def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, config: GenerationConfig) -> Iterator[str]:
-    """The answer in pieces, as it is generated; joined, they are what ``generate`` returns.
-
-    Generation runs in a thread of its own, and ends when the iterator is closed.
-    """
+    """The answer in pieces as it is generated, in a thread of its own that ends when the iterator is closed."""
     ids = encode(tokenizer, messages)
     _check_fits(model, ids, config, "the conversation")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
@@ -187,21 +183,12 @@ def _run(
         eos_token_id=stops or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, use_cache=True,
     )  # fmt: skip
     criteria = StoppingCriteriaList([_Closed(stop)] if stop else [])
-    with _ready(model, embedding):
+    precision = dtypes.autocast(embedding.dtype, embedding.device)
+    with torch.no_grad(), packing.eval_modules(model), precision:
         return model.generate(
             input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer,
             logits_processor=_processors(config, numbers, fill), stopping_criteria=criteria,
         )  # fmt: skip
-
-
-@contextmanager
-def _ready(model: Any, embedding: Tensor) -> Iterator[None]:
-    """No gradient, no dropout, and matmuls in the precision of the weights."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(packing.eval_modules(model))
-        stack.enter_context(dtypes.autocast(embedding.dtype, embedding.device))
-        yield
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.evaluation import generation, text_metrics
+from peftkit.evaluation import text_metrics
 from peftkit.review.generations import GenerationRow
 from peftkit.schema.recipe import GenerationConfig
 from peftkit.schema.task import Task
@@ -28,17 +28,9 @@ def choose(rows: Any, task: Task, config: GenerationConfig) -> list[Sample]:
     """``config.samples`` held-out rows, chosen by ``config.seed``, and ``config.prompts``."""
     generator = np.random.Generator(np.random.PCG64(config.seed))
     numbers = np.sort(generator.permutation(len(rows))[: config.samples])
-    samples = []
-    for number in numbers:
-        row = rows[int(number)]
-        prompt, reference = task.prompt(row)
-        samples.append(Sample(prompt, reference, row.get("_file"), row.get("_line")))
+    chosen = [rows[int(number)] for number in numbers]
+    samples = [Sample(*task.prompt(row), row.get("_file"), row.get("_line")) for row in chosen]
     return samples + [Sample(task.as_prompt(text)) for text in config.prompts]
-
-
-def write_texts(model: Any, tokenizer: Any, samples: Sequence[Sample], config: GenerationConfig) -> list[str]:
-    """What the model writes for each sample."""
-    return generation.generate(model, tokenizer, [sample.prompt for sample in samples], config) if samples else []
 
 
 def side_by_side(samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> list[GenerationRow]:
@@ -50,9 +42,6 @@ def side_by_side(samples: Sequence[Sample], before: Sequence[str], after: Sequen
 
 
 def generation_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """ROUGE, BLEU and the like, of the texts whose reference is known."""
+    """Text metrics of the samples whose reference is known."""
     known = [(text, sample.reference) for sample, text in zip(samples, texts, strict=True) if sample.reference]
-    if not known:
-        return {}
-    written, references = zip(*known)
-    return text_metrics.score(list(written), list(references))
+    return text_metrics.score(*zip(*known)) if known else {}

@@ -6,13 +6,14 @@ et al. 2021). Decoders: mean log-probability of the name's tokens after a prompt
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from peftkit.models.packing import eval_modules
 
 DESCRIPTIONS = ("{label}", "this text is about {label}")
 PROMPT = "{text}\n\nThis text is about"
@@ -24,7 +25,7 @@ def of_encoder(
     """Cosines [texts, labels] of mean-pooled token vectors."""
     limit = min(max_length, tokenizer.model_max_length)
     described = [pattern.format(label=_readable(label)) for label in labels for pattern in DESCRIPTIONS]
-    with _evaluating(model):
+    with torch.no_grad(), eval_modules(model):
         meanings = _embed(model, tokenizer, described, limit, batch_size).reshape(len(labels), len(DESCRIPTIONS), -1)
         vectors = _embed(model, tokenizer, texts, limit, batch_size)
     return vectors @ _unit(meanings.mean(axis=1)).T
@@ -40,7 +41,7 @@ def of_decoder(
     start = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     start = start or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
     scores = np.empty((len(texts), len(labels)))
-    with _evaluating(model):
+    with torch.no_grad(), eval_modules(model):
         for row, text in enumerate(texts):
             # the text is cut, never the question after it
             ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
@@ -85,18 +86,6 @@ def _mean_log_probability(model: Any, sequences: list[list[int]], tails: list[li
         log_probabilities = logits[row, places].log_softmax(dim=-1)
         means.append(float(log_probabilities.gather(1, torch.tensor(tail).unsqueeze(1)).mean()))
     return means
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's mode is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _readable(label: str) -> str:

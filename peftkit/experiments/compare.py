@@ -1,8 +1,4 @@
-"""``peftkit compare``: methods compared on the user's own data, each in its own process.
-
-comparison = peftkit.compare("bbc_news_lora", methods=["lora", "frozen"], seeds=3)
-print(comparison.pick)
-"""
+"""``peftkit compare``: methods compared on the user's own data, each in its own process."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from peftkit.experiments.jobs import DONE, InProcessRunner, Job, Outcome, Runner
 from peftkit.experiments.table import Group, check_names, tabulate
 from peftkit.experiments.variants import Variant, parse_vary, variants
 from peftkit.reporting import comparison as reporting
+from peftkit.reporting import experiment
 from peftkit.runs import folder as folders
 from peftkit.runs.resume import NOT_LEARNED_FROM
 from peftkit.schema import catalog
@@ -49,7 +46,7 @@ class Comparison:
         return next(row for row in (*self.table["variants"], *self.table["baselines"]) if row["variant"] == label)
 
     def _repr_html_(self) -> str:
-        return reporting.fragment(self.table)
+        return experiment.render(reporting.page(self.table), standalone=False)
 
 
 def compare(
@@ -99,8 +96,8 @@ def compare(
         return Comparison(tabulate("runs", _groups_of(runs), metric=metric, against=against, cost=cost))
     if not items:
         raise RecipeError("expected at least one recipe (`peftkit list` shows them)")
-    varied = vary if isinstance(vary, Mapping) else parse_vary(vary)
     chosen = [one if isinstance(one, Recipe) else catalog.get_recipe(str(one)) for one in items]
+    varied = vary if isinstance(vary, Mapping) else parse_vary(vary)
     planned = variants(chosen, methods=methods, vary=varied, changes=changes)
     check_names([Group(variant.label) for variant in planned], against=against, cost=cost)
     _refuse_other_rows(planned)
@@ -111,7 +108,7 @@ def compare(
         work = ComparisonRun(folder, planned, training_seeds, runner, jobs if isolated else 1, quiet)
         stopped = work.run()
         table = tabulate(chosen[0].name, work.groups(), metric=metric, against=against, cost=cost)
-        reporting.write(table, folder)
+        experiment.write(folder, "compare", table, reporting.page(table))
     if stopped:
         raise Interrupted(f"stopped; finished runs are in {folder}; repeat the command to resume", signal.SIGINT)
     return Comparison(table, folder)
@@ -145,14 +142,14 @@ class ComparisonRun:
     runner: Runner
     jobs: int
     quiet: bool
+    outcomes: dict[tuple[str, int], Outcome] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.outcomes: dict[tuple[str, int], Outcome] = {}
         for variant, seed in self._all():
-            job, done = self._job(variant, seed), experiment_jobs.earlier(self._job(variant, seed))
+            job = self._job(variant, seed)
+            done, old = experiment_jobs.earlier(job), experiment_jobs.earlier_recipe(job)
             if done is None or done.status != DONE or not Path(done.run or "").is_dir():
                 continue
-            old = experiment_jobs.earlier_recipe(job)
             if old is None or not experiment_jobs.same_recipe(old, job.recipe):
                 raise RunError(
                     f"{job.folder} contains '{variant.label}' of another recipe{_first_difference(old, job.recipe)}; "
@@ -163,12 +160,13 @@ class ComparisonRun:
     def run(self) -> bool:
         """Trains what is missing; returns whether it was interrupted."""
         missing = [pair for pair in self._all() if (pair[0].label, pair[1]) not in self.outcomes]
+        numbered = [(*pair, f"{number} of {len(missing)}") for number, pair in enumerate(missing, 1)]
         try:
-            if self.jobs == 1:
-                for number, (variant, seed) in enumerate(missing):
-                    self._train(variant, seed, f"{number + 1} of {len(missing)}")
+            if self.jobs > 1:
+                self._in_parallel(numbered)
             else:
-                self._in_parallel(missing)
+                for variant, seed, place in numbered:
+                    self._train(variant, seed, place)
         except KeyboardInterrupt:
             return True
         return False
@@ -190,19 +188,15 @@ class ComparisonRun:
         return [(variant, seed) for seed in self.seeds for variant in self.variants]
 
     def _job(self, variant: Variant, seed: int) -> Job:
-        recipe = variant.seeded(seed)
+        recipe = replace(variant.recipe, training={"seed": seed})
         if seed != self.seeds[0]:  # once per variant is enough
             recipe = replace(recipe, evaluation={"baselines": ()}, export={"prove": False})
         return Job(self.folder / "runs" / variant.slug / f"seed-{seed}", recipe)
 
-    def _in_parallel(self, missing: Sequence[tuple[Variant, int]]) -> None:
+    def _in_parallel(self, numbered: Sequence[tuple[Variant, int, str]]) -> None:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                waited = [
-                    pool.submit(self._train, variant, seed, f"{number + 1} of {len(missing)}")
-                    for number, (variant, seed) in enumerate(missing)
-                ]
-                for future in waited:
+                for future in [pool.submit(self._train, *one) for one in numbered]:
                     future.result()
             except BaseException:
                 self.runner.stop()
@@ -232,18 +226,15 @@ def _refuse_other_rows(variants: Sequence[Variant]) -> None:
     from peftkit.data.pipeline import prepare
 
     fingerprints: dict[str, str] = {}
-    first = None
-    for variant in variants:
-        plain = replace(variant.recipe, data={"augmentation": None})
-        key = json.dumps([plain.data.model_dump(mode="json"), plain.task.model_dump(mode="json")], sort_keys=True)
+    plain = [replace(variant.recipe, data={"augmentation": None}) for variant in variants]
+    for variant, recipe in zip(variants, plain):
+        key = recipe.data.model_dump_json() + recipe.task.model_dump_json()
         if key not in fingerprints:
-            fingerprints[key] = prepare(plain).fingerprint
-        if first is None:
-            first = (plain, fingerprints[key])
-        elif fingerprints[key] != first[1]:
+            fingerprints[key] = prepare(recipe).fingerprint
+        if len(set(fingerprints.values())) > 1:
             raise RecipeError(
                 f"'{variant.label}' would use other rows than '{variants[0].label}'"
-                f"{_first_difference(first[0], plain, only=('data', 'task'))}; compare on the same data"
+                f"{_first_difference(plain[0], recipe, only=('data', 'task'))}; compare on the same data"
             )
 
 
@@ -265,9 +256,9 @@ def _groups_of(runs: Sequence[Path]) -> list[Group]:
         ignored = ("name", "training.seed", "training.threads", *NOT_LEARNED_FROM)
         learned = {name: value for name, value in fields.items() if not name.startswith(ignored)}
         groups.setdefault(json.dumps(learned, sort_keys=True), []).append(run)
-    fingerprints = {run: _data_of(run) for run in runs}
-    for run in runs[1:]:
-        if fingerprints[run] != fingerprints[runs[0]]:
+    fingerprints = [_data_of(run) for run in runs]
+    for run, fingerprint in zip(runs, fingerprints):
+        if fingerprint != fingerprints[0]:
             raise RunError(
                 f"{run} was trained on other rows than {runs[0]}; compare runs with the same data and splits"
             )

@@ -1,8 +1,5 @@
 """One run of an experiment, in its own process, so that neither a crash nor a leak affects the next.
 
-job = Job(folder, recipe)
-outcome = SubprocessRunner().run(job, on_validation)      # outcome.status, outcome.message, outcome.run
-
 A job's folder contains ``recipe.yaml``, the run's own folder, ``log.txt`` (the run's output) and, once it ended,
 ``outcome.json``. A stopped job resumes from its checkpoint.
 """
@@ -10,6 +7,7 @@ A job's folder contains ``recipe.yaml``, the run's own folder, ``log.txt`` (the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -53,13 +51,6 @@ class Job:
     """False only trains and validates: the test split stays unread, nothing is exported."""
     keep: bool = False
     """Resume any run in the folder, even if a field that does not affect learning differs."""
-
-    def placed(self, threads: int | None = None) -> Recipe:
-        """The recipe with its run inside the job's folder."""
-        changes: dict[str, Any] = {"output_dir": str(self.folder)}
-        if threads and self.recipe.training.threads is None:
-            changes["training"] = {"threads": threads}
-        return replace(self.recipe, **changes)
 
 
 @dataclass(frozen=True)
@@ -123,50 +114,40 @@ def prepare_folder(job: Job, threads: int | None = None) -> None:
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / OUTCOME).unlink(missing_ok=True)
-    (job.folder / folders.RECIPE).write_text(job.placed(threads).to_yaml(), encoding="utf-8")
+    changes: dict[str, Any] = {"output_dir": str(job.folder)}
+    if threads and job.recipe.training.threads is None:
+        changes["training"] = {"threads": threads}
+    (job.folder / folders.RECIPE).write_text(replace(job.recipe, **changes).to_yaml(), encoding="utf-8")
 
 
 def run_job(folder: Path, *, final: bool, on_validation: OnValidation | None = None) -> Outcome:
     """Trains the recipe of a prepared folder in this process; any failure becomes the outcome's message."""
     recipe, started = Recipe.from_yaml(folder / folders.RECIPE), time.monotonic()
-    try:
-        status, details = _train(recipe, folder, final=final, on_validation=on_validation)
-    except Pruned:
-        status, details = PRUNED, {}
-    except Interrupted as error:
-        status, details = STOPPED, {"message": str(error)}
-    except PeftkitError as error:
-        status, details = FAILED, {"message": str(error), "user_error": isinstance(error, UserError)}
-    except Exception as error:  # any failure is one row of the table; details are in the log
-        traceback.print_exc()
-        first = str(error).strip().partition("\n")[0]
-        status, details = FAILED, {"message": f"{type(error).__name__}: {first}" if first else type(error).__name__}
-    _release()
-    newest = newest_run(recipe)
-    fields = {"run": str(newest) if newest else None, **details}
-    outcome = Outcome(status, seconds=time.monotonic() - started, **fields)
-    files.write_json(folder / OUTCOME, asdict(outcome))
-    return outcome
-
-
-def _train(
-    recipe: Recipe, folder: Path, *, final: bool, on_validation: OnValidation | None
-) -> tuple[str, dict[str, Any]]:
     from peftkit import run
 
     def raise_if_pruned(step: int, metrics: Mapping[str, float]) -> None:
         if on_validation is not None and not on_validation(step, metrics):
             raise Pruned
 
-    done = run.train(
-        recipe,
-        resume=newest_run(recipe),
-        allow=("training.threads",),
-        quiet=True,
-        on_validation=raise_if_pruned,
-        final=final,
-    )
-    return DONE, {"run": str(done.path)}
+    try:
+        run.train(recipe, resume=newest_run(recipe), allow=("training.threads",), quiet=True,
+                  on_validation=raise_if_pruned, final=final)  # fmt: skip
+        outcome = Outcome(DONE)
+    except Pruned:
+        outcome = Outcome(PRUNED)
+    except Interrupted as error:
+        outcome = Outcome(STOPPED, message=str(error))
+    except PeftkitError as error:
+        outcome = Outcome(FAILED, message=str(error), user_error=isinstance(error, UserError))
+    except Exception as error:  # any failure is one row of the table; details are in the log
+        traceback.print_exc()
+        first = str(error).strip().partition("\n")[0]
+        outcome = Outcome(FAILED, message=f"{type(error).__name__}: {first}" if first else type(error).__name__)
+    _release()
+    newest = newest_run(recipe)
+    outcome = dataclasses.replace(outcome, run=str(newest) if newest else None, seconds=time.monotonic() - started)
+    files.write_json(folder / OUTCOME, asdict(outcome))
+    return outcome
 
 
 def newest_run(recipe: Recipe) -> Path | None:
@@ -270,11 +251,9 @@ class SubprocessRunner:
 class InProcessRunner:
     """Runs jobs in this process: starts faster, but a crash ends everything and memory accumulates."""
 
-    threads: int | None = None
-
     def run(self, job: Job, on_validation: OnValidation | None = None) -> Outcome:
         """Runs a job to its end."""
-        prepare_folder(job, self.threads)
+        prepare_folder(job)
         outcome = run_job(job.folder, final=job.final, on_validation=on_validation)
         if outcome.status == STOPPED and "stopped by SIG" in outcome.message:  # the signal was meant for the experiment
             raise KeyboardInterrupt

@@ -1,7 +1,4 @@
-"""Metrics of any subset of rows, from the stored predictions of finished runs.
-
-metric = metric_of(read(run, "test"), "f1")     # rows → the metric over these rows
-"""
+"""Metrics of any subset of rows, from the stored predictions of finished runs."""
 
 from __future__ import annotations
 
@@ -45,41 +42,38 @@ def read(run: Path, split: str) -> Scored:
     return Scored((info.problem_type, info.labels), rows, stored)
 
 
-def comparable(one: Scored, other: Scored) -> bool:
-    """Whether two runs were scored on the same rows."""
-    return (one.question, one.rows) == (other.question, other.rows)
-
-
-def metric_of(scored: Scored, metric: str) -> Metric | None:
-    """The metric as a function of rows; None if stored predictions do not determine it."""
-    statistics = scored.stored.statistics
-    if metric not in statistics(np.arange(len(scored.rows))):
-        return None
-    return lambda rows: float(statistics(rows)[metric])
-
-
 def compare(first: Sequence[Scored], second: Sequence[Scored], metric: str, confidence: float) -> dict[str, Any] | None:
-    """Difference (first − second) and its significance; None if undetermined.
+    """Difference (first − second) and its significance; None if undetermined, or if the rows are not the same.
 
     Accuracies of single runs are compared by McNemar's exact test, everything else by the paired bootstrap.
     """
-    if not comparable(first[0], second[0]):
+    if (first[0].question, first[0].rows) != (second[0].question, second[0].rows):
         return None
     right = [one.stored.right for one in (*first, *second)]
     if metric in {"accuracy", "exact_match"} and len(right) == 2 and right[0] is not None and right[1] is not None:
         return {**paired_tests.mcnemar(right[0], right[1], confidence), "test": "McNemar"}
-    metrics = [[metric_of(one, metric) for one in runs] for runs in (first, second)]
-    if any(function is None for side in metrics for function in side):
+    metrics, others = _metrics(first, metric), _metrics(second, metric)
+    if metrics is None or others is None:
         return None
-    result = paired_tests.paired(metrics[0], metrics[1], len(first[0].rows), confidence=confidence)  # type: ignore[arg-type]
+    result = paired_tests.paired(metrics, others, len(first[0].rows), confidence=confidence)
     return {**result, "test": "paired bootstrap"}
 
 
 def interval(runs: Sequence[Scored], metric: str, confidence: float) -> tuple[float, float] | None:
     """Percentile interval of the mean over seeds, with rows and seeds resampled; None if undetermined."""
-    metrics = [metric_of(one, metric) for one in runs]
-    if any(function is None for function in metrics):
+    metrics = _metrics(runs, metric)
+    if metrics is None:
         return None
-    drawn = paired_tests.resampled([metrics], len(runs[0].rows))[0]  # type: ignore[list-item]
+    drawn = paired_tests.resampled([metrics], len(runs[0].rows))[0]
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
+
+
+def _metrics(runs: Sequence[Scored], name: str) -> list[Metric] | None:
+    """The metric of each run as a function of rows; None if stored predictions do not determine it."""
+
+    def metric_of(run: Scored) -> Metric:
+        return lambda rows: float(run.stored.statistics(rows)[name])
+
+    known = all(name in run.stored.statistics(np.arange(len(run.rows))) for run in runs)
+    return [metric_of(run) for run in runs] if known else None

@@ -20,8 +20,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from peftkit.errors import RecipeError, did_you_mean
-from peftkit.experiments.space import Choices, Dimension, Range, Space, has_field, is_swap
-from peftkit.experiments.variants import RATE, with_values
+from peftkit.experiments.space import Choices, Dimension, Space
+from peftkit.experiments.variants import RATE, has_field, with_values
 from peftkit.schema.recipe import Recipe
 
 JOURNAL = "study.journal"
@@ -43,11 +43,10 @@ def open_study(
 ) -> optuna.Study:
     """The study in the folder, new or existing; stopped trials are queued again.
 
-    Raises:
-        RecipeError: an unknown sampler or pruner, or a grid over an unbounded range.
+    Args:
+        sampler, pruner, space: as ``check_names`` accepts them.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    check_names(sampler, pruner, space)
     storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     study = optuna.create_study(
         storage=storage, study_name="tune", direction="maximize" if maximize else "minimize", load_if_exists=True
@@ -88,14 +87,15 @@ def _pruner(name: str | None) -> optuna.pruners.BasePruner:
 
 def exhausted(study: optuna.Study) -> bool:
     """Whether a grid has been searched completely."""
-    return isinstance(study.sampler, GridSampler) and not _waiting(study) and study.sampler.is_exhausted(study)
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return isinstance(study.sampler, GridSampler) and not waiting and study.sampler.is_exhausted(study)
 
 
 def values_of(trial: Trial, space: Space, recipe: Recipe) -> dict[str, Any]:
     """The sampler's values for a trial, without fields that a swapped-in section lacks."""
     chosen: dict[str, Any] = {}
     for path, dimension in space.items():
-        if is_swap(path) or has_field(with_swaps(recipe, chosen, space), path):
+        if has_field(with_swaps(recipe, chosen, space), path):
             chosen[path] = _suggest(trial, path, dimension)
     return chosen
 
@@ -112,7 +112,6 @@ def _suggest(trial: Trial, path: str, dimension: Dimension) -> Any:
     if isinstance(dimension, Choices):
         names = [_storable(value) for value in dimension.values]
         return dimension.values[names.index(trial.suggest_categorical(path, names))]
-    assert isinstance(dimension, Range)
     if dimension.whole:
         return trial.suggest_int(
             path, int(dimension.low), int(dimension.high), step=int(dimension.step or 1), log=dimension.log
@@ -142,12 +141,14 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in study.trials if trial.state.is_finished() and trial.number not in replaced]
 
 
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials with a result."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
 def same_values(study: optuna.Study, trial: Trial) -> FrozenTrial | None:
     """An earlier complete trial with the same values, whose result would be the same."""
-    for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if other.number != trial.number and other.params == trial.params:
-            return other
-    return None
+    return next((other for other in complete_trials(study) if other.params == trial.params), None)
 
 
 def folder_number(trial: Trial | FrozenTrial) -> int:
@@ -157,16 +158,12 @@ def folder_number(trial: Trial | FrozenTrial) -> int:
 
 def importances(study: optuna.Study) -> dict[str, float]:
     """Optuna's importance of each hyperparameter; empty with too few trials."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    done = complete_trials(study)
     if len(done) < 4 or len({trial.value for trial in done}) < 2:
         return {}
     shared = set.intersection(*(set(trial.params) for trial in done))
     varied = [path for path in sorted(shared) if len({str(trial.params[path]) for trial in done}) > 1]
     return dict(optuna.importance.get_param_importances(study, params=varied)) if varied else {}
-
-
-def _waiting(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
 
 def _queue_stopped(study: optuna.Study) -> None:

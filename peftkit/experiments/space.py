@@ -18,20 +18,15 @@ from typing import Any
 import yaml
 
 from peftkit.errors import RecipeError, did_you_mean
-from peftkit.experiments.variants import with_values
-from peftkit.schema.overrides import BY_KIND
+from peftkit.experiments.variants import has_field, with_values
+from peftkit.schema.overrides import is_swap
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.recipe_yaml import value_of
-from peftkit.schema.sections import ConfigSection
 
 SEARCHED_DATA = ("data.max_length", "data.augmentation")
 """Data fields that may vary; all others would change the rows that trials are scored on."""
 NOT_SEARCHED = {
-    "name": "it does not affect learning",
-    "output_dir": "it does not affect learning",
-    "tracking": "it does not affect learning",
-    "evaluation": "it does not affect learning",
-    "export": "it does not affect learning",
+    **dict.fromkeys(("name", "output_dir", "tracking", "evaluation", "export"), "it does not affect learning"),
     "training.seed": "the best of several seeds is chance; measure it with compare --seeds",
     "training.best_metric": "trials are judged by one figure: --metric",
 }
@@ -47,9 +42,7 @@ class Choices:
         """All values."""
         return self.values
 
-    def probes(self) -> tuple[Any, ...]:
-        """Values that must be allowed."""
-        return self.values
+    probes = grid
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Range:
 
     @property
     def whole(self) -> bool:
-        """Whether it holds whole numbers only."""
+        """Whether it consists of whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step or 1, int)
 
     def grid(self) -> tuple[Any, ...]:
@@ -75,7 +68,7 @@ class Range:
         return tuple(self.low + number * step for number in range(count))
 
     def probes(self) -> tuple[Any, ...]:
-        """Both ends, and a fraction between them where fractions are drawn."""
+        """Values that must be allowed: both ends, and a fraction between them where fractions are drawn."""
         between = () if self.whole else (self.low + 0.37 * (self.high - self.low),)
         return (self.low, self.high, *between)
 
@@ -107,23 +100,6 @@ def parse(given: Mapping[str, Any] | Sequence[str], recipe: Recipe) -> Space:
     for path, dimension in ordered.items():
         _check(path, dimension, ordered, recipe)
     return ordered
-
-
-def is_swap(path: str) -> bool:
-    """Whether the field chooses the kind of a section."""
-    part, _, field = path.partition(".")
-    return part in BY_KIND and field in {"", "kind"}
-
-
-def has_field(recipe: Recipe, path: str) -> bool:
-    """Whether this recipe's method, task and quantization have the field (other sections always do)."""
-    part, _, field = path.partition(".")
-    section = getattr(recipe, part, None)
-    return (
-        part not in BY_KIND
-        or is_swap(path)
-        or (isinstance(section, ConfigSection) and field.partition(".")[0] in type(section).model_fields)
-    )
 
 
 def _read(text: str) -> Iterable[tuple[str, Any]]:

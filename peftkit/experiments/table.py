@@ -1,15 +1,12 @@
-"""Finished runs compared: metrics with intervals, cost, and which differences are significant.
-
-table = tabulate("bbc", [Group("lora", [run0, run1]), Group("frozen", [run2, run3])])
-table["pick"]        # "Pick frozen: …"
-"""
+"""Finished runs compared: metrics with intervals, cost, and which differences are significant."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +38,7 @@ class Group:
     label: str
     runs: Sequence[Path] = ()
     status: str = "done"
-    messages: Sequence[str] = field(default_factory=tuple)
+    messages: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,10 @@ def tabulate(
         RecipeError: unknown metric, variant or cost.
     """
     check_names(groups, against=against, cost=cost)
+    listed = [{"variant": group.label, "status": group.status, "said": list(group.messages)} for group in groups]
     split, measured = _measure(groups)
     if not measured:
-        return {"name": name, "metric": metric, "variants": [_not_done(group) for group in groups], "baselines": [],
-                "pick": "No variant has finished."}  # fmt: skip
+        return {"name": name, "metric": metric, "variants": listed, "baselines": [], "pick": "No variant has finished."}
     first = next(iter(measured.values()))[0]
     metric = metric or _own_metric(first.path)
     if metric not in first.metrics[split]:
@@ -90,12 +87,20 @@ def tabulate(
     rows = {label: _row(label, runs, split, metric, confidence) for label, runs in measured.items()}
     best = _best(rows, metric)
     reference = against if against in measured else best
-    for label in measured:
-        rows[label] |= _compared(measured[label], measured[reference], metric, confidence, same=label == reference)
-    worse = {
-        label for label in measured if _worse(measured[label], measured[best], metric, confidence, same=label == best)
-    }
-    listed = [{**_not_done(group), **rows.get(group.label, {})} for group in groups]
+
+    @cache
+    def compared(label: str, other: str) -> Mapping[str, Any]:
+        if label == other:
+            return {}
+        scored, others = ([run.scored for run in measured[one]] for one in (label, other))
+        return scores.compare(scored, others, metric, confidence) or {}
+
+    for label, row in rows.items():
+        result = compared(label, reference)
+        row |= {name: result.get(name) for name in ("difference", "p_value", "test")}
+        row |= {f"difference_{limit}": result.get(limit) for limit in ("low", "high")}
+    # where the difference is undetermined, the variant counts as worse than the best
+    close = [label for label in rows if label == best or compared(label, best).get("p_value", 0.0) >= 1 - confidence]
     return {
         "name": name,
         "metric": metric,
@@ -106,9 +111,9 @@ def tabulate(
         "against": reference,
         "best": best,
         "cost": cost,
-        "variants": listed,
+        "variants": [entry | rows.get(group.label, {}) for group, entry in zip(groups, listed)],
         "baselines": _baselines(measured[best][0], metric, confidence, best),
-        "pick": _pick({label: rows[label] for label in measured if label not in worse}, rows[best], metric, cost),
+        "pick": _pick([rows[label] for label in close], rows[best], metric, cost),
     }
 
 
@@ -150,10 +155,6 @@ def _own_metric(run: Path) -> str:
     return head_of(info, recipe.task).best_metric
 
 
-def _not_done(group: Group) -> Row:
-    return {"variant": group.label, "status": group.status, "said": list(group.messages)}
-
-
 def _row(label: str, runs: Sequence[Measured], split: str, metric: str, confidence: float) -> Row:
     values = [run.metrics[split].get(metric) for run in runs]
     known = [value for value in values if value is not None]
@@ -179,29 +180,9 @@ def _row(label: str, runs: Sequence[Measured], split: str, metric: str, confiden
 
 
 def _best(rows: Mapping[str, Row], metric: str) -> str:
-    sign = 1 if greater_is_better(metric) else -1
+    better = max if greater_is_better(metric) else min
     known = {label: row["value"] for label, row in rows.items() if row["value"] is not None}
-    return max(known, key=lambda label: sign * known[label]) if known else next(iter(rows))
-
-
-def _compared(
-    runs: Sequence[Measured], reference: Sequence[Measured], metric: str, confidence: float, *, same: bool
-) -> Row:
-    """Difference from the reference and its p-value."""
-    result = None
-    if not same:
-        result = scores.compare([run.scored for run in runs], [run.scored for run in reference], metric, confidence)
-    names = {"difference": "difference", "difference_low": "low", "difference_high": "high", "p_value": "p_value",
-             "test": "test"}  # fmt: skip
-    return {name: result[key] if result else None for name, key in names.items()}
-
-
-def _worse(runs: Sequence[Measured], best: Sequence[Measured], metric: str, confidence: float, *, same: bool) -> bool:
-    """Whether it is significantly worse than the best; undetermined counts as worse."""
-    if same:
-        return False
-    p_value = _compared(runs, best, metric, confidence, same=False)["p_value"]
-    return p_value is None or bool(p_value < 1 - confidence)
+    return better(known, key=known.__getitem__) if known else next(iter(rows))
 
 
 def _baselines(best: Measured, metric: str, confidence: float, label: str) -> list[Row]:
@@ -220,10 +201,10 @@ def _baselines(best: Measured, metric: str, confidence: float, label: str) -> li
     return rows
 
 
-def _pick(candidates: Mapping[str, Row], best: Row, metric: str, cost: str) -> str:
+def _pick(candidates: Sequence[Row], best: Row, metric: str, cost: str) -> str:
     """The cheapest variant that is not significantly worse than the best, as a sentence."""
     key = COSTS[cost]
-    row = min(candidates.values(), key=lambda one: (one[key], one["seconds"]))
+    row = min(candidates, key=lambda one: (one[key], one["seconds"]))
     price = f"{row['trained_parameters']:,} trained parameters, {row['seconds']:.1f} s of training"
     score = f"{formatting.name(metric)} {formatting.figure(row['value'])}"
     if row["variant"] == best["variant"]:

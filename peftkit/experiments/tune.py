@@ -1,8 +1,4 @@
-"""``peftkit tune``: hyperparameter search scored on validation alone; the best is tested once, at the end.
-
-study = peftkit.tune("bbc_news_lora", ["training.learning_rate=1e-5..1e-2:log", "method.rank=4,8,16"], trials=20)
-study.values, study.run.metrics["test"]
-"""
+"""``peftkit tune``: hyperparameter search scored on validation alone; the best is tested once, at the end."""
 
 from __future__ import annotations
 
@@ -27,6 +23,7 @@ from peftkit.experiments import jobs as experiment_jobs
 from peftkit.experiments import search
 from peftkit.experiments.jobs import DONE, FAILED, PRUNED, InProcessRunner, Job, Outcome, Runner, SubprocessRunner
 from peftkit.experiments.space import Space, parse
+from peftkit.reporting import experiment
 from peftkit.reporting import search as reporting
 from peftkit.run import Run
 from peftkit.runs import folder as folders
@@ -58,7 +55,7 @@ class Study:
         return dict(self.table["best"]["values"])
 
     def _repr_html_(self) -> str:
-        return reporting.fragment(self.table)
+        return experiment.render(reporting.page(self.table), standalone=False)
 
 
 def tune(
@@ -124,7 +121,8 @@ def tune(
             study_runner.run(trials, seconds)
             return study_runner.finish()
         except KeyboardInterrupt:
-            reporting.write(study_runner.table(), folder)
+            table = study_runner.table()
+            experiment.write(folder, "tune", table, reporting.page(table))
             count = len(search.finished_trials(study))
             message = f"stopped; {count} trials are in {folder}; run the same command again to resume"
             raise Interrupted(message, signal.SIGINT) from None
@@ -172,7 +170,7 @@ class StudyRunner:
                 raise PeftkitError(f"the best trial could not be finished: {outcome.message}")
             run = Path(str(outcome.run))
         table = self.table(run)
-        reporting.write(table, self.folder)
+        experiment.write(self.folder, "tune", table, reporting.page(table))
         return Study(table, self.folder, recipe, Run(run, Recipe.from_yaml(run / folders.RECIPE)))
 
     def table(self, run: Path | None = None) -> dict[str, Any]:
@@ -233,8 +231,7 @@ class StudyRunner:
         return self.runner.run(Job(self._folder(trial), recipe, final=False, keep=True), on_validation)
 
     def _best(self) -> FrozenTrial | None:
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return self.study.best_trial if done else None
+        return self.study.best_trial if search.complete_trials(self.study) else None
 
     def _folder(self, trial: Trial | FrozenTrial) -> Path:
         return self.folder / "trials" / f"{search.folder_number(trial):03d}"
@@ -265,9 +262,9 @@ def _objective(recipe: Recipe) -> str:
 
 def _limited(limit: Any, rows: int) -> dict[str, int]:
     """The recipe's row limits with the training rows of a trial."""
-    limits = dict(limit) if isinstance(limit, Mapping) else dict.fromkeys(("train", "validation", "test"), limit)
-    known = {name: value for name, value in limits.items() if value is not None}
-    return {**known, "train": min(rows, known.get("train", rows))}
+    if not isinstance(limit, Mapping):
+        limit = dict.fromkeys(("train", "validation", "test"), limit) if limit else {}
+    return {**limit, "train": min(rows, limit.get("train", rows))}
 
 
 def _best_value(outcome: Outcome) -> float | None:
@@ -287,12 +284,8 @@ def _finished(job: Job) -> Path | None:
 
 def _check_same_study(folder: Path, recipe: Recipe, space: Space, rows: int | None) -> None:
     """Stores what the study searches; raises RunError if the folder contains a different study."""
-    mine = {
-        "recipe": experiment_jobs.learned(recipe),
-        "space": {path: str(one) for path, one in space.items()},
-        "rows": rows,
-    }
-    mine = json.loads(json.dumps(mine))
+    searched = {path: str(one) for path, one in space.items()}
+    mine = json.loads(json.dumps({"recipe": experiment_jobs.learned(recipe), "space": searched, "rows": rows}))
     file = folder / STUDY
     if not file.is_file():
         return files.write_json(file, mine)
@@ -326,7 +319,5 @@ def _seconds(timeout: str | float | None) -> float | None:
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{path.rpartition('.')[2]} {value:.3g}" if isinstance(value, float) else f"{path.rpartition('.')[2]} {value}"
-        for path, value in values.items()
-    )
+    shown = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in values.items()}
+    return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in shown.items())

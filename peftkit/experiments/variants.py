@@ -1,7 +1,4 @@
-"""The variants of a comparison: recipes × methods × varied fields × seeds, each with a distinguishing label.
-
-variants([recipe], methods=["lora", "frozen"], vary={"method.rank": [4, 8]}, seeds=[0, 1])
-"""
+"""The variants of a comparison: recipes × methods × varied fields, each with a distinguishing label."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ import yaml
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import overrides
+from peftkit.schema.overrides import is_swap
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.recipe_yaml import value_of
 from peftkit.schema.registries import METHODS
@@ -37,16 +35,12 @@ class Variant:
         """The label as a folder name."""
         return re.sub(r"[^A-Za-z0-9.=,+-]+", "_", self.label).strip("_.") or "variant"
 
-    def seeded(self, seed: int) -> Recipe:
-        """The recipe with a training seed; data splits have their own seed and stay."""
-        return replace(self.recipe, training={"seed": seed})
-
 
 def variants(
     recipes: Sequence[Recipe],
     *,
     methods: Sequence[str] = (),
-    vary: Mapping[str, Sequence[Any]] | None = None,
+    vary: Mapping[str, Sequence[Any]],
     changes: Sequence[str] = (),
 ) -> list[Variant]:
     """Every combination once; a field that a method lacks is not varied for it.
@@ -58,7 +52,6 @@ def variants(
         RecipeError: an unknown method or field, a value that a field does not accept, or two variants with the same
             label.
     """
-    vary = dict(vary or {})
     sets_rate = any(change.partition("=")[0].strip() == RATE for change in changes)
     planned: list[Variant] = []
     used: set[str] = set()
@@ -66,7 +59,7 @@ def variants(
         base = overrides.apply(recipe, changes)
         for method in methods or (None,):
             swapped = base if method is None else _with_method(base, method, keep_rate=sets_rate)
-            fields = [path for path in vary if _has(swapped, path)]
+            fields = [path for path in vary if has_field(swapped, path)]
             used.update(fields)
             for values in itertools.product(*(vary[path] for path in fields)):
                 chosen = dict(zip(fields, values))
@@ -112,16 +105,15 @@ def _with_method(recipe: Recipe, method: str, *, keep_rate: bool) -> Recipe:
     return replace(recipe, method={"kind": method}, **rate)
 
 
-def _has(recipe: Recipe, path: str) -> bool:
-    """Whether the recipe has such a field."""
+def has_field(recipe: Recipe, path: str) -> bool:
+    """Whether the recipe has such a field; an optional section that is not set has all, a quantization none."""
     section: Any = recipe
     for name in path.split("."):
-        if isinstance(section, ConfigSection):
-            if name not in type(section).model_fields:
-                return False
-            section = getattr(section, name)
-        else:  # an optional section that is not set, or a mapping
-            return path.count(".") > 0
+        if not isinstance(section, ConfigSection):  # not set, or a mapping
+            return section is not None or is_swap(path) or not path.startswith("quantization.")
+        if name not in type(section).model_fields:
+            return False
+        section = getattr(section, name)
     return True
 
 

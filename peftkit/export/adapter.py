@@ -9,7 +9,6 @@ Methods that train the base itself write ``model/``, with the whole model in pla
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,16 +16,16 @@ from typing import Any
 
 from peftkit.errors import ExportError
 from peftkit.export import card, manifest, native_adapters, proof
-from peftkit.export.formats.merged import write_merged
+from peftkit.export.folder import open_export
+from peftkit.export.formats.merged import Merged
 from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
 from peftkit.models.blocks import unwrap
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
-from peftkit.system.files import atomic_folder
+from peftkit.system.files import atomic_folder, write_json
 
 Metrics = Mapping[str, Mapping[str, float]]
-UNPROVEN = "-unproven"
 
 
 def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, encoded: Any, metrics: Metrics) -> Path:
@@ -53,18 +52,25 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
             _check(proven, folder, target)
         card.write(folder, contents, recipe, metrics, card.usage(contents))
     if recipe.export.merge and contents.saves == "adapter":
-        write_merged(target, path / "merged", tolerance=recipe.export.tolerance if recipe.export.prove else None)
+        tolerance = recipe.export.tolerance if recipe.export.prove else None
+        with atomic_folder(path / "merged") as folder:
+            Merged().write(open_export(target), folder, tolerance=tolerance)
     return target
 
 
 def save(folder: Path, loaded: LoadedModel, recipe: Recipe, contents: Manifest, metrics: Metrics) -> None:
     """Writes weights, configs, tokenizer, recipe and metrics into an existing folder."""
     model = unwrap(loaded.model)
-    if contents.saves == "adapter":
-        _save_adapter(folder, loaded, contents)
-    else:
+    if contents.saves == "model":
         state = {name: value.float() for name, value in loaded.model.state_dict().items() if value.is_floating_point()}
         model.save_pretrained(folder, state_dict=state)
+    elif hasattr(loaded.model, "peft_config"):
+        for peft_config in loaded.model.peft_config.values():
+            peft_config.base_model_name_or_path, peft_config.revision = contents.base, contents.revision
+        # by default peft asks the hub whether the base's embeddings were resized
+        loaded.model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        native_adapters.save(folder, loaded.model, contents.method, contents.base, contents.revision)
     config = copy.deepcopy(model.config)
     if recipe.quantization is not None and hasattr(config, "quantization_config"):
         del config.quantization_config  # the adapter fits the unquantized base as well; the card reports the training
@@ -74,18 +80,7 @@ def save(folder: Path, loaded: LoadedModel, recipe: Recipe, contents: Manifest, 
     loaded.tokenizer.save_pretrained(folder)
     manifest.write(folder, contents)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_adapter(folder: Path, loaded: LoadedModel, contents: Manifest) -> None:
-    if not hasattr(loaded.model, "peft_config"):
-        native_adapters.save(folder, loaded.model, contents.method, contents.base, contents.revision)
-        return
-    for config in loaded.model.peft_config.values():
-        config.base_model_name_or_path = contents.base
-        config.revision = contents.revision
-    # by default peft asks the hub whether the base's embeddings were resized
-    loaded.model.save_pretrained(folder, save_embedding_layers=False)
+    write_json(folder / "metrics.json", metrics)
 
 
 def _check(proven: proof.Proof, folder: Path, target: Path) -> None:
@@ -93,7 +88,7 @@ def _check(proven: proof.Proof, folder: Path, target: Path) -> None:
     try:
         proven.check("reloaded in a fresh process")
     except ExportError as error:
-        unproven = target.with_name(target.name + UNPROVEN)
+        unproven = target.with_name(f"{target.name}-unproven")
         shutil.rmtree(unproven, ignore_errors=True)
         shutil.copytree(folder, unproven)
         raise ExportError(

@@ -52,19 +52,17 @@ class Usage:
 
 def usage(manifest: Manifest) -> Usage:
     """How an export is loaded: by peft or transformers, or by peftkit where they lack the format."""
+    adapter = manifest.saves == "adapter"
     loads_with = "transformers" if manifest.saves == "model" else "peftkit"
-    if manifest.saves == "adapter":
+    if adapter:
         loads_with = METHODS.get(manifest.method).loads_with
     reader = {"peft": "peft and transformers alone", "transformers": "transformers alone"}.get(loads_with, loads_with)
-    limits: tuple[str, ...] = ()
-    if manifest.saves == "adapter":
-        other = "any other is refused"
-        if loads_with != "peftkit":
-            other = f"{loads_with} may load it on another without a warning, and its answers would be wrong"
-        limits = (f"It fits only the base named above: {other}.",)
-    code = [*PEFTKIT, *manifest.head.peftkit_code()]
-    if loads_with != "peftkit":
+    if loads_with == "peftkit":
+        other, code = "any other is refused", [*PEFTKIT, *manifest.head.peftkit_code()]
+    else:
+        other = f"{loads_with} may load it on another without a warning, and its answers would be wrong"
         code = _transformers_code(manifest, loads_with)
+    limits = (f"It fits only the base named above: {other}.",) if adapter else ()
     return Usage(reader, "\n".join(code), f"In a fresh process, {reader.replace(' alone', '')}", limits)
 
 
@@ -123,14 +121,10 @@ def _transformers_code(manifest: Manifest, loads_with: str) -> list[str]:
 def _results(metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Columns: the metrics that any split has; rows: the splits."""
     numbers = {
-        split: {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        split: {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, (int, float))}
         for split, values in metrics.items()
         if isinstance(values, Mapping)
     }
     columns = list(dict.fromkeys(name for values in numbers.values() for name in values))[:8]
-    rows = [
-        (split, [f"{values[name]:.4g}" if name in values else "" for name in columns])
-        for split, values in numbers.items()
-        if any(name in values for name in columns)
-    ]
-    return columns, rows
+    rows = [(split, [values.get(name, "") for name in columns]) for split, values in numbers.items()]
+    return columns, [(split, cells) for split, cells in rows if any(cells)]

@@ -2,19 +2,6 @@
 
 A format is one file in ``peftkit.export.formats``, or a class that another package names under the entry-point group
 ``peftkit.exporters``. torch and peft are imported only inside the methods, so that listing the formats is fast.
-
-    @EXPORTERS.register("bundle")
-    class Bundle(Exporter):
-        \"\"\"One safetensors file for the bundle runtime.\"\"\"
-
-        kind: Literal["bundle"] = "bundle"
-        level: int = 6                                           # peftkit export … --format bundle level=9
-
-        def export(self, source, folder):
-            loaded = load_exported(source, device="cpu", dtype="float32", quantized=False).loaded
-            write_bundle(loaded.model, folder / "model.bundle", self.level)
-            tolerance = source.recipe.export.tolerance
-            self.finish(source, folder, proof.prove_loader(folder, loaded, source.manifest, read_bundle, tolerance))
 """
 
 from __future__ import annotations
@@ -41,8 +28,6 @@ from peftkit.system.files import atomic_folder
 if TYPE_CHECKING:
     from peftkit.export.card import Usage
     from peftkit.export.proof import Proof
-
-DEFAULT = "peft"
 
 
 class Exporter(ConfigSection):
@@ -98,9 +83,7 @@ class Exporter(ConfigSection):
         raise RunError(f"{source.path}: peftkit writes the format '{self.kind}', but cannot load it; load the run")
 
 
-def run_export(
-    run: str | Path, to: str | Path, *, merge: bool = False, to_format: str = DEFAULT, **options: Any
-) -> str:
+def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_format: str = "peft", **options: Any) -> str:
     """Writes a finished run to a new folder; returns a sentence about it.
 
     Args:

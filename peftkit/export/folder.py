@@ -34,7 +34,12 @@ def open_export(path: str | Path) -> ExportFolder:
     """
     folder = find_export(Path(path))
     contents = manifest.read(folder)
-    refuse_pickles(folder)
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise ModelError(
+            f"{folder}: holds {', '.join(pickled)}, which peftkit never writes and which can run code when opened; "
+            "remove it, or export the run again"
+        )
     return ExportFolder(folder, contents, Recipe.from_yaml(folder / "recipe.yaml"))
 
 
@@ -52,13 +57,3 @@ def find_export(path: Path) -> Path:
     if (path / ADAPTER_CONFIG).is_file():
         raise RunError(f"{path}: peftkit did not write this adapter; load it with peft.PeftModel.from_pretrained")
     raise RunError(f"{path}: not a run of peftkit: no {manifest.FILE} in it, nor in its adapter/ or model/")
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raises ModelError if a folder holds weights that could run code."""
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if pickled:
-        raise ModelError(
-            f"{folder}: holds {', '.join(pickled)}, which peftkit never writes and which can run code when opened; "
-            "remove it, or export the run again"
-        )

@@ -5,7 +5,6 @@ The task's labels, how tokens are pooled, which base, and its fingerprint. Readi
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import EXPORTERS, HEADS
 from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.schema.validation import describe
+from peftkit.system.files import write_json
 
 FILE = "peftkit.json"
 FORMAT = 1
@@ -44,7 +44,6 @@ class Manifest:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     recipe: str
-    """The recipe's name."""
     method: str
     saves: Annotated[str, AfterValidator(_check_saves)]
     """adapter, model, or the name of another export format."""
@@ -75,11 +74,13 @@ class Manifest:
 
 
 def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str) -> Manifest:
-    """The manifest of a trained model."""
     from peftkit.models.blocks import unwrap
 
     source = resolve(recipe.model)
     model = unwrap(loaded.model)
+    quantization = recipe.quantization.model_dump(mode="json") if recipe.quantization else None
+    if quantization is None and (kind := quantized_with(model.config)):
+        quantization = {"kind": kind}
     return Manifest(
         recipe=recipe.name,
         method=recipe.method.kind,
@@ -95,14 +96,13 @@ def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: s
         revision=getattr(model.config, "_commit_hash", None) or source.revision if source.kind == "hub" else None,
         fingerprint=loaded.fingerprint,
         dtype=dtype,
-        quantization=_quantization(recipe, model),
+        quantization=quantization,
         max_length=recipe.data.max_length,
     )
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Writes peftkit.json."""
-    (folder / FILE).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / FILE, asdict(manifest))
 
 
 def read(folder: Path) -> Manifest:
@@ -120,10 +120,3 @@ def read(folder: Path) -> Manifest:
         raise RunError(str(error)) from None
     except ValidationError as error:
         raise RunError(describe(error, f"{file}: not as peftkit writes it")) from None
-
-
-def _quantization(recipe: Recipe, model: Any) -> dict[str, Any] | None:
-    if recipe.quantization is not None:
-        return dict(recipe.quantization.model_dump(mode="json"))
-    kind = quantized_with(model.config)
-    return {"kind": kind} if kind else None

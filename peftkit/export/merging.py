@@ -1,9 +1,5 @@
 """Merging an adapter into its base in memory, for inference: W + ΔW, without the adapter's own matmuls.
 
-    state = MergeState("auto")
-    if state.is_pending(model):
-        model = state.merge(model, quantized=False, reload=…)
-
 No file changes. Each weight is widened to fp32, peft merges its adapter into it, and the sum is rounded to the dtype
 of the base: one rounding, like that of any weight in that dtype.
 """
@@ -53,26 +49,21 @@ class MergeState:
         Raises:
             MethodError: it cannot be merged, and ``mode`` is True.
         """
-        if reason := unmergeable_reason(model, quantized=quantized):
-            self._skip(reason)
-            return model
-        try:
-            merged, loss = merge_in_memory(model)
-        except MethodError as error:
+        loss, self.reason = 0.0, unmergeable_reason(model, quantized=quantized)
+        if not self.reason:
+            try:
+                merged, loss = merge_in_memory(model)
+            except MethodError as error:
+                self.reason = str(error)
+            if loss > MAX_LOSS and self.mode == "auto":
+                self.reason = f"rounding would remove {loss:.0%} of what was learned"
+            if not self.reason:
+                self.merged = True
+                return merged
             model = reload()
-            self._skip(str(error))
-            return model
-        if loss > MAX_LOSS and self.mode == "auto":
-            model = reload()
-            self._skip(f"rounding would remove {loss:.0%} of what was learned")
-            return model
-        self.merged = True
-        return merged
-
-    def _skip(self, reason: str) -> None:
-        self.reason = reason
         if self.mode is True:
-            raise MethodError(f"this run cannot be merged for inference: {reason}; leave merge at 'auto'")
+            raise MethodError(f"this run cannot be merged for inference: {self.reason}; leave merge at 'auto'")
+        return model
 
 
 def unmergeable_reason(model: Any, *, quantized: bool) -> str:

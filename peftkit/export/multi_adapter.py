@@ -1,8 +1,5 @@
 """Several adapters on one base, switched by name: the base is in memory once.
 
-    added = read(Path("runs/style_shakespeare_lora-…"), "shakespeare", first=manifest, taken=["default"])
-    attach(model, added)
-
 ``read`` compares the manifests, so that an adapter that does not fit is refused before any weights are loaded.
 """
 
@@ -16,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.errors import ModelError, RunError, did_you_mean
+from peftkit.errors import ModelError, RunError
 from peftkit.export.folder import ADAPTER_WEIGHTS, ExportFolder, open_export
 from peftkit.export.loading import check_adapter_config, check_head, check_same_names
 from peftkit.export.manifest import Manifest
@@ -40,10 +37,8 @@ def read(path: Path, name: str, *, first: Manifest, taken: Iterable[str]) -> Add
     """Checks that a run's adapter can share the base of the first one; reads everything but the weights.
 
     Args:
-        path: a run's folder, or an exported one.
-        name: letters, digits, '_' and '-'.
+        name: letters, digits, '_' and '-'; not one of ``taken``.
         first: manifest of the run that is loaded.
-        taken: names that are in use.
 
     Raises:
         RunError: the name cannot be used, or the run is not finished.
@@ -59,12 +54,6 @@ def read(path: Path, name: str, *, first: Manifest, taken: Iterable[str]) -> Add
     _check_fits(export.path, export.manifest, first)
     check_adapter_config(export.path)
     return AddedAdapter(export.path, export.manifest, export.recipe, name, tokenizer_in(export.path))
-
-
-def check_known(name: str, names: Iterable[str]) -> None:
-    """Raises RunError unless there is an adapter of that name."""
-    if name not in (known := list(names)):
-        raise RunError(f"no adapter is called '{name}': {did_you_mean(name, known)}")
 
 
 def attach(model: Any, added: AddedAdapter) -> None:
@@ -116,8 +105,7 @@ def active(model: Any) -> str | None:
 
 
 def activate(model: Any, name: str) -> None:
-    """Switches to an adapter; raises RunError if none has that name."""
-    check_known(name, names(model))
+    """Switches to an adapter."""
     native = native_adapters(model)
     if native is not None:
         native.activate(name)
@@ -129,19 +117,17 @@ def activate(model: Any, name: str) -> None:
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
     """Turns the adapters off within the block, so that the base answers."""
-    native = native_adapters(model)
+    native, before = native_adapters(model), active(model)
     try:
         if native is None:
             with model.disable_adapter():
                 yield
         else:
-            before = native.active
             native.activate(None)
-            try:
-                yield
-            finally:
-                native.activate(before)
+            yield
     finally:
+        if native is not None:
+            native.activate(before)
         model.requires_grad_(False)
 
 

@@ -3,11 +3,6 @@
     adapter_config.json          peft_type "PEFTKIT_…", the method, the base, and the shapes of added layers
     adapter_model.safetensors    every trained tensor under its parameter's name
 
-    adapters = NativeAdapters(model)
-    adapters.add("default", read(folder))
-    adapters.activate(None)      # the base, unchanged
-    adapters.activate("default")
-
 A tensor named like a parameter of the base replaces it (a bias, a head); the others belong to bottleneck adapters,
 which ``shapes`` describes. To load trained biases, plain transformers needs only
 ``model.load_state_dict(tensors, strict=False)``.
@@ -57,7 +52,6 @@ class NativeAdapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the adapters."""
         return tuple(self._adapters)
 
     def add(self, name: str, adapter: NativeAdapter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import warnings
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from peftkit.export.proof import TEXTS as PROOF_TEXTS
 from peftkit.models import classifier
 from peftkit.models.blocks import unwrap
 from peftkit.models.kernels.first_token import reading_first_token
-from peftkit.schema.types import LoadedModel
 
 TEXTS = [*PROOF_TEXTS, "a market of stock and oil"]
 """Texts of the proof: other numbers and lengths than those traced."""
@@ -40,15 +40,12 @@ class ClassifierGraph(nn.Module):
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             batch["token_type_ids"] = token_type_ids
-        if self.pooling == "own":
-            with reading_first_token():
-                return classifier.plain_logits(self.model, batch, self.pooling)
-        if self.pooling == "mean":
+        if self.pooling == "cls":  # plain_logits indexes by row, which would be traced as a constant
+            scores = classifier.plain_logits(self.model, batch, "own")
+            first = attention_mask.argmax(1)[:, None, None].expand(-1, 1, scores.shape[-1])
+            return scores.gather(1, first)[:, 0]
+        with reading_first_token() if self.pooling == "own" else contextlib.nullcontext():
             return classifier.plain_logits(self.model, batch, self.pooling)
-        # an index of rows would be traced as a constant
-        scores = classifier.plain_logits(self.model, batch, "own")
-        first = attention_mask.argmax(1)[:, None, None].expand(-1, 1, scores.shape[-1])
-        return scores.gather(1, first)[:, 0]
 
     def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
         """A batch of texts, as pairs with each other where the model reads pairs."""
@@ -99,22 +96,19 @@ def write_classifier(source: ExportFolder, file: Path, merge: MergeMode) -> Refe
         MethodError: the adapter cannot be merged, and ``merge`` is True.
         ModelError: the model cannot be traced.
     """
-    loaded = _load(source)
+    load = functools.partial(load_exported, source, device="cpu", dtype="float32", quantized=False)
+    loaded = load().loaded
     graph = ClassifierGraph(loaded.model, source.manifest.pooling, source.recipe.data.text_pair is not None).eval()
     batches = [graph.inputs(loaded.tokenizer, texts) for texts in (TEXTS, TEXTS[:1])]
     with torch.no_grad():
         reference = Reference(batches, torch.cat([graph(**batch) for batch in batches]))
     state = MergeState(merge)
     if state.is_pending(loaded.model):
-        graph.model = state.merge(loaded.model, quantized=False, reload=lambda: _load(source).model)
+        graph.model = state.merge(loaded.model, quantized=False, reload=lambda: load().model)
     _trace(graph, graph.inputs(loaded.tokenizer, [SAMPLE, "?"]), file)
     unwrap(graph.model).config.save_pretrained(file.parent)
     loaded.tokenizer.save_pretrained(file.parent)
     return reference
-
-
-def _load(source: ExportFolder) -> LoadedModel:
-    return load_exported(source, device="cpu", dtype="float32", quantized=False).loaded
 
 
 def _trace(graph: ClassifierGraph, inputs: dict[str, Tensor], file: Path) -> None:

@@ -4,10 +4,6 @@ Both sides see the same tokens and hold the weights as in training (the base rou
 in fp32, where the order of operations hardly matters, so that a difference means different weights. Over a quantized
 base, whose matmuls have a precision of their own, both use the plain layers of peft and transformers in the dtype of
 training. The difference is the largest one of any logit, divided by the standard deviation of the trained model's.
-
-    prove(folder, loaded, manifest, rows, tolerance)                    read by peft and transformers
-    prove_loader(folder, loaded, manifest, load, tolerance)             read by another function, in a fresh process
-    compare_logits(exported, trained, tolerance, rows=…, dtype=…)       logits that the caller computed
 """
 
 from __future__ import annotations
@@ -68,7 +64,6 @@ class Proof:
     """Of the libraries in the fresh process; None if there was none."""
 
     def write(self, folder: Path) -> None:
-        """Writes proof.json."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         (folder / FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

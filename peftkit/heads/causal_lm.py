@@ -67,18 +67,13 @@ class CausalLM(Head):
 
     def metrics(self, outputs: Outputs, evaluation: EvaluationConfig) -> dict[str, float]:
         """``loss`` per scored token, ``perplexity`` = exp(loss), ``token_accuracy``, and ``tokens`` scored."""
-        tokens = float(outputs["weight"].sum(dtype="float64"))
-        loss = float(outputs["loss"].sum(dtype="float64")) / max(tokens, 1.0)
-        correct = float(outputs["correct"].sum(dtype="float64"))
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "token_accuracy": correct / max(tokens, 1.0),
-            "tokens": tokens,
-        }
+        loss, tokens, correct = (float(outputs[name].sum(dtype="float64")) for name in ("loss", "weight", "correct"))
+        loss /= max(tokens, 1.0)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        accuracy = correct / max(tokens, 1.0)
+        return {"loss": loss, "perplexity": perplexity, "token_accuracy": accuracy, "tokens": tokens}
 
     def metric_names(self, evaluation: EvaluationConfig) -> tuple[str, ...]:
-        """The metrics by which a checkpoint may be chosen."""
         return ("loss", "perplexity", "token_accuracy")
 
     def compare(self, outputs: Outputs, baseline: Outputs, name: str, confidence: float) -> tuple[Row, str]:

@@ -29,8 +29,6 @@ class Classifier(Head):
     default_metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics where the recipe names none."""
 
-    # -- what a kind of answer adds --------------------------------------------------------------------------------
-
     @abstractmethod
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss of each row from its fp32 logits [rows, width] and encoded labels."""
@@ -59,21 +57,16 @@ class Classifier(Head):
         """What stands in for the encoded label of a row that has none."""
         return 0
 
-    # -- the model -------------------------------------------------------------------------------------------------
-
     @classmethod
     def auto_class(cls, pooling: str) -> str:
         """A sequence classifier; over pooled tokens a token classifier, whose logits are linear in the tokens."""
         return "AutoModelForSequenceClassification" if pooling == "own" else "AutoModelForTokenClassification"
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Sets the number of outputs and their names."""
         config.num_labels = self.width
         config.id2label = dict(enumerate(self.info.labels)) or {0: "value"}
         config.label2id = {label: index for index, label in config.id2label.items()}
         config.problem_type = self.transformers_problem_type
-
-    # -- training --------------------------------------------------------------------------------------------------
 
     def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
@@ -96,20 +89,14 @@ class Classifier(Head):
         return plain_logits(model, batch, pooling)
 
     def example_batch(self, rows: int, tokens: int, *, packed: bool = False) -> Batch:
-        """Real tokens and blank labels."""
         import torch
 
-        blank = self.blank_label()
-        width = (len(blank),) if isinstance(blank, list) else ()
-        dtype = torch.int64 if isinstance(blank, int) else torch.float32
         return {
             "input_ids": torch.zeros((rows, tokens), dtype=torch.int64),
             "attention_mask": torch.ones((rows, tokens), dtype=torch.int64),
-            "labels": torch.zeros((rows, *width), dtype=dtype),
+            "labels": torch.tensor([self.blank_label()] * rows),
             "weight": torch.ones(rows),
         }
-
-    # -- evaluation ------------------------------------------------------------------------------------------------
 
     def metrics(self, outputs: Outputs, evaluation: EvaluationConfig) -> dict[str, float]:
         """``loss`` where it is among the outputs, the metrics of the recipe or ``default_metrics``, ``best_metric``."""
@@ -120,21 +107,17 @@ class Classifier(Head):
         return metrics | score(*self._answers(outputs), [*names, self.best_metric])
 
     def metric_names(self, evaluation: EvaluationConfig) -> tuple[str, ...]:
-        """The recipe's metrics, or ``default_metrics``."""
         return tuple(dict.fromkeys(("loss", *(evaluation.metrics or self.default_metrics), self.best_metric)))
 
     def statistics(self, outputs: Outputs) -> Statistics:
-        """Those of the kind of answer."""
         decided, gold = self._answers(outputs)
         return decided.statistics(gold)
 
     def right(self, outputs: Outputs) -> np.ndarray | None:
-        """Whether the whole answer is right."""
         decided, gold = self._answers(outputs)
         return decided.right(gold)
 
     def details(self, outputs: Outputs, rows: Any, evaluation: EvaluationConfig) -> Row:
-        """Those of the kind of answer, and ``mistakes``."""
         decided, gold = self._answers(outputs)
         return {**decided.details(gold), "mistakes": decided.mistakes(gold, rows, evaluation.worst)}
 
@@ -156,25 +139,18 @@ class Classifier(Head):
                 "file": row.get("_file"),
                 "line": row.get("_line"),
                 **{name: row[name] for name in ("text", "text_pair") if name in row},
-                **self.prediction_row(decided, number, gold),
+                **decided.row(number, gold),
             }
             for number, row in enumerate(rows)
         ]
 
-    def prediction_row(self, decided: Any, number: int, gold: np.ndarray) -> Row:
-        """What ``prediction_rows`` writes of one row's answers."""
-        row: Row = decided.row(number, gold)
-        return row
-
     def read_predictions(self, lines: Sequence[Row]) -> StoredPredictions:
-        """Gold and predicted answers from their names."""
         kind, labels = self.kind(), self.info.labels
         gold, predicted = (kind.parse([line[name] for line in lines], labels) for name in ("gold", "predicted"))
         decided = kind(predicted, None, labels)
         return StoredPredictions(gold, decided.statistics(gold), decided.right(gold))
 
     def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
-        """One answer per row."""
         import numpy as np
         import torch
 
@@ -186,14 +162,11 @@ class Classifier(Head):
 
         return self.decide(outputs["logits"]), self.gold(np.asarray(outputs["labels"]))
 
-    # -- baselines -------------------------------------------------------------------------------------------------
-
     def constant(self, labels: np.ndarray) -> tuple[np.ndarray, str] | None:
         """Logits [width] that are best for every row, from the canonical labels of training in fp64, and a note."""
         return None
 
     def constant_outputs(self, train: Any, rows: Any) -> tuple[dict[str, np.ndarray], str] | None:
-        """``outputs`` for the logits that ``constant`` gives."""
         import numpy as np
         import torch
 
@@ -206,32 +179,21 @@ class Classifier(Head):
         weights = np.asarray([self.weight(label) for label in gold.tolist()])
         return {"logits": logits, "labels": gold, "loss": losses, "weight": weights}, constant[1]
 
-    # -- reports ---------------------------------------------------------------------------------------------------
-
     def class_counts(self, rows: Any) -> dict[str, int]:
         """Rows of each class; with several labels per row, those that have the label."""
         import numpy as np
 
-        from peftkit.data.tables import iterate
-
         if "label" not in rows.column_names or not self.info.labels:
             return {}
-        counts = np.zeros(len(self.info.labels), dtype=np.int64)
-        for row in iterate(rows, ["label"]):
-            if isinstance(row["label"], list):
-                counts += np.array(row["label"], dtype=np.int64)
-            else:
-                counts[row["label"]] += 1
+        labels = np.asarray(list(rows["label"]), dtype=np.int64)
+        counts = labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=len(self.info.labels))
         return dict(zip(self.info.labels, counts.tolist()))
 
-    # -- the model card --------------------------------------------------------------------------------------------
-
     def usage_code(self, pooling: str, max_length: int) -> list[str]:
-        """Logits, pooled as in training, and the answer from them."""
+        options = f'truncation=True, max_length={max_length}, padding=True, return_tensors="pt"'
         lines = [
             "inputs = tokenizer(",
-            f'    ["a text", "another text"], truncation=True, max_length={max_length}, padding=True, '
-            'return_tensors="pt"',
+            f'    ["a text", "another text"], {options}',
             ")",
             "with torch.no_grad():",
             "    logits = model(**inputs).logits",

@@ -29,13 +29,8 @@ class MultiLabel(Classifier):
     transformers_problem_type: ClassVar[str] = "multi_label_classification"
     best_metric: ClassVar[str] = "f1_micro"
     default_metrics: ClassVar[tuple[str, ...]] = (
-        "f1_micro",
-        "f1",
-        "precision",
-        "recall",
-        "exact_match",
-        "hamming_loss",
-    )
+        "f1_micro", "f1", "precision", "recall", "exact_match", "hamming_loss",
+    )  # fmt: skip
 
     def blank_label(self) -> list[float]:
         return [0.0] * len(self.info.labels)
@@ -55,7 +50,6 @@ class MultiLabel(Classifier):
         return LabelSets
 
     def decide(self, logits: np.ndarray) -> LabelSets:
-        """The labels over the threshold."""
         return self.kind().from_logits(logits, self.info.labels, self.threshold)
 
     def prediction(self, logits: torch.Tensor, threshold: float | None) -> Prediction:

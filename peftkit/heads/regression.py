@@ -26,7 +26,6 @@ class Regression(Classifier):
     default_metrics: ClassVar[tuple[str, ...]] = ("mse", "mae", "pearsonr", "spearmanr", "r2")
 
     def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Squared error of each row."""
         import torch.nn.functional as F
 
         logits = logits.float()

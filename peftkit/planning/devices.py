@@ -29,11 +29,7 @@ class Device:
 
 
 def parse_device(text: str) -> Device:
-    """A GPU by size or model: ``8GB``, ``7.5GiB``, ``rtx4090``. As cards are sold, 8GB means 8 GiB.
-
-    Raises:
-        RecipeError: ``text`` is neither.
-    """
+    """A GPU by size (as cards are sold, 8GB means 8 GiB) or model (``rtx4090``); raises RecipeError for other text."""
     key = re.sub(r"[\s_]", "", text.lower())
     if key in GPUS:
         return Device(key, GPUS[key] * GIB, True)

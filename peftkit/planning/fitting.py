@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 from peftkit.errors import UserError
 from peftkit.planning.plan import Plan, PlanInputs, make_plan
-from peftkit.schema.recipe import replace
+from peftkit.schema import overrides
 
 SHORTEST = 64
 """Tokens below which rows are not truncated."""
-Change = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,16 @@ def suggest(plan: Plan, inputs: PlanInputs) -> Suggestion | None:
     return None
 
 
-def _options(plan: Plan) -> list[list[Change]]:
-    """Kinds of change, each from mild to strong."""
+def _options(plan: Plan) -> list[list[str]]:
+    """Kinds of change, each from mild to strong, as overrides."""
     recipe, largest = plan.recipe, plan.workload.largest
     checkpointing = recipe.training.gradient_checkpointing
     modes = {"off": ["selective", "full"], "full": []}.get(str(checkpointing), ["full"])
-    options: list[list[Change]] = [
-        [{"training": {"micro_batch": rows}} for rows in _halvings(largest.rows, 1)],
-        [{"training": {"gradient_checkpointing": mode}} for mode in modes],
-        [{"quantization": {"kind": "nf4", "double": True}}] if recipe.quantization is None else [],
-        [{"data": {"max_length": tokens}} for tokens in _halvings(largest.tokens, SHORTEST)],
+    options = [
+        [f"training.micro_batch={rows}" for rows in _halvings(largest.rows, 1)],
+        [f"training.gradient_checkpointing={mode}" for mode in modes],
+        ["quantization={kind: nf4, double: true}"] if recipe.quantization is None else [],
+        [f"data.max_length={tokens}" for tokens in _halvings(largest.tokens, SHORTEST)],
     ]
     return [steps for steps in options if steps]
 
@@ -62,7 +60,7 @@ def _halvings(value: int, smallest: int) -> list[int]:
     return [value >> shift for shift in range(1, value.bit_length()) if value >> shift >= smallest]
 
 
-def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], inputs: PlanInputs) -> Suggestion | None:
+def _first_that_fits(plan: Plan, kinds: tuple[list[str], ...], inputs: PlanInputs) -> Suggestion | None:
     """The mildest combination of some kinds of change that fits."""
     strongest = _plan_changed(plan, [steps[-1] for steps in kinds], inputs)
     if strongest is None or not strongest.fits:  # then no other combination fits
@@ -71,25 +69,13 @@ def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...], inputs: PlanIn
         changes = [steps[min(depth, len(steps) - 1)] for steps in kinds]
         changed = _plan_changed(plan, changes, inputs)
         if changed is not None and changed.fits:
-            return Suggestion(tuple(map(_as_override, changes)), changed, changed.seconds / plan.seconds)
+            return Suggestion(tuple(changes), changed, changed.seconds / plan.seconds)
     return None
 
 
-def _plan_changed(plan: Plan, changes: list[Change], inputs: PlanInputs) -> Plan | None:
+def _plan_changed(plan: Plan, changes: list[str], inputs: PlanInputs) -> Plan | None:
     """The plan of the changed recipe; None if its method does not allow the change."""
-    values: Change = {}
-    for change in changes:
-        for section, fields in change.items():
-            values[section] = {**values.get(section, {}), **fields}
     try:
-        return make_plan(replace(plan.recipe, **values), plan.device, inputs)
+        return make_plan(overrides.apply(plan.recipe, changes), plan.device, inputs)
     except UserError:
         return None
-
-
-def _as_override(change: Change) -> str:
-    ((section, fields),) = change.items()
-    if "kind" in fields:
-        values = ", ".join(f"{name}: {str(value).lower()}" for name, value in fields.items())
-        return f"{section}={{{values}}}"
-    return " ".join(f"{section}.{name}={value}" for name, value in fields.items())

@@ -1,8 +1,4 @@
-"""The data as the model will see them: rows, classes, lengths, truncation, padding, and examples token by token.
-
-inspection = inspect(recipe)   # loads the tokenizer, no model
-json.dumps(inspection.as_dict())
-"""
+"""The data as the model will see them: rows, classes, lengths, truncation, padding, and examples token by token."""
 
 from __future__ import annotations
 
@@ -103,10 +99,7 @@ class Inspection:
 
 
 def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
-    """Prepare, encode and inspect a recipe's data.
-
-    Args:
-        examples: number of encoded examples per split.
+    """Prepare, encode and inspect a recipe's data, with some examples per split; no model is loaded.
 
     Raises:
         DataError, HubError, ModelError: those of ``prepare``, ``encode`` and the tokenizer.
@@ -117,7 +110,7 @@ def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
     tokenizer = load_tokenizer(recipe.model)
     encoded = encode(prepared, tokenizer, recipe)
     views = tuple(
-        view_split(name, prepared, encoded.splits[name], tokenizer, recipe, examples) for name in prepared.splits
+        _view_split(name, prepared, encoded.splits[name], tokenizer, recipe, examples) for name in prepared.splits
     )
     return Inspection(
         recipe.name, prepared.sources, recipe.task.kind, prepared.info.problem_type, prepared.info.labels,
@@ -125,13 +118,12 @@ def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
     )  # fmt: skip
 
 
-def view_split(
+def _view_split(
     name: str, prepared: PreparedData, encoded: EncodedSplit, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
-    examples: int = EXAMPLES,
+    examples: int,
 ) -> SplitView:  # fmt: skip
-    """Statistics of one split, and its first examples."""
-    rows, lengths = prepared.splits[name], encoded.lengths
-    head = head_of(prepared.info, recipe.task)
+    rows, lengths, head = prepared.splits[name], encoded.lengths, head_of(prepared.info, recipe.task)
+    shown = [encoded.examples[index] for index in range(min(examples, len(lengths)))]
     has_truncated = "truncated" in encoded.examples.column_names
     truncated = np.array(encoded.examples["truncated"]) if has_truncated else np.zeros(1, int)
     return SplitView(
@@ -147,16 +139,14 @@ def view_split(
         padding=_padding(lengths, recipe, recipe.training.batching),
         padding_unsorted=_padding(lengths, recipe, "random"),
         supervised=_supervised_share(encoded),
-        shown=tuple(
-            _example(encoded.examples[index], rows, head, tokenizer) for index in range(min(examples, len(lengths)))
-        ),
+        shown=tuple(_example(example, rows, head, tokenizer) for example in shown),
     )
 
 
-def histogram(lengths: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
+def histogram(lengths: np.ndarray) -> tuple[Bin, ...]:
     """Bars of equal width over the lengths; every example is in exactly one."""
     low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // bins))
+    width = max(1, -(-(high - low + 1) // BINS))
     counts = np.bincount((lengths - low) // width)
     return tuple(
         Bin(low + number * width, min(high, low + (number + 1) * width - 1), int(count))
@@ -173,10 +163,8 @@ def _padding(lengths: np.ndarray, recipe: Recipe, batching: str) -> float:
 def _supervised_share(encoded: EncodedSplit) -> float | None:
     if not _per_token(encoded.examples[0]):
         return None
-    labelled = sum(
-        sum(label != IGNORE for label in example["labels"]) for example in iterate(encoded.examples, ["labels"])
-    )
-    return labelled / max(1, int(encoded.lengths.sum()))
+    labels = (label for example in iterate(encoded.examples, ["labels"]) for label in example["labels"])
+    return sum(label != IGNORE for label in labels) / max(1, int(encoded.lengths.sum()))
 
 
 def _per_token(example: dict[str, Any]) -> bool:
@@ -187,23 +175,17 @@ def _per_token(example: dict[str, Any]) -> bool:
 
 
 def _example(example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreTrainedTokenizerBase) -> Example:
-    row = rows[example["row"]]
-    special = set(tokenizer.all_special_ids)
-    supervised = [label != IGNORE for label in example["labels"]] if _per_token(example) else []
-    texts = token_texts(example["input_ids"], tokenizer)
-    tokens = tuple(
-        Token(text, token in special, bool(supervised and supervised[index]))
-        for index, (token, text) in enumerate(zip(example["input_ids"], texts))
-    )
-    label = "" if supervised else head.label_text(example["labels"])
+    row, ids, special = rows[example["row"]], example["input_ids"], set(tokenizer.all_special_ids)
+    per_token = _per_token(example)
+    supervised = [label != IGNORE for label in example["labels"]] if per_token else [False] * len(ids)
+    texts = zip(ids, token_texts(ids, tokenizer), supervised)
+    tokens = tuple(Token(text, token in special, learned) for token, text, learned in texts)
+    label = "" if per_token else head.label_text(example["labels"])
     return Example(f"{row['_file']}:{row['_line']}", label, tokens, int(example.get("truncated") or 0))
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the decoded text, so that all of them joined are that text.
-
-    A character of several tokens appears with the last of them.
-    """
+    """What each token adds to the decoded text; a character of several tokens appears with the last of them."""
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))

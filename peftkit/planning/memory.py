@@ -35,35 +35,29 @@ class Phase:
 
 @dataclass(frozen=True)
 class PersistentMemory:
-    """Bytes that stay in memory between steps, and gradients."""
+    """Bytes that stay in memory between steps; gradients take as many as trained weights."""
 
     frozen: int
     constants: int
     trained: int
     states: int
-    gradients: int
     averages: int = 0
 
     def parts(self) -> dict[str, int]:
-        """By name, without gradients, which exist only within a step."""
         parts = {"frozen weights": self.frozen, "quantization constants": self.constants,
                  "trained weights": self.trained, "optimizer states": self.states}  # fmt: skip
         return parts | ({"averaged weights": self.averages} if self.averages else {})
 
 
 def persistent_memory(model: Any, optimizer: str, *, averaged: bool = False) -> PersistentMemory:
-    """Memory of a model (with or without data), its optimizer, and the average of its trained weights.
-
-    Tied weights count once.
-    """
-    parameters = list({id(p): p for p in model.parameters()}.values())
-    trained = [p for p in parameters if p.requires_grad]
-    frozen = [p for p in parameters if not p.requires_grad]
+    """Memory of a model (with or without data; tied weights count once), its optimizer, and its averaged weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     scales = [b for name, b in model.named_buffers() if name.endswith(SCALES)]
     buffers = [b for name, b in model.named_buffers() if not name.endswith(SCALES)]
     states = sum(state_bytes(optimizer, tuple(p.shape)) for p in trained)
     size = _bytes(trained)
-    return PersistentMemory(_bytes([*frozen, *buffers]), _bytes(scales), size, states, size, size if averaged else 0)
+    return PersistentMemory(_bytes([*frozen, *buffers]), _bytes(scales), size, states, size if averaged else 0)
 
 
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
@@ -98,7 +92,7 @@ def plan_phases(
     # the trained weights, saved while their average is evaluated
     backup = {"copies": persistent.averages} if persistent.averages else {}
     parts = train.resident(ratio)
-    gradients = min(persistent.gradients, train.end, parts.get("activations", 0))
+    gradients = min(persistent.trained, train.end, parts.get("activations", 0))
     if gradients:
         parts = {"gradients": gradients, **parts, "activations": parts["activations"] - gradients}
 
@@ -108,7 +102,7 @@ def plan_phases(
     return (
         Phase("load", {**base, **weights, **on_cpu("weight files", file)}),
         Phase("forward and backward", {**full, **parts}),
-        Phase("optimizer step", {**full, "gradients": persistent.gradients}),
+        Phase("optimizer step", {**full, "gradients": persistent.trained}),
         Phase("evaluation", {**full, **backup, **evaluation.resident(ratio)}),
         Phase("checkpoint", {**full, **on_cpu("copies", max(persistent.trained, persistent.states))}),
         Phase("export", {**full, **on_cpu("copies", persistent.trained)}),

@@ -1,9 +1,4 @@
-"""The plan of a run: what is trained, its memory and time, and whether it fits a device.
-
-plan = make_plan(recipe)                        # on this machine
-plan = make_plan(recipe, parse_device("8GB"))   # on another
-plan.peak.total, plan.fits, plan.seconds
-"""
+"""The plan of a run: what is trained, its memory and time, and whether it fits a device."""
 
 from __future__ import annotations
 
@@ -29,6 +24,7 @@ from peftkit.planning.workload import Workload, data_workload
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import TaskInfo
+from peftkit.system.cores import cores
 from peftkit.system.memory import KERNELS
 
 
@@ -53,7 +49,6 @@ class Plan:
 
     @property
     def peak(self) -> Phase:
-        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
@@ -63,7 +58,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has enough memory for the peak."""
         return self.peak.total <= self.device.memory
 
     def to_json(self) -> dict[str, Any]:
@@ -97,16 +91,10 @@ class PlanInputs:
     loader_bytes: int
     file_bytes: int
 
-    @property
-    def packed(self) -> bool:
-        """Whether rows hold several documents."""
-        return "position_ids" in self.encoded.splits["train"].examples.column_names
-
 
 def collect_inputs(recipe: Recipe) -> PlanInputs:
     """Load tokenizer and data, and measure the machine; no weights are loaded."""
     from peftkit.data.pipeline import encode, prepare
-    from peftkit.system.cores import cores
 
     machines.import_libraries()
     before = psutil.Process().memory_info().rss
@@ -121,24 +109,22 @@ def collect_inputs(recipe: Recipe) -> PlanInputs:
 
 
 def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs | None = None) -> Plan:
-    """The plan of a recipe.
-
-    Args:
-        device: None takes this machine's.
-        inputs: those of an earlier plan with the same data.
+    """The plan of a recipe on a device (default: this machine's), with the inputs of an earlier plan of the same data.
 
     Raises:
         UserError: the recipe, its data or its base model are wrong; the errors are those of a run.
     """
     silence_libraries()
     inputs, device = inputs or collect_inputs(recipe), device or local_device()
-    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu", packed=inputs.packed)
+    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu")
     return plan_workload(recipe, device, inputs, workload)
 
 
 def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: Workload) -> Plan:
     """The plan of a recipe with given micro-batches."""
-    dtype = planned_dtype(recipe, device)
+    # without a GPU here, the planned one is assumed to have bf16
+    assumed = device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available()
+    dtype = torch.bfloat16 if assumed else dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
     machine = machines.with_gpu_rates(inputs.machine) if device.gpu else inputs.machine
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, inputs.info, inputs.tokenizer, dtype, gpu=device.gpu)
@@ -168,8 +154,6 @@ def _kernels(workload: Workload, train: Trace, evaluation: Trace) -> int:
 
 def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
     """Bytes that training with micro-batches of that shape needs on a CPU, in addition to the loaded model."""
-    from peftkit.system.cores import cores
-
     decoder = head_of(info, recipe.task).writes_text
     machine = machines.measure(recipe.training.threads or cores(), decoder=decoder)
     with fake_tensor_mode():
@@ -177,13 +161,6 @@ def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any
         model = TracedModel(loaded, head_of(info, recipe.task), dtype)
         states = persistent_memory(loaded.model, recipe.training.optimizer).states
         return sum(model.train(shape, 2).resident(machine.allocator_ratio).values()) + states
-
-
-def planned_dtype(recipe: Recipe, device: Device) -> Any:
-    """The dtype of frozen weights; without a GPU here, the planned one is assumed to have bf16."""
-    if device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available():
-        return torch.bfloat16
-    return dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
 
 
 def _estimate_times(

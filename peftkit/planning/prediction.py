@@ -80,5 +80,5 @@ def _plan(
     tables = sum(int(split.examples.data.nbytes) for split in encoded.splits.values())
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
     inputs = PlanInputs(tokenizer, info, encoded, machine, tables, files)
-    workload = data_workload(recipe, encoded, device.type, packed=inputs.packed, world_size=world_size)
+    workload = data_workload(recipe, encoded, device.type, world_size=world_size)
     return plan_workload(recipe, local_device(gpu=device.type == "cuda"), inputs, workload)

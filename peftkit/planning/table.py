@@ -9,12 +9,13 @@ from peftkit.errors import UserError
 from peftkit.planning import machine as machines
 from peftkit.planning.devices import Device
 from peftkit.planning.plan import PlanInputs, plan_workload
-from peftkit.planning.workload import Workload, single_batch
+from peftkit.planning.traced_model import Shape
+from peftkit.planning.workload import Workload
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS, TASKS
-from peftkit.schema.types import TaskInfo
 
 PRECISIONS: dict[str, Any] = {"bf16": None, "int8": {"kind": "int8"}, "nf4": {"kind": "nf4", "double": True}}
+TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,15 @@ class Cell:
     method: str
     precision: str
     trained: int = 0
-    """Trained parameters."""
+    """Parameters."""
     peak: int = 0
     """Bytes."""
     reason: str = ""
     """Why the method cannot be used, if so."""
 
 
-def methods_table(source: str, device: Device, *, rows: int = 1, tokens: int = 512) -> list[Cell]:
-    """Every method with its defaults on a base model, for instruction tuning (decoders) or classification (encoders).
-
-    Raises:
-        UserError: the base model cannot be read.
-    """
+def methods_table(source: str, device: Device) -> list[Cell]:
+    """Every method with its defaults on one row, for the task that such a base model is usually trained for."""
     from transformers import AutoConfig
 
     from peftkit.models.loading import writes_text
@@ -52,18 +49,15 @@ def methods_table(source: str, device: Device, *, rows: int = 1, tokens: int = 5
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     decoder = writes_text(config)
     values["task"], info = usual_task(decoder=decoder)
-    tokens = min(tokens, int(getattr(config, "max_position_embeddings", 0) or tokens))
+    tokens = min(TOKENS, int(getattr(config, "max_position_embeddings", 0) or TOKENS))
     inputs = PlanInputs(tokenizer, info, None, machines.measure(cores(), decoder=decoder), 0, weight_file_bytes(folder))
-    workload = single_batch(rows, tokens)
-    return [
-        _cell(values, method, precision, device, inputs, workload)
-        for method in METHODS.names()
-        for precision in PRECISIONS
-    ]
+    shape = Shape(1, tokens, tokens - 1)  # all scored
+    workload = Workload((shape,), (shape,), 1, 1, False)
+    return [_cell(values, method, each, device, inputs, workload) for method in METHODS.names() for each in PRECISIONS]
 
 
 def usual_task(*, decoder: bool) -> tuple[str, TaskInfo]:
-    """The task that such a base model is usually trained for."""
+    """The task that such a base model is usually trained for, with the info of an example."""
     infos = {kind: TASKS.get(kind).example_info(decoder=decoder) for kind in TASKS}
     return next((kind, info) for kind, info in infos.items() if info is not None)
 

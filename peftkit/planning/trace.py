@@ -3,9 +3,6 @@
 The real modules, loss and autograd run under torch's fake tensors. Every storage counts from the operator that creates
 it until its last reference is gone, so that the peak is the code's own for any architecture and method: tensors saved
 for the backward pass, temporaries, gradients. Memory that an operator uses internally is not seen.
-
-Code that reads a fake tensor's value gets true, 1, or 1.0; ``nonzero`` finds as many elements as ``Tracer.scored`` says
-(the tokens that are scored by the loss).
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ aten = torch.ops.aten
 
 
 def _attention_flops(matmuls: int, query: Sequence[int], key: Sequence[int]) -> int:
-    """FLOPs of an attention of so many matmuls; query and key have shapes [rows, heads, tokens, width]."""
+    """Of so many matmuls; query and key have shapes [rows, heads, tokens, width]."""
     rows, heads, queries, width = query
     return matmuls * 2 * rows * heads * queries * key[2] * width
 
@@ -85,10 +82,9 @@ class FakeValues(TorchDispatchMode):
 
 
 class Tracer(FakeValues):
-    """Counts storages, matmuls and operators while it is active.
+    """Counts storages, matmuls and operators while it is active; tensors of last dimension ``vocabulary`` as logits.
 
     Args:
-        vocabulary: tensors with this last dimension count as logits.
         scored: for ``nonzero``: (number of elements of the tensor, how many of them are not zero).
     """
 
@@ -98,7 +94,6 @@ class Tracer(FakeValues):
         self._known: dict[int, weakref.ref[Any]] = {}
         self._live: Counter[str] = Counter()
         self._mapped: Counter[str] = Counter()
-        self._total = 0
         self._matmuls: set[Any] = set()
         self.trace = Trace()
 
@@ -110,7 +105,7 @@ class Tracer(FakeValues):
 
     def finish(self) -> Trace:
         """The trace up to here; to be called while the results are still referenced."""
-        self.trace.end, self.trace.kernels = self._total, len(self._matmuls)
+        self.trace.end, self.trace.kernels = self._live.total(), len(self._matmuls)
         return self.trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,15 +131,13 @@ class Tracer(FakeValues):
         part = LOGITS if self._vocabulary and tensor.dim() and tensor.shape[-1] == self._vocabulary else OTHER
         self._known[key] = weakref.ref(storage, self._on_free(key, part, size))
         self._add(part, size)
-        if self._total > self.trace.peak:
-            self.trace.peak, self.trace.parts = self._total, dict(self._live)
-            self.trace.mapped = dict(self._mapped)
+        if (total := self._live.total()) > self.trace.peak:
+            self.trace.peak, self.trace.parts, self.trace.mapped = total, dict(self._live), dict(self._mapped)
         return True
 
     def _add(self, part: str, size: int) -> None:
         self._live[part] += size
         self._mapped[part] += size if abs(size) >= MAPPED else 0
-        self._total += size
 
     def _on_free(self, key: int, part: str, size: int) -> Callable[[Any], None]:
         def on_free(reference: Any) -> None:
@@ -170,15 +163,15 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
-def fake_tensor_mode() -> Iterator[FakeTensorMode]:
+def fake_tensor_mode() -> Iterator[None]:
     """Within the context, new tensors have shapes and no data, and random generators do not change."""
     state = _GET()
     try:
         # activation checkpointing saves and restores the generator's state, which fails on fake tensors
         torch.get_rng_state = torch.random.get_rng_state = lambda: state  # type: ignore[assignment]
         torch.set_rng_state = torch.random.set_rng_state = lambda _: None  # type: ignore[assignment]
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, FakeValues():
-            yield mode
+        with FakeTensorMode(allow_non_fake_inputs=True), FakeValues():
+            yield
     finally:
         torch.get_rng_state = torch.random.get_rng_state = _GET  # type: ignore[assignment]
         torch.set_rng_state = torch.random.set_rng_state = _SET  # type: ignore[assignment]

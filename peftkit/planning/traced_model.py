@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from peftkit.errors import ModelError
 from peftkit.models import packing
 from peftkit.models.blocks import find_blocks, unwrap
+from peftkit.models.dtypes import autocast
 from peftkit.models.kernels import linear_cross_entropy
 from peftkit.planning.trace import Trace, Tracer
 from peftkit.schema.head import Head
@@ -40,8 +41,11 @@ class Shape:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens and padding."""
         return self.rows * self.tokens
+
+    def size(self) -> tuple[int, int]:
+        """By which shapes are compared: padded tokens, then length."""
+        return self.padded_tokens, self.tokens
 
 
 @dataclass
@@ -60,21 +64,19 @@ class TracedModel:
             packing.assume_supported(base)
             linear_cross_entropy.assume_declared_shaping(base)
 
-    def train(self, shape: Shape, micro_batches: int = 1) -> Trace:
-        """Forward and backward of micro-batches, whose gradients accumulate."""
-        return self._trace(shape, micro_batches)
-
     def evaluate(self, shape: Shape) -> Trace:
         """Forward without gradients."""
-        return self._trace(shape, 0)
+        return self.train(shape, 0)
 
-    def _trace(self, shape: Shape, micro_batches: int) -> Trace:
+    def train(self, shape: Shape, micro_batches: int = 1) -> Trace:
+        """Forward and backward of micro-batches, whose gradients accumulate."""
         try:
             _, blocks = find_blocks(self.loaded.model)
         except ModelError:
             return self._run(shape, micro_batches)
         count = len(blocks)
-        if count <= MORE + 1 or len({_signature(block) for block in blocks}) > 1:
+        parameters = [[(name, p.shape, p.dtype, p.requires_grad) for name, p in b.named_parameters()] for b in blocks]
+        if count <= MORE + 1 or any(each != parameters[0] for each in parameters):
             return self._run(shape, micro_batches)
         with _shortened(blocks, FEW):
             few = self._run(shape, micro_batches)
@@ -90,10 +92,10 @@ class TracedModel:
         tracer.ignore([*model.parameters(), *model.buffers()])
         with tracer, as_on_a_gpu() if self.gpu else contextlib.nullcontext():
             if micro_batches == 0:
-                with torch.no_grad(), self._precision():
+                with torch.no_grad(), autocast(self.dtype):
                     self.head.outputs(model, batch, self.loaded.pooling)
             for _ in range(micro_batches):
-                with self._precision():
+                with autocast(self.dtype):
                     loss = self.head.loss(model, batch, self.loaded.pooling)
                 loss.backward()
                 del loss
@@ -102,14 +104,6 @@ class TracedModel:
         return replace(
             trace, flops=trace.flops // count, moved=trace.moved // count, operators=trace.operators // count
         )
-
-    def _precision(self) -> Any:
-        enabled = self.dtype != torch.float32
-        return torch.autocast("cpu", dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
-
-
-def _signature(block: torch.nn.Module) -> tuple[Any, ...]:
-    return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters())
 
 
 @contextlib.contextmanager
@@ -127,17 +121,12 @@ def _shortened(blocks: torch.nn.ModuleList, count: int) -> Iterator[None]:
 def extrapolate(few: Trace, more: Trace, count: int) -> Trace:
     """The trace of a stack of ``count`` blocks, from those of two shorter ones."""
 
-    def at(low: int, high: int) -> int:
+    def at(low: Any, high: Any) -> Any:
+        if isinstance(high, dict):
+            return {name: at(low.get(name, 0), high[name]) for name in high}
         return int(high + (high - low) / (MORE - FEW) * (count - MORE))
 
-    def by_part(low: dict[str, int], high: dict[str, int]) -> dict[str, int]:
-        return {name: at(low.get(name, 0), high[name]) for name in high}
-
-    return Trace(
-        at(few.peak, more.peak), by_part(few.parts, more.parts), by_part(few.mapped, more.mapped),
-        at(few.end, more.end), at(few.flops, more.flops), at(few.moved, more.moved),
-        at(few.operators, more.operators), more.kernels,
-    )  # fmt: skip
+    return Trace(**{name: at(value, vars(more)[name]) for name, value in vars(few).items()} | {"kernels": more.kernels})
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,27 +29,20 @@ class Workload:
 
     @property
     def largest(self) -> Shape:
-        """The largest shape of training, by padded tokens and then by length."""
-        return _largest(self.train)
+        """The largest shape of training."""
+        return max(self.train, key=Shape.size)
 
     @property
     def largest_evaluation(self) -> Shape:
         """The largest shape of evaluation."""
-        return _largest(self.evaluation)
+        return max(self.evaluation, key=Shape.size)
 
 
-def _largest(shapes: Iterable[Shape]) -> Shape:
-    return max(shapes, key=lambda shape: (shape.padded_tokens, shape.tokens))
-
-
-def data_workload(recipe: Recipe, encoded: Any, device: str, *, packed: bool, world_size: int = 1) -> Workload:
-    """The workload of a recipe on its encoded data; of several processes, the first one's.
-
-    Lengths are limited to ``data.max_length``, so that a smaller limit can be planned without tokenizing again.
-    """
+def data_workload(recipe: Recipe, encoded: Any, device: str, *, world_size: int = 1) -> Workload:
+    """The workload of a recipe on its encoded data; of several processes, the first one's."""
     training, train = recipe.training, encoded.splits["train"]
-    lengths = np.minimum(train.lengths, recipe.data.max_length)
-    tokens = pass_tokens(training, device)
+    lengths = np.minimum(train.lengths, recipe.data.max_length)  # a smaller limit may be planned than was encoded with
+    tokens, packed = pass_tokens(training, device), "position_ids" in train.examples.column_names
     rows = training.micro_batch if isinstance(training.micro_batch, int) else None
     counts_tokens = all(head.scores_tokens for head in possible_heads(recipe.task))
 
@@ -71,9 +63,3 @@ def data_workload(recipe: Recipe, encoded: Any, device: str, *, packed: bool, wo
     steps = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
     evaluation = tuple(shape(batch, validation_lengths, validation.weights) for batch in batches)
     return Workload(tuple(shapes), evaluation, steps, steps / per_epoch, accumulates)
-
-
-def single_batch(rows: int, tokens: int) -> Workload:
-    """One micro-batch of a given shape, all of it scored."""
-    shape = Shape(rows, tokens, rows * (tokens - 1))
-    return Workload((shape,), (shape,), 1, 1, False)

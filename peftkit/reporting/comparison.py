@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from peftkit.reporting import experiment, formatting, plots
-from peftkit.reporting.experiment import LOG_WIDTH, Page
+from peftkit.reporting import formatting, plots
+from peftkit.reporting.experiment import Page
 
 Comparison = Mapping[str, Any]
 COSTS = (("trained_parameters", "trained parameters"), ("seconds", "seconds of training"))
@@ -30,30 +25,9 @@ def page(table: Comparison) -> Page:
               f"vs. {table['against']}", "p", "trained", "saved", "memory", "time"]  # fmt: skip
     rows = [_cells(row) for row in (*table["variants"], *table["baselines"])]
     title = f"Comparison {table['name']}: {table['rows']:,} {split} rows"
-    return Page(title, header, rows, [table["pick"], *_remarks(table)], {"compare.png": (plot(table), _caption(table))},
+    caption = f"{formatting.name(table['metric'])} with {level} intervals against cost"
+    return Page(title, header, rows, [table["pick"], *_remarks(table)], {"compare.png": (plot(table), caption)},
                 mark=table["best"])  # fmt: skip
-
-
-def show(table: Comparison) -> None:
-    """Prints the table and the recommendation to stdout."""
-    view = page(table)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
-    console.print(experiment.terminal(view))
-    for sentence in view.sentences:
-        console.print(sentence, markup=False, soft_wrap=True)
-
-
-def fragment(table: Comparison) -> str:
-    """The body of the page, for a notebook."""
-    return experiment.render(page(table), standalone=False)
-
-
-def write(table: Comparison, folder: Path) -> None:
-    """Writes compare.json, compare.md, compare.html and compare.png."""
-    from peftkit.system.files import write_json
-
-    write_json(folder / "compare.json", table)
-    experiment.write(page(table), folder, "compare")
 
 
 def plot(table: Comparison) -> Figure:
@@ -61,7 +35,12 @@ def plot(table: Comparison) -> Figure:
     figure, axes = plots.panels(len(COSTS))
     rows = [row for row in table["variants"] if row.get("value") is not None]
     for axis, (key, cost) in zip(axes, COSTS):
-        _points(axis, rows, key)
+        for row in rows:
+            low, high = (row["value"] if row[end] is None else row[end] for end in ("low", "high"))
+            error = [[max(0.0, row["value"] - low)], [max(0.0, high - row["value"])]]
+            axis.errorbar([row[key]], [row["value"]], yerr=error, fmt="o", color=plots.BLUE, capsize=3, markersize=6)
+            axis.annotate(formatting.plain(row["variant"], 30), (row[key], row["value"]), textcoords="offset points",
+                          xytext=(7, 5), fontsize=8, color=plots.INK, parse_math=False)  # fmt: skip
         for number, row in enumerate(row for row in table["baselines"] if row["value"] is not None):
             axis.axhline(row["value"], linestyle="--", linewidth=1.2, color=(plots.FAINT, plots.ORANGE)[number % 2],
                          label=row["variant"])  # fmt: skip
@@ -74,33 +53,22 @@ def plot(table: Comparison) -> Figure:
     return figure
 
 
-def _points(axis: Axes, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    for row in rows:
-        known = row["low"] is not None
-        below, above = (row["value"] - row["low"], row["high"] - row["value"]) if known else (0.0, 0.0)
-        error = np.array([[max(0.0, below)], [max(0.0, above)]])
-        axis.errorbar([row[key]], [row["value"]], yerr=error, fmt="o", color=plots.BLUE, capsize=3, markersize=6)
-        axis.annotate(formatting.plain(row["variant"], 30), (row[key], row["value"]), textcoords="offset points",
-                      xytext=(7, 5), fontsize=8, color=plots.INK, parse_math=False)  # fmt: skip
-
-
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if "value" not in row:
         return [row["variant"], row["status"], *[""] * 8]
-    known = row.get("low") is not None
-    cells = [row["variant"], formatting.figure(row["value"])]
-    cells.append(f"{formatting.figure(row['low'])} – {formatting.figure(row['high'])}" if known else "")
-    cells.append(formatting.figure(row["deviation"]) if row.get("deviation") is not None else "")
-    cells.append("" if row.get("difference") is None else f"{row['difference']:+.4f}")
-    cells.append(_chance(row.get("p_value")))
-    if "trained_parameters" not in row:
+    p_value, deviation, difference = (row.get(name) for name in ("p_value", "deviation", "difference"))
+    cells = [
+        row["variant"],
+        formatting.figure(row["value"]),
+        "" if row.get("low") is None else f"{formatting.figure(row['low'])} – {formatting.figure(row['high'])}",
+        "" if deviation is None else formatting.figure(deviation),
+        "" if difference is None else f"{difference:+.4f}",
+        "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+    ]
+    if "trained_parameters" not in row:  # a baseline
         return [*cells, *[""] * 4]
-    cells += [formatting.count(row["trained_parameters"]), formatting.size(row["saved_bytes"])]
-    return [*cells, formatting.size(row["peak_memory_bytes"]), f"{row['seconds']:.1f} s"]
-
-
-def _chance(value: float | None) -> str:
-    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    sizes = (formatting.size(row[name]) for name in ("saved_bytes", "peak_memory_bytes"))
+    return [*cells, f"{row['trained_parameters']:,}", *sizes, f"{row['seconds']:.1f} s"]
 
 
 def _remarks(table: Comparison) -> list[str]:
@@ -114,7 +82,3 @@ def _remarks(table: Comparison) -> list[str]:
     if tests:
         remarks.append(f"p: {' or '.join(sorted(tests))} over the same rows, not corrected for multiple tests.")
     return remarks
-
-
-def _caption(table: Comparison) -> str:
-    return f"{formatting.name(table['metric'])} with {table['confidence']:.0%} intervals against cost"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 from rich.text import Text
 
-from peftkit.reporting import formatting, html, plots
-
-LOG_WIDTH = 140
-"""Columns of tables in a log, which does not wrap lines."""
+from peftkit.reporting import formatting, html, plots, tables
+from peftkit.system.files import write_json
 
 
 @dataclass(frozen=True)
@@ -32,15 +29,16 @@ class Page:
     """First cell of the row in bold."""
 
 
-def terminal(page: Page) -> Table:
-    """The table for a terminal."""
-    table = Table(title=page.title, title_justify="left", title_style="bold", header_style="bold", padding=(0, 1))
-    for number, heading in enumerate(page.header):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+def show(page: Page) -> None:
+    """Prints the table and the sentences to stdout."""
+    table = tables.table(page.title, *page.header)
     for row in page.rows:
         style = "bold" if row[0] == page.mark else ""
         table.add_row(*(Text(formatting.plain(cell), style=style) for cell in row))
-    return table
+    console = tables.console()
+    console.print(table)
+    for sentence in page.sentences:
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
 def markdown(page: Page) -> str:
@@ -54,15 +52,13 @@ def markdown(page: Page) -> str:
 
 def render(page: Page, *, standalone: bool = True) -> str:
     """The page, or its body for a notebook; self-contained, without scripts, every text escaped."""
-    images = [
-        (f"data:image/png;base64,{base64.b64encode(plots.png(figure)).decode()}", caption)
-        for figure, caption in page.images.values()
-    ]
+    images = [(html.data_uri(plots.png(figure)), caption) for figure, caption in page.images.values()]
     return html.environment().get_template("experiment.html").render(page=page, images=images, standalone=standalone)
 
 
-def write(page: Page, folder: Path, name: str) -> None:
-    """Writes NAME.md, NAME.html and the plots."""
+def write(folder: Path, name: str, table: Mapping[str, Any], page: Page) -> None:
+    """Writes NAME.json (the table that the page shows), NAME.md, NAME.html and the plots."""
+    write_json(folder / f"{name}.json", table)
     (folder / f"{name}.md").write_text(markdown(page), encoding="utf-8")
     (folder / f"{name}.html").write_text(render(page), encoding="utf-8")
     for file, (figure, _) in page.images.items():

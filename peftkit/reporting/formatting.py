@@ -32,11 +32,6 @@ def name(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def count(value: int) -> str:
-    """With thousands separators."""
-    return f"{value:,}"
-
-
 def size(value: float) -> str:
     """Bytes in the largest fitting unit.
 
@@ -66,3 +61,19 @@ def plain(text: Any, limit: int | None = None) -> str:
     spaced = " ".join(str(text).split())
     clean = "".join(letter for letter in spaced if unicodedata.category(letter) not in {"Cc", "Cf", "Cs", "Co", "Cn"})
     return clean if limit is None or len(clean) <= limit else f"{clean[: limit - 1]}…"
+
+
+def answer(value: Any) -> str:
+    """A label, a list of labels or a number as one cell."""
+    if isinstance(value, float):
+        return figure(value)
+    labels = value if isinstance(value, list) else [value]
+    return ", ".join(plain(label, 24) for label in labels) or "none"
+
+
+def place(row: Mapping[str, Any]) -> str:
+    """``file:line`` of a row, as far as known."""
+    if not row.get("file"):
+        return ""
+    file = str(row["file"]).replace("\\", "/").rpartition("/")[2]
+    return plain(f"{file}:{row['line']}" if row.get("line") else file)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
 from peftkit.errors import RecipeError
@@ -20,7 +17,7 @@ from peftkit.planning.devices import format_bytes
 from peftkit.planning.fitting import Suggestion, suggest
 from peftkit.planning.plan import Plan, collect_inputs, make_plan
 from peftkit.planning.table import PRECISIONS, Cell, methods_table
-from peftkit.reporting.experiment import LOG_WIDTH
+from peftkit.reporting import tables
 from peftkit.schema.recipe import Recipe
 
 
@@ -46,41 +43,35 @@ def plan_command(
     plan = make_plan(recipe, device, inputs)
     suggestion = suggest(plan, inputs)
     if apply is not None:
-        _apply(plan, suggestion, apply)
+        if not plan.fits and suggestion is None:
+            raise RecipeError(
+                f"{recipe.name} does not fit {device.name} with any known change; {apply} was not written"
+            )
+        chosen = suggestion.plan.recipe if suggestion else recipe
+        try:
+            apply.write_text(chosen.to_yaml(defaults=False), encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"--apply {apply}: cannot be written: {error.strerror}") from None
     return json.dumps(to_json(plan, suggestion), indent=2) + "\n" if as_json else text(plan, suggestion)
-
-
-def _apply(plan: Plan, suggestion: Suggestion | None, path: Path) -> None:
-    if not plan.fits and suggestion is None:
-        raise RecipeError(
-            f"{plan.recipe.name} does not fit {plan.device.name} with any known change; {path} was not written"
-        )
-    chosen = suggestion.plan.recipe if suggestion else plan.recipe
-    try:
-        path.write_text(chosen.to_yaml(defaults=False), encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"--apply {path}: cannot be written: {error.strerror}") from None
 
 
 def text(plan: Plan, suggestion: Suggestion | None) -> str:
     """Trained parameters, memory by phase, time, and whether it fits."""
-    out = _console()
     largest = plan.workload.largest
     trained = sum(part.parameters for part in plan.parameters if part.trainable)
     total = sum(part.parameters for part in plan.parameters)
-    out.print(f"{plan.recipe.name}: {plan.recipe.method.kind}, frozen weights stored as {plan.dtype}", markup=False)
-    out.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.2%})")
-    out.print(_phases(plan))
-    out.print(
-        f"largest micro-batch: {largest.rows} rows × {largest.tokens} tokens; {plan.workload.steps:,} steps, "
-        f"{plan.flops_per_token / 1e9:.2f} GFLOP per token, about {duration(plan.seconds)}"
-    )
     verdict = "fits" if plan.fits else "does not fit"
-    out.print(f"peak {format_bytes(plan.peak.total)} in {plan.peak.name}: {verdict} {plan.device.name} "
-              f"({format_bytes(plan.device.memory)})", markup=False)  # fmt: skip
-    for line in [*remedies(plan, suggestion), *(f"note: {note}" for note in plan.notes)]:
-        out.print(line, markup=False, soft_wrap=True)
-    return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    return _printed(
+        f"{plan.recipe.name}: {plan.recipe.method.kind}, frozen weights stored as {plan.dtype}",
+        f"trainable: {trained:,} of {total:,} parameters ({trained / total:.2%})",
+        _phases(plan),
+        f"largest micro-batch: {largest.rows} rows × {largest.tokens} tokens; {plan.workload.steps:,} steps, "
+        f"{plan.flops_per_token / 1e9:.2f} GFLOP per token, about {duration(plan.seconds)}",
+        f"peak {format_bytes(plan.peak.total)} in {plan.peak.name}: {verdict} {plan.device.name} "
+        f"({format_bytes(plan.device.memory)})",
+        *remedies(plan, suggestion),
+        *(f"note: {note}" for note in plan.notes),
+    )
 
 
 def remedies(plan: Plan, suggestion: Suggestion | None) -> list[str]:
@@ -94,25 +85,22 @@ def remedies(plan: Plan, suggestion: Suggestion | None) -> list[str]:
 
 
 def _table_text(cells: Sequence[Cell], model: str) -> str:
-    table = Table(title=f"peak memory with {model}, one row of 512 tokens")
-    table.add_column("method")
-    table.add_column("trained", justify="right")
-    for precision in PRECISIONS:
-        table.add_column(precision, justify="right")
+    table = tables.table(f"peak memory with {model}, one row of 512 tokens", "method", "trained", *PRECISIONS)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = {cell.precision: cell for cell in cells if cell.method == method}
         trained = max(cell.trained for cell in row.values())
         sizes = [format_bytes(row[name].peak) if not row[name].reason else "–" for name in PRECISIONS]
         table.add_row(method, f"{trained:,}", *sizes)
-    out = _console()
-    out.print(table)
-    return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+    return _printed(table)
 
 
-def _console() -> Console:
-    """A console that writes to memory, as wide as the terminal, or as a log."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else LOG_WIDTH
-    return Console(file=io.StringIO(), highlight=False, width=width, force_terminal=sys.stdout.isatty())
+def _printed(*lines: RenderableType) -> str:
+    """Tables and lines as they are printed on stdout."""
+    console = tables.console()
+    with console.capture() as capture:
+        for line in lines:
+            console.print(line, markup=False, soft_wrap=isinstance(line, str))
+    return capture.get()
 
 
 def duration(seconds: float) -> str:
@@ -124,10 +112,8 @@ def duration(seconds: float) -> str:
 
 def _phases(plan: Plan) -> Table:
     names = dict.fromkeys(name for phase in plan.phases for name in phase.parts)
-    table = Table(title="memory by phase")
-    table.add_column("part")
-    for phase in plan.phases:
-        table.add_column(phase.name, justify="right", style="bold" if phase is plan.peak else "")
+    table = tables.table("memory by phase", "part", *(phase.name for phase in plan.phases))
+    table.columns[1 + plan.phases.index(plan.peak)].style = "bold"
     for name in names:
         sizes = [phase.parts.get(name, 0) for phase in plan.phases]
         if any(sizes):

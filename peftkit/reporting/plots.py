@@ -1,7 +1,4 @@
-"""Plots of a run as matplotlib figures, without pyplot or a display; ``save`` writes one as PNG.
-
-save(learning_curves(rows), "plots/learning_curves.png")
-"""
+"""Plots of a run as matplotlib figures, without pyplot or a display; ``save`` writes one as PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -59,9 +55,12 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None
     figure, axes = panels(2 if scored else 1)
     _losses(axes[0], training, validations)
     if scored:
-        axis = axes[1]
-        axis.plot(_column(scored, "step"), _column(scored, str(metric)), "-o", color=GREEN, markersize=5)
-        _label_last(axis, scored, str(metric))
+        axis, values = axes[1], _column(scored, str(metric))
+        axis.plot(_column(scored, "step"), values, "-o", color=GREEN, markersize=5)
+        if not np.isnan(values[-1]):
+            axis.annotate(formatting.figure(values[-1]), (scored[-1]["step"], values[-1]), textcoords="offset points",
+                          xytext=(0, 8), ha="right", fontsize=9, color=INK)  # fmt: skip
+        axis.margins(y=0.15)
         dress(axis, f"validation {formatting.name(str(metric))}", "step")
     return figure
 
@@ -78,9 +77,8 @@ def _losses(axis: Axes, training: Sequence[Mapping[str, Any]], validations: Sequ
         axis.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="training (smoothed)")
     checked = [row for row in validations if "loss" in row]
     if checked:
-        axis.plot(
-            _column(checked, "step"), _column(checked, "loss"), "-o", color=ORANGE, markersize=5, label="validation"
-        )
+        steps, losses = _column(checked, "step"), _column(checked, "loss")
+        axis.plot(steps, losses, "-o", color=ORANGE, markersize=5, label="validation")
     if training or checked:
         axis.legend(frameon=False, fontsize=9)
     dress(axis, "loss", "step")
@@ -89,10 +87,8 @@ def _losses(axis: Axes, training: Sequence[Mapping[str, Any]], validations: Sequ
 def _smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Centered running mean over a share of the points, narrower at the ends."""
     half = max(1, int(len(values) * share))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(len(values))
-    low, high = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    window = np.ones(2 * half + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Figure:
@@ -102,7 +98,6 @@ def confusion_matrix(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> 
     share = np.divide(matrix, rows, out=np.zeros_like(matrix), where=rows > 0)
     side = float(np.clip(2.2 + 0.55 * len(labels), 4.2, 13))
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     image = axis.imshow(share, cmap=BLUES, vmin=0, vmax=1)
     _name_classes(axis, labels)
@@ -150,21 +145,19 @@ def reliability_diagram(bins: Sequence[Mapping[str, Any]], error: float | None =
         error: the expected calibration error, for the title.
     """
     figure = Figure(figsize=(5.2, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
-    left = [one["low"] for one in bins]
-    width = [one["high"] - one["low"] for one in bins]
-    accuracy = np.array([one["accuracy"] for one in bins])
-    confidence = np.array([one["confidence"] for one in bins])
+    left, right, count, confidence, accuracy = (
+        np.array([one[name] for one in bins]) for name in ("low", "high", "count", "confidence", "accuracy")
+    )
+    width = right - left
     top.plot([0, 1], [0, 1], linestyle="--", color=FAINT, linewidth=1.2, label="perfect", zorder=3)
     top.bar(left, accuracy, width, align="edge", color=BLUE, alpha=0.8, edgecolor="white", label="accuracy")
-    right = [one["high"] for one in bins]
     top.hlines(confidence, left, right, color=RED, linewidth=2.2, label="mean confidence", zorder=4)
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.legend(frameon=False, fontsize=9, loc="upper left")
     dress(top, "reliability" if error is None else f"reliability: calibration error {error:.3f}", "")
     top.set_ylabel("accuracy", color=INK)
-    bottom.bar(left, [one["count"] for one in bins], width, align="edge", color=FAINT, edgecolor="white")
+    bottom.bar(left, count, width, align="edge", color=FAINT, edgecolor="white")
     dress(bottom, "", "confidence")
     bottom.set_ylabel("rows", color=INK)
     return figure
@@ -173,7 +166,6 @@ def reliability_diagram(bins: Sequence[Mapping[str, Any]], error: float | None =
 def scatter(pairs: Sequence[Sequence[float]], name: str = "value") -> Figure:
     """Predicted against gold numbers of a regression."""
     figure = Figure(figsize=(5.2, 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     points = np.asarray(pairs, dtype=float).reshape(-1, 2)
     if len(points):
@@ -189,20 +181,11 @@ def scatter(pairs: Sequence[Sequence[float]], name: str = "value") -> Figure:
 def panels(number: int) -> tuple[Figure, list[Axes]]:
     """An empty figure of panels side by side."""
     figure = Figure(figsize=(5.6 * number, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, list(np.atleast_1d(figure.subplots(1, number)))
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
-
-
-def _label_last(axis: Axes, rows: Sequence[Mapping[str, Any]], name: str) -> None:
-    last = rows[-1]
-    if last[name] is not None:
-        axis.annotate(formatting.figure(last[name]), (last["step"], last[name]), textcoords="offset points",
-                      xytext=(0, 8), ha="right", fontsize=9, color=INK)  # fmt: skip
-    axis.margins(y=0.15)
 
 
 def dress(axis: Axes, title: str, across: str) -> None:

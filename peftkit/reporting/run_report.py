@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,6 @@ from peftkit.data.batching import epoch_batches, padding_share, pass_tokens, sha
 from peftkit.models.inventory import trainable_table
 from peftkit.planning import prediction
 from peftkit.reporting import html, tables
-from peftkit.reporting.experiment import LOG_WIDTH
 from peftkit.schema.head import possible_heads
 from peftkit.schema.recipe import Recipe
 
@@ -27,8 +25,7 @@ class ConsoleReporter:
     """Prints on the main process: tables to stdout, notes to stderr."""
 
     def __init__(self, *, silent: bool) -> None:
-        width = None if sys.stdout.isatty() else LOG_WIDTH
-        self._out = Console(highlight=False, quiet=silent, width=width)
+        self._out = tables.console(quiet=silent)
         self._err = Console(stderr=True, highlight=False, quiet=silent, soft_wrap=True)
 
     def start(self, recipe: Recipe, session: Any, prepared: Any, encoded: Any, loaded: Any) -> dict[str, Any]:
@@ -52,7 +49,6 @@ class ConsoleReporter:
         return about
 
     def warn(self, text: str) -> None:
-        """Prints a note."""
         self._err.print(f"note: {text}", markup=False)
 
     def end(self, path: Path) -> None:
@@ -69,11 +65,6 @@ class ConsoleReporter:
         for description, command in report.commands:  # one line each, to be copied
             self._out.print(f"  {command}", style="cyan", soft_wrap=True, markup=False)
             self._out.print(f"      {description}", style="dim", markup=False)
-
-
-def console_reporter(session: Any, *, quiet: bool = False) -> ConsoleReporter:
-    """The reporter of this process."""
-    return ConsoleReporter(silent=quiet or not session.is_main)
 
 
 def summary(recipe: Recipe) -> str:
@@ -97,16 +88,16 @@ def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]
             "padding": "",
         }
         if name == "train":
-            batches = epoch_batches(split.lengths, recipe.training, 0)
-            bounds = {
-                "micro_batch": recipe.training.micro_batch if isinstance(recipe.training.micro_batch, int) else None,
-                "micro_tokens": pass_tokens(recipe.training, device),
-            }
+            training = recipe.training
+            batches = epoch_batches(split.lengths, training, 0)
             micro_batches = [
                 micro.rows
                 for batch in batches
-                for micro in shard_batch(batch, split.lengths, rank=0, world_size=1, **bounds)
-            ]
+                for micro in shard_batch(
+                    batch, split.lengths, rank=0, world_size=1, micro_tokens=pass_tokens(training, device),
+                    micro_batch=training.micro_batch if isinstance(training.micro_batch, int) else None,
+                )
+            ]  # fmt: skip
             row["padding"] = f"{padding_share(split.lengths, micro_batches):.1%} in {len(batches)} batches"
         rows.append(row)
     return rows
@@ -160,15 +151,10 @@ def write(path: Path) -> None:
     """Writes ``report.html`` and ``plots/``."""
     report = read(path)
     plots = html.plots_of(report)
-    html.write(report, path / "report.html", plots)
+    (path / "report.html").write_text(html.render(report, plots), encoding="utf-8")
     (path / "plots").mkdir(exist_ok=True)
     for name, image in plots.items():
         (path / "plots" / name).write_bytes(image)
-
-
-def fragment(path: Path) -> str:
-    """The report for a notebook."""
-    return html.fragment(read(path))
 
 
 def _json(path: Path, default: Any) -> Any:
@@ -176,6 +162,4 @@ def _json(path: Path, default: Any) -> Any:
 
 
 def _lines(path: Path) -> Sequence[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

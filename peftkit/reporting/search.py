@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
 
-from peftkit.reporting import experiment, formatting, plots
-from peftkit.reporting.experiment import LOG_WIDTH, Page
+from peftkit.reporting import formatting, plots
+from peftkit.reporting.experiment import Page
 
 Search = Mapping[str, Any]
 
@@ -36,28 +33,6 @@ def page(table: Search) -> Page:
         images["importances.png"] = (importances(table), "Importance of each hyperparameter (optuna)")
     return Page(f"Search {table['name']}: {len(rows)} trials", header, rows, _sentences(table), images,
                 mark=None if best is None else str(best))  # fmt: skip
-
-
-def show(table: Search) -> None:
-    """Prints the trials and the conclusion to stdout."""
-    view = page(table)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
-    console.print(experiment.terminal(view))
-    for sentence in view.sentences:
-        console.print(sentence, markup=False, soft_wrap=True)
-
-
-def fragment(table: Search) -> str:
-    """The body of the page, for a notebook."""
-    return experiment.render(page(table), standalone=False)
-
-
-def write(table: Search, folder: Path) -> None:
-    """Writes tune.json, tune.md, tune.html and the plots."""
-    from peftkit.system.files import write_json
-
-    write_json(folder / "tune.json", table)
-    experiment.write(page(table), folder, "tune")
 
 
 def history(table: Search) -> Figure:

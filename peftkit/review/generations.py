@@ -1,8 +1,5 @@
 """Generations for people to read and mark: ``generations.jsonl``, and a page that shows them side by side.
 
-    write(folder, rows)                              # generations.jsonl and generations.html
-    rows = marked_to_training_rows("marked.jsonl")   # those marked good, as rows to train on
-
 The page needs no network or server; the browser stores the marks, and saves them in the format of the first file.
 """
 
@@ -16,7 +13,10 @@ from typing import Any, Literal
 
 from jinja2 import Environment
 
+from peftkit.data.problems import Problems, located
+from peftkit.data.readers.json_objects import JsonLinesReader
 from peftkit.errors import DataError, did_you_mean
+from peftkit.schema.types import Row
 
 TEMPLATE = Path(__file__).with_name("generations.html")
 MARKS = ("good", "bad")
@@ -36,7 +36,6 @@ class GenerationRow:
     finetuned: str
     """The trained model's text."""
     file: str | None = None
-    """The data file of the row."""
     line: int | None = None
     """Its line, from 1."""
     mark: Literal["good", "bad"] | None = None
@@ -70,15 +69,20 @@ def read(path: str | Path) -> list[GenerationRow]:
     """The rows of a ``generations.jsonl``, marked or not.
 
     Raises:
-        DataError: a line is not such a row; names file, line and field.
+        DataError: the file cannot be read, or lines are not such rows; names file, line and field of each.
     """
-    path = Path(path)
+    path, problems, rows = Path(path), Problems(), []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read as UTF-8 text ({error})", file=path) from None
-    lines = enumerate(text.split("\n"), start=1)
-    return [_parse(line, path, number) for number, line in lines if line.strip()]
+        for values in JsonLinesReader().rows(path, problems):
+            file, line = values.pop("_file"), values.pop("_line")
+            try:
+                rows.append(_parse(values))
+            except DataError as error:
+                problems.add(located(error, file, line))
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", file=path) from None
+    problems.check()
+    return rows
 
 
 def marked_to_training_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -102,27 +106,18 @@ def _training_row(row: GenerationRow) -> dict[str, Any]:
     return {"messages": [*row.prompt, {"role": "assistant", "content": row.finetuned}]}
 
 
-def _parse(line: str, path: Path, number: int) -> GenerationRow:
-    def wrong(message: str, column: str | None = None) -> DataError:
-        return DataError(message, file=path, line=number, column=column)
-
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise wrong(f"expected a JSON object ({error})") from None
-    if not isinstance(values, dict):
-        raise wrong(f"expected a JSON object, found {type(values).__name__}")
+def _parse(values: Row) -> GenerationRow:
     known = [field.name for field in fields(GenerationRow)]
     for name in values:
         if name not in known:
-            raise wrong(f"unknown field: {did_you_mean(name, known)}", name)
+            raise DataError(f"unknown field: {did_you_mean(name, known)}", column=name)
     prompt, mark = values.get("prompt"), values.get("mark")
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_turn, prompt))):
-        raise wrong("expected a text, or a list of {role, content}", "prompt")
+        raise DataError("expected a text, or a list of {role, content}", column="prompt")
     if not isinstance(values.get("finetuned"), str):
-        raise wrong("expected a text", "finetuned")
+        raise DataError("expected a text", column="finetuned")
     if mark not in (None, *MARKS):
-        raise wrong(f"expected {', '.join(MARKS)} or null, found {mark!r}", "mark")
+        raise DataError(f"expected {', '.join(MARKS)} or null, found {mark!r}", column="mark")
     return GenerationRow(**{"reference": None, "base": None, **values})
 
 

@@ -6,9 +6,8 @@
         state.json              everything else that training resumes from
         manifest.json           size and SHA-256 of each file; written last
 
-A checkpoint is staged in a hidden folder, every file is fsynced, the manifest is written, the folder is renamed and its
-parent fsynced: the protocol of Pillai et al. 2014 ("All file systems are not created equal"). A folder without a
-matching manifest is not a checkpoint. Nothing in it can run code.
+A checkpoint is staged in a hidden folder, flushed, and renamed (``system.files``). A folder without a matching manifest
+is not a checkpoint. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -49,11 +48,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / STATE} cannot be read ({error})") from None
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of ``model.safetensors`` or ``optimizer.safetensors``, on the CPU.
-
-        Raises:
-            CheckpointError: the file cannot be read.
-        """
+        """The tensors of MODEL or OPTIMIZER, on the CPU; raises CheckpointError if the file cannot be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -66,12 +61,7 @@ class Checkpoint:
 def save(
     root: Path, step: int, *, model: Mapping[str, Any], optimizer: Mapping[str, Any], state: Mapping[str, Any]
 ) -> Checkpoint:
-    """Writes a checkpoint atomically.
-
-    Raises:
-        CheckpointError: it could not be written (disk full, read-only); what was staged is removed, and earlier
-            checkpoints are untouched.
-    """
+    """Writes a checkpoint atomically; raises CheckpointError, and leaves earlier ones untouched, if that fails."""
     final = root / f"step-{step:08d}"
     staging = root / f"{STAGING}{final.name}"
     try:
@@ -81,9 +71,10 @@ def save(
         written = {
             MODEL: files.write_new(staging / MODEL, files.safetensors(model)),
             OPTIMIZER: files.write_new(staging / OPTIMIZER, files.safetensors(optimizer)),
-            STATE: files.write_new_json(staging / STATE, state),
+            STATE: files.write_new(staging / STATE, [json.dumps(state, indent=1).encode()]),
         }
-        files.write_new_json(staging / MANIFEST, {"step": step, "files": written})
+        manifest = {"step": step, "files": written}
+        files.write_new(staging / MANIFEST, [json.dumps(manifest, indent=1).encode()])
         files.flush_folder(staging)
         files.swap_folder(staging, final, final.with_name(TRASH + final.name))  # resumed runs repeat steps
         files.flush_folder(root)
@@ -126,22 +117,18 @@ def verify(path: Path, name: str | None = None) -> str | None:
 
 def candidates(root: Path) -> Iterator[tuple[int, Path]]:
     """Yields (step, folder) of everything named like a checkpoint, newest first."""
-    if root.is_dir():
-        yield from sorted(
-            ((int(match[1]), path) for path in root.iterdir() if (match := NAME.fullmatch(path.name))), reverse=True
-        )
+    paths = root.iterdir() if root.is_dir() else ()
+    yield from sorted(((int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name))), reverse=True)
 
 
 def newest(root: Path, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, of a step before ``before``, and a note about each newer one that was rejected."""
     rejected: list[str] = []
     for step, path in candidates(root):
-        if before is not None and step >= before:
-            continue
-        reason = verify(path)
-        if reason is None:
-            return Checkpoint(path, step), rejected
-        rejected.append(f"{path} is not used: {reason}")
+        if before is None or step < before:
+            if (reason := verify(path)) is None:
+                return Checkpoint(path, step), rejected
+            rejected.append(f"{path} is not used: {reason}")
     return None, rejected
 
 
@@ -153,12 +140,9 @@ def at_step(root: Path, step: int) -> Checkpoint:
     return Checkpoint(path, step)
 
 
-def prune(root: Path, *, keep: int, protect: set[int]) -> None:
-    """Removes all but the ``keep`` newest checkpoints and the protected steps, and what a killed run left staged.
-
-    What cannot be removed is left for the next time, so that the checkpoint just written is not lost over it.
-    """
-    with contextlib.suppress(OSError):
+def prune(root: Path, *, keep: int, protect: set[int | None]) -> None:
+    """Removes all but the ``keep`` newest checkpoints and the protected steps, and what a killed run left staged."""
+    with contextlib.suppress(OSError):  # what cannot be removed is left for the next time
         for index, (step, path) in enumerate(candidates(root)):
             if index >= keep and step not in protect:
                 _discard(path)
@@ -166,15 +150,11 @@ def prune(root: Path, *, keep: int, protect: set[int]) -> None:
 
 
 def remove_staged(root: Path) -> None:
-    """Removes staged and half-removed folders and restores a checkpoint that was being replaced.
-
-    Requires the run's lock.
-    """
+    """Removes staged and half-removed folders and restores a replaced checkpoint; requires the run's lock."""
     _restore_replaced(root)
-    if root.is_dir():
-        for path in root.iterdir():
-            if path.name.startswith((STAGING, TRASH)):
-                shutil.rmtree(path, ignore_errors=True)
+    for kind in (STAGING, TRASH):
+        for path in list(root.glob(f"{kind}*")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(root: Path, chosen: Checkpoint | None) -> None:
@@ -190,8 +170,6 @@ def set_aside(root: Path, chosen: Checkpoint | None) -> None:
 
 def _restore_replaced(root: Path) -> None:
     """Moves back what an interrupted save had moved away, unless a checkpoint has taken its place."""
-    if not root.is_dir():
-        return
     for path in list(root.glob(f"{TRASH}*")):
         original = path.with_name(path.name.removeprefix(TRASH))
         if not original.exists() and verify(path, original.name) is None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,14 @@ PACKAGES = (
     "peftkit", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "bitsandbytes",
 )  # fmt: skip
 COMPARED = ("python", "machine", "device", "threads", "dtype")
-"""Entries that are compared when a run is resumed, besides versions."""
+"""Compared when a run is resumed, besides versions."""
 
 
 def environment(session: Session) -> dict[str, Any]:
     """Versions and hardware; none of the process's environment variables, which may hold secrets."""
     import torch
 
-    device, versions = session.device, {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    device = session.device
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -38,21 +36,29 @@ def environment(session: Session) -> dict[str, Any]:
         "processes": session.world_size,
         "threads": session.threads,
         "dtype": str(session.dtype).removeprefix("torch."),
-        "versions": versions,
+        "versions": installed_versions(PACKAGES),
     }
 
 
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The version of every package that is installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
 def environment_changes(folder: Path, session: Session) -> list[str]:
-    """A line about versions, device and threads that have changed since the run was interrupted; empty if none have."""
+    """A line about versions, device and threads that have changed since the run was interrupted, if any have."""
     try:
         saved, current = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8")), environment(session)
         old, new = ({**each["versions"], **{name: each[name] for name in COMPARED}} for each in (saved, current))
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    changed = [
-        f"{name} {old.get(name)} → {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
-    ]
-    return [f"changed since the run was interrupted: {', '.join(changed)}; the last bits may differ"] if changed else []
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = ", ".join(f"{name} {old.get(name)} → {new.get(name)}" for name in names)
+    return [f"changed since the run was interrupted: {changed}; the last bits may differ"] if changed else []
 
 
 def peak_memory() -> int:

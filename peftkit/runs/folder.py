@@ -62,9 +62,7 @@ def _new_folder(recipe: Recipe) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, session: Session, *, new: bool) -> Iterator[None]:
-    """Locks the folder for this run, and removes a new one if the run ends without a checkpoint.
-
-    That is when an input turns out wrong or a signal comes before the first save.
+    """Locks the folder for this run, and removes a new one if the run is stopped before its first checkpoint.
 
     Raises:
         RunError: another process trains in the folder, or it cannot be written.

@@ -109,11 +109,6 @@ class Head(ABC):
     def plain_logits(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """[rows, labels] or [real tokens, labels]: the logits that the code in the model card gives."""
 
-    def text_batch(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Batch:
-        """Plain texts as the model reads them, to compare a converted model with the original."""
-        encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        return {name: encoded[name] for name in self.model_inputs if name in encoded}
-
     @abstractmethod
     def example_batch(self, rows: int, tokens: int, *, packed: bool = False) -> Batch:
         """A batch of that shape with arbitrary values, for planning; ``packed``: its rows hold several documents."""
@@ -146,7 +141,7 @@ class Head(ABC):
         Reports show ``per_class``, ``confusion``, ``calibration``, ``pairs`` and ``mistakes``, each where it is there.
 
         Args:
-            rows: the split's canonical rows: a ``datasets.Dataset``, a list, or columns by name.
+            rows: the split's canonical rows: a ``datasets.Dataset`` or a list.
         """
         return {}
 

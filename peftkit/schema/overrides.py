@@ -24,7 +24,7 @@ def apply(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     values = recipe.model_dump()
     overrides = list(overrides)
     # a swapped section or source loses what belonged to the old one: swaps go first, so that order does not matter
-    for override in sorted(overrides, key=lambda text: not _is_swap(text)):
+    for override in sorted(overrides, key=lambda text: not _goes_first(text)):
         path, value = parse(override)
         _set(values, path, value, override, recipe)
     return Recipe.parse(values, origin=f"override {' '.join(overrides)}" if overrides else f"recipe '{recipe.name}'")
@@ -42,21 +42,26 @@ def parse(override: str) -> tuple[list[str], Any]:
     return path.strip().split("."), value
 
 
-def _is_swap(override: str) -> bool:
-    path = override.partition("=")[0].strip()
+def is_swap(path: str) -> bool:
+    """Whether the field chooses the kind of a section."""
     part, _, field = path.partition(".")
-    return (part in BY_KIND and field in {"", "kind"}) or field == "source"
+    return part in BY_KIND and field in {"", "kind"}
+
+
+def _goes_first(override: str) -> bool:
+    path = override.partition("=")[0].strip()
+    return is_swap(path) or path.endswith(".source")
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, override: str, recipe: Recipe) -> None:
     part, *fields = path
-    if part not in Recipe.model_fields:
+    if part not in values:
         raise RecipeError(f"override '{override}': no field '{part}': {_hint(part, recipe)}")
     if part in BY_KIND and not fields and isinstance(value, str):
         value = {"kind": value}
     for field in reversed(fields):
         value = {field: value}
-    values[part] = merge(values.get(part), value)
+    values[part] = merge(values[part], value)
 
 
 def _hint(name: str, recipe: Recipe) -> str:

@@ -1,11 +1,8 @@
-"""The recipe: one immutable, validated description of a whole run. Imports pydantic only.
-
-recipe = Recipe(name="mine", model={"source": "./model"}, data={"source": "reviews.csv"}, method={"kind": "lora"})
-other = replace(recipe, name="other", method={"kind": "frozen"})
-"""
+"""The recipe: one immutable, validated description of a whole run. Imports pydantic only."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -129,6 +126,11 @@ class DataConfig(ConfigSection):
     """How bad rows are handled."""
     augmentation: AugmentationConfig | None = None
     """Augmentation of the training split; None for none."""
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """``label`` as a tuple."""
+        return (self.label,) if isinstance(self.label, str) else self.label
 
     @model_validator(mode="after")
     def _weights_match_sources(self) -> DataConfig:
@@ -329,30 +331,25 @@ def replace(recipe: Recipe, **parts: Any) -> Recipe:
 
     >>> replace(recipe, name="quick", training={"epochs": 1}, method={"kind": "frozen"})  # doctest: +SKIP
     """
-    unknown = set(parts) - set(Recipe.model_fields)
-    if unknown:
-        name = sorted(unknown)[0]
-        raise RecipeError(f"recipe has no part '{name}': {did_you_mean(name, Recipe.model_fields)}")
-    values = recipe.model_dump(exclude_unset=False)
+    values = recipe.model_dump()
     for name, value in parts.items():
-        values[name] = merge(values.get(name), value)
-    return Recipe.parse(values, origin=f"recipe '{values.get('name')}'")
+        if name not in values:
+            raise RecipeError(f"recipe has no part '{name}': {did_you_mean(name, values)}")
+        values[name] = merge(values[name], value)
+    return Recipe.parse(values, origin=f"recipe '{values['name']}'")
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Every field of a recipe as dotted name → plain value, such as ``training.epochs`` → 3."""
-    fields: dict[str, Any] = {}
 
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, nested in value.items():
-                add(f"{name}.{key}", nested)
-        else:
-            fields[name] = value
+    def leaves(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
 
-    for name, value in recipe.model_dump(mode="json").items():
-        add(name, value)
-    return fields
+    return dict(leaves("", recipe.model_dump(mode="json")))
 
 
 def merge(old: Any, new: Any) -> Any:

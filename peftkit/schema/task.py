@@ -19,7 +19,7 @@ class Task(ConfigSection):
     """What is learned from a row: its reading, its checks, its tokens. What comes after the tokens is the head's.
 
     The data pipeline calls ``describe``, ``canonical`` and ``encode``. Canonical rows also carry ``_file`` and
-    ``_line`` (1-based, of the source).
+    ``_line`` (1-based, of the source), which the pipeline adds.
     """
 
     heads: ClassVar[tuple[str, ...]]
@@ -53,8 +53,8 @@ class Task(ConfigSection):
 
     def source_columns(self, data: DataConfig) -> set[str]:
         """Columns of the source that the task may read; values of mixed types in one of them are an error."""
-        labels = (data.label,) if isinstance(data.label, str) else data.label
-        return {data.text, *labels, *data.columns.values()} | ({data.text_pair} if data.text_pair else set())
+        pair = {data.text_pair} if data.text_pair else set()
+        return {data.text, *data.label_columns, *data.columns.values()} | pair
 
     def input_columns(self, data: DataConfig) -> tuple[str, ...]:
         """Columns of the source that a prediction needs, in the order of ``input_row``."""

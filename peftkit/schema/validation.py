@@ -20,20 +20,16 @@ def flatten(error: ValidationError, prefix: tuple[Any, ...] = ()) -> list[tuple[
         if isinstance(inner, ValidationError):
             complaints += flatten(inner, loc)
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            complaints.append((loc, message, item.get("input")))
+            complaints.append((loc, item["msg"].removeprefix("Value error, "), item.get("input")))
     return complaints
 
 
 def describe(error: ValidationError, origin: str) -> str:
     """One line for one complaint, a short list for several."""
-    lines = [complaint(loc, message, value) for loc, message, value in flatten(error)]
-    lines = list(dict.fromkeys(lines))
-    return (
-        f"{origin}: {lines[0]}"
-        if len(lines) == 1
-        else "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
-    )
+    lines = list(dict.fromkeys(complaint(*one) for one in flatten(error)))
+    if len(lines) == 1:
+        return f"{origin}: {lines[0]}"
+    return "\n  ".join([f"{origin}: {len(lines)} fields are wrong", *lines])
 
 
 def complaint(loc: tuple[Any, ...], message: str, value: Any) -> str:

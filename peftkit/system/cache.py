@@ -20,16 +20,11 @@ from peftkit.system.files import atomic_folder, file_digest
 MANIFEST, ARRAY = "manifest.json", "array.npy"
 
 
-def cache_root() -> Path:
-    """The cache's folder, which may not exist yet."""
-    return Path(os.environ.get("PEFTKIT_CACHE") or Path.home() / ".cache" / "peftkit").expanduser()
-
-
 def cache_folder(kind: str) -> Path:
     """The folder of one kind of entry ("encoded", "features", …), created when missing."""
-    folder = cache_root() / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    root = Path(os.environ.get("PEFTKIT_CACHE") or Path.home() / ".cache" / "peftkit").expanduser()
+    (root / kind).mkdir(parents=True, exist_ok=True)
+    return root / kind
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-
 SPINS = 10_000
 """Rounds that an idle OpenMP thread spins before it sleeps: a fraction of a millisecond."""
 

@@ -1,8 +1,7 @@
 """Files and folders that are complete or absent, and flushed to the disk when the call returns.
 
 New content is staged under a unique hidden name next to its place, flushed, renamed, and the parent folder is flushed:
-the protocol of Pillai et al. 2014 ("All file systems are not created equal"). Durable writes go through ``os``, one
-call at a time, so that a test can make any single call fail.
+the protocol of Pillai et al. 2014 ("All file systems are not created equal").
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from peftkit.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 24
-"""Bytes per call of write."""
+CHUNK = 1 << 24  # bytes per call of write
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 """Errors of file systems that cannot flush a folder; errors of the device itself are not among them."""
 FULL_OR_BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENODEV, errno.ESTALE}
@@ -36,15 +34,18 @@ DTYPES = {
 }  # fmt: skip
 
 
-# -- atomic: complete or absent ------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields the path of a staging file, which replaces ``path`` when the block ends without an exception."""
-    with _staged(path) as staging:
+    staging = staging_path(path)
+    try:
         yield staging
         flush_file(staging)
+        os.replace(staging, path)
+        flush_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def open_atomic(path: Path) -> Iterator[IO[str]]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file, or creates it."""
-    with _staged(path) as staging:
+    with atomic_file(path) as staging:
         write_new(staging, [text.encode()])
 
 
@@ -83,9 +84,7 @@ def atomic_folder(path: Path, mode: int = 0o777) -> Iterator[Path]:
 
 
 def swap_folder(staging: Path, path: Path, aside: Path) -> None:
-    """Renames a staged folder to ``path``; a folder that is already there goes ``aside`` first and is removed last,
-    so that one of the two exists at any time.
-    """
+    """Renames a staged folder to ``path``; one that is already there goes ``aside`` first and is removed last."""
     if path.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
@@ -103,18 +102,6 @@ def staging_path(path: Path) -> Path:
     return path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
 
 
-@contextlib.contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    staging = staging_path(path)
-    try:
-        yield staging
-        os.replace(staging, path)
-        flush_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
-
-
 def check_output(out: Path, source: Path | None) -> None:
     """Raises DataError when ``out`` cannot be written or is the input file; call it before any work is done."""
     if not out.resolve().parent.is_dir():
@@ -125,38 +112,21 @@ def check_output(out: Path, source: Path | None) -> None:
         raise DataError("is the input file and would be overwritten; name another file with --out", file=out)
 
 
-# -- durable: on the disk when the call returns --------------------------------------------------------------------
-
-
 def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes a new file and flushes it; returns ``bytes`` and ``sha256`` of the intended content.
-
-    Raises:
-        OSError: the file exists already, or could not be written completely.
-    """
+    """Writes a new file and flushes it; returns ``bytes`` and ``sha256`` of the intended content, or raises OSError."""
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for piece in pieces:
             digest.update(piece)
-            size += _write_all(descriptor, memoryview(piece))
+            left = memoryview(piece)
+            size += len(left)
+            while left:  # a call of write may write less than it was given
+                left = left[os.write(descriptor, left[:CHUNK]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _write_all(descriptor: int, view: memoryview) -> int:
-    """A call of write may write less than it was given."""
-    done = 0
-    while done < len(view):
-        done += os.write(descriptor, view[done : done + CHUNK])
-    return done
-
-
-def write_new_json(path: Path, value: Any) -> dict[str, Any]:
-    """Writes a new JSON file as ``write_new`` does."""
-    return write_new(path, [json.dumps(value, indent=1).encode()])
 
 
 def flush_file(path: Path) -> None:
@@ -189,6 +159,9 @@ def safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryv
     Format: u64 length of the header, little-endian; the header, JSON padded with spaces to 8 bytes; the tensors' bytes
     in the header's order (https://huggingface.co/docs/safetensors). Larger types come first, which keeps all aligned.
     """
+    import torch
+
+    assert sys.byteorder == "little", "safetensors files are little-endian"
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, start = {}, 0
     for name in names:
@@ -202,12 +175,4 @@ def safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryv
     yield len(text).to_bytes(8, "little")
     yield text
     for name in names:
-        yield _bytes(tensors[name])
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    assert sys.byteorder == "little", "safetensors files are little-endian"
-    plain = tensor.detach().to("cpu").contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+        yield tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data

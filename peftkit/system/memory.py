@@ -1,8 +1,7 @@
-"""Host memory growth from variable-length batches: cached kernels per shape, and holes in the heap.
+"""Limits what variable-length batches add to a run's resident memory: without this, they double it.
 
 On a CPU every new (rows, tokens) makes oneDNN compile kernels, of which it and torch's layer above it (ideep) cache a
-thousand each by default, and glibc keeps freed blocks between those in use. Over a few hundred steps both double a
-run's resident memory.
+thousand each by default, and glibc keeps freed blocks between those in use.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from weakref import WeakSet
 
 KERNELS = 64
 """Kernels cached: more than a forward pass needs; those of one shape are reused in every layer."""
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # read when the first kernel is compiled
 STEPS = 8
 """Optimizer steps between two returns of free memory: often enough to limit the peak, too rarely to cost time."""
 mapped_files: WeakSet[mmap.mmap] = WeakSet()
@@ -24,10 +23,7 @@ mapped_files: WeakSet[mmap.mmap] = WeakSet()
 
 
 def bound_kernel_cache() -> None:
-    """Bounds the kernel caches of oneDNN and ideep, unless the user has set them.
-
-    Both read their settings when they compile their first kernel.
-    """
+    """Bounds the kernel caches of oneDNN and ideep, unless the user has set them."""
     for setting in CACHES:
         os.environ.setdefault(setting, str(KERNELS))
 
@@ -44,17 +40,12 @@ def trim_heap_after(step: int) -> None:
 def trim_heap() -> None:
     """Returns free heap pages (with glibc) and the pages of mapped files to the system."""
     release_mapped_pages()
-    trim = _malloc_trim()
-    if trim is not None:
+    if (trim := _malloc_trim()) is not None:
         trim(0)
 
 
 def release_mapped_pages() -> None:
-    """Returns the pages of mapped files to the system; they are read again, mostly from the page cache.
-
-    Pages of a mapped file stay resident until the system needs the memory: without this, reading ten times the rows
-    looks like ten times the memory.
-    """
+    """Returns the pages of mapped files to the system, which otherwise stay resident until it needs the memory."""
     for mapped in list(mapped_files):
         if hasattr(mapped, "madvise"):
             mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,10 +1,7 @@
 """Chunks of rows processed by several processes, with results in order: for Python code, which the GIL serializes.
 
-    for columns in in_order(encode_chunk, range(0, rows, 1000), workers=4): …
-
 Workers are forked, so that they start at once with everything that this process has read, tokenizer and mapped rows
-included; only results are sent back, and few chunks are in flight. Everything runs in this process where processes
-cannot be forked (all but Linux), where there is one core, and where little work is left or little of it can be shared.
+included; only results are sent back, and few chunks are in flight.
 """
 
 from __future__ import annotations
@@ -21,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from peftkit.errors import TrainingError
@@ -31,28 +30,25 @@ TRIED = 2
 WORTH = 2.0
 """Estimated seconds of remaining work from which processes are started."""
 GAIN = 2.0
-"""How many times longer a chunk's work must take than what the caller does with its result, which stays in one process,
-as does receiving it. Tokenizing sentences in Rust does not qualify (200,000 rows: 12.4 s in two processes, 9.3 s in
-one); chat templates do."""
+"""How many times longer a chunk's work must take than what the caller does with its result, which stays in one process.
+Chat templates qualify; tokenizing sentences in Rust does not (200,000 rows: 12.4 s in two processes, 9.3 s in one)."""
 DIES_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
-_worker: dict[str, Any] = {}
-"""In a worker process: its ``work`` function, and the log ``records`` that it has not sent yet."""
+_work: list[Callable[[int], Any]] = []
+"""In a worker process: its work function."""
+_records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+"""In a worker process: the log records that it has not sent yet."""
 
 
 def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[T]:
     """``work`` of every item, in the items' order.
 
     The first two items run in this process: workers then inherit what the first one loads, warnings that are given once
-    are given once, and the second one shows how long an item takes. An exception of ``work`` is raised at its item's
-    place in the order; what workers log is logged here.
-
-    Args:
-        work: a function of the item alone; its result is sent between processes.
-        workers: maximum number of processes; 1 runs everything here.
+    are given once, and the second one shows how long an item takes. The others do, too, where processes cannot be
+    forked, or too little work is left. What workers log is logged here.
 
     Raises:
-        TrainingError: a worker was killed.
+        TrainingError: a worker was killed. An exception of ``work`` is raised at its item's place in the order.
     """
     left, spent, followed = items[TRIED:], 0.0, 0.0
     for item in items[:TRIED]:
@@ -62,7 +58,9 @@ def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> It
         yield results.pop()  # so that no reference to it stays here
         followed = time.perf_counter() - given
     worth = spent * len(left) >= WORTH and spent >= GAIN * followed
-    if workers < 2 or len(left) < 2 or not worth or not _may_fork():
+    # elsewhere libraries do not survive a fork, and multiprocessing allows a daemon no children
+    may_fork = sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
+    if workers < 2 or len(left) < 2 or not worth or not may_fork:
         yield from map(work, left)
         return
     context = multiprocessing.get_context("fork")
@@ -76,11 +74,6 @@ def in_order(work: Callable[[int], T], items: Sequence[int], workers: int) -> It
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _may_fork() -> bool:
-    """Not where libraries do not survive a fork, nor in a daemon, which multiprocessing allows no children."""
-    return sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
 
 
 def _results(pool: ProcessPoolExecutor, items: Sequence[int], ahead: int) -> Iterator[Any]:
@@ -103,19 +96,10 @@ def _start_worker(work: Callable[[int], Any], parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.update(work=work, records=[])
-    logging.getLogger().handlers = [_Records()]
+    _work.append(work)
+    logging.getLogger().handlers = [QueueHandler(_records)]
 
 
 def _run_item(item: int) -> tuple[Any, list[logging.LogRecord]]:
-    result, records = _worker["work"](item), _worker["records"]
-    _worker["records"] = []
-    return result, records
-
-
-class _Records(logging.Handler):
-    """Keeps log records, formatted, to be sent to the parent process."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        record.msg, record.args = record.getMessage(), None
-        _worker["records"].append(record)
+    result = _work[0](item)
+    return result, [_records.get() for _ in range(_records.qsize())]

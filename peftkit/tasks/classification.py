@@ -7,11 +7,12 @@ Each of the three has a head of its own in ``peftkit.heads``, with its loss and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from peftkit.data.problems import require_column
 from peftkit.errors import DataError, RecipeError, did_you_mean
 from peftkit.schema.head import head_of
 from peftkit.schema.registries import TASKS
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from peftkit.schema.recipe import DataConfig
 
+TEXT = ("string", "large_string", "null")
+"""Arrow types of a column of text; null is that of one without any value."""
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
@@ -56,24 +59,20 @@ class Classification(Task):
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
         """Problem type, class names and class weights from the raw splits; checks every label of every split."""
         self._check_texts(splits, data)
-        if not isinstance(data.label, str) and len(data.label) > 1:
-            return self._describe_indicators(splits, data)
-        name = data.label if isinstance(data.label, str) else data.label[0]
-        columns = [reading.read_column(split, rows, name) for split, rows in splits.items()]
-        for column in columns:
-            column.refuse_nulls()
+        names = data.label_columns
+        columns = [reading.read_column(split, rows, name) for split, rows in splits.items() for name in names]
+        if len(names) > 1:
+            return self._describe_indicators(columns, data)
         _refuse_differing(columns)
         train = _training(columns)
         problem = self._problem_of(train, data)
         if problem == REGRESSION:
             return self._describe_regression(columns)
         if problem == MULTI and not train.is_list:
-            train.fail(
-                "task.problem_type=multi_label_classification needs a list of labels in each row, or several 0/1 "
-                "columns named in data.label; this column holds one value per row"
-            )
+            needs = "needs a list of labels in each row, or several 0/1 columns named in data.label"
+            train.fail(f"task.problem_type={MULTI} {needs}; this column holds one value per row")
         if problem == SINGLE and train.is_list:
-            train.fail("this column holds a list in each row; set task.problem_type=multi_label_classification")
+            train.fail(f"this column holds a list in each row; set task.problem_type={MULTI}")
         return self._describe_classes(columns, problem, data)
 
     def _problem_of(self, train: reading.LabelColumn, data: DataConfig) -> str:
@@ -107,24 +106,16 @@ class Classification(Task):
             _refuse_unseen(columns, labels, integers, counts)
         return TaskInfo(problem, labels, self._weights(labels, counts, len(train.values), problem), integers)
 
-    def _describe_indicators(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
+    def _describe_indicators(self, columns: list[reading.LabelColumn], data: DataConfig) -> TaskInfo:
         if self.problem_type not in ("auto", MULTI):
-            raise RecipeError(
-                f"task.problem_type={self.problem_type} reads one column, but data.label names {len(data.label)}"
-            )
+            reads = f"task.problem_type={self.problem_type} reads one column"
+            raise RecipeError(f"{reads}, but data.label names {len(data.label)}")
         if data.labels is not None and len(data.labels) != len(data.label):
             raise RecipeError(f"data.labels has {len(data.labels)} names for {len(data.label)} columns of data.label")
-        counts = []
-        for split, rows in splits.items():
-            for name in data.label:
-                column = reading.read_column(split, rows, name)
-                column.refuse_nulls()
-                positives = _count_positives(column)
-                if split == _training_split(splits):
-                    counts.append(positives)
-        labels = tuple(data.labels or data.label)
-        rows = len(splits[_training_split(splits)])
-        return TaskInfo(MULTI, labels, self._weights(labels, counts, rows, MULTI))
+        train, positives = _training(columns), [(column.split, _count_positives(column)) for column in columns]
+        counts = [count for split, count in positives if split == train.split]
+        labels = data.labels or data.label_columns
+        return TaskInfo(MULTI, labels, self._weights(labels, counts, len(train.values), MULTI))
 
     def _describe_regression(self, columns: list[reading.LabelColumn]) -> TaskInfo:
         for field in ("class_weights", "label_smoothing", "cosine_temperature"):
@@ -140,9 +131,7 @@ class Classification(Task):
             _fail_one_class(_training(columns))
         return TaskInfo(REGRESSION, (columns[0].name,))
 
-    def _weights(
-        self, labels: tuple[str, ...], counts: Sequence[int], rows: int, problem: str
-    ) -> tuple[float, ...] | None:
+    def _weights(self, labels: tuple[str, ...], counts: list[int], rows: int, problem: str) -> tuple[float, ...] | None:
         if problem == MULTI and (self.label_smoothing or self.cosine_temperature):
             field = "label_smoothing" if self.label_smoothing else "cosine_temperature"
             raise RecipeError(f"task.{field} works where a row has one label; leave it out")
@@ -160,69 +149,48 @@ class Classification(Task):
 
     @classmethod
     def example_info(cls, *, decoder: bool) -> TaskInfo | None:
-        """Two classes on an encoder."""
         return None if decoder else TaskInfo(SINGLE, ("a", "b"))
 
     def _check_texts(self, splits: Mapping[str, Any], data: DataConfig) -> None:
-        for split, rows in splits.items():
-            for field, name in (("text", data.text), ("text_pair", data.text_pair)):
-                if name is None:
-                    continue
-                reading.require_column(split, rows, name)
-                if not _is_text(rows.features[name]):
-                    words = [other for other in rows.column_names if other[0] != "_" and _is_text(rows.features[other])]
+        for rows in splits.values():
+            for field, name in zip(("text", "text_pair"), self.input_columns(data)):
+                require_column(rows, name, f"data.{field}")
+                kinds = {column: getattr(feature, "dtype", feature) for column, feature in rows.features.items()}
+                if kinds[name] not in TEXT:
+                    words = [column for column, kind in kinds.items() if column[0] != "_" and kind in TEXT]
                     hint = f"; columns of text: {', '.join(words)}" if words else ""
-                    dtype = getattr(rows.features[name], "dtype", rows.features[name])
-                    message = f"data.{field} must name a column of text, found {dtype}{hint}"
+                    message = f"data.{field} must name a column of text, found {kinds[name]}{hint}"
                     raise DataError(message, column=name)
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """``text``, ``text_pair`` where the recipe names one, and ``label``: an id, a list of 0.0/1.0, or a number."""
-        canonical: Row = {"text": _text(row, data.text)}
-        if data.text_pair is not None:
-            canonical["text_pair"] = _text(row, data.text_pair)
-        canonical["label"] = self._label(row, data, info)
-        return {**canonical, **{name: row[name] for name in ("_file", "_line") if name in row}}
+        texts = [_text(row, column) for column in self.input_columns(data)]
+        return {**self.input_row(texts), "label": self._label(row, data, info)}
 
     def _label(self, row: Row, data: DataConfig, info: TaskInfo) -> int | float | list[float]:
-        names = (data.label,) if isinstance(data.label, str) else data.label
+        names = data.label_columns
         if len(names) > 1:
-            return [_indicator(row, name) for name in names]
-        value = _cell(row, names[0])
+            return [float(_value(row, name, reading.indicator, "0 or 1")) for name in names]
         if info.problem_type == REGRESSION:
-            number = reading.number(value)
-            if number is None:
-                raise _bad(row, names[0], f"expected a finite number, found {value!r}")
-            return number
+            return _value(row, names[0], reading.number, "a finite number")
+        value = _cell(row, names[0])
         if info.problem_type == MULTI:
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise _bad(row, names[0], f"expected a list of labels, found {value!r}")
-            given = {self._class(row, names[0], item, info) for item in value}
+                raise DataError(f"expected a list of labels, found {value!r}", column=names[0])
+            given = {_class(item, names[0], info) for item in value}
             return [float(position in given) for position in range(len(info.labels))]
-        return self._class(row, names[0], value, info)
-
-    def _class(self, row: Row, column: str, value: Any, info: TaskInfo) -> int:
-        if value is None:
-            raise _bad(row, column, "no label")
-        position = reading.class_id(value, info.labels, info.integers)
-        if position is None:
-            raise _bad(row, column, f"unknown label {value!r}: {did_you_mean(reading.name_of(value), info.labels)}")
-        return position
+        return _class(value, names[0], info)
 
     def input_columns(self, data: DataConfig) -> tuple[str, ...]:
-        """The text, and its pair."""
         return (data.text,) if data.text_pair is None else (data.text, data.text_pair)
 
     def input_row(self, values: Sequence[str]) -> Row:
-        """``text``, and ``text_pair`` where there are two."""
         return dict(zip(("text", "text_pair"), values))
 
     def is_blank(self, row: Row) -> bool:
-        """Whether the text or its pair is blank."""
         return not all(str(row[name]).strip() for name in ("text", "text_pair") if row.get(name) is not None)
 
     def text_of(self, row: Row) -> str:
-        """The text, with its pair under it."""
         return f"{row['text']}\n{row['text_pair']}" if "text_pair" in row else row["text"]
 
     def stratum(self, row: Row) -> str:
@@ -252,28 +220,17 @@ class Classification(Task):
         return {**columns, "labels": labels, "weight": weights, "row": list(range(len(texts))), "truncated": truncated}
 
 
-def _training_split(splits: Mapping[str, Any]) -> str:
-    return "train" if "train" in splits else next(iter(splits))
-
-
 def _training(columns: list[reading.LabelColumn]) -> reading.LabelColumn:
     return next((column for column in columns if column.split == "train"), columns[0])
 
 
 def _refuse_differing(columns: list[reading.LabelColumn]) -> None:
     """Raises DataError when one split's labels are numbers and another's words or lists."""
-
-    def shape(column: reading.LabelColumn) -> str:
-        return "lists" if column.is_list else "words" if column.is_words else "numbers"
-
     train = _training(columns)
     for column in columns:
-        if shape(column) != shape(train) and len(column.values):
-            column.fail(
-                f"labels are {shape(column)} in the {column.split} split and {shape(train)} in the {train.split} "
-                "split; write them one way",
-                0,
-            )
+        if column.shape != train.shape and len(column.values):
+            here, there = (f"{one.shape} in the {one.split} split" for one in (column, train))
+            column.fail(f"labels are {here} and {there}; write them one way", 0)
 
 
 def _count_ids(column: reading.LabelColumn, labels: tuple[str, ...], integers: str) -> list[int]:
@@ -289,61 +246,59 @@ def _refuse_unseen(
     columns: list[reading.LabelColumn], labels: tuple[str, ...], integers: str, counts: Sequence[int]
 ) -> None:
     """Raises DataError when another split has a class that no training row has, unless data.labels lists it."""
+    hint = "add some, or list the names in data.labels to train anyway"
     for column in columns:
         for value in column.distinct():
             position = reading.class_id(value, labels, integers)
             if position is not None and not counts[position]:
-                column.fail(
-                    f"label '{labels[position]}' of the {column.split} split has no row in training, so it cannot be "
-                    "learned; add some, or list the names in data.labels to train anyway",
-                    column.first(value),
-                )
+                label = f"label '{labels[position]}' of the {column.split} split"
+                column.fail(f"{label} has no row in training, so it cannot be learned; {hint}", column.first(value))
 
 
 def _fail_one_class(column: reading.LabelColumn) -> None:
     only = column.distinct()[0] if len(column.values) else None
     shown = column.names[only] if column.names and isinstance(only, int) else only
-    column.fail(
-        f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}; a classifier needs at "
-        "least two classes. Is the file sorted and cut short, or data.label the wrong column?"
-    )
+    rows = f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}"
+    hint = "Is the file sorted and cut short, or data.label the wrong column?"
+    column.fail(f"{rows}; a classifier needs at least two classes. {hint}")
 
 
 def _count_positives(column: reading.LabelColumn) -> int:
     positives = 0
     for value, count in column.counts().items():
-        flag = reading.whole_number(int(value) if isinstance(value, bool) else value)
-        if flag not in (0, 1):
+        flag = reading.indicator(value)
+        if flag is None:
             column.fail(f"a column of a multi-label task holds 0 or 1, found {value!r}", column.first(value))
         positives += count * flag
     return positives
 
 
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in {"string", "large_string", "null"}
-
-
-def _bad(row: Row, column: str, message: str) -> DataError:
-    return DataError(message, file=row.get("_file"), line=row.get("_line"), column=column)
+def _class(value: Any, column: str, info: TaskInfo) -> int:
+    if value is None:
+        raise DataError("no label", column=column)
+    position = reading.class_id(value, info.labels, info.integers)
+    if position is None:
+        near = did_you_mean(reading.name_of(value), info.labels)
+        raise DataError(f"unknown label {value!r}: {near}", column=column)
+    return position
 
 
 def _cell(row: Row, column: str) -> Any:
     if column not in row:
         names = [name for name in row if not name.startswith("_")]
-        raise DataError(f"no column '{column}': {did_you_mean(column, names)}", file=row.get("_file"))
+        raise DataError(f"no such column: {did_you_mean(column, names)}", column=column)
     return row[column]
 
 
 def _text(row: Row, column: str) -> str:
     value = _cell(row, column)
     if value is not None and not isinstance(value, str):
-        raise _bad(row, column, f"expected text, found {value!r}")
+        raise DataError(f"expected text, found {value!r}", column=column)
     return value or ""
 
 
-def _indicator(row: Row, column: str) -> float:
-    value = _cell(row, column)
-    flag = reading.whole_number(int(value) if isinstance(value, bool) else value)
-    if flag not in (0, 1):
-        raise _bad(row, column, f"expected 0 or 1, found {value!r}")
-    return float(flag)
+def _value(row: Row, column: str, read: Callable[[Any], float | None], expected: str) -> float:
+    value = read(_cell(row, column))
+    if value is None:
+        raise DataError(f"expected {expected}, found {row[column]!r}", column=column)
+    return value

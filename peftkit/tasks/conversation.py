@@ -11,6 +11,7 @@ Alpaca's user turn is the instruction, then a blank line and the input where the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from peftkit.errors import DataError, RecipeError, did_you_mean
@@ -32,11 +33,9 @@ TURN_KEYS = (("role", "content"), ("from", "value"))
 
 
 def format_of(names: Iterable[str], wanted: str, columns: Mapping[str, str]) -> str:
-    """The format of rows with these columns.
+    """The format of rows with these columns; "auto" is the first format all of whose columns are there.
 
     Args:
-        names: the source's columns.
-        wanted: ``data.format``; "auto" takes the first format all of whose columns are there.
         columns: ``data.columns``, our name → the source's.
 
     Raises:
@@ -58,21 +57,16 @@ def format_of(names: Iterable[str], wanted: str, columns: Mapping[str, str]) -> 
             f"expected the columns of one of the instruction formats ({known}), found {_listed(names)}; "
             "name yours with data.columns, such as data.columns.instruction=question data.columns.output=answer"
         )
-    raise DataError(
-        f"data.format={wanted} needs this column, found {_listed(names)}: {did_you_mean(missing[0], names)}",
-        column=missing[0],
-    )
+    near = did_you_mean(missing[0], names)
+    raise DataError(f"data.format={wanted} needs this column, found {_listed(names)}: {near}", column=missing[0])
 
 
 def read_row(row: Mapping[str, Any], kind: str, columns: Mapping[str, str], system: str | None) -> list[Message]:
-    """One row of the given format as checked messages; ``system`` goes before conversations that have none.
-
-    Raises:
-        DataError: names the column and the turn, counted from 1.
-    """
+    """One row of the given format as checked messages; raises DataError that names the turn, counted from 1."""
     column = columns.get(COLUMNS[kind][0], COLUMNS[kind][0])
     if kind == "alpaca":
-        messages = _alpaca(row, columns)
+        messages = _question(row, columns)
+        messages.append({"role": "assistant", "content": _text(row, columns.get("output", "output"))})
     elif kind == "prompt_completion":
         messages = _prompt_completion(row, columns)
     else:
@@ -80,39 +74,35 @@ def read_row(row: Mapping[str, Any], kind: str, columns: Mapping[str, str], syst
     _check_order(messages, column)
     if all(message["role"] != "assistant" for message in messages):
         raise DataError("the conversation has no assistant turn, so nothing can be learned from it", column=column)
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    messages = _with_system(messages, system)
     if messages[0]["role"] == "assistant":
-        raise DataError(
-            "turn 1: the assistant's, so there is nothing that it answers; begin with the user's, or set data.system",
-            column=column,
-        )
+        problem = "the assistant's, so there is nothing that it answers; begin with the user's, or set data.system"
+        raise DataError(f"turn 1: {problem}", column=column)
     return messages
 
 
 def read_open(value: Any, column: str, system: str | None = None) -> list[Message]:
-    """Turns that await an answer; ``system`` goes before those that have none.
-
-    Raises:
-        DataError: names the turn, counted from 1.
-    """
+    """Turns that await an answer; raises DataError that names the turn, counted from 1."""
     messages = _turns(value, column)
     _check_order(messages, column)
-    if messages[-1]["role"] != "user":
-        raise DataError(
-            f"turn {len(messages)}: the {messages[-1]['role']}'s; the last turn must be the user's, to be answered",
-            column=column,
-        )
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+    last = messages[-1]["role"]
+    if last != "user":
+        problem = f"the {last}'s; the last turn must be the user's, to be answered"
+        raise DataError(f"turn {len(messages)}: {problem}", column=column)
+    return _with_system(messages, system)
+
+
+def _with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The turns with the system prompt before them, where they have none of their own."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], text: str) -> str | list[Message]:
     """What is to be continued or answered in a row of any format; an answer that is there already is left out.
 
     Args:
-        row: with prompt (a text or turns), messages, conversations, or instruction and input.
         columns: ``data.columns``, our name → the source's.
         text: a further column that may hold the prompt.
 
@@ -124,8 +114,7 @@ def read_prompt(row: Mapping[str, Any], columns: Mapping[str, str], text: str) -
         if row.get(column) is not None:
             turns = _turns(row[column], column)
             return read_open(turns[:-1] if len(turns) > 1 and turns[-1]["role"] == "assistant" else turns, column)
-    column = columns.get("instruction", "instruction")
-    if row.get(column) is not None:
+    if row.get(columns.get("instruction", "instruction")) is not None:
         return _question(row, columns)
     for column in (columns.get("prompt", "prompt"), text):
         if row.get(column) is not None:
@@ -140,11 +129,6 @@ def _question(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Messag
     asked = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
     start = [{"role": "system", "content": system}] if system.strip() else []
     return [*start, {"role": "user", "content": asked}]
-
-
-def _alpaca(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
-    asked = _question(row, columns)
-    return [*asked, {"role": "assistant", "content": _text(row, columns.get("output", "output"))}]
 
 
 def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -169,10 +153,11 @@ def _turns(value: Any, column: str, start: int = 0) -> list[Message]:
 def _turn(item: Any, number: int, column: str) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"turn {number}: expected a mapping with role and content, found {_named(item)}", column=column)
-    present = {key for key, value in item.items() if value is not None}
-    keys = next((pair for pair in TURN_KEYS if set(pair) <= present), None)
+    present = [key for key, value in item.items() if value is not None]
+    keys = next((pair for pair in TURN_KEYS if {*pair} <= {*present}), None)
     if keys is None:
-        raise DataError(f"turn {number}: expected role and content (or from and value){_found(item)}", column=column)
+        expected = "expected role and content (or from and value)"
+        raise DataError(f"turn {number}: {expected}, found {_listed(present) or 'nothing'}", column=column)
     role, content = (item[key] for key in keys)
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
         raise DataError(f"turn {number}: unknown role {role!r}: {did_you_mean(str(role), ROLES)}", column=column)
@@ -182,17 +167,13 @@ def _turn(item: Any, number: int, column: str) -> Message:
 
 
 def _check_order(messages: Sequence[Message], column: str) -> None:
-    before = ""
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
+    roles = [message["role"] for message in messages]
+    for number, (before, role) in enumerate(pairwise(roles), 1):
         if role == before:
-            raise DataError(
-                f"turns {number - 1} and {number} are both the {role}'s; join them into one, or take one out",
-                column=column,
-            )
-        if role == "system" and number > 1:
-            raise DataError(f"turn {number}: the system prompt must be the first turn", column=column)
-        before = role
+            both = f"turns {number} and {number + 1} are both the {role}'s"
+            raise DataError(f"{both}; join them into one, or take one out", column=column)
+        if role == "system":
+            raise DataError(f"turn {number + 1}: the system prompt must be the first turn", column=column)
 
 
 def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
@@ -204,11 +185,6 @@ def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str
             raise DataError(f"missing in this row, found {_listed(row)}: {did_you_mean(column, row)}", column=column)
         raise DataError(f"expected text, found {_named(value)}", column=column)
     return value
-
-
-def _found(item: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in item.items() if value is not None}
-    return f", found {_listed(shown)}" if shown else ", found nothing"
 
 
 def _named(value: Any) -> str:

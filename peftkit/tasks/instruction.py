@@ -24,7 +24,7 @@ from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.conversation import COLUMNS, OPTIONAL, Message, format_of, read_row
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize
-from peftkit.tasks.windows import Stretch, pack, to_columns
+from peftkit.tasks.windows import pack, to_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,19 +49,17 @@ class Instruction(LanguageTask):
     """What happens to a row whose prompt alone fills data.max_length, so that nothing of its answer is left."""
 
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
-        """Checks that the rows of every split are in a known format; raises DataError where they are not."""
+        """Raises DataError where a split's rows are in no known format."""
         refuse_augmentation(data)
         for rows in splits.values():
             format_of(rows.column_names, data.format, data.columns)
         return TaskInfo(CAUSAL_LM)
 
     def source_columns(self, data: DataConfig) -> set[str]:
-        """Those of every format."""
         return super().source_columns(data) | {*OPTIONAL, *(name for names in COLUMNS.values() for name in names)}
 
     @classmethod
     def example_info(cls, *, decoder: bool) -> TaskInfo | None:
-        """Answering, on a decoder."""
         return TaskInfo(CAUSAL_LM) if decoder else None
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
@@ -75,11 +73,10 @@ class Instruction(LanguageTask):
         messages = read_row(row, kind, data.columns, data.system)
         blank = _blank_answer(messages)
         if blank and data.cleaning.empty == "error":
-            raise DataError(
-                f"turn {blank}: the assistant's answer is empty; fill it, or set data.cleaning.empty=drop",
-                column=_answer_column(kind, data),
-            )
-        return {"messages": messages, **{name: row[name] for name in ("_file", "_line") if name in row}}
+            name = COLUMNS[kind][-1]
+            message = f"turn {blank}: the assistant's answer is empty; fill it, or set data.cleaning.empty=drop"
+            raise DataError(message, column=data.columns.get(name, name))
+        return {"messages": messages}
 
     def text_of(self, row: Row) -> str:
         """All turns; nothing where an answer is empty, so that the row counts as an empty one."""
@@ -88,7 +85,6 @@ class Instruction(LanguageTask):
         return "\n".join(message["content"] for message in row["messages"] if message["role"] != "system")
 
     def with_text(self, row: Row, change: Any) -> Row:
-        """The row with the text of every turn changed."""
         messages = [{**message, "content": change(message["content"])} for message in row["messages"]]
         return {**row, "messages": messages}
 
@@ -97,9 +93,8 @@ class Instruction(LanguageTask):
     ) -> dict[str, list[Any]]:
         """Conversations → examples; ``labels`` are -100 but on the scored tokens, and are not shifted.
 
-        ``weight`` counts scored tokens; ``truncated`` the tokens cut off. Rows of which no scored token would be left
-        make no example, and a warning names them. With packing, an example is a window: ``position_ids`` restart at 0
-        with each conversation in it, ``row`` is the first and ``row_offsets`` are all, counted from it.
+        Rows of which no scored token would be left make no example, and a warning names them. With packing, an example
+        is a window; see ``windows.pack``.
 
         Raises:
             ModelError: there is no chat template, or it cannot be used.
@@ -108,47 +103,32 @@ class Instruction(LanguageTask):
         check_window(tokenizer, data)
         style = chat_template.read(tokenizer)
         _warn_once(style.note)
-        stretches: list[Stretch] = []
-        lost: list[int] = []
-        for row, labelled in self._labelled(rows, tokenizer, style, data.max_length):
+        stretches, lost = [], []
+        for row, labelled in _encode(rows, list(enumerate(rows["messages"])), tokenizer, style, self.train_on):
+            messages = list(rows["messages"][row])
+            # where only the last answer counts, early turns give way to it
+            while self.train_on == "last" and len(labelled.ids) > data.max_length and _drop_first_exchange(messages):
+                ((_, labelled),) = _encode(rows, [(row, messages)], tokenizer, style, self.train_on)
             fitting = fit(labelled, row, data.max_length, self.train_on)
             if fitting:
                 stretches.append(fitting)
             elif self.too_long == "error":
-                raise _too_long(rows, row, labelled, data.max_length)
+                takes = f"the prompt takes {labelled.prompt_length} tokens and data.max_length is {data.max_length}"
+                hint = "raise data.max_length, or set task.too_long=drop"
+                raise _placed(rows, row, f"{takes}, so nothing of its answer is left; {hint}")
             else:
                 lost.append(row)
         _warn_of_lost(rows, lost, data.max_length)
         windows = pack(stretches, data.max_length) if self.packing else [[item] for item in stretches]
         return to_columns(windows, positions=self.packing)
 
-    def _labelled(
-        self,
-        rows: Mapping[str, Sequence[Any]],
-        tokenizer: PreTrainedTokenizerBase,
-        style: chat_template.TurnStyle,
-        max_length: int,
-    ) -> list[tuple[int, Labelled]]:
-        """(row, tokens) of every example; where only the last answer counts, early turns give way to it."""
-        examples = _encode(rows, list(enumerate(rows["messages"])), tokenizer, style, self.train_on)
-        if self.train_on != "last":
-            return examples
-        for position, (row, labelled) in enumerate(examples):
-            messages = list(rows["messages"][row])
-            while len(labelled.ids) > max_length and (shorter := without_first_exchange(messages)) is not None:
-                messages = shorter
-                ((_, labelled),) = _encode(rows, [(row, messages)], tokenizer, style, self.train_on)
-            examples[position] = (row, labelled)
-        return examples
-
     def prompt(self, row: Row) -> tuple[list[Message], str]:
         """(the turns before the last answer, that answer), for sample generations."""
         messages = row["messages"]
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        last = _last_answer(messages)
         return messages[:last], messages[last]["content"]
 
     def as_prompt(self, text: str) -> list[Message]:
-        """The text as the user's question."""
         return [{"role": "user", "content": text}]
 
 
@@ -158,14 +138,19 @@ def _warn_once(note: str) -> None:
         log.warning(note)
 
 
-def without_first_exchange(messages: Sequence[Message]) -> list[Message] | None:
-    """The conversation without its first question and answer; None where only the last question would remain to go."""
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = list(messages[len(system) :])
-    users = [index for index, message in enumerate(turns) if message["role"] == "user"]
-    answers = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
-    later = [index for index in users if 0 < index < answers[-1]]
-    return [*system, *turns[later[0] :]] if later else None
+def _drop_first_exchange(messages: list[Message]) -> bool:
+    """Takes the first question and answer out of a conversation; False where the last answer's own is the first."""
+    roles = [message["role"] for message in messages]
+    start = int(roles[0] == "system")
+    later = [index for index in range(start + 1, _last_answer(messages)) if roles[index] == "user"]
+    if later:
+        del messages[start : later[0]]
+    return bool(later)
+
+
+def _last_answer(messages: Sequence[Message]) -> int:
+    """Index of the last assistant turn."""
+    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def _encode(
@@ -194,20 +179,6 @@ def _blank_answer(messages: Sequence[Message]) -> int:
     """The number, from 1, of the first assistant turn without text; 0 where there is none."""
     turns = enumerate(messages, 1)
     return next((n for n, message in turns if message["role"] == "assistant" and not message["content"].strip()), 0)
-
-
-def _answer_column(kind: str, data: DataConfig) -> str:
-    name = {"alpaca": "output", "sharegpt": "conversations", "messages": "messages"}.get(kind, "completion")
-    return data.columns.get(name, name)
-
-
-def _too_long(rows: Mapping[str, Sequence[Any]], row: int, labelled: Labelled, max_length: int) -> DataError:
-    return _placed(
-        rows,
-        row,
-        f"the prompt takes {labelled.prompt_length} tokens and data.max_length is {max_length}, so nothing of its "
-        "answer is left; raise data.max_length, or set task.too_long=drop",
-    )
 
 
 def _warn_of_lost(rows: Mapping[str, Sequence[Any]], lost: Sequence[int], max_length: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from peftkit.data.problems import require_column
 from peftkit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ class LabelColumn:
     values: pa.Array
     names: tuple[str, ...] | None
     """Class names of a ``ClassLabel`` feature (of the items of a list column)."""
-    files: Sequence[str]
-    lines: Sequence[int]
+    table: pa.Table
+    """The column, with ``_file`` and ``_line`` where they are known."""
 
     def fail(self, message: str, position: int | None = None) -> NoReturn:
         """Raises DataError at a row of this column."""
-        if position is None or not self.files:
+        if position is None or not {"_file", "_line"} <= {*self.table.column_names}:
             raise DataError(message, column=self.name)
-        raise DataError(message, file=self.files[position], line=self.lines[position], column=self.name)
+        file, line = (self.table[name][position].as_py() for name in ("_file", "_line"))
+        raise DataError(message, file=file, line=line, column=self.name)
 
     @property
     def is_list(self) -> bool:
@@ -48,11 +50,11 @@ class LabelColumn:
         return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
     @property
-    def is_words(self) -> bool:
-        """Whether the labels are strings."""
-        import pyarrow.types as types
-
-        return types.is_string(self.values.type) or types.is_large_string(self.values.type)
+    def shape(self) -> str:
+        """What a row holds, for messages: lists, words or numbers."""
+        if self.is_list:
+            return "lists"
+        return "words" if str(self.values.type) in ("string", "large_string") else "numbers"
 
     def refuse_nulls(self) -> None:
         """Raises DataError at the first row without a label (null, not-a-number, or -1 of a ``ClassLabel``)."""
@@ -62,27 +64,23 @@ class LabelColumn:
         missing = pc.is_null(self.values, nan_is_null=pa.types.is_floating(self.values.type))
         if self.is_list and self._flat().null_count:
             self.fail("no label inside a list of labels; take the null out", self.first(None))
-        if self.is_words:
+        if self.shape == "words":
             missing = pc.or_(missing, pc.equal(pc.fill_null(pc.utf8_trim_whitespace(self.values), ""), ""))
         if self.names is not None and pa.types.is_integer(self.values.type):
             missing = pc.or_(missing, pc.fill_null(pc.less(self.values, 0), True))
         position = pc.index(missing, True).as_py()
         if position >= 0:
-            count = pc.sum(missing).as_py()
-            self.fail(
-                f"no label in {count:,} of {len(self.values):,} rows of the {self.split} split, here first; fill or "
-                "drop them, or choose another split with data.splits",
-                position,
-            )
+            rows = f"{pc.sum(missing).as_py():,} of {len(self.values):,} rows of the {self.split} split"
+            hint = "fill or drop them, or choose another split with data.splits"
+            self.fail(f"no label in {rows}, here first; {hint}", position)
 
     def distinct(self) -> list[Any]:
-        """The different labels, as Python values; those of list rows are flattened."""
+        """The different labels; those of list rows are flattened."""
         return self._flat().unique().to_pylist()
 
     def counts(self) -> dict[Any, int]:
         """Label → rows that have it."""
-        pairs = self._flat().value_counts().to_pylist()
-        return {pair["values"]: pair["counts"] for pair in pairs}
+        return {pair["values"]: pair["counts"] for pair in self._flat().value_counts().to_pylist()}
 
     def first(self, value: Any) -> int:
         """Index of the first row with this label."""
@@ -100,49 +98,16 @@ class LabelColumn:
         return pc.list_flatten(self.values) if self.is_list else self.values
 
 
-def require_column(split: str, dataset: Any, name: str) -> None:
-    """Raises DataError naming the nearest column when ``dataset`` has none of this name."""
-    if name in dataset.column_names:
-        return
-    columns = [column for column in dataset.column_names if not column.startswith("_")]
-    near = did_you_mean(name, columns)
-    listed = "" if near.startswith("known names") else f" Columns found: {', '.join(columns)}."
-    file = dataset[0].get("_file") if len(dataset) else None
-    raise DataError(f"no column '{name}' in the {split} split: {near}{listed}", file=file)
-
-
 def read_column(split: str, dataset: Any, name: str) -> LabelColumn:
-    """The column ``name`` of a ``datasets.Dataset``; raises DataError when there is none."""
-    require_column(split, dataset, name)
+    """The column ``name`` of a ``datasets.Dataset``; raises DataError when there is none, or a row has no label."""
+    require_column(dataset, name, "data.label")
     columns = [column for column in (name, "_file", "_line") if column in dataset.column_names]
     table = dataset.select_columns(columns).with_format("arrow")[:]
-    places = "_file" in columns and "_line" in columns
-    return LabelColumn(
-        name=name,
-        split=split,
-        values=table.column(name).combine_chunks(),
-        names=_class_names(dataset.features[name]),
-        files=_Lazy(table.column("_file")) if places else (),
-        lines=_Lazy(table.column("_line")) if places else (),
-    )
-
-
-class _Lazy(Sequence[Any]):
-    """An Arrow column read one value at a time."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def __getitem__(self, position: Any) -> Any:
-        return self._column[position].as_py()
-
-
-def _class_names(feature: Any) -> tuple[str, ...] | None:
+    feature = dataset.features[name]
     names = getattr(getattr(feature, "feature", feature), "names", None)
-    return tuple(names) if names else None
+    column = LabelColumn(name, split, table.column(name).combine_chunks(), tuple(names) if names else None, table)
+    column.refuse_nulls()
+    return column
 
 
 def whole_number(value: Any) -> int | None:
@@ -154,6 +119,12 @@ def whole_number(value: Any) -> int | None:
         return int(text) if text.removeprefix("-").isdecimal() else None
     number = float(value) if isinstance(value, int | float) else math.nan
     return int(number) if math.isfinite(number) and number == int(number) else None
+
+
+def indicator(value: Any) -> int | None:
+    """The 0 or 1 that a label spells, or None."""
+    flag = whole_number(int(value) if isinstance(value, bool) else value)
+    return flag if flag in (0, 1) else None
 
 
 def number(value: Any) -> float | None:
@@ -176,9 +147,8 @@ def name_of(value: Any) -> str:
 def sorted_names(values: Sequence[Any]) -> tuple[str, ...]:
     """Class names in id order: whole numbers by size, words by alphabet."""
     names = {name_of(value) for value in values}
-    if all(whole_number(name) is not None for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
+    whole = all(whole_number(name) is not None for name in names)
+    return tuple(sorted(names, key=int if whole else None))
 
 
 def refuse_mixed(column: LabelColumn) -> None:
@@ -187,30 +157,21 @@ def refuse_mixed(column: LabelColumn) -> None:
     numbers = [value for value in values if number(value) is not None]
     words = [value for value in values if number(value) is None]
     if numbers and words:
-        rare = min(numbers, words, key=lambda group: sum(column.counts()[value] for value in group))
-        shown = ", ".join(repr(value) for value in rare[:3])
-        column.fail(
-            f"labels of mixed kinds: numbers ({len(numbers)} different) and words ({len(words)} different); the rarer "
-            f"are {shown}, here first. Write them one way, or list all of them in data.labels",
-            column.first(rare[0]),
-        )
+        counts = column.counts()
+        rare = min(numbers, words, key=lambda group: sum(counts[value] for value in group))
+        kinds = f"numbers ({len(numbers)} different) and words ({len(words)} different)"
+        shown = f"the rarer are {', '.join(map(repr, rare[:3]))}, here first"
+        hint = "Write them one way, or list all of them in data.labels"
+        column.fail(f"labels of mixed kinds: {kinds}; {shown}. {hint}", column.first(rare[0]))
 
 
 def class_id(value: Any, labels: tuple[str, ...], integers: str) -> int | None:
-    """The id that a label of the source stands for, or None when it is not among ``labels``.
-
-    Args:
-        integers: "ids" when whole numbers of the source count from 0 into ``labels``; "names" when they are names.
-    """
-    known = _ids(labels)
+    """The id that a label of the source stands for, or None when it is not among ``labels``; see ``TaskInfo``."""
     whole = whole_number(value)
-    in_range = whole is not None and 0 <= whole < len(labels)
-    if integers == "ids" and in_range and not isinstance(value, str):
+    is_id = integers == "ids" and whole is not None and 0 <= whole < len(labels)
+    if is_id and not isinstance(value, str):
         return whole
-    position = known.get(name_of(value))
-    if position is None and integers == "ids" and in_range:
-        return whole
-    return position
+    return _ids(labels).get(name_of(value), whole if is_id else None)
 
 
 @lru_cache(maxsize=64)
@@ -231,33 +192,21 @@ def reading_of_integers(columns: Sequence[LabelColumn], labels: tuple[str, ...])
 
 
 def check_known(column: LabelColumn, labels: tuple[str, ...], integers: str, *, given: bool) -> None:
-    """Raises DataError at the first row whose label is not among ``labels``.
-
-    Args:
-        given: the names were listed in the recipe or by the source, rather than found in the training split.
-    """
+    """Raises DataError at the first row whose label is not among ``labels``, ``given`` by recipe or source."""
     for value in column.distinct():
-        if class_id(value, labels, integers) is not None:
-            continue
-        shown = repr(value)
-        where = column.first(value)
-        if given:
-            ids = f" (or ids 0 to {len(labels) - 1})" if integers == "ids" else ""
-            hint = did_you_mean(name_of(value), labels)
-            column.fail(f"label {shown} is not among the {len(labels)} labels given{ids}: {hint}", where)
-        column.fail(
-            f"label {shown} of the {column.split} split does not occur in training: "
-            f"{did_you_mean(name_of(value), labels)} List it in data.labels if it is meant",
-            where,
-        )
+        if class_id(value, labels, integers) is None:
+            near = did_you_mean(name_of(value), labels)
+            message = f"does not occur in training: {near} List it in data.labels if it is meant"
+            if given:
+                ids = f" (or ids 0 to {len(labels) - 1})" if integers == "ids" else ""
+                message = f"is not among the {len(labels)} labels given{ids}: {near}"
+            column.fail(f"label {value!r} of the {column.split} split {message}", column.first(value))
 
 
 def refuse_too_many(column: LabelColumn, classes: int) -> None:
     """Raises DataError when a label column looks like free text or measurements."""
     rows = len(column.values)
     if classes >= MANY_CLASSES and classes * 2 > rows and not column.is_list:
-        example = column.values[0].as_py()
-        column.fail(
-            f"{classes:,} different labels in {rows:,} rows, such as {str(example)[:60]!r}: these are not classes. Is "
-            "data.label the right column? For numbers to be predicted set task.problem_type=regression"
-        )
+        shown = f"{classes:,} different labels in {rows:,} rows, such as {str(column.values[0])[:60]!r}"
+        hint = "Is data.label the right column? For numbers to be predicted set task.problem_type=regression"
+        column.fail(f"{shown}: these are not classes. {hint}")

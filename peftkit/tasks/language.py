@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from peftkit.schema.recipe import DataConfig
 
-__all__ = ["CAUSAL_LM", "LanguageTask", "check_window", "refuse_augmentation"]
-
 
 class LanguageTask(Task):
     """Learns to predict the scored tokens of each example."""
@@ -27,28 +25,22 @@ class LanguageTask(Task):
 
     @property
     def packs(self) -> bool:
-        """Whether windows hold several rows."""
         return self.packing
 
     def without_packing(self) -> LanguageTask:
-        """The same task with one row, or a part of one, per window."""
         return self.model_copy(update={"packing": False})
 
 
 def refuse_augmentation(data: DataConfig) -> None:
     """Raises RecipeError: changed words would be learned as the text to write."""
     if data.augmentation is not None:
-        raise RecipeError(
-            "data.augmentation changes words of the text, and a language model would learn to write them so; "
-            "set data.augmentation=null"
-        )
+        effect = "changes words of the text, and a language model would learn to write them so"
+        raise RecipeError(f"data.augmentation {effect}; set data.augmentation=null")
 
 
 def check_window(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
     """Raises RecipeError when ``data.max_length`` is longer than what the tokenizer says its model reads."""
     reads: Any = tokenizer.model_max_length
     if reads and data.max_length > reads:
-        raise RecipeError(
-            f"data.max_length is {data.max_length}, but this base model reads {reads} tokens; "
-            f"set data.max_length={reads} or less"
-        )
+        message = f"data.max_length is {data.max_length}, but this base model reads {reads} tokens"
+        raise RecipeError(f"{message}; set data.max_length={reads} or less")

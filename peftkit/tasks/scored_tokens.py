@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,10 +79,8 @@ def _turn(
     except ModelError as error:
         raise DataError(f"turn {index + 1}: {error}") from None
     if not whole.startswith(prompt):
-        raise DataError(
-            f"turn {index + 1}: the chat template writes what comes before this answer differently once it is there; "
-            "a conversation should begin with the user's turn"
-        )
+        change = "the chat template writes what comes before this answer differently once it is there"
+        raise DataError(f"turn {index + 1}: {change}; a conversation should begin with the user's turn")
     answer = whole[len(prompt) :]
     if not answer.endswith(style.tail) or _solid(messages[index]["content"]) not in _solid(answer):
         raise DataError(f"turn {index + 1}: the chat template does not keep this answer's text, it writes {answer!r}")
@@ -110,50 +109,36 @@ def tokenize(
     The pieces are tokenized one by one, so that a prompt's tokens are those that it has when it is all there is; a
     tokenizer that puts a space before each text reads the whole, whose tokens are then shared out by their offsets.
 
-    Raises:
-        DataError: the tokenizer joins the end of a prompt and the beginning of an answer into one token, and
-            cannot read them apart.
+    Raises DataError when the tokenizer joins the end of a prompt and the beginning of an answer into one token.
     """
     texts = [piece.text for example in examples for piece in example]
     wholes = ["".join(piece.text for piece in example) for example in examples]
-    encoded = _ids(tokenizer, texts + wholes)
-    parts, full = iter(encoded[: len(texts)]), iter(encoded[len(texts) :])
+    if not texts:
+        return
+    # special tokens are in the text already
+    encoded: Any = tokenizer(texts + wholes, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    parts, full = iter(encoded["input_ids"][: len(texts)]), iter(encoded["input_ids"][len(texts) :])
+    spell = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for example, text in zip(examples, wholes, strict=True):
         split, whole = [next(parts) for _ in example], next(full)
         joined = list(chain.from_iterable(split))
-        if joined != whole and not _same_text(tokenizer, joined, whole):
+        # pieces do not spell the whole where a tokenizer puts a space before each
+        if joined != whole and spell(joined) != spell(whole):
             split = _by_offsets(example, text, tokenizer)
         yield _label(example, split, style)
 
 
 def _label(example: Sequence[Piece], split: Sequence[Sequence[int]], style: TurnStyle) -> Labelled:
-    ids: list[int] = []
-    labels: list[int] = []
-    ends: list[int] = []
+    labelled = Labelled([], [], [])
     for number, (piece, part) in enumerate(zip(example, split, strict=True)):
         answer = number % 2 == 1
         part = [*part, style.stop_id] if answer and not style.stop else list(part)
-        ids += part
-        labels += part if piece.scored else [IGNORE] * len(part)
+        labelled.ids.extend(part)
+        labelled.labels.extend(part if piece.scored else [IGNORE] * len(part))
         if answer:
-            ends.append(len(ids))
-    return Labelled(ids, [IGNORE, *labels[1:]], ends)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text; special tokens are in the text already."""
-    if not texts:
-        return []
-    encoded: Any = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]
-
-
-def _same_text(tokenizer: PreTrainedTokenizerBase, one: list[int], other: list[int]) -> bool:
-    """Whether the pieces read one by one spell the whole: they do not where a tokenizer puts a space before each."""
-    spelled = [
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in (one, other)
-    ]
-    return spelled[0] == spelled[1]
+            labelled.ends.append(len(labelled.ids))
+    labelled.labels[:1] = [IGNORE]
+    return labelled
 
 
 def _by_offsets(example: Sequence[Piece], text: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -168,10 +153,8 @@ def _by_offsets(example: Sequence[Piece], text: str, tokenizer: PreTrainedTokeni
         # offsets leave out the spaces that belong to a token: what no token covers goes with the one after it
         start = min(start, reached) if text[reached:start].isspace() else start
         if any(start < cut < end for cut in cuts):
-            raise DataError(
-                "the tokenizer joins the end of a prompt and the beginning of an answer in one token, "
-                f"{text[start:end]!r}; choose another template with model.chat_template"
-            )
+            joins = "the tokenizer joins the end of a prompt and the beginning of an answer in one token"
+            raise DataError(f"{joins}, {text[start:end]!r}; choose another template with model.chat_template")
         split[bisect_right(cuts, start)].append(token)
         reached = max(reached, end)
     return split
@@ -182,8 +165,7 @@ def fit(labelled: Labelled, row: int, max_length: int, train_on: TrainOn) -> Str
 
     Whole turns are kept where at least one fits; else the first answer is cut, and its stop token with it.
     """
-    length = len(labelled.ids)
-    cut = length
+    cut = length = len(labelled.ids)
     if length > max_length:
         whole_turns = [end for end in labelled.ends if end <= max_length]
         cut = whole_turns[-1] if whole_turns and train_on != "all" else max_length

@@ -12,12 +12,15 @@ token of it but the first is scored exactly once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from peftkit.errors import DataError, ModelError, did_you_mean
+from peftkit.data.problems import require_column
+from peftkit.errors import DataError, ModelError
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
@@ -43,14 +46,8 @@ class Style(LanguageTask):
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
         """Checks that every split has the column of the text; raises DataError where one has not."""
         refuse_augmentation(data)
-        for split, rows in splits.items():
-            if data.text not in rows.column_names:
-                names = [name for name in rows.column_names if not name.startswith("_")]
-                raise DataError(
-                    f"missing in the {split} split, found {', '.join(names)}: {did_you_mean(data.text, names)} "
-                    "(data.text names the column)",
-                    column=data.text,
-                )
+        for rows in splits.values():
+            require_column(rows, data.text, "data.text")
         return TaskInfo(CAUSAL_LM)
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
@@ -58,23 +55,17 @@ class Style(LanguageTask):
         text = row.get(data.text)
         if text is not None and not isinstance(text, str):
             raise DataError(f"expected text, found {type(text).__name__} {str(text)[:40]!r}", column=data.text)
-        return {"text": text or "", **{name: row[name] for name in ("_file", "_line", "_document") if name in row}}
+        return {"text": text or ""}
 
     def text_of(self, row: Row) -> str:
-        """The document."""
         return row["text"]
 
     def encode(
         self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase, data: DataConfig, info: TaskInfo
     ) -> dict[str, list[Any]]:
-        """Documents → windows of ``data.max_length`` tokens, in which nothing is lost.
+        """Documents → windows of ``data.max_length`` tokens, in which nothing is lost; see ``windows.stream``.
 
-        ``labels`` are the tokens themselves, -100 at the first of each stretch of a document; a document that goes on
-        in the next window repeats its last token there, as context. ``position_ids`` restart at 0 with each stretch;
-        ``row`` is the window's first document, ``row_offsets`` are all, counted from it.
-
-        Raises:
-            ModelError: the tokenizer has no end-of-text token.
+        Raises ModelError when the tokenizer has no end-of-text token.
         """
         check_window(tokenizer, data)
         documents = list(enumerate(tokens_of(rows["text"], tokenizer)))
@@ -86,31 +77,16 @@ class Style(LanguageTask):
     def prompt(self, row: Row) -> tuple[str, str]:
         """(the document's first ``prompt_words`` words, what follows), spaces and lines kept, for generation."""
         text = row["text"]
-        end = _end_of_word(text, self.prompt_words)
+        word = next(islice(re.finditer(r"\S+", text), self.prompt_words - 1, None), None)
+        end = word.end() if word else len(text)
         return text[:end], text[end:]
 
 
 def tokens_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Each text as tokens: BOS where the tokenizer puts one, the text, and the end-of-text token; once each.
-
-    Raises:
-        ModelError: the tokenizer has no end-of-text token.
-    """
+    """Each text as tokens: BOS where the tokenizer puts one, the text, and the end-of-text token; once each."""
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token (eos_token), so documents cannot be separated")
     encoded: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     opening: Any = tokenizer("a")["input_ids"][:1]
     start = [bos for bos in opening if bos == tokenizer.bos_token_id]
     return [[*start, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
-
-
-def _end_of_word(text: str, words: int) -> int:
-    """Where the given number of words ends; the text's length where it has fewer."""
-    end = 0
-    for _ in range(words):
-        start = end + len(text[end:]) - len(text[end:].lstrip())
-        rest = text[start:].split(maxsplit=1)
-        if not rest:
-            return len(text)
-        end = start + len(rest[0])
-    return end

@@ -78,23 +78,20 @@ def stream(documents: Iterable[tuple[int, list[int]]], size: int) -> Iterator[li
         yield window
 
 
-def to_columns(windows: Iterable[Sequence[Stretch]], *, positions: bool) -> dict[str, list[Any]]:
+def to_columns(windows: Sequence[Sequence[Stretch]], *, positions: bool) -> dict[str, list[Any]]:
     """Windows as the columns of examples.
 
     ``row`` is the window's first row, ``row_offsets`` are all of its rows counted from that one ([0] for a single row),
     which tells the rows that made no example.
     """
-    names = ("input_ids", "labels", "weight", "row", "row_offsets", "truncated")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    columns: dict[str, list[Any]] = {
+        "input_ids": [[token for part in window for token in part.ids] for window in windows],
+        "labels": [[label for part in window for label in (IGNORE, *part.labels[1:])] for window in windows],
+        "weight": [float(sum(part.weight for part in window)) for window in windows],
+        "row": [window[0].row for window in windows],
+        "row_offsets": [list(dict.fromkeys(part.row - window[0].row for part in window)) for window in windows],
+        "truncated": [sum(part.truncated for part in window) for window in windows],
+    }
     if positions:
-        columns["position_ids"] = []
-    for window in windows:
-        columns["input_ids"].append([token for part in window for token in part.ids])
-        columns["labels"].append([label for part in window for label in (IGNORE, *part.labels[1:])])
-        columns["weight"].append(float(sum(part.weight for part in window)))
-        columns["row"].append(window[0].row)
-        columns["row_offsets"].append(list(dict.fromkeys(part.row - window[0].row for part in window)))
-        columns["truncated"].append(sum(part.truncated for part in window))
-        if positions:
-            columns["position_ids"].append([position for part in window for position in range(len(part.ids))])
+        columns["position_ids"] = [[place for part in window for place in range(len(part.ids))] for window in windows]
     return columns

@@ -1,10 +1,9 @@
 """``training.micro_batch=auto``: as many rows per micro-batch as memory holds.
 
-Before the first step the largest micro-batch of the first epoch is tried, and its gradients are discarded; when memory
-runs out, the rows are halved and it is tried again. A later step that runs out of memory is repeated likewise. The
-global batch does not change, so neither does the gradient. A CPU does not refuse memory until it is too late: there the
-micro-batch is planned first (``peftkit.planning``) and compared with the free memory. Several processes each try their
-own shard, and all take the fewest rows: with unequal numbers of micro-batches they would wait for each other forever.
+Before the first step the largest micro-batch of the first epoch is tried, with half the rows each time that memory runs
+out; a later step is repeated likewise. The global batch does not change, so neither does the gradient. A CPU does not
+refuse memory until it is too late: there the micro-batch is planned first (``peftkit.planning``). Of several processes
+all take the fewest rows: with unequal numbers of micro-batches they would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ AUTO = "auto"
 class AutoStepper(Stepper):
     """A Stepper that halves its rows per micro-batch when memory runs out."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.report: Callable[[str], None] = lambda message: None
-        """Called with a message at every change."""
+    report: Callable[[str], None] = staticmethod(lambda message: None)
+    """Called with a message at every change."""
 
     def find_micro_batch(self) -> None:
         """Try the largest micro-batch of the first epoch; leaves no gradients, and the random state unchanged."""
@@ -51,9 +48,9 @@ class AutoStepper(Stepper):
     def largest_batch(self) -> np.ndarray:
         """The global batch of the first epoch whose largest micro-batch has the most padded tokens."""
         batches = epoch_batches(self.split.lengths, self.recipe.training, 0)
-        return max(batches, key=lambda batch: self._size(self._largest_micro_batch(batch)))
+        return max(batches, key=lambda batch: self._size(self._largest(batch)))
 
-    def _largest_micro_batch(self, batch: np.ndarray) -> MicroBatch:
+    def _largest(self, batch: np.ndarray) -> MicroBatch:
         return max(self.micro_batches(batch), key=self._size)
 
     def _size(self, micro_batch: MicroBatch) -> tuple[int, int]:
@@ -74,8 +71,7 @@ class AutoStepper(Stepper):
                     raise
             # only here is the exception gone, whose frames hold the micro-batch's tensors
             self.optimizer.zero_grad(set_to_none=True)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
             self._set_rows(rows // 2, f"out of memory with {rows} rows: retrying")
 
     def _set_rows(self, rows: int, reason: str) -> None:
@@ -84,14 +80,13 @@ class AutoStepper(Stepper):
 
     def _probe(self, batch: np.ndarray) -> None:
         """Run the largest micro-batch forward and backward, discard its gradients, and wait for no other process."""
-        rows = self._largest_micro_batch(batch).rows
         session, module = self.session, self.module
         module.train()
         with session.accelerator.no_sync(module):
             # DDP's forward waits for the buffers of the others; a process that retries would wait alone
             local = module if session.sharded else session.accelerator.unwrap_model(module)
             with session.accelerator.autocast():
-                loss = local(self.collate(rows))
+                loss = local(self.collate(self._largest(batch).rows))
             session.accelerator.backward(loss)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -102,7 +97,7 @@ class AutoStepper(Stepper):
         from peftkit.planning.traced_model import Shape
 
         module = self.session.accelerator.unwrap_model(self.module)
-        micro_batch = self._largest_micro_batch(batch)
+        micro_batch = self._largest(batch)
         _, tokens = self._size(micro_batch)
         rows = wanted = len(micro_batch.rows)
         free = int(psutil.virtual_memory().available)

@@ -1,9 +1,9 @@
-"""Writes a run's checkpoints and retries failed ones that the run still needs."""
+"""A run's checkpoints: what is in them, and writing them, failed ones again if the run still needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,35 @@ from peftkit.runs import checkpoints
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass
+class TrainingState:
+    """Progress that is restored on resume: everything in a checkpoint that is not a tensor."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epoch of the next step."""
+    batch: int = 0
+    """Index of the next step's batch in its epoch."""
+    evaluated: int = -1
+    """Last step that was validated; a run stopped before or during a validation repeats it on resume."""
+    best_value: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    """Validations since the last improvement, for early stopping."""
+    stopped_early: bool = False
+    skipped: int = 0
+    """Steps without an update because the loss or the gradients were not finite."""
+    seconds: float = 0.0
+    """Time spent training, without validations and checkpoints."""
+    rows: int = 0
+    tokens: int = 0
+    log_offset: int = 0
+    """Bytes of metrics.jsonl."""
+    window: dict[str, float] = field(default_factory=dict)
+    """Sums since the last line of the log."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +54,15 @@ class CheckpointContent:
 
     def copy(self) -> CheckpointContent:
         """A copy in CPU memory, which further training does not change."""
-        return CheckpointContent(self.step, _copy(self.model), _copy(self.optimizer), self.state)
+        model, optimizer = (
+            {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.model, self.optimizer)
+        )
+        return replace(self, model=model, optimizer=optimizer)
 
     def save(self, root: Path) -> None:
         """Write the checkpoint under ``root``; raises CheckpointError."""
         checkpoints.save(root, self.step, model=self.model, optimizer=self.optimizer, state=self.state)
-
-
-def _copy(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 class CheckpointWriter:
@@ -50,26 +79,19 @@ class CheckpointWriter:
     def write(self, content: CheckpointContent, best: int | None, flush: Callable[[], Any]) -> str | None:
         """Write the pending checkpoint, if any, and then this one; returns the error if that failed.
 
-        Args:
-            best: the best step so far; its checkpoint is never pruned.
-            flush: writes to disk what the checkpoint relies on; may raise OSError.
+        That of the best step is never pruned. ``flush`` writes what the checkpoint relies on, or raises OSError.
         """
-        error = self._try_to_write(content, best, flush)
-        if error and content.step == best:
-            self._pending = content.copy()
-        if not error:
-            self._pending = None
-            checkpoints.prune(self._root, keep=self._keep, protect={best} if best is not None else set())
-        return error
-
-    def _try_to_write(self, content: CheckpointContent, best: int | None, flush: Callable[[], Any]) -> str | None:
         try:
             flush()
             if self._pending and self._pending.step == best != content.step:
                 self._pending.save(self._root)
             content.save(self._root)
-        except CheckpointError as error:
-            return str(error)
-        except OSError as error:
+        except (CheckpointError, OSError) as error:
+            if content.step == best:
+                self._pending = content.copy()
+            if isinstance(error, CheckpointError):
+                return str(error)
             return f"checkpoint of step {content.step} could not be written: the log cannot be flushed: {error}"
+        self._pending = None
+        checkpoints.prune(self._root, keep=self._keep, protect={best})
         return None

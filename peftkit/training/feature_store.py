@@ -1,7 +1,4 @@
-"""Features on disk: the batches of a split that read them, digests for cache keys, and eviction.
-
-features/KEY/features.npy    [rows, width], or [tokens, width] with the rows' tokens end to end; manifest.json
-"""
+"""Features on disk: the batches of a split that read them, digests for cache keys, and eviction."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from peftkit.data.batching import MODEL_INPUTS
 from peftkit.data.pipeline import EncodedSplit
@@ -24,12 +21,13 @@ from peftkit.training.frozen_trunk import FEATURES
 
 FILE = "features.npy"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+"""Packages that compute features."""
 STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 """numpy has no bf16: its bits are stored as integers."""
 CODE = ("models/classifier.py", "models/kernels/attention.py", "models/kernels/first_token.py",
         "models/kernels/rms_norm.py", "models/loading.py", "models/packing.py", "training/feature_store.py",
         "training/frozen_trunk.py")  # fmt: skip
-"""Files of the package that compute features from tokens: a change of them invalidates all features."""
+"""Files that compute features from tokens: a change of them invalidates all features."""
 GB = 10**9
 
 
@@ -44,7 +42,7 @@ class FeatureSplit(EncodedSplit):
     starts: np.ndarray = field(repr=False)
     """Index of each row's first token."""
     columns: Mapping[str, Tensor] = field(repr=False)
-    """``labels`` and ``weight`` of all rows, with one vector per row."""
+    """``labels`` and ``weight`` of all rows as ``collate`` returns them, with one vector per row."""
 
     def batch(self, rows: np.ndarray, tokenizer: Any) -> dict[str, Tensor]:
         """The rows as padded tensors, with the trunk's output."""
@@ -53,30 +51,27 @@ class FeatureSplit(EncodedSplit):
             columns = {name: values[torch.from_numpy(rows)] for name, values in self.columns.items()}
             features = self._tensor(self.stored[rows])
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **columns, FEATURES: features}
-        batch = super().batch(rows, tokenizer)
-        return {**batch, FEATURES: self._padded(rows, tokenizer.padding_side == "left")}
-
-    def _padded(self, rows: np.ndarray, left: bool) -> Tensor:
-        width = int(self.lengths[rows].max())
-        out = np.zeros((len(rows), width, self.stored.shape[1]), dtype=self.stored.dtype)
-        for index, row in enumerate(rows):
-            length, start = int(self.lengths[row]), int(self.starts[row])
-            columns = slice(width - length, width) if left else slice(0, length)
-            out[index, columns] = self.stored[start : start + length]
-        return self._tensor(out)
+        spans = zip(self.starts[rows], self.lengths[rows])
+        unpadded = [self._tensor(self.stored[start : start + length]) for start, length in spans]
+        padded = pad_sequence(unpadded, batch_first=True, padding_side=tokenizer.padding_side)
+        return {**super().batch(rows, tokenizer), FEATURES: padded}
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        tensor = torch.from_numpy(np.array(values))  # a copy of what is mapped read-only
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
 
 def open_split(split: EncodedSplit, path: Path, dtype: torch.dtype, *, per_row: bool) -> FeatureSplit:
     """A split with the memory-mapped features of the entry at ``path``."""
     stored = np.load(path / FILE, mmap_mode="r", allow_pickle=False)
+    columns: dict[str, Tensor] = {}
+    if per_row:
+        table = split.examples.select_columns(["labels", "weight"]).with_format("arrow")[:]
+        weight = torch.tensor(table["weight"].to_pylist(), dtype=torch.float32)
+        columns = {"labels": torch.tensor(table["labels"].to_pylist()), "weight": weight}
     return FeatureSplit(
-        split.examples, split.lengths, split.weights, stored, dtype, per_row, starts(split.lengths),
-        _columns(split) if per_row else {},
-    )  # fmt: skip
+        split.examples, split.lengths, split.weights, stored, dtype, per_row, starts(split.lengths), columns
+    )
 
 
 def inputs_digest(split: EncodedSplit) -> str:
@@ -91,17 +86,6 @@ def inputs_digest(split: EncodedSplit) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that compute features."""
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            installed[name] = ""
-    return installed
-
-
 def code_digest() -> str:
     """SHA-256 of the code that computes features from tokens."""
     digest, package = hashlib.sha256(), Path(__file__).parents[1]
@@ -110,18 +94,9 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _columns(split: EncodedSplit) -> dict[str, Tensor]:
-    """The labels and weights as ``collate`` returns them."""
-    table = split.examples.select_columns(["labels", "weight"]).with_format("arrow")[:]
-    return {
-        "labels": torch.tensor(table["labels"].to_pylist()),
-        "weight": torch.tensor(table["weight"].to_pylist(), dtype=torch.float32),
-    }
-
-
 def starts(lengths: np.ndarray) -> np.ndarray:
     """Index of each row's first token, with the rows' tokens end to end."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)[:-1]])
+    return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
 def as_array(hidden: Tensor) -> np.ndarray:

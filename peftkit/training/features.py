@@ -1,8 +1,5 @@
 """Features of a frozen trunk, computed once and cached on disk for all later epochs, runs and sweeps.
 
-    plan = plan_features(module, recipe, encoded, tokenizer, session, fingerprint)
-    data = plan.run()                        # the same splits, whose batches have the trunk's output
-
 The cache key covers the base model's files, the tokens of a split, the cut point, dtype, device, versions and this
 code, but nothing above the cut point: head, labels, learning rate, dropout and seed. Linear probing on precomputed
 features follows Alain & Bengio (2016, arXiv:1610.01644).
@@ -10,10 +7,10 @@ features follows Alain & Bengio (2016, arXiv:1610.01644).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from peftkit.data.batching import by_length, pass_tokens, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.models.blocks import unwrap
+from peftkit.runs.environment import installed_versions
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cache import cache_folder, entry_lock, is_intact, new_entry
@@ -50,51 +48,46 @@ class FeaturePlan:
     session: Session
     base: str
     """Fingerprint of the base model."""
-    trunk: FrozenTrunk | None = None
-    dtype: torch.dtype = torch.float32
-    width: int = 0
     enabled: bool = False
     note: str = ""
     """The decision and its reason, for the user; empty if there is nothing to report."""
-    paths: dict[str, Path] = field(default_factory=dict)
+    trunk: FrozenTrunk = field(init=False)
+    """Unset, like the rest, if the model has none."""
+    dtype: torch.dtype = field(init=False)
+    width: int = field(init=False)
+    paths: dict[str, Path] = field(init=False)
     """The cache entry of each split."""
 
-    def bytes_of(self, split: EncodedSplit) -> int:
-        """Size of a split's features on disk."""
-        return self._length(split) * self.width * torch.empty((), dtype=self.dtype).element_size()
-
     def run(self, *, final: bool = True) -> EncodedData:
-        """The data with features, computed unless they are cached; the data itself if the cache is not used.
-
-        Args:
-            final: False leaves the test split as it is.
-        """
+        """The data with features, computed unless they are cached; ``final=False`` leaves the test split as it is."""
         if not self.enabled:
             return self.encoded
         splits: dict[str, EncodedSplit] = {}
         for name, split in self.encoded.splits.items():
-            splits[name] = self._open(split, self._entry(name, split)) if final or name != "test" else split
+            splits[name] = self._with_features(name, split) if final or name != "test" else split
         return EncodedData(splits, self.encoded.fingerprint)
 
     def _length(self, split: EncodedSplit) -> int:
         """Number of vectors."""
-        assert self.trunk is not None
         return len(split.lengths) if self.trunk.per_row else int(split.lengths.sum())
 
-    def _entry(self, name: str, split: EncodedSplit) -> Path:
-        """The split's entry on disk; one process writes it, and the others wait."""
+    def _bytes(self, split: EncodedSplit) -> int:
+        """Size of a split's features on disk."""
+        return self._length(split) * self.width * self.dtype.itemsize
+
+    def _with_features(self, name: str, split: EncodedSplit) -> FeatureSplit:
+        """A split with its features on disk; one process writes them, and the others wait."""
         path = self.paths[name]
         with entry_lock(path):
             if not (is_intact(path) and self._is_correct(split, path)):
                 limit = self.recipe.training.feature_cache_gb
-                store.make_room(self.bytes_of(split), limit, keep=set(self.paths.values()))
+                store.make_room(self._bytes(split), limit, keep=set(self.paths.values()))
                 with new_entry(path) as folder:
                     self._compute(name, split, folder / store.FILE)
             path.touch()
-        return path
+        return self._open(split, path)
 
     def _compute(self, name: str, split: EncodedSplit, file: Path) -> None:
-        assert self.trunk is not None
         starts, shape = store.starts(split.lengths), (self._length(split), self.width)
         out = np.lib.format.open_memmap(file, mode="w+", dtype=store.STORED[self.dtype], shape=shape)
         tokens = pass_tokens(self.recipe.training, self.session.device.type)
@@ -112,7 +105,6 @@ class FeaturePlan:
 
     def _capture(self, split: EncodedSplit, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """The trunk's output for some rows, and their attention mask, on the CPU."""
-        assert self.trunk is not None
         batch = self._batch(split, rows)
         self.module.eval()
         with torch.no_grad(), self.session.accelerator.autocast():
@@ -125,7 +117,6 @@ class FeaturePlan:
 
     def _is_correct(self, split: EncodedSplit, path: Path) -> bool:
         """Whether a few rows, computed again, have the stored features."""
-        assert self.trunk is not None
         rows = probe_rows(split)
         hidden, mask = self._capture(split, rows)
         stored = self._open(split, path).batch(rows, self.tokenizer)[FEATURES]
@@ -136,41 +127,36 @@ class FeaturePlan:
         return hidden.shape == stored.shape and difference <= tolerance * float(hidden.float().abs().max())
 
     def _open(self, split: EncodedSplit, path: Path) -> FeatureSplit:
-        assert self.trunk is not None
         return store.open_split(split, path, self.dtype, per_row=self.trunk.per_row)
 
-    def find_trunk(self) -> None:
-        """Find the model's frozen trunk, and keep it in evaluation mode from now on."""
+    def find_trunk(self) -> bool:
+        """Find the model's frozen trunk, and keep it in evaluation mode from now on; whether there is one."""
         train = self.encoded.splits["train"]
         batch = self._batch(train, probe_rows(train))
-        self.module.eval()
-
-        def forward(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return self.module(dict(batch), outputs=True)  # type: ignore[no-any-return]
-
+        forward = functools.partial(self.module.eval(), outputs=True)
         with self.session.accelerator.autocast():
-            self.trunk, reason = find_frozen_trunk(self.module.model, forward, batch, self.module.pooling)
-            if self.trunk is None:
+            trunk, reason = find_frozen_trunk(self.module.model, forward, batch, self.module.pooling)
+            if trunk is None:
                 # where the method trains the first block anyway, there is nothing to report
                 self.note = "" if "first block" in reason else f"features are not cached: {reason}"
-                return
-            self.module.freeze_trunk(self.trunk)
+                return False
+            self.trunk = trunk
+            self.module.freeze_trunk(trunk)
             with torch.no_grad():
-                hidden = self.trunk.capture(lambda: forward(batch), batch)
+                hidden = trunk.capture(lambda: forward(batch), batch)
         self.dtype, self.width = hidden.dtype, hidden.shape[-1]
         self.paths = {name: cache_folder("features") / self._key(split) for name, split in self.encoded.splits.items()}
+        return True
 
     def decide(self) -> None:
         """Set ``enabled`` and ``note``, which reports size and limit before anything is computed."""
-        assert self.trunk is not None
         training, folder, splits = self.recipe.training, cache_folder("features"), self.encoded.splits
-        sizes = {name: self.bytes_of(split) for name, split in splits.items()}
+        sizes = {name: self._bytes(split) for name, split in splits.items()}
         size = sum(sizes.values())
         missing = sum(sizes[name] for name in splits if not self.paths[name].is_dir())
         free = shutil.disk_usage(folder).free
-        epochs = min(
-            training.epochs, (training.max_steps or 10**12) / steps_per_epoch(splits["train"].lengths, training)
-        )
+        per_epoch = steps_per_epoch(splits["train"].lengths, training)
+        epochs = min(training.epochs, (training.max_steps or 10**12) / per_epoch)
         needed = f"the features would need {size / store.GB:.2f} GB on disk"
         if training.feature_cache_gb == 0:
             decision = "recomputed in every epoch, since the cache is off (training.feature_cache_gb=0)"
@@ -192,7 +178,6 @@ class FeaturePlan:
 
     def _key(self, split: EncodedSplit) -> str:
         """Digest of everything that a split's features depend on."""
-        assert self.trunk is not None
         quantization, inner = self.recipe.quantization, unwrap(self.module.model)
         parts = {
             "base": self.base,
@@ -205,7 +190,7 @@ class FeaturePlan:
             "cut": self.trunk.cut,
             "kind": self.trunk.kind,
             "inputs": store.inputs_digest(split),
-            "versions": store.versions(),
+            "versions": installed_versions(store.PACKAGES),
             "code": store.code_digest(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -214,17 +199,11 @@ class FeaturePlan:
 def plan_features(
     module: TaskModule, recipe: Recipe, encoded: EncodedData, tokenizer: Any, session: Session, base: str
 ) -> FeaturePlan:
-    """Find the model's frozen trunk, and decide whether its features are cached.
-
-    Args:
-        module: the model with its task, not wrapped; its ``trunk`` is set, and kept in evaluation mode.
-        base: fingerprint of the base model.
-    """
+    """Find the frozen trunk of a module that is not wrapped yet, and decide whether its features are cached."""
     plan = FeaturePlan(module, recipe, encoded, tokenizer, session, base)
     plain_rows = type(module.head).collate is Head.collate  # a row is a sequence, which the features are stored by
-    if plain_rows and not recipe.training.neftune_alpha:  # its noise is added to the embeddings, anew in every step
-        plan.find_trunk()
-    if plan.trunk is not None:
+    # NEFTune's noise is added to the embeddings, anew in every step
+    if plain_rows and not recipe.training.neftune_alpha and plan.find_trunk():
         plan.decide()
     return plan
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SIZES = {"cpu": 2048}
 REPEATS = 5
+SLOW = 2.0
+"""Seconds of a matmul from which on a smaller one is measured."""
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
@@ -32,7 +34,9 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     Takes a second or less, once: cached by device, dtype, threads and torch version.
     """
     device = torch.device(device)
-    key = "\n".join((_describe(device), str(dtype), torch.__version__))
+    processor = f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    place = str(torch.cuda.get_device_name(device)) if device.type == "cuda" else processor
+    key = "\n".join((place, str(dtype), torch.__version__))
     path = cache_folder("machine") / f"matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with entry_lock(path):
         if not path.is_file():
@@ -80,27 +84,25 @@ def utilization_metrics(loop: Loop) -> dict[str, float]:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    size = SIZES.get(device.type, 8192)
     trim_heap()  # the run's peak memory should be training's
+    size = SIZES.get(device.type, 8192)
+    small = 2 * (size // 4) ** 3 / _best_seconds(device, dtype, size // 4, 1)
+    # a dtype that the processor emulates would take minutes
+    return small if 2 * size**3 > small * SLOW else 2 * size**3 / _best_seconds(device, dtype, size, REPEATS)
+
+
+def _best_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         _synchronize(device)
         started = time.perf_counter()
         torch.mm(a, b, out=out)
         _synchronize(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return best
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -6,9 +6,8 @@
         forward(trunk.reduced(batch))                                   # the model's own forward, above the cut point
 
 The cut point is below the lowest trained weight. Above a fully frozen backbone a classifier needs one vector per row
-(the mean, the first or last token, or the pooler's output: the first of them that gives the same logits); between two
-blocks every token is needed. Nothing is assumed of an architecture: the order of calls is traced, and a cut point is
-used only if a few rows give the same outputs both ways.
+(mean, first or last token, or the pooler's output); between two blocks every token is needed. Nothing is assumed of an
+architecture: the order of calls is traced, and a cut point is used only if a few rows give the same outputs both ways.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ TOKENS = "tokens"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF_TOLERANCE = 3e-2
 """Largest difference of outputs between both ways, relative to the largest output."""
-
 Outputs = Mapping[str, Tensor]
 
 
@@ -53,34 +51,43 @@ class FrozenTrunk:
     """Number of blocks below the cut point; all of them if the whole backbone is frozen."""
     kind: str
     """The trunk's output: "tokens" [rows, tokens, width], or one vector per row: mean, cls, first, last, pooler."""
-    pad_token_id: int | None = None
-    tuple_length: int | None = None
+    pad_token_id: int | None
+    tuple_length: int | None
     """Length of the tuple that a block returns; None if it returns a tensor."""
-    output_type: type | None = None
-    eval_modules: tuple[nn.Module, ...] = field(default=(), repr=False)
+    output_type: type
+    eval_modules: tuple[nn.Module, ...] = field(repr=False)
     """Modules of the trunk, kept in evaluation mode: dropout would change its output."""
 
     @property
     def is_backbone(self) -> bool:
-        """Whether the whole backbone is below the cut point."""
         return self.cut == len(self.blocks)
 
     @property
     def per_row(self) -> bool:
-        """Whether the output is one vector per row."""
         return self.kind != TOKENS
 
     def capture(self, forward: Callable[[], Any], batch: Mapping[str, Tensor]) -> Tensor:
         """The trunk's output for a batch: [rows, width], or [rows, tokens, width] with padding left as it is.
 
-        Args:
-            forward: runs the model on ``batch``; stopped at the cut point.
+        ``forward`` runs the model on the batch, and is stopped at the cut point.
         """
-        with self._stop_at_cut_point():
-            try:
-                forward()
-            except _CutPointReached as reached:
-                return self._reduce(reached.value, batch)
+
+        def before_block(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            raise _CutPointReached(arguments[0] if arguments else options["hidden_states"])
+
+        def after_backbone(_: nn.Module, __: Any, output: Any) -> None:
+            raise _CutPointReached(output)
+
+        if self.is_backbone:
+            handle = self.backbone.register_forward_hook(after_backbone)
+        else:
+            handle = self.blocks[self.cut].register_forward_pre_hook(before_block, with_kwargs=True)
+        try:
+            forward()
+        except _CutPointReached as reached:
+            return self._reduce(reached.value, batch)
+        finally:
+            handle.remove()
         raise ModelError("the forward pass did not reach the model's blocks")
 
     @contextlib.contextmanager
@@ -99,23 +106,6 @@ class FrozenTrunk:
         ids = batch["input_ids"][:, :1]
         targets = {name: batch[name] for name in ("labels", "weight") if name in batch}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **targets}
-
-    @contextlib.contextmanager
-    def _stop_at_cut_point(self) -> Iterator[None]:
-        def before_block(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            raise _CutPointReached(arguments[0] if arguments else options["hidden_states"])
-
-        def after_backbone(_: nn.Module, __: Any, output: Any) -> None:
-            raise _CutPointReached(output)
-
-        if self.is_backbone:
-            handle = self.backbone.register_forward_hook(after_backbone)
-        else:
-            handle = self.blocks[self.cut].register_forward_pre_hook(before_block, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _reduce(self, value: Any, batch: Mapping[str, Tensor]) -> Tensor:
         if self.kind == "pooler":
@@ -143,7 +133,6 @@ class FrozenTrunk:
         return hidden if self.tuple_length is None else (hidden, *[None] * (self.tuple_length - 1))
 
     def _backbone_output(self, hidden: Tensor) -> Any:
-        assert self.output_type is not None
         tokens = hidden[:, None] if self.per_row else hidden
         pooler = getattr(self.backbone, "pooler", None)
         if self.kind == "pooler":
@@ -162,8 +151,8 @@ def find_frozen_trunk(
     Args:
         model: its ``requires_grad`` must be final.
         forward: a batch's outputs by name, through the task.
-        batch: a few rows of unequal lengths, on the model's device.
-        pooling: "own", "mean" or "cls", as in ``classifier.logits``.
+        batch: a few rows of unequal lengths.
+        pooling: as in ``classifier.logits``.
     """
     inner = unwrap(model)
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
@@ -224,12 +213,11 @@ def _find_cut(model: nn.Module, blocks: tuple[nn.Module, ...], trace: _Trace) ->
         return 0
     lowest = len(blocks)
     for path, module in model.named_modules():
-        if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            continue
-        if module in index_of:
-            lowest = min(lowest, index_of[module])
-        elif _first_call(model, path, blocks[0], trace) <= last:
-            return 0
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            if module in index_of:
+                lowest = min(lowest, index_of[module])
+            elif _first_call(model, path, blocks[0], trace) <= last:
+                return 0
     return lowest
 
 

@@ -11,33 +11,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from peftkit.distributed.session import Session
 
 console = Console(stderr=True, highlight=False)
 
 
-def columns() -> list[ProgressColumn]:
-    """Columns of a progress bar: steps, metrics, elapsed and remaining time."""
-    steps: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    return [*steps, TextColumn("{task.fields[metrics]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()]
+def _new_bar() -> bars.Progress:
+    """A progress bar with steps, metrics, elapsed and remaining time."""
+    return bars.Progress(
+        bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[metrics]}"), bars.TimeElapsedColumn(), bars.TextColumn("eta"),
+        bars.TimeRemainingColumn(), console=console,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
 def progress_bar(name: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, else a line at every quarter; yields a function to call with each count done."""
     if shown and console.is_terminal:
-        with Progress(*columns(), console=console) as progress:
+        with _new_bar() as progress:
             task = progress.add_task(name, total=total, metrics="")
             yield lambda count: progress.advance(task, count)
         return
@@ -60,13 +55,10 @@ class RunLog:
     """
 
     def __init__(self, path: Path, session: Session, total_steps: int, *, offset: int = 0, step: int = 0) -> None:
-        self._session, self._total, self._started = session, total_steps, time.monotonic()
-        self._first_step = step
+        self._session, self._total, self._started, self._first_step = session, total_steps, time.monotonic(), step
         self._file: int | None = None
-        self._bar: Progress | None = None
-        self._pending = b""
-        self._error = ""
-        self._size = 0
+        self._bar: bars.Progress | None = None
+        self._pending, self._error, self._size = b"", "", 0
         if session.is_main:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             self._size = min(offset, os.fstat(self._file).st_size)
@@ -75,7 +67,7 @@ class RunLog:
                 missing = offset - self._size
                 self._print(f"{path} is {missing} bytes shorter than when its checkpoint was saved: lines were lost")
             if console.is_terminal:
-                self._bar = Progress(*columns(), console=console)
+                self._bar = _new_bar()
                 self._task = self._bar.add_task("training", total=total_steps, completed=step, metrics="")
                 self._bar.start()
 
@@ -91,7 +83,6 @@ class RunLog:
             os.fsync(self._file)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to a step."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
@@ -116,7 +107,6 @@ class RunLog:
         self._print(message)
 
     def close(self) -> None:
-        """Stop the bar and close the file."""
         if self._bar:
             self._bar.stop()
         if self._file is not None:
@@ -146,15 +136,12 @@ class RunLog:
             self._pending, self._size = self._pending[written:], self._size + written
 
     def _print(self, text: str) -> None:
-        if self._session.is_main:
-            if self._bar:
-                self._bar.console.print(text)
-            else:
-                print(text, file=sys.stderr, flush=True)
+        if self._bar:
+            self._bar.console.print(text)
+        elif self._session.is_main:
+            print(text, file=sys.stderr, flush=True)
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step
-        if not done:
-            return ""
-        seconds = (time.monotonic() - self._started) / done * (self._total - step)
-        return f"eta {int(seconds // 60)}:{int(seconds % 60):02d}"
+        seconds = (time.monotonic() - self._started) / max(done, 1) * (self._total - step)
+        return f"eta {int(seconds // 60)}:{int(seconds % 60):02d}" if done else ""

@@ -1,7 +1,4 @@
-"""The training loop: steps, validations, checkpoints and stopping. A step itself is in step.py.
-
-for each epoch: for each batch of its plan: step → log → stop? → validate? → save a checkpoint?
-"""
+"""The training loop. For each batch of an epoch's plan: step → log → stop? → validate? → save a checkpoint?"""
 
 from __future__ import annotations
 
@@ -27,12 +24,11 @@ from peftkit.runs.checkpoints import Checkpoint
 from peftkit.schema.recipe import Recipe
 from peftkit.system.memory import trim_heap, trim_heap_after
 from peftkit.training.auto_micro_batch import AUTO, AutoStepper
-from peftkit.training.checkpoint_writer import CheckpointContent, CheckpointWriter
+from peftkit.training.checkpoint_writer import CheckpointContent, CheckpointWriter, TrainingState
+from peftkit.training.interruptions import TIME_IS_UP, StopRequest
 from peftkit.training.log import RunLog
 from peftkit.training.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
-from peftkit.training.state import TrainingState
 from peftkit.training.step import Stepper, StepResult, TaskModule
-from peftkit.training.stopping import TIME_IS_UP, StopRequest
 from peftkit.training.weights import TrainedWeights
 
 ValidationCallback = Callable[[int, Mapping[str, float]], None]
@@ -63,8 +59,8 @@ class Loop:
         self.state = TrainingState()
         self.checkpoints = self.folder / "checkpoints"
         self.train_split = self.data.splits["train"]
-        per_epoch = steps_per_epoch(self.train_split.lengths, training)
-        self.total = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
+        self.per_epoch = steps_per_epoch(self.train_split.lengths, training)
+        self.total = min(math.ceil(self.per_epoch * training.epochs), training.max_steps or 10**12)
         self.metric = training.best_metric or self.module.head.best_metric
         self.recipe.method.on_train_begin(self.module.model, self.total)
         self.optimizer = build_optimizer(self.module, self.recipe)
@@ -79,7 +75,7 @@ class Loop:
             self.recipe, self.session, wrapped, prepared, self.scheduler, self.train_split, self.tokenizer
         )
 
-    def run(self, resume_from: Checkpoint | None = None) -> TrainingState:
+    def run(self, resume_from: Checkpoint | None = None) -> None:
         """Train to the end, from the start or from a checkpoint.
 
         Raises:
@@ -105,7 +101,6 @@ class Loop:
             self._stop = None  # later evaluations run to their end
         self._restore_best()
         self.recipe.method.on_train_end(self.module.model)
-        return self.state
 
     def _run_epochs(self) -> None:
         state = self.state
@@ -174,24 +169,19 @@ class Loop:
                 "tokens_per_second": window["tokens"] / window["seconds"],
             }
             window.clear()
-            self.log.train(self.state.step, self._epoch(), metrics)
-
-    def _epoch(self) -> float:
-        return self.state.step / steps_per_epoch(self.train_split.lengths, self.recipe.training)
+            self.log.train(self.state.step, self.state.step / self.per_epoch, metrics)
 
     def _log_spike(self, result: StepResult) -> None:
         window = self.state.window
         if window.get("steps", 0) >= 5 and window.get("weight"):
             mean = window["loss"] / window["weight"]
-            if result.loss > SPIKE * mean and result.loss > 1.0:
+            if result.loss > max(SPIKE * mean, 1.0):
                 message = f"loss spike: {result.loss:.3f} at step {self.state.step}, after a mean of {mean:.3f}"
                 self.log.event(self.state.step, "loss_spike", message)
 
     def _skip_or_raise(self, batch: np.ndarray, result: StepResult) -> None:
-        details = (
-            f"loss {result.loss}, gradient norm {result.grad_norm} at step {self.state.step}, "
-            f"training rows {self._describe_rows(batch)}"
-        )
+        where = f"at step {self.state.step}, training rows {self._describe_rows(batch)}"
+        details = f"loss {result.loss}, gradient norm {result.grad_norm} {where}"
         if self.recipe.training.nonfinite == "skip":
             self.state.skipped += 1
             self.log.event(self.state.step, "skipped", f"step skipped: {details}")
@@ -240,7 +230,7 @@ class Loop:
             raise
         metrics = self.module.head.metrics(outputs, self.recipe.evaluation)
         state.evaluated = state.step
-        self.log.evaluation(state.step, self._epoch(), "validation", metrics)
+        self.log.evaluation(state.step, state.step / self.per_epoch, "validation", metrics)
         if self.on_validation:
             self.on_validation(state.step, metrics)
         value, sign = metrics[self.metric], 1 if greater_is_better(self.metric) else -1
@@ -270,9 +260,9 @@ class Loop:
         """Write a checkpoint; a failed save during training is logged and training continues."""
         self.session.watchdog.disarm()
         model, optimizer = self.weights.tensors(), optimizer_tensors(self.module, self.optimizer)
-        broken = [name for name, tensor in model.items() if not bool(torch.isfinite(tensor).all())]
-        if broken:
-            raise TrainingError(f"after step {self.state.step} {broken[0]} is not finite; {self._last_checkpoint()}")
+        for name, tensor in model.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(f"after step {self.state.step} {name} is not finite; {self._last_checkpoint()}")
         error = self.session.run_on_main(lambda: self._write(model, optimizer))
         if error and required:
             raise CheckpointError(f"{error}; {self._last_checkpoint()}")
@@ -283,9 +273,11 @@ class Loop:
         """Write a checkpoint on the main process; returns what prevented it."""
         state = self.state
         state.log_offset = self.log.end
+        scheduler = self.scheduler.state_dict()
+        scheduler.pop("lr_lambdas", None)  # functions, rebuilt from the recipe
         saved = {
             "training": asdict(state),
-            "scheduler": _scheduler_counters(self.scheduler),
+            "scheduler": {name: value for name, value in scheduler.items() if isinstance(value, (int, float, list))},
             "fingerprints": dict(self.fingerprints),
             "finished": state.step >= self.total or state.stopped_early,
         }
@@ -300,16 +292,13 @@ class Loop:
         return f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self._load_model(checkpoint)
+        self.weights.load(self._read(checkpoint, checkpoints.MODEL), checkpoint.path)
         load_optimizer_tensors(self.module, self.optimizer, self._read(checkpoint, checkpoints.OPTIMIZER))
         saved = self.session.run_on_main(checkpoint.state)
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **saved["scheduler"]})
         for group, rate in zip(self.optimizer.param_groups, saved["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
         self.state = TrainingState(**saved["training"])
-
-    def _load_model(self, checkpoint: Checkpoint) -> None:
-        self.weights.load(self._read(checkpoint, checkpoints.MODEL), checkpoint.path)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
         return self.session.broadcast_tensors(lambda: checkpoint.tensors(name))  # only the main process reads
@@ -318,7 +307,8 @@ class Loop:
         best = self.state.best_step
         if best is not None and best != self.state.step:
             try:
-                self._load_model(self.session.run_on_main(lambda: checkpoints.at_step(self.checkpoints, best)))
+                checkpoint = self.session.run_on_main(lambda: checkpoints.at_step(self.checkpoints, best))
+                self.weights.load(self._read(checkpoint, checkpoints.MODEL), checkpoint.path)
             except CheckpointError as error:
                 error.args = (
                     f"{error}; it holds the run's best weights. Train them again, from an earlier checkpoint or from "
@@ -328,8 +318,7 @@ class Loop:
         self.weights.load_ema()
 
     def _stop_if_requested(self) -> None:
-        code = self._stop_code()
-        if not code:
+        if not (code := self._stop_code()):
             return
         self._save(required=True)
         reason, number = ("the time limit", signal.SIGTERM) if code == TIME_IS_UP else (signal.Signals(code).name, code)
@@ -343,12 +332,3 @@ class Loop:
         """0 to continue, or the reason to stop on any process: a signal's number or TIME_IS_UP; equal on all."""
         assert self._stop is not None
         return self.session.all_reduce_max(self._stop.code)
-
-
-def _scheduler_counters(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's state without its functions, which are rebuilt from the recipe."""
-    return {
-        name: value
-        for name, value in scheduler.state_dict().items()
-        if isinstance(value, (int, float, list)) and name != "lr_lambdas"
-    }

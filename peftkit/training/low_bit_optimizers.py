@@ -2,8 +2,7 @@
 
 adamw_8bit keeps both moments in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022, arXiv:2110.02861);
 tensors of fewer than 4,096 numbers keep fp32 moments. The paged optimizers allocate the state in CUDA's unified memory,
-from which the driver moves pages to the CPU when the GPU's memory is short (QLoRA, arXiv:2305.14314). On a CPU there is
-nothing to page, and they are refused.
+from which the driver moves pages to the CPU when the GPU's memory is short (QLoRA, arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -23,13 +22,7 @@ CONSTANT = ("qmap1", "qmap2")
 
 
 def check(name: str, device: str, *, sharded: bool = False) -> None:
-    """Raise RecipeError if an optimizer of bitsandbytes does not work here; other names pass.
-
-    Args:
-        name: ``training.optimizer``.
-        device: kind of the training device: cpu, cuda, mps.
-        sharded: whether parameters are sharded over processes.
-    """
+    """Raise RecipeError if an optimizer of bitsandbytes does not work on a kind of device; other names pass."""
     if name not in CLASSES:
         return
     field = f"training.optimizer={name}"
@@ -42,8 +35,7 @@ def check(name: str, device: str, *, sharded: bool = False) -> None:
         )
     if sharded:
         raise RecipeError(f"{field} does not support sharded parameters; use adamw")
-    reason = _failure(name, device)
-    if reason:
+    if reason := _failure(name, device):
         raise RecipeError(f"{field} does not work on {device} with this bitsandbytes ({reason}); use adamw")
 
 
@@ -64,11 +56,6 @@ def build(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.opti
     silence_libraries()
     optimizer: torch.optim.Optimizer = getattr(bitsandbytes_support.optimizers(), CLASSES[name])(groups, **options)
     return optimizer
-
-
-def is_low_bit(optimizer: Any) -> bool:
-    """Whether an optimizer is bitsandbytes' own."""
-    return hasattr(optimizer, "init_state") and hasattr(optimizer, "fill_qmap")
 
 
 def restore(optimizer: Any, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> None:

@@ -8,10 +8,21 @@ from typing import Any
 import torch
 
 from peftkit.distributed import zero
+from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import shard_like, unshard
+from peftkit.models.kernels import compile
 from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe, TrainingConfig
 from peftkit.training import low_bit_optimizers
+
+
+def check_device_support(recipe: Recipe, session: Session) -> None:
+    """Raises RecipeError if the optimizer or the compiler does not work on this device or with sharded parameters."""
+    training, device = recipe.training, session.device.type
+    low_bit_optimizers.check(training.optimizer, device, sharded=session.sharded)
+    if training.compile:
+        compile.check(device, training.gradient_checkpointing, sharded=session.sharded)
+        session.notes.append("blocks are compiled (torch.compile): the first step of each phase takes a while longer")
 
 
 def parameter_groups(
@@ -38,8 +49,7 @@ def parameter_groups(
 
 def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters."""
-    training = recipe.training
-    rate = recipe.learning_rate
+    training, rate = recipe.training, recipe.learning_rate
     groups = parameter_groups(model, training.weight_decay, recipe.method, rate)
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate, betas=training.betas, eps=training.eps, fused=True)
@@ -51,7 +61,7 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, training: TrainingConfig, total: int) -> Any:
-    """transformers' scheduler of that name; to be stepped once per optimizer step, and not prepared by Accelerate."""
+    """transformers' scheduler of that name; to be stepped once per optimizer step."""
     from transformers import get_scheduler
 
     # a share of the steps, or their number
@@ -81,14 +91,13 @@ def load_optimizer_tensors(
         return
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    states: dict[str, dict[str, torch.Tensor]] = {}
+    states: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
-        states.setdefault(name, {})[key] = tensor
-    for name, state in states.items():
-        parameter = parameters[name]
-        if low_bit_optimizers.is_low_bit(optimizer):
+        states.setdefault(parameters[name], {})[key] = tensor
+    for parameter, state in states.items():
+        if hasattr(optimizer, "fill_qmap"):  # bitsandbytes' own
             low_bit_optimizers.restore(optimizer, parameter, state)
-            continue
-        for key, tensor in state.items():
-            optimizer.state[parameter][key] = shard_like(tensor.to(parameter.device), parameter)
+        else:
+            placed = {key: shard_like(tensor.to(parameter.device), parameter) for key, tensor in state.items()}
+            optimizer.state[parameter] = placed

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.data.pipeline import EncodedSplit, PreparedData
-from peftkit.evaluation import samples
+from peftkit.data.pipeline import PreparedData
+from peftkit.evaluation import generation, samples
 from peftkit.evaluation.assessment import assess, compare
 from peftkit.evaluation.samples import Sample
 from peftkit.models.loading import load_language_model, writes_text
@@ -31,7 +31,7 @@ from peftkit.planning import prediction
 from peftkit.review.generations import GenerationRow
 from peftkit.review.generations import write as write_generations
 from peftkit.runs import folder as folders
-from peftkit.runs.environment import peak_memory
+from peftkit.runs.environment import installed_versions, peak_memory
 from peftkit.schema.baseline import BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 from peftkit.schema.types import LoadedModel
@@ -39,8 +39,6 @@ from peftkit.system import files
 from peftkit.system.cache import cached_array
 from peftkit.training import feature_store, flops
 from peftkit.training.loop import Loop
-
-HELD_OUT = ("validation", "test")
 
 
 @dataclass
@@ -121,7 +119,7 @@ def _base_key(loop: Loop, loaded: LoadedModel, values: Sequence[Any]) -> str:
     parts = [
         loaded.fingerprint, tokenizer_fingerprint(loaded.tokenizer), recipe.model.model_dump(mode="json"),
         recipe.quantization.model_dump(mode="json") if recipe.quantization else None,
-        loop.session.device.type, str(loop.session.dtype), feature_store.versions(), values,
+        loop.session.device.type, str(loop.session.dtype), installed_versions(feature_store.PACKAGES), values,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -133,26 +131,23 @@ def _as_base(loop: Loop, loaded: LoadedModel) -> AbstractContextManager[Any]:
 
 def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
     with loop.session.accelerator.autocast():
-        return samples.write_texts(loaded.model, loaded.tokenizer, chosen, loop.recipe.evaluation.generation)
+        prompts = [sample.prompt for sample in chosen]
+        return generation.generate(loaded.model, loaded.tokenizer, prompts, loop.recipe.evaluation.generation)
 
 
 def after_training(
-    loop: Loop,
-    loaded: LoadedModel,
-    prepared: PreparedData,
-    before: PreTrainingBaselines,
-    splits: Sequence[str] = HELD_OUT,
+    loop: Loop, loaded: LoadedModel, prepared: PreparedData, before: PreTrainingBaselines, *, final: bool
 ) -> Results:
-    """Scores the trained model on held-out splits and compares it with the baselines."""
+    """Scores the trained model on held-out splits, without ``final`` on validation only, and next to the baselines."""
     recipe, head, results, seconds = loop.recipe, loop.module.head, Results(), {}
-    for split in splits:
-        if split not in loop.data.splits:
+    for split in ("validation", "test") if final else ("validation",):
+        if (encoded := loop.data.splits.get(split)) is None:
             continue
-        encoded = loop.data.splits[split]
         started = time.perf_counter()
         outputs = loop.evaluate(encoded)
         seconds[split] = time.perf_counter() - started
-        rows = _rows_of(encoded, prepared.splits[split])
+        rows, index = prepared.splits[split], encoded.examples["row"]
+        rows = rows if len(index) == len(rows) else rows.select(index)  # the rows of the examples, in their order
         assessment = assess(head, outputs, rows, recipe.evaluation, split=split)
         results.assessments[split] = assessment
         results.metrics[split] = {name: entry["value"] for name, entry in assessment["metrics"].items()}
@@ -166,7 +161,7 @@ def after_training(
         results.metrics[name] = baseline.metrics
         results.baselines.append(compare(name, baseline, head, outputs, recipe.evaluation.confidence))
     training = results.metrics["training"] = training_metrics(loop, seconds)
-    if loop.session.is_main and tuple(splits) == HELD_OUT:
+    if loop.session.is_main and final:
         results.plan = prediction.compare_with_measured(
             recipe, prepared.info, loop.tokenizer, loop.data, training, device=loop.session.device,
             world_size=loop.session.world_size, sharded=loop.session.sharded,
@@ -175,16 +170,9 @@ def after_training(
     return results
 
 
-def _rows_of(encoded: EncodedSplit, rows: Any) -> Any:
-    """The canonical rows that the examples stand for, in the examples' order."""
-    index = encoded.examples["row"]
-    return rows if len(index) == len(rows) else rows.select(index)
-
-
 def training_metrics(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dict[str, Any]:
     """How the training itself went."""
     state = loop.state
-    trained = sum(p.numel() for p in loop.module.parameters() if p.requires_grad)
     metrics = {
         "steps": state.step,
         "rows": state.rows,
@@ -198,7 +186,7 @@ def training_metrics(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
         "stopped_early": state.stopped_early,
         "skipped_steps": state.skipped,
         "micro_batch": loop.stepper.micro_batch,
-        "trained_parameters": trained,
+        "trained_parameters": sum(p.numel() for p in loop.module.parameters() if p.requires_grad),
         "peak_memory_bytes": peak_memory(),
         **flops.utilization_metrics(loop),
     }

@@ -18,7 +18,6 @@ from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
 from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
-from peftkit.training.randomness import seed_micro_batch
 
 
 class TaskModule(torch.nn.Module):
@@ -32,8 +31,7 @@ class TaskModule(torch.nn.Module):
         self._no_split_modules = list(getattr(loaded.model, "_no_split_modules", None) or [])
         self.trunk: FrozenTrunk | None = None
         """The frozen lower part of the model; it stays in evaluation mode."""
-        self._mode: bool | None = None
-        """The mode that ``train`` set last."""
+        self._mode: bool | None = None  # set by ``train``
 
     def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
         """The summed loss (a scalar), or with ``outputs`` the tensors that evaluation needs, one row per example.
@@ -68,16 +66,14 @@ class StepResult:
     """Metrics of one optimizer step over its global batch."""
 
     loss: float
-    """Mean over the scored examples or tokens."""
+    """Mean over the scored examples or tokens, of which there are ``weight``."""
     weight: float
-    """Scored examples or tokens."""
     grad_norm: float
     rows: int
     tokens: int
 
     @property
     def finite(self) -> bool:
-        """Whether the loss and the gradient norm are finite."""
         return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
 
 
@@ -85,8 +81,8 @@ class StepResult:
 class Stepper:
     """Runs optimizer steps: forward and backward of every micro-batch, clipping, one update.
 
-    The loss of a micro-batch is a sum, divided by the weight of the whole global batch, which is known beforehand: so
-    accumulation, ragged lengths and the number of processes do not change the gradient.
+    The loss of a micro-batch is a sum, divided by the weight of the whole global batch: so accumulation, ragged lengths
+    and the number of processes do not change the gradient.
     """
 
     recipe: Recipe
@@ -116,11 +112,12 @@ class Stepper:
         self.module.train()
         self.session.watchdog.arm()
         total = self.accumulate(batch, weight, step)
-        norm = self._clip_gradients()
+        limit = self.recipe.training.max_grad_norm or float("inf")
+        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)  # None with DeepSpeed
         if self.session.world_size > 1:
             total = self.session.accelerator.reduce(total, "sum")
         loss = float(total) / weight if weight else 0.0
-        result = StepResult(loss, weight, norm, len(batch), tokens)
+        result = StepResult(loss, weight, 0.0 if norm is None else float(unshard(norm)), len(batch), tokens)
         if result.finite:
             self.optimizer.step()
             self.recipe.method.on_step_end(self.model, step + 1)
@@ -130,10 +127,10 @@ class Stepper:
 
     def micro_batches(self, batch: np.ndarray) -> list[MicroBatch]:
         """This process's micro-batches of a global batch."""
-        session, tokens = self.session, pass_tokens(self.recipe.training, self.session.device.type)
+        session = self.session
         return shard_batch(
             batch, self.split.lengths, rank=session.rank, world_size=session.world_size, micro_batch=self.micro_batch,
-            micro_tokens=tokens,
+            micro_tokens=pass_tokens(self.recipe.training, session.device.type),
         )  # fmt: skip
 
     def accumulate(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
@@ -154,10 +151,7 @@ class Stepper:
         return total
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
-        """The detached loss: its graph is freed before the next micro-batch.
-
-        bitsandbytes' INT8 layers keep what they save for the backward pass as long as their node of the graph lives.
-        """
+        """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return."""
         with self.session.accelerator.autocast():
             loss: torch.Tensor = self.module(batch)
         self.session.watchdog.report_progress()
@@ -172,7 +166,16 @@ class Stepper:
         batch = self.split.batch(rows, self.tokenizer)
         return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _clip_gradients(self) -> float:
-        limit = self.recipe.training.max_grad_norm or float("inf")
-        norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)
-        return float(unshard(norm)) if norm is not None else 0.0
+
+def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seeds torch as a function of the position in training, so that a resumed run needs no stored random state."""
+    sequence = np.random.SeedSequence((seed, step, micro_batch, rank))
+    value = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    torch.default_generator.manual_seed(value)
+    # torch.manual_seed would record a call, with its traceback, for every kind of device that is absent
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
+    if torch.xpu.is_available():
+        torch.xpu.manual_seed_all(value)

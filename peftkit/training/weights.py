@@ -2,8 +2,7 @@
 
 With ``training.weight_averaging``, the mean of the weights is validated and exported in place of the last step's:
 mean ← k · mean + (1 − k) · weights after every step n, with k = min(decay, (1 + n) / (10 + n)): the first steps,
-which are far off, are soon forgotten. The weights of single steps scatter around a better point, more so at a high
-learning rate; their mean is closer to it (Polyak & Juditsky 1992, SIAM J. Control Optim. 30(4); of network weights:
+which are far off, are soon forgotten (Polyak & Juditsky 1992, SIAM J. Control Optim. 30(4); of network weights:
 Tarvainen & Valpola 2017, arXiv:1703.01780).
 """
 
@@ -59,9 +58,8 @@ class TrainedWeights:
         sharding.load_full(trained, saved)
         self._method.load_state(self._module.model, _without_prefix(METHOD, tensors))
         if self._decay:
-            sharding.load_full(
-                self.means, _without_prefix(AVERAGE, tensors) or saved
-            )  # a resumed run may begin to average
+            # a resumed run may begin to average
+            sharding.load_full(self.means, _without_prefix(AVERAGE, tensors) or saved)
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:

@@ -35,7 +35,7 @@ def shard(self, module, optimizer):
 
 def work_of(recipe, *, resume=False, stop=None):
     """The work of a rank whose model is sharded; ``stop`` is the step after which it is asked to end."""
-    from peftkit.training.stopping import StopRequest
+    from peftkit.training.interruptions import StopRequest
 
     train = runs.train(recipe, resume=resume)
 

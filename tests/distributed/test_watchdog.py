@@ -26,7 +26,18 @@ def _quick(monkeypatch):
     monkeypatch.setattr(watchdog, "GRACE", 0.5)
 
 
-def two(tmp_path, behaviour, **limits):
+@pytest.fixture
+def limits(monkeypatch):
+    """Sets limits of the watchdog by name."""
+
+    def set_limits(**seconds):
+        for name, value in seconds.items():
+            monkeypatch.setattr(watchdog, name, value)
+
+    return set_limits
+
+
+def two(tmp_path, behaviour):
     """Two forked processes under watch; what each behaves like, their exit codes and words, and the seconds it took."""
     said, place = tmp_path / "said.txt", tmp_path / "place.json"
 
@@ -44,7 +55,7 @@ def two(tmp_path, behaviour, **limits):
         return broadcast_object
 
     def work(rank):
-        with Watchdog(rank, 2, agree_for(rank), **limits) as mine:
+        with Watchdog(rank, 2, agree_for(rank)) as mine:
             behaviour(rank, mine)
 
     started = time.monotonic()
@@ -74,13 +85,15 @@ def test_one_that_is_killed_is_named_at_once(tmp_path, lost):
     assert seconds < 15
 
 
-def test_one_that_is_stopped_is_named_and_killed(tmp_path):
+def test_one_that_is_stopped_is_named_and_killed(tmp_path, limits):
+    limits(SILENCE=1.5)
+
     def behaviour(rank, mine):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(25)
 
-    codes, said, _ = two(tmp_path, behaviour, silence=1.5)
+    codes, said, _ = two(tmp_path, behaviour)
     assert codes == [1, -signal.SIGKILL]
     assert "rank 1" in said
     assert "sent no heartbeat for 2 s" in said
@@ -97,9 +110,9 @@ def passes(mine, count):
 
 @pytest.mark.parametrize("when", ["first", "later", "after a checkpoint"])
 @pytest.mark.parametrize("how", ["sleeps", "spins"])
-def test_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path, how, when):
+def test_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path, limits, how, when):
     """Asleep it is told by its sleep, and spinning by its passes, of which the first give no measure."""
-    limits = {"stall": 1.5, "first": 1.5 if how == "spins" else 600.0}
+    limits(STALL=1.5, IDLE_IN_TRAINING=1.5, FIRST=1.5 if how == "spins" else 600.0)
 
     def behaviour(rank, mine):
         with mine.training():
@@ -113,15 +126,16 @@ def test_one_that_hangs_is_told_from_those_that_wait_for_it(tmp_path, how, when)
                 pass
             time.sleep(25)
 
-    codes, said, _ = two(tmp_path, behaviour, **limits)
+    codes, said, _ = two(tmp_path, behaviour)
     assert 0 not in codes
     assert -1000 not in codes
     assert "rank 1" in said
     assert "hangs at test_watchdog.py" in said, "where it stands is told"
 
 
-def test_a_long_rest_is_no_hang_while_somebody_works(tmp_path):
+def test_a_long_rest_is_no_hang_while_somebody_works(tmp_path, limits):
     """A checkpoint or an export that takes longer than any pass: the others sleep, and wait for it."""
+    limits(STALL=1.0, IDLE_IN_TRAINING=1.0)
 
     def behaviour(rank, mine):
         with mine.training():
@@ -132,18 +146,21 @@ def test_a_long_rest_is_no_hang_while_somebody_works(tmp_path):
                 pass
             time.sleep(max(0.0, end - time.monotonic()))
 
-    codes, said, _ = two(tmp_path, behaviour, stall=1.0)
+    codes, said, _ = two(tmp_path, behaviour)
     assert codes == [0, 0]
     assert said == ""
 
 
-def test_nobody_hangs_before_training(tmp_path):
-    codes, said, _ = two(tmp_path, lambda rank, mine: time.sleep(3), stall=1.0)
+def test_nobody_hangs_before_training(tmp_path, limits):
+    limits(STALL=1.0, IDLE_IN_TRAINING=1.0)
+    codes, said, _ = two(tmp_path, lambda rank, mine: time.sleep(3))
     assert codes == [0, 0]
     assert said == ""
 
 
-def test_a_job_that_is_stopped_as_a_whole_and_continued_goes_on(tmp_path):
+def test_a_job_that_is_stopped_as_a_whole_and_continued_goes_on(tmp_path, limits):
+    limits(SILENCE=3.0, STALL=3.0, IDLE_IN_TRAINING=3.0)
+
     def behaviour(rank, mine):
         with mine.training():
             (tmp_path / f"pid-{rank}").write_text(str(os.getpid()))
@@ -161,18 +178,20 @@ def test_a_job_that_is_stopped_as_a_whole_and_continued_goes_on(tmp_path):
 
     watcher = threading.Thread(target=pause)
     watcher.start()
-    codes, said, seconds = two(tmp_path, behaviour, silence=3.0, stall=3.0)
+    codes, said, seconds = two(tmp_path, behaviour)
     watcher.join()
     assert codes == [0, 0]
     assert said == ""
     assert seconds > 5
 
 
-def test_one_that_fails_is_heard_by_the_others(tmp_path):
+def test_one_that_fails_is_heard_by_the_others(tmp_path, limits):
+    limits(LOST_SECONDS=15.0)
+
     def behaviour(rank, mine):
         if rank == 1:
             sys.exit(5)
-        print("lost:", mine.lost(wait=15), flush=True)
+        print("lost:", mine.lost(), flush=True)
 
     codes, said, _ = two(tmp_path, behaviour)
     assert codes == [0, 5]

@@ -38,8 +38,8 @@ def work_of(recipe, stage, *, resume=False, stop=None):
     def work(rank):
         communication = importlib.import_module("deepspeed.comm.torch")  # the attribute is torch itself
 
+        from peftkit.training.interruptions import StopRequest
         from peftkit.training.step import Stepper
-        from peftkit.training.stopping import StopRequest
 
         communication.build_shm_op = lambda: None  # it would be compiled; gloo does without
         os.environ |= {

@@ -1,8 +1,8 @@
-"""Metrics by name against scikit-learn and SciPy, through evaluate's own batching, without a network."""
+"""Metrics by name against scikit-learn and SciPy, without a network."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -62,52 +62,29 @@ CASES = [("classes", GOLD, FOUND, CLASSES), ("sets", GOLD_SETS, FOUND_SETS, SETS
     [(holds, gold, found, *item) for holds, gold, found, values in CASES for item in values.items()],
 )
 def test_figures_are_those_of_scikit_learn_and_scipy(holds, gold, found, name, expected):
-    metric = metrics.load(name, holds)
-    assert isinstance(metric, evaluate.Metric)
-    metric.add_batch(references=gold[:50], predictions=found[:50])
-    metric.add_batch(references=gold[50:], predictions=found[50:])
-    assert metric.compute() == {name: pytest.approx(expected)}
+    assert metrics.compute_metric(name, found, gold, holds) == {name: pytest.approx(expected)}
 
 
 def test_every_registered_metric_is_among_those_proven_here():
     assert set(metrics.METRICS) == set(CLASSES) | set(SETS) | set(NUMBERS)
 
 
-def test_two_writers_gather_through_evaluates_cache(tmp_path):
-    parts = [slice(0, 50), slice(50, 80)]
-    on_disk = {"keep_in_memory": False, "cache_dir": str(tmp_path), "timeout": 30}
-
-    def write(rank):
-        metric = metrics.load("f1", num_process=2, process_id=rank, experiment_id="gather", **on_disk)
-        metric.add_batch(references=GOLD[parts[rank]], predictions=FOUND[parts[rank]])
-        return metric.compute()
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(write, (0, 1))
-    assert first == {"f1": pytest.approx(CLASSES["f1"])}
-    assert second is None
-
-
-def test_options_of_scikit_learn_pass_through():
-    found = metrics.load("f1").compute(references=GOLD, predictions=FOUND, average="micro")
-    assert found["f1"] == pytest.approx(CLASSES["f1_micro"])
-
-
 def test_an_unknown_name_suggests_the_nearest_without_asking_an_unreachable_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(evaluate, "load", lambda *a, **k: pytest.fail("the hub was asked"))
     with pytest.raises(HubError, match="unknown metric 'acuracy': did you mean 'accuracy'"):
-        metrics.load("acuracy")
+        metrics.compute_metric("acuracy", FOUND, GOLD)
 
 
 def test_other_names_are_asked_of_the_librarys_own_modules_only(monkeypatch):
     asked = []
+    module = SimpleNamespace(compute=lambda predictions, references: {"equal": np.mean(predictions == references)})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(evaluate, "load", lambda name, **options: asked.append(name) or metrics.load("accuracy"))
-    metrics.load("brier_score")
+    monkeypatch.setattr(evaluate, "load", lambda name, **options: asked.append(name) or module)
+    assert metrics.compute_metric("brier_score", FOUND, GOLD) == {"equal": pytest.approx(CLASSES["accuracy"])}
     for name in ("someone/metric", "../metric", "/tmp/metric.py"):
         with pytest.raises(RecipeError, match="unknown metric"):
-            metrics.load(name)
+            metrics.compute_metric(name, FOUND, GOLD)
     assert asked == ["evaluate-metric/brier_score"]
 
 
@@ -118,7 +95,7 @@ def test_a_hub_that_fails_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(evaluate, "load", unreachable)
     with pytest.raises(HubError, match=r"unknown metric 'f2'.*ConnectionError: no route"):
-        metrics.load("f2")
+        metrics.compute_metric("f2", FOUND, GOLD)
 
 
 def test_a_metric_that_does_not_fit_is_refused_before_training():

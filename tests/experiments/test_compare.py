@@ -238,7 +238,7 @@ def test_a_field_is_varied_only_for_methods_that_have_it(quick):
     made = variants([quick], methods=["lora", "frozen"], vary=parse_vary(["method.rank=2,8", "training.epochs=1"]))
     assert [one.label for one in made] == ["lora rank=2 epochs=1", "lora rank=8 epochs=1", "frozen epochs=1"]
     assert made[1].recipe.method.rank == 8
-    kept = variants([quick], methods=["full"], changes=["training.learning_rate=0.5"])
+    kept = variants([quick], methods=["full"], vary={}, changes=["training.learning_rate=0.5"])
     assert kept[0].recipe.training.learning_rate == 0.5
 
 

@@ -172,7 +172,7 @@ def test_adapters_are_exchanged_by_name_and_taken_off(bert, tmp_path, method, ot
 
 @pytest.mark.parametrize("method", [BOTTLENECK, BITFIT], ids=["bottleneck", "bitfit"])
 def test_a_whole_run_changes_its_own_parameters_only_and_resumes_to_the_same_bytes(small_recipe, monkeypatch, method):
-    from peftkit.training.stopping import StopRequest
+    from peftkit.training.interruptions import StopRequest
 
     recipe = replace(small_recipe, method=method, export={"prove": True})
     whole = peftkit.train(recipe, quiet=True)

@@ -7,11 +7,13 @@ import io
 import pytest
 
 from peftkit.errors import ModelError
-from peftkit.inference.chat import chat
+from peftkit.inference.chat import Chat
 
 
 class Echo:
     """Answers with the number of messages it was given and the last one's text, in three pieces."""
+
+    adapters = ("default",)
 
     def __init__(self) -> None:
         self.heard: list[list[dict[str, str]]] = []
@@ -25,10 +27,7 @@ class Two(Echo):
     """Has two adapters."""
 
     name = "kjv"
-
-    @property
-    def adapters(self):
-        return ["kjv", "shakespeare"]
+    adapters = ("kjv", "shakespeare")
 
     def use_adapter(self, name):
         self.name = name
@@ -47,8 +46,9 @@ class Terminal(io.StringIO):
 def talk(speaker, text, **options):
     output, notices = io.StringIO(), io.StringIO()
     source = options.pop("source", io.StringIO)(text)
-    messages = chat(speaker, source=source, output=output, notices=notices, **options)
-    return output.getvalue(), notices.getvalue(), messages
+    conversation = Chat(speaker, source, output, notices, **options)
+    conversation.run()
+    return output.getvalue(), notices.getvalue(), conversation.messages
 
 
 def test_history_grows_and_a_pipe_carries_answers_only():
@@ -93,7 +93,7 @@ def test_pieces_are_written_as_they_come():
         def flush(self):
             seen.append(self.getvalue())
 
-    chat(Echo(), source=io.StringIO("hi\n"), output=Watching(), notices=io.StringIO())
+    Chat(Echo(), io.StringIO("hi\n"), Watching(), io.StringIO()).run()
     assert seen == ["1", "1:", "1:hi", "1:hi\n"]
 
 

@@ -4,14 +4,14 @@ and is loaded again by plain peft; merged where it can be, with equal outputs.""
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peftkit.errors import UserError
-from peftkit.export.formats.merged import write_merged
+from peftkit.export.folder import open_export
+from peftkit.export.formats.merged import Merged
 from tests import tiny
 from tests.methods import every_method
 from tests.methods.every_method import EXAMPLES, QUANTIZATIONS, Cell
@@ -95,7 +95,8 @@ def test_merged_it_is_the_same_model_without_the_method(cell, made, saved, tmp_p
         with pytest.raises(UserError, match=r"export\.merge"):
             cell.recipe("nowhere", export={"merge": True})
         return
-    write_merged(Path(kept["job"]["folder"]), tmp_path / "merged", tolerance=None)
+    (tmp_path / "merged").mkdir()
+    Merged().write(open_export(kept["job"]["folder"]), tmp_path / "merged", tolerance=None)
     model = AUTO[cell.model].from_pretrained(tmp_path / "merged")
     plain = {type(module).__module__.split(".")[0] for module in model.modules()}
     assert "peft" not in plain

@@ -96,7 +96,7 @@ print(json.dumps(said))
 def test_training_over_it_is_resumed_proven_and_predicted_with_by_a_fresh_process(
     model, kind, task, saved, tmp_path, monkeypatch
 ):
-    from peftkit.training.stopping import StopRequest
+    from peftkit.training.interruptions import StopRequest
 
     recipe = recipe_of(saved[model, kind], tmp_path, task)
     whole = peftkit.train(recipe, quiet=True)

@@ -116,7 +116,7 @@ def test_second_call_converts_nothing_and_a_deleted_or_cut_cache_is_made_again(g
     weights.write_bytes(weights.read_bytes()[:-7])
     assert subject.dequantize(gguf_file) == folder
     assert len(calls) == 1
-    shutil.rmtree(cache.cache_root())
+    shutil.rmtree(folder)
     assert (subject.dequantize(gguf_file) / "config.json").is_file()
     assert len(calls) == 2
 

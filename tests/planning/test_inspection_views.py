@@ -11,7 +11,7 @@ import pytest
 from peftkit.data.pipeline import encode, prepare
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.inspection import Example, Token, histogram, inspect, token_texts
-from peftkit.reporting.inspection import as_json, as_text, example_html, write_html
+from peftkit.reporting.inspection import as_text, example_html, write_html
 from peftkit.schema.recipe import Recipe, replace
 
 
@@ -79,7 +79,8 @@ def test_pages_escape_and_stand_alone(small_recipe, tmp_path):
     first = found.splits[0]
     evil = change(first.shown[0], tokens=(Token("<script>alert(1)</script>[bold]", False, True),), label="<b>")
     found = change(found, splits=(change(first, shown=(evil,)), *found.splits[1:]), name="<i>x</i>")
-    page = write_html(found, tmp_path / "sub" / "page.html").read_text(encoding="utf-8")
+    write_html(found, tmp_path / "sub" / "page.html")
+    page = (tmp_path / "sub" / "page.html").read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "<i>x" not in page
     assert "&lt;script&gt;alert(1)" in page
@@ -87,7 +88,7 @@ def test_pages_escape_and_stand_alone(small_recipe, tmp_path):
     text = as_text(found, color=False, width=160)
     assert "<script>alert(1)</script>[bold]" in text
     assert "\x1b" not in text
-    assert json.loads(json.dumps(as_json(found)))["splits"][0]["rows"] == first.rows
+    assert json.loads(json.dumps(found.as_dict()))["splits"][0]["rows"] == first.rows
 
 
 def test_an_example_by_itself_has_a_ground_under_what_is_learned_and_is_escaped():

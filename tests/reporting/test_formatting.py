@@ -51,28 +51,28 @@ def test_baselines_stand_beside_the_result_with_the_verdict():
     assert "custom" not in said
 
 
-def test_classes_and_confusion():
-    assert "0.6667" in printed(tables.per_class(ASSESSMENT))
-    assert "1,234" in printed(tables.per_class(ASSESSMENT))
-    assert "9,999" in printed(tables.confusion(ASSESSMENT))
-    assert tables.confusion({**ASSESSMENT, "labels": list("abcdefghijklmnop")}) is None
+def test_users_texts_are_neither_markup_nor_escape_sequences():
+    step = {"name": "empty", "split": "train", "action": "dropped", "rows": 1, "examples": [HOSTILE, "[bold]x"]}
+    baseline = {**BASELINES[0], "note": HOSTILE, "verdict": "[bold]x"}
+    for table in (
+        tables.cleaning([step]),
+        tables.baselines(ASSESSMENT, [baseline]),
+        tables.splits([{"split": "a", "b": "[bold]x"}]),
+    ):
+        said = printed(table)
+        assert "[bold]x" in said
+        assert "\x1b]0;" not in said
+        assert "\x1b[31m" not in said
+        assert "\x07" not in said
+        assert "‮" not in said
 
 
-@pytest.mark.parametrize("table", [tables.mistakes, tables.per_class, tables.confusion])
-def test_users_texts_are_neither_markup_nor_escape_sequences(table):
-    said = printed(table(ASSESSMENT))
-    assert "[bold]x" in said
-    assert "\x1b]0;" not in said
-    assert "\x1b[31m" not in said
-    assert "\x07" not in said
-    assert "‮" not in said
-
-
-def test_mistakes_name_the_row():
-    said = printed(tables.mistakes(ASSESSMENT))
-    assert "f.csv:7" in said
-    assert "99%" in said
-    assert "[red]oil[/red]" in said
+def test_answers_and_places_are_short():
+    assert formatting.answer(["World", "Sports"]) == "World, Sports"
+    assert (formatting.answer([]), formatting.answer(0.5), formatting.answer("World")) == ("none", "0.5000", "World")
+    assert formatting.place({"file": "d/f.csv", "line": 7}) == "f.csv:7"
+    assert formatting.place({"file": "c:\\d\\f.csv", "line": None}) == "f.csv"
+    assert formatting.place({"file": None}) == ""
 
 
 def test_the_trainable_share_is_counted():

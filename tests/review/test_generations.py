@@ -59,8 +59,8 @@ def test_good_rows_become_training_rows(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense", "line 2: expected a JSON object"),
-        ("[1]", "line 2: expected a JSON object, found list"),
+        ("nonsense", "line 2: not valid JSON"),
+        ("[1]", r"line 2: expected a JSON object, found \[1\]"),
         ('{"prompt": "a", "finetuned": "b", "marks": "good"}', "line 2, column 'marks'.*did you mean 'mark'"),
         ('{"prompt": "a", "finetuned": "b", "mark": "great"}', "column 'mark'.*found 'great'"),
         ('{"prompt": [], "finetuned": "b"}', "column 'prompt'"),

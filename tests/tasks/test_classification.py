@@ -100,7 +100,7 @@ def test_several_columns_of_0_and_1_make_several_labels():
     rows = split(text=TEXTS, joy=[0, 1, 1, 0], fear=[1, 0, 1, 0])
     info = describe(rows, data={"label": ("joy", "fear")})
     made = Classification().canonical(rows[2], DataConfig(source="x", label=("joy", "fear")), info)
-    assert (info.labels, made["label"], made["_line"]) == (("joy", "fear"), [1.0, 1.0], 4)
+    assert (info.labels, made["label"]) == (("joy", "fear"), [1.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,11 @@ def test_several_columns_of_0_and_1_make_several_labels():
         ([["a"], ["b"], [None], []], None, "train.csv, line 4.*null"),
         (["a", "a", "a", "a"], None, "all 4 rows of the train split have the label 'a'"),
         (["a", "b", "1", "b"], None, "train.csv, line 4.*mixed kinds.*'1'"),
-        (["a", "b", "bb", "b"], ("a", "b"), "train.csv, line 4.*'bb' is not among the 2 labels.*did you mean 'b'"),
+        (
+            ["a", "b", "bb", "b"],
+            ("a", "b"),
+            "train.csv, line 4.*'bb' of the train split is not among the 2 labels.*did you mean 'b'",
+        ),
         ([0, 1, 7, 1], ("a", "b"), "line 4.*label 7.*ids 0 to 1"),
     ],
 )
@@ -123,11 +127,19 @@ def test_bad_labels_are_refused_with_their_place(labels, names, said):
 @pytest.mark.parametrize(
     ("columns", "data", "said"),
     [
-        ({"text": TEXTS, "labels": [0, 1, 0, 1]}, {}, r"no column 'label'.*'labels'\? Columns found: text, labels"),
-        ({"sentence": TEXTS, "label": [0, 1, 0, 1]}, {}, "no column 'text' .* sentence"),
+        (
+            {"text": TEXTS, "labels": [0, 1, 0, 1]},
+            {},
+            r"column 'label': no such column: .*'labels'\? The columns are: text, labels; set data.label",
+        ),
+        ({"sentence": TEXTS, "label": [0, 1, 0, 1]}, {}, "column 'text': no such column: .* sentence"),
         ({"text": [1, 2, 3, 4], "label": [0, 1, 0, 1]}, {}, "column of text, found int64"),
-        ({"text": TEXTS, "p": [0, 1, 2, 0]}, {"label": ("p", "q")}, "line 4, column 'p'.*0 or 1, found 2"),
-        ({"text": TEXTS, "p": [0, 1, 1, 0]}, {"label": ("p", "q")}, "no column 'q'"),
+        (
+            {"text": TEXTS, "p": [0, 1, 2, 0], "q": [0, 0, 1, 1]},
+            {"label": ("p", "q")},
+            "line 4, column 'p'.*0 or 1, found 2",
+        ),
+        ({"text": TEXTS, "p": [0, 1, 1, 0]}, {"label": ("p", "q")}, "column 'q': no such column"),
     ],
 )
 def test_bad_columns_are_refused(columns, data, said):
@@ -296,10 +308,10 @@ def test_token_types_are_left_out_where_the_model_has_none(tmp_path):
 
 def test_canonical_rows_refuse_what_the_data_does_not_hold():
     data, task = DataConfig(source="x"), Classification()
-    with pytest.raises(DataError, match=r"f.csv, line 7, column 'label': unknown label 'bb': did you mean 'b'"):
-        task.canonical({"text": "t", "label": "bb", "_file": "f.csv", "_line": 7}, data, TaskInfo(SINGLE, ("a", "b")))
-    with pytest.raises(DataError, match="line 7, column 'text': expected text, found 3"):
-        task.canonical({"text": 3, "label": "b", "_file": "f.csv", "_line": 7}, data, INFO)
+    with pytest.raises(DataError, match=r"column 'label': unknown label 'bb': did you mean 'b'"):
+        task.canonical({"text": "t", "label": "bb"}, data, TaskInfo(SINGLE, ("a", "b")))
+    with pytest.raises(DataError, match="column 'text': expected text, found 3"):
+        task.canonical({"text": 3, "label": "b"}, data, INFO)
     with pytest.raises(DataError, match="finite number, found 'nan'"):
         task.canonical({"text": "t", "label": "nan"}, data, TaskInfo(REGRESSION, ("label",)))
 

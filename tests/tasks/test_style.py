@@ -128,7 +128,9 @@ def test_wrong_rows_and_settings_are_refused(tokenizer, tmp_path):
     from datasets import Dataset
 
     task = Style()
-    with pytest.raises(DataError, match="missing in the train split, found texts: did you mean 'texts'"):
+    with pytest.raises(
+        DataError, match=r"column 'text': no such column: did you mean 'texts'\? The columns are: texts; set data.text"
+    ):
         task.describe({"train": Dataset.from_dict({"texts": ["a"]})}, config())
     with pytest.raises(DataError, match="column 'text': expected text, found int '3'"):
         task.canonical({"text": 3}, config(), None)
@@ -142,8 +144,8 @@ def test_wrong_rows_and_settings_are_refused(tokenizer, tmp_path):
         task.encode({"text": ["a"]}, endless, config(), None)
 
 
-def test_a_canonical_row_keeps_where_it_came_from():
+def test_a_null_document_is_an_empty_one():
     row = {"text": None, "_file": "a.txt", "_line": 3, "_document": "Genesis", "book": "Genesis"}
     made = Style().canonical(row, config(), None)
-    assert made == {"text": "", "_file": "a.txt", "_line": 3, "_document": "Genesis"}
+    assert made == {"text": ""}
     assert Style().text_of(made) == ""

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 import peftkit
 from peftkit import replace
 from peftkit.errors import Interrupted
-from peftkit.training.stopping import StopRequest
+from peftkit.training.interruptions import StopRequest
 from peftkit.training.weights import TrainedWeights
 
 DECAY = 0.5

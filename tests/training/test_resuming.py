@@ -16,8 +16,8 @@ from peftkit.errors import CheckpointError, Interrupted, RunError, TrainingError
 from peftkit.runs import checkpoints, resume
 from peftkit.system import files
 from peftkit.training import interruptions
+from peftkit.training.interruptions import stop_immediately
 from peftkit.training.log import RunLog
-from peftkit.training.stopping import stop_immediately
 from tests.faults.injection import Faults
 from tests.tiny import tiny_recipe
 

@@ -65,7 +65,7 @@ def test_every_field_of_learning_changes_the_trained_weights(quick):
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd", "adafactor"])
 def test_every_optimizer_resumes_to_the_same_bytes(quick, monkeypatch, name):
-    from peftkit.training.stopping import StopRequest
+    from peftkit.training.interruptions import StopRequest
 
     recipe = replace(quick, training={"optimizer": name})
     whole = peftkit.train(recipe, quiet=True)

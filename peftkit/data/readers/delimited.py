@@ -16,50 +16,38 @@ from peftkit.schema.registries import READERS
 from peftkit.schema.types import Row
 
 LARGEST_FIELD = 1 << 24
+"""Characters: bounds how much of the file a quote that is never closed swallows."""
 
 
 @READERS.register("csv")
 @dataclass(frozen=True)
 class CsvReader(Reader):
-    """CSV files with a header line; every value is text.
+    """CSV and tab-separated files with a header line; every value is text.
 
     Ragged lines, bytes that are not UTF-8, a header with empty or repeated names and quotes that are never closed are
     errors with their line.
     """
 
-    extensions = (".csv",)
+    extensions = (".csv", ".tsv")
 
-    delimiter: str = ","
     errors: str = "strict"
     """What is done about bytes that are not UTF-8, as for ``bytes.decode``."""
 
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
-        """The rows, one at a time."""
         with path.open("rb") as stream:
             lines = Lines(stream, path, problems, self.errors)
-            # a quote that is never closed swallows the rest of the file: bounded by the largest field
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
             limit = csv.field_size_limit(LARGEST_FIELD)
             try:
-                yield from _rows(csv.reader(lines, delimiter=self.delimiter, strict=True), lines, path, problems)
+                yield from _rows(csv.reader(lines, delimiter=delimiter, strict=True), lines, path, problems)
             finally:
                 csv.field_size_limit(limit)
-
-
-@READERS.register("tsv")
-@dataclass(frozen=True)
-class TsvReader(CsvReader):
-    """Tab-separated files with a header line; quoted as CSV."""
-
-    extensions = (".tsv",)
-
-    delimiter: str = "\t"
 
 
 def _rows(reader: Any, lines: Lines, path: Path, problems: Problems) -> Iterator[Row]:
     header: list[str] | None = None
     while True:
-        start = lines.number + 1
-        lines.spoiled = False
+        start, lines.spoiled = lines.number + 1, False
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -71,11 +59,10 @@ def _rows(reader: Any, lines: Lines, path: Path, problems: Problems) -> Iterator
         if header is None:
             header = _header(fields, path, start)
         elif len(fields) != len(header):
-            # the column at which the line leaves the header: the first one missing, or the last
-            column = header[min(len(fields), len(header) - 1)]
+            column = header[min(len(fields), len(header) - 1)]  # the first one missing, or the last
             count = f"expected {len(header)} fields as in the header, found {len(fields)}"
-            fix = "quote fields that contain the separator"
-            problems.add(DataError(f"{count}; {fix}", file=path, line=start, column=column))
+            message = f"{count}; quote fields that contain the separator"
+            problems.add(DataError(message, file=path, line=start, column=column))
         else:
             yield {**dict(zip(header, fields)), "_file": str(path), "_line": start}
     if header is None:

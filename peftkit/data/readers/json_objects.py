@@ -26,22 +26,19 @@ class JsonLinesReader(Reader):
     extensions = (".jsonl", ".ndjson")
 
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
-        """The objects, one at a time."""
         empty = True
         with path.open("rb") as stream:
             lines = Lines(stream, path, problems)
             for line in lines:
-                if lines.spoiled or not line.strip():
-                    lines.spoiled, empty = False, empty and not lines.spoiled
+                if not line.strip():
                     continue
                 empty = False
                 try:
-                    value = json.loads(line)
+                    if not lines.spoiled and (row := _object(json.loads(line), path, lines.number, problems)):
+                        yield row
                 except INVALID as error:
                     problems.add(_json_error(error, path, lines.number))
-                    continue
-                if row := _object(value, path, lines.number, problems):
-                    yield row
+                lines.spoiled = False
         if empty:
             raise DataError("the file is empty; expected one JSON object per line", file=path)
 

@@ -19,17 +19,14 @@ class ParquetReader(Reader):
     extensions = (".parquet",)
 
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
-        """The rows, a thousand in memory at a time."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        line = 0
         try:
             with pq.ParquetFile(path, memory_map=True) as file:
-                for batch in file.iter_batches(batch_size=1000):
-                    for row in batch.to_pylist():
-                        line += 1
-                        yield {**row, "_file": str(path), "_line": line}
+                rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
+                for line, row in enumerate(rows, 1):
+                    yield {**row, "_file": str(path), "_line": line}
         except (pa.ArrowException, OSError) as error:
             first = str(error).splitlines()[0]
             raise problems.fatal(DataError(f"not a Parquet file that can be read: {first}", file=path)) from None

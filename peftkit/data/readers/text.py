@@ -24,7 +24,6 @@ class TextReader(DocumentReader):
     """Encoding of files that are not UTF-8; None makes them an error."""
 
     def text(self, path: Path, problems: Problems) -> str:
-        """The decoded file."""
         return decode_file(path, problems, self.fallback)
 
     def inputs(self, path: Path, problems: Problems, column: str) -> Iterator[Row]:

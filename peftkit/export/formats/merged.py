@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from peftkit.errors import MethodError
 from peftkit.export.exporter import Exporter
-from peftkit.export.folder import ExportFolder, open_export
+from peftkit.export.folder import ExportFolder
 from peftkit.schema.registries import EXPORTERS
-from peftkit.system.files import atomic_folder
 
 
 @EXPORTERS.register("merged")
@@ -23,7 +22,6 @@ class Merged(Exporter):
     kind: Literal["merged"] = "merged"
 
     def unsupported_reason(self, source: ExportFolder) -> str:
-        """See ``Exporter.unsupported_reason``."""
         if source.manifest.saves != "adapter":
             method = source.manifest.method
             return f"method '{method}' trained the base itself, so there is nothing to merge; leave --merge out"
@@ -60,9 +58,3 @@ class Merged(Exporter):
         loaded.tokenizer.save_pretrained(folder)
         proven = None if tolerance is None else proof.prove_batch(folder, contents, batch, logits, tolerance)
         self.finish(source, folder, proven, **changes)
-
-
-def write_merged(adapter: Path, target: Path, *, tolerance: float | None) -> None:
-    """Writes the merged model of an ``adapter/`` folder to ``target``, which is replaced if it exists."""
-    with atomic_folder(target) as folder:
-        Merged().write(open_export(adapter), folder, tolerance=tolerance)

@@ -45,7 +45,6 @@ class OnnxExporter(Exporter):
     """True: merge the adapter into the base or fail; "auto": merge if that is possible."""
 
     def unsupported_reason(self, source: ExportFolder) -> str:
-        """See ``Exporter.unsupported_reason``."""
         if not source.manifest.head.onnx:
             return "ONNX is written for classifiers; a language model is exported as a plain model: --merge"
         if source.manifest.saves not in manifest.SAVES:
@@ -73,19 +72,14 @@ class OnnxExporter(Exporter):
         self.finish(source, folder, proof, saves=SAVES, quantization=None, dtype=proof.dtype)
 
     def usage(self, contents: Manifest) -> Usage:
-        """See ``Exporter.usage``."""
         from peftkit.export.card import Usage
 
         rounded = "Weights and activations are rounded to 8 bits: some answers differ from the trained model's."
-        return Usage(
-            reader="onnxruntime and transformers' tokenizer",
-            loaded_by="ONNX Runtime",
-            code=_code(contents),
-            limits=(rounded,) if self.int8 else (),
-        )
+        limits = (rounded,) if self.int8 else ()
+        return Usage("onnxruntime and transformers' tokenizer", _code(contents), "ONNX Runtime", limits)
 
     def load(self, source: ExportFolder, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-        """See ``Exporter.load``; raises ModelError if onnxruntime is missing."""
+        """Raises ModelError if onnxruntime is missing."""
         need(READ)
         from peftkit.export.onnx_graph import OnnxClassifier
 

@@ -68,7 +68,6 @@ def _head(loaded: LoadedModel, classes: int) -> nn.Linear:
 def _inputs(head: nn.Linear, loaded: LoadedModel, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     """What enters the head, [N, H], and the labels [N]."""
     inputs: list[Tensor] = []
-    labels: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach()))
     training = loaded.model.training
     loaded.model.eval()
@@ -76,18 +75,16 @@ def _inputs(head: nn.Linear, loaded: LoadedModel, batches: Sequence[Batch]) -> t
         with torch.no_grad():
             for batch in batches:
                 classifier.logits(loaded.model, batch, loaded.pooling)
-                labels.append(batch["labels"])
     finally:
         handle.remove()
         loaded.model.train(training)
     if any(tensor.dim() != 2 for tensor in inputs):
         raise _unfit(loaded)
-    return torch.cat(inputs), torch.cat(labels).long()
+    return torch.cat(inputs), torch.cat([batch["labels"] for batch in batches]).long()
 
 
 def _unfit(loaded: LoadedModel) -> RecipeError:
     kind = type(unwrap(loaded.model)).__name__
-    return RecipeError(
-        "task.cosine_temperature needs a head that ends in a linear layer with a bias over one vector a row, "
-        f"which {kind} has not; leave it out, or use model.pooling=mean for an encoder"
-    )
+    needs = "needs a head that ends in a linear layer with a bias over one vector a row"
+    hint = "leave it out, or use model.pooling=mean for an encoder"
+    return RecipeError(f"task.cosine_temperature {needs}, which {kind} has not; {hint}")

@@ -141,7 +141,7 @@ def test_a_copy_is_compiled_and_is_a_model_of_its_own(folders):
 def test_a_compiled_run_learns_the_same_and_resumes_to_the_same_bytes(small_recipe, monkeypatch):
     from safetensors.torch import load_file
 
-    from peftkit.training.stopping import StopRequest
+    from peftkit.training.interruptions import StopRequest
 
     def adapter(run):
         return run.path / "adapter" / "adapter_model.safetensors"
