@@ -13,6 +13,7 @@ from peftkit.planning.traced_model import Shape
 from peftkit.planning.workload import Workload
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS, TASKS
+from peftkit.schema.types import TaskInfo
 
 PRECISIONS: dict[str, Any] = {"bf16": None, "int8": {"kind": "int8"}, "nf4": {"kind": "nf4", "double": True}}
 TOKENS = 512
