@@ -117,7 +117,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if end is not None and len(ids) > 1 and ids[-1] == end:  # some tokenizers end every text, this one goes on
             ids = ids[:-1]
     else:
-        ids = tokenizer(chat_template.prompt_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(chat_template.render(tokenizer, prompt, generate=True), add_special_tokens=False)["input_ids"]
     if not ids and tokenizer.bos_token_id is not None:
         return [int(tokenizer.bos_token_id)]
     return list(ids)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftkit.errors import ModelError
-from peftkit.methods.layers import bottleneck
-from peftkit.methods.layers.bottleneck import AdapterShape
+from peftkit.methods.layers import bottleneck_adapter
+from peftkit.methods.layers.bottleneck_adapter import AdapterShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TYPE = "PEFTKIT_ADAPTER_USE_peftkit.load"
@@ -74,8 +74,8 @@ class NativeAdapters:
             self.active = name
 
     def _insert(self, adapter: NativeAdapter) -> None:
-        bottleneck.insert(self._model, adapter.shapes)
-        added = {name for name, _ in self._model.named_parameters() if f".{bottleneck.NAME}." in name}
+        bottleneck_adapter.insert(self._model, adapter.shapes)
+        added = {name for name, _ in self._model.named_parameters() if f".{bottleneck_adapter.NAME}." in name}
         missing = sorted(added - set(adapter.tensors))
         if missing:
             raise KeyError(f"there are no weights for {missing[0]}")
@@ -99,7 +99,7 @@ class NativeAdapters:
                 parameter.data = parameter.data.float()
 
     def _deactivate(self) -> None:
-        bottleneck.remove(self._model)
+        bottleneck_adapter.remove(self._model)
         parameters = dict(self._model.named_parameters())
         for name, value in self._base.items():
             if name in parameters:  # an adapter's learned scale is gone already
@@ -121,7 +121,7 @@ def save(folder: Path, model: nn.Module, method: str, base: str, revision: str |
         "format": FORMAT,
         "base_model_name_or_path": base,
         "revision": revision,
-        "adapters": [adapter.shape.to_json() for adapter in bottleneck.adapters(model)],
+        "adapters": [asdict(adapter.shape) for adapter in bottleneck_adapter.adapters(model)],
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {

@@ -21,7 +21,7 @@ from peftkit.export.loading import load_exported
 from peftkit.export.merging import MergeMode, MergeState
 from peftkit.export.proof import SAMPLE, Proof, compare_logits
 from peftkit.export.proof import TEXTS as PROOF_TEXTS
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.models.blocks import unwrap
 from peftkit.models.kernels.first_token import reading_first_token
 
@@ -41,11 +41,11 @@ class ClassifierGraph(nn.Module):
         if token_type_ids is not None:
             batch["token_type_ids"] = token_type_ids
         if self.pooling == "cls":  # plain_logits indexes by row, which would be traced as a constant
-            scores = classifier.plain_logits(self.model, batch, "own")
+            scores = pooled_logits.plain_logits(self.model, batch, "own")
             first = attention_mask.argmax(1)[:, None, None].expand(-1, 1, scores.shape[-1])
             return scores.gather(1, first)[:, 0]
         with reading_first_token() if self.pooling == "own" else contextlib.nullcontext():
-            return classifier.plain_logits(self.model, batch, self.pooling)
+            return pooled_logits.plain_logits(self.model, batch, self.pooling)
 
     def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
         """A batch of texts, as pairs with each other where the model reads pairs."""

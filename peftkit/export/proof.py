@@ -26,7 +26,7 @@ from torch import Tensor
 from peftkit.data.batching import collate
 from peftkit.errors import ExportError
 from peftkit.export.manifest import Manifest
-from peftkit.methods.layers.lora import use_peft_forward
+from peftkit.methods.layers.fast_lora import use_peft_forward
 from peftkit.models import dtypes
 from peftkit.models.kernels.attention import torch_attention
 from peftkit.models.quantization.checkpoint import KERNELS

@@ -70,13 +70,13 @@ class Classifier(Head):
 
     def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """Loss summed over the rows; ÷ Σ weight is the mean that torch's own loss modules give."""
-        from peftkit.models.classifier import logits
+        from peftkit.models.pooled_logits import logits
 
         return self.losses(logits(model, batch, pooling), batch["labels"]).sum()
 
     def outputs(self, model: torch.nn.Module, batch: Batch, pooling: str) -> dict[str, torch.Tensor]:
         """``logits`` [rows, width], ``labels`` [rows] or [rows, labels], ``loss`` and ``weight`` [rows]."""
-        from peftkit.models.classifier import logits
+        from peftkit.models.pooled_logits import logits
 
         scores = logits(model, batch, pooling).float()
         losses = self.losses(scores, batch["labels"])
@@ -84,7 +84,7 @@ class Classifier(Head):
 
     def plain_logits(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """[rows, width]: the head on every token first, then their mean."""
-        from peftkit.models.classifier import plain_logits
+        from peftkit.models.pooled_logits import plain_logits
 
         return plain_logits(model, batch, pooling)
 

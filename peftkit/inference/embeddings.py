@@ -18,7 +18,7 @@ from peftkit.data.batching import by_length, collate, pass_tokens
 from peftkit.errors import ModelError, RunError
 from peftkit.export.loading import LoadedExport
 from peftkit.inference.texts import Text, as_texts
-from peftkit.models import classifier, dtypes
+from peftkit.models import dtypes, pooled_logits
 from peftkit.models.blocks import unwrap
 from peftkit.models.loading import sentence_pooling, writes_text
 from peftkit.models.sources import folder_of, resolve
@@ -83,7 +83,7 @@ class Embedder:
             last = (torch.arange(mask.shape[1], device=device) * mask).argmax(-1)
             pooled = hidden[torch.arange(len(hidden), device=device), last]
         else:
-            pooled = classifier.pool(hidden, mask, self.pooling)
+            pooled = pooled_logits.pool(hidden, mask, self.pooling)
         return pooled.float().cpu().numpy()
 
 

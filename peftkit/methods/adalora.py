@@ -2,8 +2,6 @@
 
 W + (α/r) P Λ Q, with a penalty that keeps P and Q near orthogonal. The average rank per layer falls from init_r to
 target_r along a cubic schedule, after a warmup and before a final phase. Zhang et al. 2023, arXiv:2303.10512.
-
-    method: {kind: adalora, target_r: 8, init_r: 12}
 """
 
 from __future__ import annotations
@@ -70,15 +68,12 @@ class AdaLora(LinearLayerMethod):
         shared = self.shared_arguments(loaded)
         return AdaLoraConfig(
             **shared,
-            target_r=self.target_r,
-            init_r=self.init_r,
+            **self.model_dump(include={"target_r", "init_r", "beta1", "beta2"}),
             lora_alpha=self.alpha if self.alpha is not None else 2 * self.init_r,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             tinit=0,
             tfinal=0,
             deltaT=self.prune_every,
-            beta1=self.beta1,
-            beta2=self.beta2,
             orth_reg_weight=self.orthogonality,
             total_step=1,
             fan_in_fan_out=fan_in_fan_out(loaded.model, shared["target_modules"]),
@@ -112,18 +107,17 @@ class AdaLora(LinearLayerMethod):
         """Rebuilds the rank pattern, so that the export drops only zeros: pruned values may have regrown."""
         config = model.peft_config["default"]
         if config.rank_pattern:
-            config.rank_pattern = {
-                name: (parameter != 0).flatten().tolist()
-                for name, parameter in model.base_model.model.named_parameters()
-                if ".lora_E." in name
-            }
+            parameters = model.base_model.model.named_parameters()
+            config.rank_pattern = {name: (p != 0).flatten().tolist() for name, p in parameters if ".lora_E." in name}
 
     def state(self, model: Any) -> dict[str, torch.Tensor]:
         """Importance scores and the rank pattern."""
         import torch
 
         allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern or {}
-        tensors = {f"{PATTERN}/{_parameter_name(name)}": torch.tensor(value) for name, value in pattern.items()}
+        # peft strips the adapter's name from the pattern when it saves
+        names = {name: f"{name.removesuffix('.default')}.default" for name in pattern}
+        tensors = {f"{PATTERN}/{names[name]}": torch.tensor(value) for name, value in pattern.items()}
         for field in IMPORTANCE:
             tensors |= {f"{field}/{name}": value for name, value in getattr(allocator, field).items()}
         return tensors
@@ -139,8 +133,3 @@ class AdaLora(LinearLayerMethod):
         config.rank_pattern = state[PATTERN] or None
         for field in IMPORTANCE:
             setattr(allocator, field, state[field])
-
-
-def _parameter_name(name: str) -> str:
-    """The parameter's full name; peft strips the adapter's name from the pattern when it saves."""
-    return name if name.endswith(".default") else f"{name}.default"

@@ -1,7 +1,5 @@
 """BitFit: only the biases and the head are trained. Ben Zaken, Ravfogel & Goldberg 2021, arXiv:2106.10199.
 
-    method: {kind: bitfit}
-
 For base models that have biases: the BERT family, GPT-2, Phi, Qwen2 (query, key and value); Llama has none.
 """
 
@@ -58,8 +56,8 @@ def bias_names(model: Any, head_names: tuple[str, ...] = ()) -> set[str]:
         if parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias") and not in_head(name, head_names)
     }
     if not names:
-        kind = model.config.model_type
         raise MethodError(
-            f"method.kind=bitfit trains biases, and {kind} models have none; use method.kind=ln_tuning or lora"
+            f"method.kind=bitfit trains biases, and {model.config.model_type} models have none; use "
+            "method.kind=ln_tuning or lora"
         )
     return names

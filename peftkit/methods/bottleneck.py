@@ -1,12 +1,9 @@
 """Bottleneck adapters: two small layers with a nonlinearity between them, on the residual branches of every block.
 
 Houlsby et al. 2019, arXiv:1902.00751 (after attention and after feed-forward). Pfeiffer et al. 2020, arXiv:2005.00247
-(after feed-forward only). He et al. 2021, arXiv:2110.04366 (parallel to feed-forward, scaled by 4).
-
-    method: {kind: bottleneck, variant: pfeiffer, reduction_factor: 16}
-
-The branches are found by tracing a forward pass of a few tokens (``methods.layers.residual``), which works for any
-architecture. In post-norm models Pfeiffer's adapter reads the feed-forward branch before the norm, as in pre-norm ones.
+(after feed-forward only). He et al. 2021, arXiv:2110.04366 (parallel to feed-forward, scaled by 4). The branches are
+found by tracing a forward pass of a few tokens (``methods.layers.residual``), which works for any architecture. In
+post-norm models Pfeiffer's adapter reads the feed-forward branch before the norm, as in pre-norm ones.
 """
 
 from __future__ import annotations
@@ -24,10 +21,9 @@ from peftkit.schema.types import LoadedModel
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftkit.methods.layers.bottleneck import AdapterShape
+    from peftkit.methods.layers.bottleneck_adapter import AdapterShape
 
-KINDS = {"houlsby": ("attention", "feed_forward"), "pfeiffer": ("feed_forward",), "parallel": ("feed_forward",)}
-SCALES = {"houlsby": 1.0, "pfeiffer": 1.0, "parallel": 4.0}
+PARALLEL_SCALE = 4.0  # He et al.'s scaling of parallel adapters; sequential ones are not scaled
 
 
 @METHODS.register("bottleneck")
@@ -63,27 +59,26 @@ class Bottleneck(Method):
 
     def apply(self, loaded: LoadedModel) -> None:
         """Inserts the adapters; raises MethodError where a block has no such branch."""
-        from peftkit.methods.layers import bottleneck
+        from peftkit.methods.layers import bottleneck_adapter
 
         model = loaded.model
         model.requires_grad_(False)
-        bottleneck.insert(model, self.adapter_shapes(model), self.init)
-        for adapter in bottleneck.adapters(model):
-            adapter.requires_grad_(True)
+        bottleneck_adapter.insert(model, self.adapter_shapes(model), self.init)
         for name, parameter in model.named_parameters():
             if in_head(name, loaded.head_names):
                 parameter.requires_grad_(True)
 
     def adapter_shapes(self, model: nn.Module) -> list[AdapterShape]:
-        """The shapes of the adapters that a model gets; raises MethodError where a block has no such branch."""
-        from peftkit.methods.layers.bottleneck import AdapterShape
+        """The shapes of the adapters; raises MethodError where a block has no such branch."""
+        from peftkit.methods.layers.bottleneck_adapter import AdapterShape
         from peftkit.methods.layers.residual import find_branches
 
         try:
             branches = find_branches(model)
         except ModelError as error:
             raise MethodError(f"method.kind=bottleneck: {error}") from error
-        kinds, chosen = KINDS[self.variant], choose_blocks(model, self.layers)
+        kinds = ("attention", "feed_forward") if self.variant == "houlsby" else ("feed_forward",)
+        chosen, parallel = choose_blocks(model, self.layers), self.variant == "parallel"
         branches = [branch for branch in branches if branch.kind in kinds and branch.block in chosen]
         for kind in kinds:
             blocks = [branch.block for branch in branches if branch.kind == kind]
@@ -97,9 +92,9 @@ class Bottleneck(Method):
                 branch=branch,
                 size=self.size or max(1, round(branch.width / self.reduction_factor)),
                 nonlinearity=self.nonlinearity,
-                scaling=self.scaling or SCALES[self.variant],
+                scaling=self.scaling or (PARALLEL_SCALE if parallel else 1.0),
                 dropout=self.dropout,
-                parallel=self.variant == "parallel",
+                parallel=parallel,
             )
             for branch in branches
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,13 @@ from peftkit.schema.types import Batch, LoadedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_EPOCHS = 50
-"""Passes over the batches before EVA gives up; it usually converges in two or three."""
+MAX_EPOCHS = 50  # passes over the batches before EVA gives up; it usually converges in two or three
 
 
 def initialize(loaded: LoadedModel, batches: Sequence[Batch]) -> None:
     """Sets A to the principal components of each layer's inputs, and ranks by the variance that they explain.
 
-    Paischer et al. 2024, arXiv:2410.07170. The batches are repeated until the components converge. A layer whose
-    components explain little may lose its update altogether.
+    The batches are repeated until the components converge. A layer whose components explain little may lose its update.
 
     Raises:
         MethodError: the components do not converge, or a batch has fewer vectors than there are components.
@@ -56,8 +55,6 @@ class _DidNotConverge(Exception):
 
 @dataclass(frozen=True)
 class _RepeatedBatches:
-    """Repeats batches a bounded number of times."""
-
     batches: Sequence[Batch]
 
     def __len__(self) -> int:
@@ -71,22 +68,21 @@ class _RepeatedBatches:
 
 def _failure_reason(output: str) -> str:
     """The reason in terms of the recipe, parsed from what peft printed."""
-    skipped = next((line for line in output.splitlines() if line.startswith("skipping SVD for ")), "")
-    if skipped:
-        layer, _, count = skipped.removeprefix("skipping SVD for ").partition(" because there are less than ")
-        return (
-            f"method.init_lora_weights=eva needs {count.split()[0]} vectors per batch, and {layer} reads fewer; lower "
-            "method.rank or method.eva_rho, or add the layer to method.exclude_modules"
-        )
-    return "method.init_lora_weights=eva did not converge on the training batches; lower method.rank"
+    skipped = re.search(r"^skipping SVD for (\S+) because there are less than (\S+)", output, re.MULTILINE)
+    if skipped is None:
+        return "method.init_lora_weights=eva did not converge on the training batches; lower method.rank"
+    return (
+        f"method.init_lora_weights=eva needs {skipped[2]} vectors per batch, and {skipped[1]} reads fewer; lower "
+        "method.rank or method.eva_rho, or add the layer to method.exclude_modules"
+    )
 
 
 def _forward(model: Any, batch: Batch, loaded: LoadedModel) -> None:
-    from peftkit.models import classifier
+    from peftkit.models import pooled_logits
     from peftkit.models.kernels import linear_cross_entropy
 
     if loaded.head_names:
-        classifier.plain_logits(model, batch, loaded.pooling)  # every block reads every token
+        pooled_logits.plain_logits(model, batch, loaded.pooling)  # every block reads every token
     else:
         linear_cross_entropy.row_outputs(model, batch)
 
@@ -99,8 +95,5 @@ def _token_mask(batch: Batch, *, causal: bool) -> Tensor:
 
 def _layer_inputs(layer_input: Any, mask: Tensor, layer_name: str) -> Tensor:
     """A layer's inputs at the tokens of the mask, [tokens, width]; a pooler reads one vector per row."""
-    hidden: Tensor = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-    hidden = hidden.float()
-    if hidden.dim() == 3 and hidden.shape[:2] == mask.shape:
-        return hidden[mask]
-    return hidden.reshape(-1, hidden.shape[-1])
+    hidden: Tensor = (layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input).float()
+    return hidden[mask] if hidden.shape[:-1] == mask.shape else hidden.flatten(0, -2)

@@ -1,7 +1,4 @@
-"""Frozen backbone: only the classifier's head is trained (linear probing; Alain & Bengio 2016, arXiv:1610.01644).
-
-Without dropout below the head, the features of a text never change, so they can be computed once.
-"""
+"""Frozen backbone: only the classifier's head is trained, on features that can be computed once."""
 
 from __future__ import annotations
 

@@ -1,15 +1,11 @@
 """Full finetuning, of every weight or of the last k blocks: the base's own weights are trained.
 
-    method: {kind: full}
-    method: {kind: top_k, k: 2}
-
-Full finetuning is the reference that other methods are compared with, for when memory is no concern. The export is a
-complete model.
+The reference that other methods are compared with. The export is a complete model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,9 +15,6 @@ from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
-if TYPE_CHECKING:
-    from peftkit.schema.recipe import Recipe
-
 
 @METHODS.register("full")
 class Full(Method):
@@ -30,12 +23,9 @@ class Full(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1810.04805"
     default_learning_rate: ClassVar[float] = 5e-5
     saves: ClassVar[Literal["adapter", "model"]] = "model"
+    quantizations: ClassVar[tuple[str, ...] | None] = ()
 
     kind: Literal["full"] = "full"
-
-    def check(self, recipe: Recipe) -> None:
-        """Quantized weights cannot be trained."""
-        _refuse_quantization(self.kind, recipe)
 
     def apply(self, loaded: LoadedModel) -> None:
         """Sets ``requires_grad`` on every floating-point weight."""
@@ -50,14 +40,11 @@ class TopK(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1801.06146"
     default_learning_rate: ClassVar[float] = 1e-4
     saves: ClassVar[Literal["adapter", "model"]] = "model"
+    quantizations: ClassVar[tuple[str, ...] | None] = ()
 
     kind: Literal["top_k"] = "top_k"
     k: Annotated[int, Field(ge=1)] = 2
     """Number of trained blocks, counted from the top."""
-
-    def check(self, recipe: Recipe) -> None:
-        """Quantized weights cannot be trained."""
-        _refuse_quantization(self.kind, recipe)
 
     def apply(self, loaded: LoadedModel) -> None:
         """Sets ``requires_grad`` on the last k blocks and everything after them except tied output embeddings."""
@@ -69,23 +56,9 @@ class TopK(Method):
             raise MethodError(
                 f"method.k={self.k}: the model has {len(blocks)} blocks; lower method.k, or use method.kind=full"
             )
-        model.requires_grad_(False)
-        for block in blocks[len(blocks) - self.k :]:
-            block.requires_grad_(True)
-        names = [name for name, _ in model.named_parameters()]
-        last = max(index for index, name in enumerate(names) if name.startswith(f"{prefix}."))
-        for name in names[last + 1 :]:
-            model.get_parameter(name).requires_grad_(True)
-        for parameter in model.get_input_embeddings().parameters():
-            parameter.requires_grad_(False)  # and so for an output layer that is tied to it
+        first = f"{prefix}.{len(blocks) - self.k}."
+        embeddings = set(model.get_input_embeddings().parameters())  # an output layer may be tied to them
+        reached = False
         for name, parameter in model.named_parameters():
-            if in_head(name, loaded.head_names):
-                parameter.requires_grad_(True)
-
-
-def _refuse_quantization(kind: str, recipe: Recipe) -> None:
-    if recipe.quantization is not None:
-        raise MethodError(
-            f"method.kind={kind} trains the base's own weights, which cannot be quantized; set quantization=null, or "
-            "use method.kind=lora"
-        )
+            reached = reached or name.startswith(first)
+            parameter.requires_grad_((reached and parameter not in embeddings) or in_head(name, loaded.head_names))

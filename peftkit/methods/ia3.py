@@ -1,9 +1,4 @@
-"""(IA)³: trained vectors that scale keys, values and the input of the second feed-forward layer.
-
-l_k ⊙ K, l_v ⊙ V, l_ff ⊙ γ(W₁x). Liu et al. 2022, arXiv:2205.05638.
-
-    method: {kind: ia3}
-"""
+"""(IA)³: trained vectors that scale keys, values and feed-forward activations: l_k ⊙ K, l_v ⊙ V, l_ff ⊙ γ(W₁x)."""
 
 from __future__ import annotations
 
@@ -38,33 +33,26 @@ class Ia3(PeftMethod):
     def peft_config(self, loaded: LoadedModel) -> Any:
         """peft's IA3Config; raises MethodError for an architecture that peft lists no modules for."""
         from peft import IA3Config
+        from peft.utils import constants
 
-        target_modules, feedforward_modules = self._patterns(loaded.model.config.model_type)
-        targets = match_modules("target_modules", target_modules, linear_names(loaded.model, loaded.head_names))
-        feedforward = match_modules("feedforward_modules", feedforward_modules, targets) if feedforward_modules else []
+        kind, patterns, feedforward = loaded.model.config.model_type, self.target_modules, self.feedforward_modules
+        if patterns is None:
+            patterns = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind)
+            listed = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind)
+            feedforward = feedforward or tuple(listed or ())
+        if patterns is None:
+            raise MethodError(
+                f"method.kind=ia3: peft lists no modules for {kind}; set method.target_modules to the key, value and "
+                "second feed-forward layers, and method.feedforward_modules to the latter"
+            )
+        targets = match_modules("target_modules", patterns, linear_names(loaded.model, loaded.head_names))
         return IA3Config(
             **self.shared_arguments(loaded),
             target_modules=targets,
-            feedforward_modules=feedforward,
+            feedforward_modules=match_modules("feedforward_modules", feedforward, targets) if feedforward else [],
             fan_in_fan_out=fan_in_fan_out(loaded.model, targets),
         )
 
     def decays(self, name: str, parameter: torch.Tensor) -> bool:
         """No decay for the vectors, which start at 1."""
         return super().decays(name, parameter) and ".ia3_l." not in name
-
-    def _patterns(self, model_type: str) -> tuple[Any, Any]:
-        """What target_modules and feedforward_modules select: the recipe's, or peft's for the architecture."""
-        from peft.utils.constants import (
-            TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-        )
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
-
-        if self.target_modules is not None:
-            return self.target_modules, self.feedforward_modules
-        if model_type not in TARGETS:
-            raise MethodError(
-                f"method.kind=ia3: peft lists no modules for {model_type}; set method.target_modules to the key, "
-                "value and second feed-forward layers, and method.feedforward_modules to the latter"
-            )
-        return tuple(TARGETS[model_type]), self.feedforward_modules or tuple(FEEDFORWARD.get(model_type, ()))

@@ -1,7 +1,4 @@
-"""LayerNorm tuning: only scales and shifts of normalization layers are trained. Zhao et al. 2023, arXiv:2312.11420.
-
-method: {kind: ln_tuning}
-"""
+"""LayerNorm tuning: only scales and shifts of normalization layers are trained. Zhao et al. 2023, arXiv:2312.11420."""
 
 from __future__ import annotations
 
@@ -30,9 +27,8 @@ class LnTuning(PeftMethod):
         norms = [
             name
             for name, module in loaded.model.named_modules()
-            if "norm" in type(module).__name__.lower()
-            and getattr(module, "weight", None) is not None
-            and not in_head(name, loaded.head_names)
+            if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+            if not in_head(name, loaded.head_names)
         ]
         if not norms:
             raise MethodError(

@@ -15,7 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from peftkit.errors import MethodError
+from peftkit.models.quantization.stored import tensor_keys
 from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
@@ -27,14 +30,14 @@ _PREFIX = "base_model.model."
 
 
 def initialize(loaded: LoadedModel) -> None:
-    """Sets A and B to the best low-rank fit of W − Q(W): one step of LoftQ (Li et al. 2023, arXiv:2310.08659).
+    """Sets (α/r) B A to the leading singular vectors of W − Q(W): one step of LoftQ.
 
-    (α/r) B A = the leading singular vectors of W − Q(W). W is read from the base's safetensors, one layer at a time.
-    For a base that was quantized together with such factors, the saved factors are loaded.
+    W is read from the base's safetensors, one layer at a time. For a base that was quantized together with such
+    factors, the saved factors are loaded.
 
     Raises:
-        MethodError: there are no such files (a GGUF file, weights in another format), or a layer is not in them; or the
-            saved factors are for other layers or ranks than the method's.
+        MethodError: no file contains a layer's weight (it came from a GGUF file, or is in another format); or the saved
+            factors are for other layers or ranks than the method's.
     """
     import torch
     from peft.tuners.lora import Linear4bit
@@ -47,7 +50,7 @@ def initialize(loaded: LoadedModel) -> None:
     if saved_rank(folder) is not None:
         _set_factors(base, load_factors(folder))
         return
-    files = _tensor_files(folder)
+    files = dict(tensor_keys(folder))
     with torch.no_grad():
         for name, module in base.named_modules():
             if not isinstance(module, Linear4bit):
@@ -84,21 +87,8 @@ def _set_factors(base: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Non
             layer.lora_B["default"].weight.copy_(b / root)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that contains each tensor."""
-    from safetensors import safe_open
-
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
-
-
 def _read_weight(files: dict[str, Path], name: str, base: Any) -> Tensor:
     """The unquantized weight of a module; checkpoints of a backbone alone name it without the model's prefix."""
-    from safetensors import safe_open
-
     full = f"{name}.weight"
     key = next((key for key in (full, full.removeprefix(f"{base.base_model_prefix}.")) if key in files), None)
     if key is None:
@@ -158,12 +148,11 @@ def load_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     config: Any = LoraConfig.from_pretrained(str(folder / FOLDER))
     tensors = load_file(folder / FOLDER / WEIGHTS)
     factors = {}
-    for key in tensors:
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-            a, b = tensors[key].float(), tensors[key.replace("lora_A", "lora_B")].float()
-            alpha = float(_of_layer(config.alpha_pattern, name, config.lora_alpha))
-            factors[name] = (a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a))))
+    for key in (key for key in tensors if key.endswith(".lora_A.weight")):
+        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        a, b = tensors[key].float(), tensors[key.replace("lora_A", "lora_B")].float()
+        alpha = float(_of_layer(config.alpha_pattern, name, config.lora_alpha))
+        factors[name] = (a, b * (alpha / (len(a) ** 0.5 if config.use_rslora else len(a))))
     return factors
 
 

@@ -1,12 +1,8 @@
 """LoRA: frozen weights plus a trained low-rank update, W + (α/r) B A, and its variants.
 
-Hu et al. 2021, arXiv:2106.09685. rsLoRA (α/√r): Kalajdzievski 2023, arXiv:2312.03732. DoRA (magnitude and direction):
-Liu et al. 2024, arXiv:2402.09353. PiSSA (principal components of W): Meng et al. 2024, arXiv:2404.02948. OLoRA
-(orthonormal initialization): Büyükakyüz 2024, arXiv:2406.01775. LoftQ (initialized from the quantization error): Li et
-al. 2023, arXiv:2310.08659. EVA (initialized from the activations' principal components): Paischer et al. 2024,
-arXiv:2410.07170. LoRA+ (higher learning rate for B): Hayou et al. 2024, arXiv:2402.12354.
-
-    method: {kind: lora, rank: 8, target_modules: [query, value], layers: -2}   # the last two blocks only
+Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024,
+arXiv:2402.09353. PiSSA: Meng et al. 2024, arXiv:2404.02948. OLoRA: Büyükakyüz 2024, arXiv:2406.01775. LoftQ: Li et al.
+2023, arXiv:2310.08659. EVA: Paischer et al. 2024, arXiv:2410.07170. LoRA+: Hayou et al. 2024, arXiv:2402.12354.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
 from peftkit.methods import loftq_init
-from peftkit.methods.layers.lora import accelerate_lora
 from peftkit.methods.targets import Fraction, LinearLayerMethod, check_patterns, fan_in_fan_out
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import folder_of, resolve
@@ -84,18 +79,18 @@ class Lora(LinearLayerMethod):
     def check(self, recipe: Recipe) -> None:
         """Some initializations need the base's weights unquantized; LoftQ needs them in NF4."""
         super().check(recipe)
-        quantization = recipe.quantization.kind if recipe.quantization is not None else None
-        if quantization and self.init_lora_weights in FROM_WEIGHTS:
+        quantization, init = recipe.quantization.kind if recipe.quantization else None, self.init_lora_weights
+        if quantization and init in FROM_WEIGHTS:
             raise MethodError(
-                f"method.init_lora_weights={self.init_lora_weights} is computed from unquantized weights, and the "
-                f"recipe sets quantization.kind={quantization}; use default, gaussian or eva"
+                f"method.init_lora_weights={init} is computed from unquantized weights, and the recipe sets "
+                f"quantization.kind={quantization}; use default, gaussian or eva"
             )
         if quantization == "int8" and self.use_dora:
             raise MethodError(
                 "method.use_dora needs the norms of the base's weights at every step, which INT8 layers do not "
                 "provide; set quantization.kind=nf4 or method.use_dora=false"
             )
-        if quantization == "int8" and self.init_lora_weights == "loftq":
+        if quantization == "int8" and init == "loftq":
             raise MethodError(NEEDS_NF4)
 
     def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
@@ -129,28 +124,25 @@ class Lora(LinearLayerMethod):
         """peft's LoraConfig; raises MethodError when a name or pattern matches nothing."""
         from peft import EvaConfig, LoraConfig
 
-        shared = self.shared_arguments(loaded)
+        shared, init = self.shared_arguments(loaded), self.init_lora_weights
         targets = shared["target_modules"]
         check_patterns("rank_pattern", self.rank_pattern, targets)
         check_patterns("alpha_pattern", self.alpha_pattern, targets)
-        init = self.init_lora_weights
         return LoraConfig(
             **shared,
             r=self.rank,
             lora_alpha=self.alpha if self.alpha is not None else 2 * self.rank,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            bias=self.bias,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
+            **self.model_dump(include={"bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}),
             init_lora_weights=True if init in {"default", "loftq"} else init,  # type: ignore[arg-type]
             eva_config=EvaConfig(rho=self.eva_rho) if init == "eva" else None,
-            rank_pattern=dict(self.rank_pattern),
-            alpha_pattern=dict(self.alpha_pattern),
             fan_in_fan_out=fan_in_fan_out(loaded.model, targets),
         )
 
     def apply(self, loaded: LoadedModel) -> None:
         """Adds the update to every target; raises MethodError when a name or pattern matches nothing."""
+        from peftkit.methods.layers.fast_lora import accelerate_lora
+
         super().apply(loaded)
         if self.init_lora_weights == "loftq":
             loftq_init.initialize(loaded)
@@ -162,6 +154,7 @@ class Lora(LinearLayerMethod):
         """Runs a few batches for EVA; the other initializations need none."""
         if self.init_lora_weights == "eva":
             from peftkit.methods import eva_init
+            from peftkit.methods.layers.fast_lora import accelerate_lora
 
             eva_init.initialize(loaded, batches)
             accelerate_lora(loaded.model)

@@ -1,7 +1,4 @@
-"""MiSS: one trained matrix shared by the shards of a layer's input. Kang & Yin 2024, arXiv:2409.15371.
-
-method: {kind: miss, rank: 64}
-"""
+"""MiSS: one trained matrix shared by the shards of a layer's input. Kang & Yin 2024, arXiv:2409.15371."""
 
 from __future__ import annotations
 
@@ -43,7 +40,6 @@ class Miss(LinearLayerMethod):
             )
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's MissConfig."""
         from peft import MissConfig
 
         return MissConfig(

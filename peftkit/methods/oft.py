@@ -3,9 +3,6 @@
 OFT: R W with R block-diagonal, R = (I + S)(I − S)⁻¹ of skew-symmetric S. Qiu et al. 2023, arXiv:2306.07280; applied to
 the layer's input, so that quantized weights stay untouched: Qiu et al. 2025, arXiv:2506.19847.
 BOFT: R is a product of butterfly factors. Liu et al. 2023, arXiv:2311.06243.
-
-    method: {kind: oft, block_size: 32}
-    method: {kind: boft, block_size: 4, butterfly_factor: 1}
 """
 
 from __future__ import annotations
@@ -40,7 +37,6 @@ class Oft(LinearLayerMethod):
     """Terms of the Neumann series that approximates the inverse; 0 inverts exactly, which is slower."""
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's OFTConfig."""
         from peft import OFTConfig
 
         return OFTConfig(
@@ -79,7 +75,6 @@ class Boft(LinearLayerMethod):
                 f"method.butterfly_factor={self.butterfly_factor} needs peft's CUDA extension, and there is no CUDA "
                 "device; set method.butterfly_factor=1"
             )
-
         return BOFTConfig(
             **self.shared_arguments(loaded),
             boft_block_size=self.block_size,

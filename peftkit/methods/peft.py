@@ -2,8 +2,7 @@
 
     method: {kind: peft, peft_type: LOHA, arguments: {r: 8, alpha: 16}}
 
-The arguments are those of peft's configuration class for that type. ``target_modules`` defaults to every linear layer
-outside the head.
+``target_modules`` defaults to every linear layer outside the head.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ ON_QUANTIZED = frozenset({
     "VERA", "WAVEFT",
 })  # fmt: skip
 """Types that never read the base's weights, or that dequantize them."""
-KEY_VALUE_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
-"""Types that put keys and values before every layer's own."""
+KEY_VALUE_TYPES = ("PREFIX_TUNING", "CARTRIDGE")  # types that put keys and values before every layer's own
 OWN_TARGETS = ("LN_TUNING", "TRAINABLE_TOKENS", "IA3", "ADAPTION_PROMPT")
 """Types that adapt other layers than linear ones, or that choose them by architecture."""
 
@@ -64,7 +62,15 @@ class Peft(PeftMethod):
         name = self._name()
         if name in UNSUPPORTED:
             raise MethodError(f"method.peft_type={name} {UNSUPPORTED[name]}")
-        self._check_arguments()
+        fields, config_class = self._config_fields(), self._config_class()
+        for argument in self.arguments:
+            if argument not in fields:
+                hint = did_you_mean(argument, fields)
+                raise MethodError(f"method.arguments: {config_class.__name__} has no '{argument}': {hint}")
+        try:
+            config_class(**self.arguments)
+        except (ValueError, TypeError, KeyError) as error:
+            raise MethodError(f"method.arguments: {config_class.__name__}: {error}") from None
         if recipe.quantization is not None and name not in ON_QUANTIZED:
             raise MethodError(
                 f"method.peft_type={name} needs unquantized weights, and the recipe sets "
@@ -104,7 +110,6 @@ class Peft(PeftMethod):
         return None
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's configuration of that type."""
         fields, values = self._config_fields(), dict(self.arguments)
         if "target_modules" in fields and "target_modules" not in values and self._name() not in OWN_TARGETS:
             values["target_modules"] = choose_targets(loaded.model, loaded.head_names, "all-linear")
@@ -130,17 +135,6 @@ class Peft(PeftMethod):
         from peft.config import PromptLearningConfig
 
         return issubclass(self._config_class(), PromptLearningConfig)
-
-    def _check_arguments(self) -> None:
-        fields = self._config_fields()
-        for argument in self.arguments:
-            if argument not in fields:
-                hint = did_you_mean(argument, fields)
-                raise MethodError(f"method.arguments: {self._config_class().__name__} has no '{argument}': {hint}")
-        try:
-            self._config_class()(**self.arguments)
-        except (ValueError, TypeError, KeyError) as error:
-            raise MethodError(f"method.arguments: {self._config_class().__name__}: {error}") from None
 
 
 def _registered() -> dict[str, Any]:

@@ -1,9 +1,5 @@
 """Prompt methods: trained vectors before a row's own tokens, or before every layer's keys and values.
 
-    method: {kind: prompt_tuning, virtual_tokens: 20, init_text: "Classify the topic of this article:"}
-    method: {kind: p_tuning, virtual_tokens: 20, encoder: mlp}
-    method: {kind: prefix_tuning, virtual_tokens: 20}
-
 peft widens attention masks and excludes the vectors from the loss. Rows with such a prompt are never packed (only the
 first document of a row would see it), and texts are generated in batches of equal length (padding between the prompt
 and a text would separate them).
@@ -73,7 +69,6 @@ class PromptTuning(LearnedPrompt):
         return self
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's PromptTuningConfig."""
         from peft import PromptTuningConfig
 
         return PromptTuningConfig(**self.shared_arguments(loaded))
@@ -113,7 +108,6 @@ class PTuning(LearnedPrompt):
     """Dropout between the LSTM's layers."""
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's PromptEncoderConfig."""
         from peft import PromptEncoderConfig
 
         return PromptEncoderConfig(
@@ -147,7 +141,6 @@ class PrefixTuning(LearnedPrompt):
         check_positions(self.kind, self.virtual_tokens, config, recipe)
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's PrefixTuningConfig."""
         from peft import PrefixTuningConfig
 
         return PrefixTuningConfig(
@@ -160,7 +153,7 @@ class PrefixTuning(LearnedPrompt):
 
 def check_pooling(kind: str, recipe: Recipe) -> None:
     """Raises MethodError for a classifier that pools over tokens."""
-    if any(head.pools for head in possible_heads(recipe.task)) and recipe.model.pooling in {"mean", "cls"}:
+    if recipe.model.pooling in {"mean", "cls"} and any(head.pools for head in possible_heads(recipe.task)):
         raise MethodError(
             f"method.kind={kind} puts a learned prompt before the tokens, which model.pooling={recipe.model.pooling} "
             "would mix with them; set model.pooling=own"
@@ -171,12 +164,12 @@ def check_positions(kind: str, count: int, config: PreTrainedConfig, recipe: Rec
     """Raises MethodError where the prompt and the longest row together exceed the model's positions."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    offset = (getattr(text, "pad_token_id", None) or 0) + 1 if text.model_type in _OFFSET_POSITIONS else 0
-    if positions and recipe.data.max_length + count > positions - offset:
+    if positions and text.model_type in _OFFSET_POSITIONS:
+        positions -= (getattr(text, "pad_token_id", None) or 0) + 1
+    if positions and recipe.data.max_length + count > positions:
         raise MethodError(
             f"method.kind={kind} puts {count} vectors before rows of up to data.max_length={recipe.data.max_length} "
-            f"tokens, and the model has {positions - offset} positions; set data.max_length to at most "
-            f"{positions - offset - count}"
+            f"tokens, and the model has {positions} positions; set data.max_length to at most {positions - count}"
         )
 
 

@@ -1,8 +1,5 @@
 """The table of methods: the models and weights that each supports, and whether it merges.
 
-    peftkit list --methods                   # in the terminal
-    make docs                                # in the documentation, docs/methods.md
-
 Everything is read from the methods' classes, which refuse the combinations that the table leaves empty.
 """
 
@@ -19,26 +16,35 @@ class TableRow:
     """One method."""
 
     kind: str
-    summary: str
-    """First line of the class's docstring."""
+    summary: str  # first line of the class's docstring
     paper: str
-    learning_rate: float
-    """Used where the recipe sets none."""
-    classifier: bool
-    """On an encoder."""
-    decoder_classifier: bool
-    """On a decoder, pooled at the last token."""
+    learning_rate: float  # the default
+    classifier: bool  # on an encoder
+    decoder_classifier: bool  # on a decoder, pooled at the last token
     language_model: bool
-    quantizations: tuple[str, ...]
-    """Supported kinds, besides unquantized weights."""
+    quantizations: tuple[str, ...]  # supported kinds, besides unquantized weights
     merges: bool
-    exports: str
-    """adapter, or model."""
+    exports: str  # adapter, or model
 
 
 def rows() -> list[TableRow]:
     """Every registered method, by kind; imports neither torch nor peft."""
-    return [_row(kind, METHODS.get(kind)) for kind in METHODS.names()]
+    kinds = tuple(QUANTIZATIONS.names())
+    return [
+        TableRow(
+            kind=kind,
+            summary=(method.__doc__ or "").strip().splitlines()[0].rstrip("."),
+            paper=method.paper,
+            learning_rate=method.default_learning_rate,
+            classifier=True,
+            decoder_classifier=method.keeps_token_ids,
+            language_model=method.adapts_backbone,
+            quantizations=kinds if method.quantizations is None else method.quantizations,
+            merges=method.merges and method.saves == "adapter",
+            exports=method.saves,
+        )
+        for kind, method in ((kind, METHODS.get(kind)) for kind in METHODS)
+    ]
 
 
 def as_json() -> list[dict[str, Any]]:
@@ -58,32 +64,11 @@ def markdown() -> str:
     kinds = QUANTIZATIONS.names()
     columns = ["method", "summary", "learning rate", "classifier", "decoder's classifier", "language model"]
     columns += ["unquantized", *kinds, "merges", "exports"]
-    lines = [_line(columns), _line(["---"] * len(columns))]
+    lines = [columns, ["---"] * len(columns)]
     for row in rows():
         summary = f"[{row.summary}]({row.paper})" if row.paper else row.summary
         supported = [row.classifier, row.decoder_classifier, row.language_model, True]
         supported += [*(kind in row.quantizations for kind in kinds), row.merges]
         marks = ["✓" if mark else "–" for mark in supported]
-        lines.append(_line([f"`{row.kind}`", summary, f"{row.learning_rate:g}", *marks, row.exports]))
-    return "\n".join(lines)
-
-
-def _row(kind: str, method: Any) -> TableRow:
-    trains_base = method.saves == "model"
-    all_kinds = tuple(QUANTIZATIONS.names()) if method.quantizations is None else method.quantizations
-    return TableRow(
-        kind=kind,
-        summary=(method.__doc__ or "").strip().splitlines()[0].rstrip("."),
-        paper=method.paper,
-        learning_rate=method.default_learning_rate,
-        classifier=True,
-        decoder_classifier=method.keeps_token_ids,
-        language_model=method.adapts_backbone,
-        quantizations=() if trains_base else all_kinds,
-        merges=method.merges and not trains_base,
-        exports=method.saves,
-    )
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        lines.append([f"`{row.kind}`", summary, f"{row.learning_rate:g}", *marks, row.exports])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 NO_TARGET = "dummy-target-modules"
 """peft's name for an adapter without target modules; modules saved in full still travel with it."""
-
-
 Patterns = str | tuple[str, ...]
 
 
@@ -36,8 +34,7 @@ def _check_names(value: Patterns | None) -> Patterns | None:
 
 ModuleNames = Annotated[Patterns, AfterValidator(_check_names)]
 """all-linear, names of modules, or one regular expression that matches full module names."""
-BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]
-"""Numbers of blocks from 0, or -2 for the last two."""
+BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]  # numbers of blocks from 0, or -2 for the last two
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -81,9 +78,8 @@ class LinearLayerMethod(PeftMethod):
 
     def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
         """Those of every method, and the full names of the target modules."""
-        targets = choose_targets(
-            loaded.model, loaded.head_names, self.target_modules, self.exclude_modules, self.layers
-        )
+        chosen = (self.target_modules, self.exclude_modules, self.layers)
+        targets = choose_targets(loaded.model, loaded.head_names, *chosen)
         return {**super().shared_arguments(loaded), "target_modules": targets}
 
 
@@ -140,34 +136,29 @@ def linear_names(model: nn.Module, head_names: Collection[str] = ()) -> list[str
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if get_output else None
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    packed = ("qweight", "in_features", "out_features")  # classes of GPTQ and AWQ share no base class with torch's
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, (nn.Linear, Conv1D)) or _is_packed_linear(module)) and module is not output
-        if not in_head(name, head_names)
+        if isinstance(module, (nn.Linear, Conv1D)) or all(hasattr(module, attribute) for attribute in packed)
+        if module is not output and not in_head(name, head_names)
     ]
-
-
-def _is_packed_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer of a GPTQ or AWQ checkpoint; their classes share no base class with torch's."""
-    return hasattr(module, "qweight") and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def match_modules(field: str, patterns: Patterns, names: list[str]) -> list[str]:
     """The names that a field of the recipe selects, in the model's order; raises MethodError if one selects nothing."""
     if patterns == "all-linear":
         return names
-    if isinstance(patterns, str):
-        matches = [name for name in names if re.fullmatch(patterns, name) or _ends_with(name, patterns)]
-        if not matches:
-            raise MethodError(f"method.{field}: '{patterns}' matches no linear module; {suggest(patterns, names)}")
-        return matches
-    for pattern in patterns:
-        if not any(_ends_with(name, pattern) for name in names):
+    matches: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        chosen = {name for name in names if f".{name}".endswith(f".{pattern}")}
+        if isinstance(patterns, str):
+            chosen |= {name for name in names if re.fullmatch(pattern, name)}
+        if not chosen:
             raise MethodError(f"method.{field}: '{pattern}' matches no linear module; {suggest(pattern, names)}")
-    return [name for name in names if any(_ends_with(name, pattern) for pattern in patterns)]
+        matches |= chosen
+    return [name for name in names if name in matches]
 
 
 def check_patterns(field: str, patterns: Mapping[str, object], targets: list[str]) -> None:
@@ -189,7 +180,3 @@ def fan_in_fan_out(model: nn.Module, targets: list[str]) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(model.get_submodule(targets[0]), Conv1D)
-
-
-def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")

@@ -1,10 +1,4 @@
-"""Trainable tokens: the embeddings of a few tokens are trained, all others stay frozen.
-
-For tokens that the base has rarely seen, such as those of a chat template. From peft, without a paper:
-https://huggingface.co/docs/peft/package_reference/trainable_tokens
-
-    method: {kind: trainable_tokens, tokens: ["<|im_start|>", "<|im_end|>"]}
-"""
+"""Trainable tokens: only the embeddings of a few tokens are trained, such as those of a chat template."""
 
 from __future__ import annotations
 
@@ -38,10 +32,7 @@ class TrainableTokens(PeftMethod):
         return value
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """A LoraConfig without a low-rank update: token embeddings and a head, which every peft loads.
-
-        Raises MethodError for a token that is not in the vocabulary.
-        """
+        """A LoraConfig without a low-rank update, which every peft loads; raises MethodError for an unknown token."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -53,7 +44,7 @@ class TrainableTokens(PeftMethod):
         if self.tokens == "special":
             names = {*loaded.tokenizer.all_special_tokens, *loaded.tokenizer.get_added_vocab()}
             return sorted(vocabulary[name] for name in names)
-        ids, rows = [], loaded.model.get_input_embeddings().weight.shape[0]
+        ids, rows = set(), loaded.model.get_input_embeddings().weight.shape[0]
         for token in self.tokens:
             if isinstance(token, int) and not 0 <= token < rows:
                 raise MethodError(f"method.tokens: {token} is not a token id: expected 0 to {rows - 1}")
@@ -61,5 +52,5 @@ class TrainableTokens(PeftMethod):
                 raise MethodError(
                     f"method.tokens: '{token}' is not in the vocabulary: {did_you_mean(token, vocabulary)}"
                 )
-            ids.append(token if isinstance(token, int) else vocabulary[token])
-        return sorted(set(ids))
+            ids.add(token if isinstance(token, int) else vocabulary[token])
+        return sorted(ids)

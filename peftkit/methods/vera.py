@@ -1,9 +1,4 @@
-"""VeRA: one pair of frozen random matrices for all layers, and two trained vectors per layer.
-
-W + Λ_b B Λ_d A. Kopiczko et al. 2023, arXiv:2310.11454.
-
-    method: {kind: vera, rank: 256}
-"""
+"""VeRA: W + Λ_b B Λ_d A, with one pair of frozen random A and B for all layers, and two trained vectors per layer."""
 
 from __future__ import annotations
 
@@ -37,7 +32,6 @@ class Vera(LinearLayerMethod):
     """Save the random matrices too: larger files, which load identically even if torch's random generator changes."""
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's VeraConfig."""
         from peft import VeraConfig
 
         shared = self.shared_arguments(loaded)

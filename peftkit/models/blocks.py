@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,21 +27,16 @@ def unwrap(model: Any) -> Any:
 
 def forward_parameters(model: Any) -> frozenset[str]:
     """Names of the arguments that the unwrapped model's ``forward`` takes."""
-    cls: Any = type(unwrap(model))
-    return _parameters(cls)
+    return _parameters(type(unwrap(model)).forward)
 
 
 @functools.cache
-def _parameters(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and module of the longest list of modules of one class: the stack of transformer blocks.
-
-    Raises:
-        ModelError: there is none (the layers share their parameters, or the model is not a transformer).
-    """
+    """Name and module of the longest list of modules of one class, the transformer blocks; ModelError without any."""
     stacks = [
         (name, module)
         for name, module in model.named_modules()

@@ -2,10 +2,6 @@
 
 Only transformers renders templates (``apply_chat_template``). ``read`` renders a probe whose assistant turn is known,
 so that stop token and trailing text are located by position, without searching rows for marker strings.
-
-    install(tokenizer, "plain")          # for a base without a template
-    style = read(tokenizer)              # style.stop == "<|im_end|>", style.after == "\\n"
-    prompt_text(tokenizer, [{"role": "user", "content": "Hello"}])
 """
 
 from __future__ import annotations
@@ -14,6 +10,8 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import TemplateError
 
 from peftkit.errors import ModelError, did_you_mean
 
@@ -59,14 +57,10 @@ QUESTION, ANSWER = "peftkit probe question", "peftkit probe answer"
 class TurnStyle:
     """How a template ends an assistant turn."""
 
-    stop: str
-    """Text from the end of the answer through the stop token (``<|im_end|>``); empty if the template has none."""
-    after: str
-    """Text after the stop token (often a line break), or after the answer if there is no stop token."""
-    stop_id: int
-    """The stop token; the tokenizer's end-of-text token if the template has none."""
-    note: str = ""
-    """What was corrected, for the user; empty if nothing was."""
+    stop: str  # text from the end of the answer through the stop token (``<|im_end|>``); empty if the template has none
+    after: str  # text after the stop token (often a line break), or after the answer if there is no stop token
+    stop_id: int  # the stop token; the tokenizer's end-of-text token if the template has none
+    note: str = ""  # what was corrected, for the user; empty if nothing was
 
     @property
     def tail(self) -> str:
@@ -75,11 +69,7 @@ class TurnStyle:
 
 
 def install(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Gives the tokenizer the named template.
-
-    Raises:
-        ModelError: there is no template of that name, or the tokenizer lacks a token that the template needs.
-    """
+    """Gives the tokenizer the named template; raises ModelError if there is none, or the tokenizer lacks its tokens."""
     if name not in NAMED:
         raise ModelError(f"model.chat_template: no template is called '{name}': {did_you_mean(name, NAMED)}")
     for token in REQUIRED_TOKENS.get(name, ()):
@@ -95,49 +85,36 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
     """The conversation as the template renders it; ``generate`` opens the next assistant turn.
 
     The text contains every special token, including one BOS (a second one is removed): tokenize it without adding more.
-
-    Raises:
-        ModelError: there is no template, or it fails on these messages (its error is quoted).
+    Raises ModelError where there is no template, or it fails on these messages (its error is quoted).
     """
     text = _rendered(tokenizer, messages, generate)
     return text.removeprefix(str(tokenizer.bos_token)) if _doubles_bos(tokenizer, text) else text
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool) -> str:
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             "this base model's tokenizer has no chat template; choose one with model.chat_template: "
             f"{', '.join(sorted(NAMED))}"
         )
-    plain = [dict(message) for message in messages]
+    conversation = [dict(message) for message in messages]
     try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
     except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f" (line {line} of the template)" if line else ""
         raise ModelError(f"the chat template fails{where}: {error}") from None
-    assert isinstance(text, str)
-    return text
 
 
 def _doubles_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token) * 2)
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """The prompt for an answer to ``messages``; tokenize it with ``add_special_tokens=False``."""
-    return render(tokenizer, messages, generate=True)
-
-
 def read(tokenizer: PreTrainedTokenizerBase) -> TurnStyle:
     """How the tokenizer's template ends an assistant turn, from a rendered probe.
 
-    Raises:
-        ModelError: there is no template, it fails on one question and answer, omits one of them, begins the answer
-            differently from its own generation prompt, or has no end-of-turn token while the tokenizer has no
-            end-of-text token.
+    Raises ModelError if there is no template, it fails on one question and answer, omits one of them, begins the answer
+    differently from its own generation prompt, or neither it nor the tokenizer has a token to end it with.
     """
     question = {"role": "user", "content": QUESTION}
     prompt = render(tokenizer, [question], generate=True)
@@ -169,7 +146,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
     """The style of a template that writes ``tail`` after an answer."""
     added: Any = tokenizer.added_tokens_decoder
-    names = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+    names = [token.content for token in added.values() if token.special] + tokenizer.all_special_tokens
     special = {name for name in names if name.strip()}
     places = [(tail.index(token), -len(token), token) for token in special if token in tail]
     if not places:

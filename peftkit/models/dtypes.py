@@ -28,7 +28,7 @@ def native_bf16(device: str = "cpu") -> bool:
 def dtype_for(model: ModelConfig, device: torch.device | str | None = None) -> torch.dtype:
     """The dtype of frozen weights and of matmuls: the recipe's, else bf16 where it is native and fp32 elsewhere."""
     if model.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype]
+        return getattr(torch, model.dtype)  # type: ignore[no-any-return]
     return torch.bfloat16 if native_bf16(torch.device(device or "cpu").type) else torch.float32
 
 

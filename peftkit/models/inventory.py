@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,14 +15,11 @@ WRAPPERS = {"base_model", "model", "modules_to_save", "default", "base_layer", "
 class TablePart:
     """One row of the table."""
 
-    part: str
-    """The parameters' path without block numbers: ``bert.embeddings``, ``bert.encoder.layer``, …"""
-    parameters: int
-    """Number of parameters; of quantized weights, the number before packing."""
+    part: str  # the parameters' path without block numbers: ``bert.embeddings``, ``bert.encoder.layer``, …
+    parameters: int  # of quantized weights, the number before packing
     trainable: bool
     dtype: str
-    bytes: int
-    """Size in memory, without gradients and optimizer states."""
+    bytes: int  # size in memory, without gradients and optimizer states
 
 
 def trainable_table(model: nn.Module) -> list[TablePart]:
@@ -40,15 +38,11 @@ def trainable_table(model: nn.Module) -> list[TablePart]:
 def _part(name: str) -> str:
     """``base_model.model.bert.encoder.layer.3.output.dense.lora_A.default.weight`` → ``bert.encoder.layer (lora)``."""
     steps = name.split(".")
-    suffix = " (lora)" if any(step.startswith("lora_") for step in steps) else ""
+    suffix = " (lora)" if ".lora_" in name else ""
     if "bottleneck_adapters" in steps:
         suffix = " (bottleneck)"
     if "original_module" in steps:
         suffix = " (replaced, kept frozen)"
-    path: list[str] = []
-    for step in steps[:-1]:
-        if step.isdigit():
-            break
-        if step not in WRAPPERS and not step.startswith("lora_"):
-            path.append(step)
+    above_blocks = itertools.takewhile(lambda step: not step.isdigit(), steps[:-1])
+    path = [step for step in above_blocks if step not in WRAPPERS and not step.startswith("lora_")]
     return ".".join(path[:3] or steps[-1:]) + suffix

@@ -1,16 +1,15 @@
-"""Builds the trainable model of a recipe: base weights, head, dtypes, method.
-
-loaded = build(recipe, prepared.info, tokenizer)
-logits = classifier.logits(loaded.model, batch, loaded.pooling)
-"""
+"""Builds the trainable model of a recipe: base weights, head, dtypes, method."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import transformers
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peftkit.errors import ModelError
 from peftkit.models import dtypes
@@ -25,26 +24,20 @@ from peftkit.schema.recipe import ModelConfig, Recipe
 from peftkit.schema.registries import HEADS
 from peftkit.schema.types import LoadedModel, TaskInfo
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 Pooling = Literal["own", "mean", "cls"]
 
 
 def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
-    """The trainable model of a recipe.
+    """The trainable model of a recipe, with head and adapters initialized from ``training.seed``.
 
-    Random initializations (head, adapters) happen after ``training.seed`` was set. Frozen weights have the compute
-    dtype, trained ones are fp32; run the forward under ``dtypes.autocast(dtype)``.
+    Frozen weights have the compute dtype, trained ones are fp32; run the forward under ``dtypes.autocast(dtype)``.
 
     Raises:
         ModelError: the base cannot be used for this task.
         MethodError: the method cannot work on this base.
         HubError: the base cannot be downloaded.
     """
-    from transformers import set_seed
-
-    set_seed(recipe.training.seed)
+    transformers.set_seed(recipe.training.seed)
     loaded = load_base(recipe, info, tokenizer, device)
     recipe.method.apply(loaded)
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
@@ -94,13 +87,7 @@ def load_language_model(recipe: Recipe, device: torch.device | str | None = None
 def load_plain(
     model: ModelConfig, folder: Path, *, causal: bool, device: torch.device | str | None = None, **arguments: Any
 ) -> PreTrainedModel:
-    """The model in a folder, in evaluation mode: a language model, or a backbone without a head.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from transformers import AutoModel, AutoModelForCausalLM
-
+    """The model in a folder, in evaluation mode: a language model, or a backbone; raises ModelError if it fails."""
     auto: Any = AutoModelForCausalLM if causal else AutoModel
     dtype = dtypes.dtype_for(model, device)
     device_map = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
@@ -142,22 +129,16 @@ def choose_pooling(recipe: Recipe, head: Head, folder: Path) -> Pooling:
     reach in 50 steps what otherwise takes hundreds (0.81 instead of 0.39). A trained backbone learns to use its own
     pooler just as well (LoRA: 0.899 and 0.901), and ``AutoModelForSequenceClassification`` can then load the adapter.
     """
-    if not head.pools:
-        return "own"
-    if recipe.model.pooling != "auto":
+    if head.pools and recipe.model.pooling != "auto":
         return recipe.model.pooling
-    if recipe.method.learns_pooling:
-        return "own"
-    pooling = sentence_pooling(folder)
+    pooling = sentence_pooling(folder) if head.pools and not recipe.method.learns_pooling else "own"
     return pooling if pooling in ("mean", "cls") else "own"
 
 
 def sentence_pooling(folder: Path) -> Literal["mean", "cls", "last"] | None:
     """A sentence encoder's pooling, from sentence-transformers' 1_Pooling/config.json; None without a known one."""
     file = folder / "1_Pooling" / "config.json"
-    if not file.is_file():
-        return None
-    values = read_json(file)
+    values = read_json(file) if file.is_file() else {}
     mode = values.get("pooling_mode")
     if values.get("pooling_mode_mean_tokens") or mode == "mean":
         return "mean"
@@ -169,8 +150,8 @@ def sentence_pooling(folder: Path) -> Literal["mean", "cls", "last"] | None:
 def never_quantized(config: PreTrainedConfig, pooling: Pooling, head: Head, folder: Path) -> tuple[str, ...]:
     """Names of heads, pooler and output embeddings, from the architecture, before weights are loaded.
 
-    For a checkpoint that bitsandbytes saved in ``folder``: also what its files store unquantized, but nothing that they
-    store quantized, except heads.
+    For a checkpoint of bitsandbytes: also what its files store unquantized, but nothing that they store quantized,
+    except heads.
     """
     with torch.device("meta"):
         model = auto_class(head, pooling).from_config(config, trust_remote_code=False)
@@ -201,15 +182,11 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def _is_packed(parameter: torch.nn.Parameter) -> bool:
     """Whether the parameter is quantized: bitsandbytes attaches a state, torchao wraps other tensors."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     return hasattr(parameter, "quant_state") or is_traceable_wrapper_subclass(parameter.data)
 
 
 def load_config(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> PreTrainedConfig:
     """The base's config, with the task's labels, the tokenizer's pad token and the recipe's dropout."""
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -244,10 +221,8 @@ def _from_pretrained(
     auto = auto_class(head, pooling)
     if type(config) not in auto._model_mapping:
         kind = auto.__name__.removeprefix("AutoModelFor")
-        raise ModelError(
-            f"{folder}: {config.model_type} models have no {kind} in transformers; "
-            + ("set model.pooling=own" if pooling != "own" else "choose another base model")
-        )
+        remedy = "set model.pooling=own" if pooling != "own" else "choose another base model"
+        raise ModelError(f"{folder}: {config.model_type} models have no {kind} in transformers; {remedy}")
     try:
         model, report = auto.from_pretrained(
             folder, config=config, trust_remote_code=False, use_safetensors=True, ignore_mismatched_sizes=True,
@@ -261,8 +236,6 @@ def _from_pretrained(
 
 def auto_class(head: Head, pooling: Pooling) -> Any:
     """The class of transformers that loads the head's models."""
-    import transformers
-
     return getattr(transformers, head.auto_class(pooling))
 
 

@@ -3,8 +3,8 @@
     NF4   ½ byte per weight; a 4-byte scale per block of 64, or (double) a 1-byte scale, and 4 bytes per 256 of them
     INT8  1 byte per weight, a 4-byte scale per row
 
-Forward and backward each dequantize the weight to the compute dtype and free it again. They differ in what is saved
-for the backward pass: INT8 saves its input, the 4-bit matmul nothing (since bitsandbytes 0.43.2).
+Forward and backward each dequantize the weight to the compute dtype and free it again. INT8 saves its input for the
+backward pass, the 4-bit matmul nothing (since bitsandbytes 0.43.2).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftkit.models.quantization.bitsandbytes_support import is_installed
 from peftkit.models.quantization.stored import WeightFormat
@@ -23,15 +25,10 @@ SCALES = "scales"
 
 
 def replace_linear(model: nn.Module, weight_format: WeightFormat, dtype: torch.dtype, skipped: Sequence[str]) -> None:
-    """Replaces the linear layers that transformers would quantize by layers without data.
+    """Replaces the linear layers that transformers would quantize, except those in ``skipped``, by layers without data.
 
-    Args:
-        dtype: in which weights are multiplied.
-        skipped: names of modules that are never quantized.
+    Their weights are multiplied in ``dtype``.
     """
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     patterns = list(skipped) or None
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, patterns):
@@ -70,13 +67,8 @@ def _layer_class(kind: str) -> Any:
         import bitsandbytes as bnb
 
         base = bnb.nn.Linear4bit if kind == "nf4" else bnb.nn.Linear8bitLt
-    own = {"dequantize_weight": _dequantize_weight} if kind == "nf4" else {}
-    return type("Meta" + base.__name__, (base,), {"forward": _forward, **own})
-
-
-def _dequantize_weight(self: Any, dtype: torch.dtype) -> Tensor:
-    """As ``bitsandbytes_support.dequantizer`` dequantizes a real layer's weight."""
-    return _dequantized(self.weight, self.in_features, dtype)
+    own = {"dequantize_weight": lambda self, dtype: _dequantized(self.weight, self.in_features, dtype)}
+    return type("Meta" + base.__name__, (base,), {"forward": _forward, **(own if kind == "nf4" else {})})
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:

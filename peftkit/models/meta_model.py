@@ -1,7 +1,6 @@
 """The trainable model of a recipe without data, for planning.
 
-Built in the same steps as ``peftkit.models.loading.build``: from the config, with the task's head, layers without data
-for quantized ones, the method, dtypes and training options. It is assembled on the meta device, which transformers and
+Built in the same steps as ``peftkit.models.loading.build``. It is assembled on the meta device, which transformers and
 peft support, and then converted to torch's fake tensors: these have a real device, and so take the same paths through
 the code (autocast, attention kernels) as real ones.
 """
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers.initialization import no_init_weights
 
 from peftkit.errors import ModelError
 from peftkit.models import loading
@@ -37,13 +38,8 @@ def build_meta_model(
         weight_format: of quantized weights; None is the format of the recipe's quantization or of the checkpoint.
         gpu: whether the run is planned for a GPU, which uses torch's own attention.
 
-    Raises:
-        ModelError: the base cannot be used for this task.
-        MethodError: the method cannot work on this base.
+    Raises ModelError or MethodError as ``peftkit.models.loading.build`` does.
     """
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from transformers.initialization import no_init_weights
-
     folder = folder_of(resolve(recipe.model), weights=False)
     head = head_of(info, recipe.task)
     pooling = loading.choose_pooling(recipe, head, folder)
@@ -88,17 +84,11 @@ def move_to_fake(model: torch.nn.Module) -> None:
     for module in model.modules():
         registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for registry in registries:
-            for name, tensor in registry.items():
-                if tensor is not None:
-                    registry[name] = move(tensor)
+            registry.update({name: move(tensor) for name, tensor in registry.items() if tensor is not None})
 
 
 def _weight_format(config: Any, recipe: Recipe, folder: Path) -> WeightFormat | None:
-    """How the recipe's quantization, or else the checkpoint's, stores a matrix; None for unquantized weights.
-
-    Raises:
-        ModelError: the sizes of the checkpoint's quantized weights are not known.
-    """
+    """How the recipe's quantization, or else the checkpoint's, stores a matrix; ModelError where that is unknown."""
     if recipe.quantization is not None:
         return WeightFormat(recipe.quantization.kind, double=getattr(recipe.quantization, "double", False))
     kind = quantized_with(config)

@@ -2,8 +2,8 @@
 
 A packed row holds documents end to end; its ``position_ids`` restart at 0 with each of them. transformers' mask builder
 (``masking_utils.find_packed_sequence_indices``) separates the documents if it gets positions and no attention mask, but
-not every model passes positions on. So each loaded model is tried on two tiny rows. Documents count as isolated if each
-document's logits equal those it has alone, and changing one document leaves the others unchanged bit for bit.
+not every model passes positions on. So each loaded model is tried on two tiny rows: each document must have the logits
+it has alone, and changing one document must leave the others unchanged bit for bit.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def inputs(batch: dict[str, Tensor], model: Any) -> dict[str, Any]:
     if the model does not need it, because attention is faster without one.
 
     Raises:
-        ModelError: the batch is packed (a row has several real tokens at position 0) and the model cannot isolate
-            documents.
+        ModelError: rows are packed (have several tokens at position 0), and the model cannot isolate documents.
     """
     names = forward_parameters(model)
     arguments = {name: batch[name] for name in _KEYS if batch.get(name) is not None and name in names}
@@ -85,9 +84,7 @@ def segments(position_ids: Tensor) -> Tensor:
 
 
 def _is_packed(positions: Tensor, mask: Tensor | None) -> bool:
-    starts = positions == 0
-    if mask is not None:
-        starts = starts & mask.bool()
+    starts = positions == 0 if mask is None else (positions == 0) & mask.bool()
     return bool((starts.sum(-1) > 1).any())
 
 
@@ -97,19 +94,14 @@ def _only_right_padding(mask: Tensor | None) -> bool:
 
 def _block_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     """Causal mask within documents: 0 where attention is allowed, else the lowest number; [rows, 1, tokens, tokens]."""
-    document, tokens = segments(positions), positions.shape[1]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=positions.device).tril()
-    allowed = (document[:, :, None] == document[:, None, :]) & causal
+    document = segments(positions)
+    allowed = (document[:, :, None] == document[:, None, :]).tril()
     mask = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def _support(model: Any) -> PackingSupport:
-    return _SUPPORT.setdefault(unwrap(model), PackingSupport())
-
-
 def _packing(model: Any) -> tuple[Strategy | None, str]:
-    support = _support(model)
+    support = _SUPPORT.setdefault(unwrap(model), PackingSupport())
     if support.packing is None:
         _ignores_right_padding(model)  # processes that shard a model must run both trials at the same time
         with eval_modules(model):
@@ -118,7 +110,7 @@ def _packing(model: Any) -> tuple[Strategy | None, str]:
 
 
 def _ignores_right_padding(model: Any) -> bool:
-    support = _support(model)
+    support = _SUPPORT.setdefault(unwrap(model), PackingSupport())
     if support.ignores_right_padding is None:
         with eval_modules(model):  # with a learned prompt, peft needs the row's attention mask, to widen it
             support.ignores_right_padding = not learned_tokens(model) and _try_padding(model)
@@ -139,31 +131,29 @@ def _try_packing(model: Any) -> tuple[Strategy | None, str]:
         return None, f"{name} takes no position_ids, so documents in one row cannot be separated"
     config = unwrap(model).config.get_text_config()
     local = getattr(config, "sliding_window", None) or len(set(getattr(config, "layer_types", None) or ())) > 1
-    strategies: tuple[Strategy, ...] = ("positions",) if local else ("positions", "mask")
-    for strategy in strategies:
-        if _isolates(model, strategy):
-            return strategy, ""
+    if _isolates(model, "positions"):
+        return "positions", ""
+    if not local and _isolates(model, "mask"):
+        return "mask", ""
     return None, f"{name} with {config._attn_implementation} attention lets packed documents see each other"
 
 
 def _isolates(model: Any, strategy: Strategy) -> bool:
     """Tries a strategy on two rows at once: some attention kernels isolate documents in a single row only."""
     ids, positions = _tiny_rows(model)
+    arguments = {"position_ids": positions}
+    if strategy == "mask":
+        arguments["attention_mask"] = _block_mask(positions, unwrap(model).dtype)
     try:
-        packed = _packed_logits(model, ids, positions, strategy)
+        packed = _logits(model, ids, **arguments)
         changed, first = ids.clone(), _DOCUMENTS[0][2]
         changed[0, :first] = (ids[0, :first] + 1) % int(ids.max())
-        after = _packed_logits(model, changed, positions, strategy)
+        after = _logits(model, changed, **arguments)
         if not torch.equal(packed[0, first:], after[0, first:]) or not torch.equal(packed[1], after[1]):
             return False
         return all(_close(packed[row, a:b], _logits(model, ids[row : row + 1, a:b])[0]) for row, a, b in _DOCUMENTS)
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return False  # the architecture does not support such a mask or such positions
-
-
-def _packed_logits(model: Any, ids: Tensor, positions: Tensor, strategy: Strategy) -> Tensor:
-    mask = {"attention_mask": _block_mask(positions, unwrap(model).dtype)} if strategy == "mask" else {}
-    return _logits(model, ids, position_ids=positions, **mask)
 
 
 def _try_padding(model: Any) -> bool:
@@ -197,7 +187,7 @@ def no_cache(model: Any) -> dict[str, bool]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to half-precision rounding; the bit-for-bit comparison detects leaks between documents."""
+    """Equal up to half-precision rounding."""
     return bool((a - b).abs().max() < 0.1 * b.std().clamp_min(1e-6))
 
 
@@ -205,8 +195,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def eval_modules(model: nn.Module) -> Iterator[None]:
     """A context without dropout and noise; each module's mode is restored afterwards.
 
-    4-bit layers keep their mode: in evaluation on a CPU, bitsandbytes repacks their weights for inference, without a
-    backward pass.
+    bitsandbytes' layers keep their mode: in evaluation on a CPU, 4-bit weights are repacked, without a backward pass.
     """
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:

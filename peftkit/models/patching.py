@@ -1,7 +1,4 @@
-"""Two ways to replace a module's ``forward``: temporarily on the instance, or by a subclass.
-
-docs/patches.md lists every use, what it gains, and when it can go.
-"""
+"""Two ways to replace a module's ``forward``: on the instance, or by a subclass; docs/patches.md lists every use."""
 
 from __future__ import annotations
 

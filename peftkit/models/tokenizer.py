@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
+from peftkit.models import chat_template
 from peftkit.models.sources import check_config, folder_of, resolve
 from peftkit.models.third_party import silence_libraries
 from peftkit.schema.recipe import ModelConfig
@@ -23,15 +24,11 @@ SPARE = re.compile(r"pad|reserved|unused|extra_id|placeholder|dummy", re.IGNOREC
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe's base model: it pads on the right and has a pad token; code of the model never runs.
 
-    Raises:
-        ModelError: there is no tokenizer, or it cannot be read.
-        HubError: it cannot be downloaded.
+    Raises ModelError where there is none, or it cannot be read, and HubError where it cannot be downloaded.
     """
     tokenizer = tokenizer_in(folder_of(resolve(model), weights=False))
     if model.chat_template is not None:
-        from peftkit.models.chat_template import install
-
-        install(tokenizer, model.chat_template)
+        chat_template.install(tokenizer, model.chat_template)
     return tokenizer
 
 
@@ -72,17 +69,15 @@ def ensure_pad(tokenizer: Any, embedding_rows: int) -> None:
 
     The embeddings are never enlarged, because the adapter would no longer fit the published base.
     """
-    stops = {tokenizer.eos_token, tokenizer.bos_token, None}
+    stops = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
     added = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
     spare = [token for token in added if SPARE.search(token)]
     ordinary = [token for token in (tokenizer.unk_token, "<|endoftext|>") if token in added]
-    for token in spare + ordinary:
-        if token not in stops:
-            tokenizer.pad_token = token
-            return
-    if embedding_rows > len(tokenizer):
+    if usable := [token for token in spare + ordinary if token not in stops]:
+        tokenizer.pad_token = usable[0]
+    elif embedding_rows > len(tokenizer):
         tokenizer.add_special_tokens({"pad_token": NEW_PAD})
     elif tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -103,8 +98,7 @@ def pad_note(tokenizer: Any) -> str | None:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over vocabulary, rules, special tokens and chat template; equal fingerprints mean equal token ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:
-        rules |= {"padding": None, "truncation": None}  # set by the last call, not by the tokenizer
+    last_call = {"padding": None, "truncation": None}  # set by the last call, not by the tokenizer
+    rules = json.loads(backend.to_str()) | last_call if backend is not None else tokenizer.get_vocab()
     parts = [rules, tokenizer.special_tokens_map, tokenizer.chat_template, type(tokenizer).__name__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

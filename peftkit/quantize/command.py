@@ -1,13 +1,9 @@
 """``peftkit quantize``: a base model in NF4, quantized for the rows that it will be trained on.
 
-    peftkit quantize instruct_qlora --to smollm2-nf4
-    peftkit train instruct_qlora model.source=./smollm2-nf4 quantization=null
-
-``quantization.kind=nf4`` rounds each weight to the nearest value while the model is loaded. Here weights are rounded
-with GPTQ, calibrated on training rows (``gptq``), and then scales and norms are distilled from the unquantized model
-(``distillation``). The error is a fraction of plain NF4's, at the same size and speed. The result is an ordinary
-bitsandbytes checkpoint, which transformers loads without peftkit. Where the recipe's LoRA is initialized with LoftQ,
-the quantized weights and factors of its rank are fitted together, and the folder contains both.
+``quantization.kind=nf4`` rounds each weight to the nearest value. Here weights are rounded with GPTQ, calibrated on
+training rows (``gptq``), and then scales and norms are distilled from the unquantized model (``distillation``). The
+result is an ordinary bitsandbytes checkpoint. Where the recipe's LoRA is initialized with LoftQ, the quantized weights
+and factors of its rank are fitted together, and the folder contains both.
 """
 
 from __future__ import annotations
@@ -48,18 +44,14 @@ from peftkit.training.log import progress_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_OUT_ROWS = 64
-"""Most rows that the quantization error is measured on."""
+HELD_OUT_ROWS = 64  # most rows that the quantization error is measured on
 TUNING_BATCH_SIZE = 4
 BLOCK_SIZES = (32, 64, 128)
 METRICS_FILE = "quantization.json"
-POOLING_FILES = ("modules.json", "1_Pooling/config.json")
-"""How a sentence encoder pools; copied next to the weights."""
+POOLING_FILES = ("modules.json", "1_Pooling/config.json")  # how a sentence encoder pools; copied next to the weights
 ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TITLES = {
-    "error": "relative error of the last hidden states", "loss": "loss per scored token",
-    "and LoRA's start": "calibrated nf4 with LoRA's factors",
-}  # fmt: skip
+TITLES = {"error": "relative error of the last hidden states", "loss": "loss per scored token",
+          "and LoRA's start": "calibrated nf4 with LoRA's factors"}  # fmt: skip
 """Titles of keys of ``quantization.json`` in tables."""
 
 
@@ -68,8 +60,7 @@ def quantize(
 ) -> dict[str, Any]:
     """Writes the recipe's base model to ``to`` with its blocks' linear layers in NF4; returns ``quantization.json``.
 
-    Calibration keeps both models in memory: 1.3 times the unquantized one. Tuning needs the quantized one, the
-    activations of ``TUNING_BATCH_SIZE`` rows, and the last hidden states of all tuning rows.
+    Calibration keeps both models in memory: 1.3 times the unquantized one.
 
     Args:
         recipe: its model, data, ``quantization.double`` and ``training.seed`` are used, and the targets and ranks of a
@@ -81,9 +72,8 @@ def quantize(
         keep: linear layers that stay unquantized, by the last part of their names, such as "v_proj".
 
     Returns:
-        Counts, bytes, and under ``lost`` the metrics on held-out rows of plain NF4, after calibration, with LoRA's
-        factors added, and after tuning: the ``error`` of the last hidden states (‖h' − h‖ / ‖h‖) and, for language
-        models, the ``loss`` per scored token.
+        Counts, bytes, and under ``lost`` the metrics on held-out rows after each stage: the ``error`` of the last
+        hidden states (‖h' − h‖ / ‖h‖) and, for language models, the ``loss`` per scored token.
 
     Raises:
         RecipeError: the recipe asks for another quantization, or an argument is out of range.
@@ -122,7 +112,7 @@ def quantize(
         _write(stage, quantized, tokenizer, folder, source, results)
         if config:
             loftq_init.save_factors(stage, config, factors)
-        _verify(stage, recipe, causal, device, evaluation, quantized)
+        _verify(load_plain(recipe.model, stage, causal=causal, device=device), evaluation, quantized)
     return results
 
 
@@ -130,10 +120,7 @@ def _fit(
     reference: Any, quantized: Any, calibration: Sequence[Batch], tuning: Sequence[Batch], evaluation: _Evaluation,
     block_size: int, ranks: Mapping[str, int],
 ) -> tuple[int, dict[str, Factors], dict[str, dict[str, float]]]:  # fmt: skip
-    """Calibrates and tunes ``quantized``, which overwrites ``reference``.
-
-    Returns the number of quantized layers, the factors of the layers in ``ranks``, and the metrics after each stage.
-    """
+    """Calibrates and tunes; returns the number of layers, the factors of those in ``ranks``, each stage's metrics."""
     causal = evaluation.causal
     metrics = {"unquantized": evaluation.measure(reference), "nf4": evaluation.measure(quantized)}
     targets = [distillation_targets(reference, batch, _forward, causal) for batch in tuning]
@@ -181,7 +168,7 @@ def _draw_rows(
         held_out = np.arange(len(evaluated.lengths))[:HELD_OUT_ROWS]
     else:
         evaluated, held_out = train, order[rows:][:HELD_OUT_ROWS]
-        order = np.concatenate([order[:rows], order[rows:][HELD_OUT_ROWS:]])
+        order = np.delete(order, np.s_[rows : rows + HELD_OUT_ROWS])
     tuning = order[:tune_rows]
     tuning = tuning[np.argsort(train.lengths[tuning], kind="stable")]
     batches = [tuning[start : start + TUNING_BATCH_SIZE] for start in range(0, len(tuning), TUNING_BATCH_SIZE)]
@@ -196,11 +183,8 @@ def _load_nf4(recipe: Recipe, folder: Path, reference: Any, keep: Sequence[str],
     """The base as bitsandbytes quantizes it: every linear layer except heads, poolers, and those to keep."""
     assert recipe.quantization is not None
     known = {name.rpartition(".")[2] for name in linear_names(find_blocks(reference)[1])}
-    for name in keep:
-        if name not in known:
-            raise RecipeError(
-                f"--keep {name}: the blocks have no linear layer of that name; {did_you_mean(name, known)}"
-            )
+    for name in sorted(set(keep) - known):
+        raise RecipeError(f"--keep {name}: the blocks have no linear layer of that name; {did_you_mean(name, known)}")
     arguments = recipe.quantization.load_arguments(recipe.model, (*heads_of(reference.config, folder), *keep))
     quantized = load_plain(recipe.model, folder, causal=causal, device=device, **arguments)
     keep_gradients(quantized)
@@ -246,9 +230,8 @@ class _Evaluation:
 
 
 def _write(
-    stage: Path, quantized: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, source: ResolvedSource,
-    results: dict[str, Any],
-) -> None:  # fmt: skip
+    stage: Path, quantized: Any, tokenizer: Any, folder: Path, source: ResolvedSource, results: dict[str, Any]
+) -> None:
     quantized.save_pretrained(stage)
     tokenizer.save_pretrained(stage)
     for name in POOLING_FILES:
@@ -260,7 +243,6 @@ def _write(
 
 
 def _card(source: ResolvedSource, results: dict[str, Any]) -> str:
-    """The model card."""
     base = source.location if source.kind == "hub" else Path(source.location).name
     front = f"---\nbase_model: {base}\n---\n\n" if source.kind == "hub" else ""
     text = (
@@ -273,10 +255,8 @@ def _card(source: ResolvedSource, results: dict[str, Any]) -> str:
         text += f"Scales and norms trained on {results['tuned_rows']} rows (arXiv:2407.11062). "
     if results["rank"]:
         text += f"Use it with the LoRA of rank {results['rank']} in `{loftq_init.FOLDER}` (LoftQ, arXiv:2310.08659). "
-    return (
-        f"{text}The format is bitsandbytes': `from_pretrained` of transformers loads the folder.\n\n"
-        f"On {results['held_out_rows']} held-out rows:\n\n{table(results)}"
-    )
+    text += "The format is bitsandbytes': `from_pretrained` of transformers loads the folder.\n\n"
+    return f"{text}On {results['held_out_rows']} held-out rows:\n\n{table(results)}"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -288,9 +268,8 @@ def table(results: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _verify(stage: Path, recipe: Recipe, causal: bool, device: str, evaluation: _Evaluation, quantized: Any) -> None:
-    """Raises ExportError unless the folder loads as the model that was measured, bit for bit."""
-    loaded = load_plain(recipe.model, stage, causal=causal, device=device)
+def _verify(loaded: Any, evaluation: _Evaluation, quantized: Any) -> None:
+    """Raises ExportError unless what was loaded equals the model that was measured, bit for bit."""
     keep_gradients(loaded)
     for hidden, expected in zip(evaluation.hidden_states(loaded), evaluation.hidden_states(quantized)):
         if not torch.equal(hidden, expected):

@@ -1,11 +1,10 @@
 """Distillation of the unquantized model into the scales and norms of an NF4 model.
 
 Codes stay fixed. Trained are the scales of the blocks' linear layers (EfficientQAT's second phase: Chen et al. 2024,
-arXiv:2407.11062), and all one-dimensional weights of the backbone: norms (norm tweaking: Li et al. 2023,
-arXiv:2309.02784) and biases. The targets are the unquantized model's outputs rather than the rows' labels (as in
-LLM-QAT: Liu et al. 2023, arXiv:2305.17888): for language models KL(unquantized ‖ quantized) over the scored tokens, for
-others the squared error of the last hidden states. Under double quantization the forward pass uses the quantized
-scales, and gradients pass straight through.
+arXiv:2407.11062), and all norms (norm tweaking: Li et al. 2023, arXiv:2309.02784) and biases of the backbone. The loss
+(as in LLM-QAT: Liu et al. 2023, arXiv:2305.17888) is KL(unquantized ‖ quantized) over the scored tokens for language
+models, for others the squared error of the last hidden states. Under double quantization the forward pass uses the
+quantized scales, and gradients pass straight through.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ from peftkit.quantize.nf4_rounding import get_scales, set_scales, to_blocks
 from peftkit.schema.types import Batch
 
 Forward = Callable[[Any, Batch], Tensor]
-LEARNING_RATE = 3e-3
-"""Adam's learning rate relative to a parameter's mean magnitude."""
+LEARNING_RATE = 3e-3  # Adam's learning rate relative to a parameter's mean magnitude
 WARMUP_STEPS = 10
-CHUNK = 256
-"""Tokens whose logits are in memory at a time."""
+CHUNK = 256  # tokens whose logits are in memory at a time
 
 
 def distillation_targets(model: Any, batch: Batch, forward: Forward, causal: bool) -> Tensor:
@@ -42,8 +39,6 @@ def distill(
     advance: Callable[[int], None] = lambda batches: None,
 ) -> None:  # fmt: skip
     """Trains the scales and norms of a quantized model in one pass over the batches, in the order given.
-
-    Needs no memory for unquantized weights: one layer's gradient is computed at a time.
 
     Args:
         model: has bitsandbytes' NF4 layers, and ``requires_grad`` set nowhere; changed in place.
@@ -145,7 +140,5 @@ def _dequantize(weight: Any, scale: Tensor, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     state = weight.quant_state
-    scaled = QuantState(
-        scale, shape=state.shape, code=state.code, blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype
-    )
-    return dequantize_4bit(weight.data, scaled)
+    same = {name: getattr(state, name) for name in ("shape", "code", "blocksize", "quant_type")}
+    return dequantize_4bit(weight.data, QuantState(scale, dtype=dtype, **same))

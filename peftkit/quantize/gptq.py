@@ -1,10 +1,10 @@
 """GPTQ over the blocks of a model, one after the other; see ``nf4_rounding`` for a single group of layers.
 
 Each block is calibrated on the outputs of the quantized blocks before it, and so is each layer within a block. The
-target is a layer's output in the unquantized model, which runs in parallel, so that rounding also compensates for
-earlier errors (asymmetric calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692). Tokens are weighted by the gradient of
-the training loss at the layer's output (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows run one at a time, and
-only the next block's input is stored of each. No architecture is known by name.
+target is a layer's output in the unquantized model, so that rounding also compensates for earlier errors (asymmetric
+calibration: GPTAQ, Li et al. 2025, arXiv:2504.02692). Tokens are weighted by the gradient of the training loss at the
+layer's output (GuidedQuant, Kim et al. 2025, arXiv:2505.07004). Rows run one at a time, and only the next block's input
+is stored of each. No architecture is known by name.
 """
 
 from __future__ import annotations
@@ -37,14 +37,11 @@ GRADIENT_SCALE = 1e6
 class _Row:
     """The state of one calibration row between blocks."""
 
-    hidden: Tensor
-    """Input of the next block in the quantized model, [1, tokens, width]."""
-    reference: Tensor
-    """Its input in the unquantized model."""
+    hidden: Tensor  # input of the next block in the quantized model, [1, tokens, width]
+    reference: Tensor  # its input in the unquantized model
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """The other arguments of each block: masks, rotary embeddings."""
-    weights: dict[str, Tensor]
-    """Weight of each token for a layer, [tokens]; equal for layers that are not listed."""
+    weights: dict[str, Tensor]  # weight of each token for a layer, [tokens]; equal for layers that are not listed
 
 
 class _StopForward(Exception):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from peftkit.quantize.nf4_rounding import damped
 
-Factors = tuple[Tensor, Tensor]
-"""A [rank, in] and B [out, rank]."""
+Factors = tuple[Tensor, Tensor]  # A [rank, in] and B [out, rank]
 
 
 def fit_factors(error: Tensor, gram: Tensor, rank: int) -> Factors:

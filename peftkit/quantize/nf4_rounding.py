@@ -2,8 +2,7 @@
 
 Plain NF4 rounds every weight to the nearest of 16 values. GPTQ rounds the columns of W one after the other, and the
 remaining columns compensate for the error of each on the inputs X, so that ‖(W − Ŵ) X‖² is minimized in place of
-‖W − Ŵ‖². The scale of each block is searched for the least error, with each column weighted by Σ x². Format, size and
-kernels stay bitsandbytes' own.
+‖W − Ŵ‖². The scale of each block is searched for the least error, with each column weighted by Σ x².
 """
 
 from __future__ import annotations
@@ -14,16 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAZY = 128
-"""Columns whose corrections are applied to all later ones at once (GPTQ's lazy batches)."""
+LAZY = 128  # columns whose corrections are applied to all later ones at once (GPTQ's lazy batches)
 DAMPING = 0.01
 """Fraction of the mean of Σ x² that is added to each column's, so that the matrix can be inverted (GPTQ's default)."""
-ASYMMETRY = 0.7
-"""Interpolation of ``asymmetric_target``: 1, the least-squares solution, overfits the calibration rows."""
-SCALES = torch.linspace(0.6, 1.0, 17).tolist()
-"""Fractions of a block's largest weight that are tried as its scale."""
-OUTER_BLOCK = 256
-"""Scales per second-level scale in double quantization, as in bitsandbytes."""
+ASYMMETRY = 0.7  # interpolation of ``asymmetric_target``: 1, the least-squares solution, overfits the calibration rows
+SCALES = torch.linspace(0.6, 1.0, 17).tolist()  # fractions of a block's largest weight that are tried as its scale
+OUTER_BLOCK = 256  # scales per second-level scale in double quantization, as in bitsandbytes
 
 
 def requantize(layers: Sequence[Any], weights: Sequence[Tensor], gram: Tensor, block_size: int = 64) -> list[Tensor]:
@@ -47,16 +42,17 @@ def requantize(layers: Sequence[Any], weights: Sequence[Tensor], gram: Tensor, b
     codes = _round(torch.cat([weight.float() for weight in weights]), torch.cat(scales), inverse, order, grid)
     dequantized = []
     for layer, scale, layer_codes in zip(layers, scales, codes.split([len(weight) for weight in weights])):
-        layer.weight.data = _pack(layer_codes).view(layer.weight.shape)
+        pairs = to_blocks(layer_codes, 2)  # two codes per byte, the first in the upper half, as in bitsandbytes
+        layer.weight.data = ((pairs[:, 0] << 4) | pairs[:, 1]).view(layer.weight.shape)
         dequantized.append(grid[layer_codes.long()] * scale)
     return dequantized
 
 
 def asymmetric_target(weight: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """The weight to quantize, so that a layer gives on its present inputs what it gave in the unquantized model.
+    """The weight with which a layer gives on x̂ (its inputs in the quantized model) what it gave on x (unquantized).
 
-    Quantized layers before it changed its inputs from x to x̂. The result is ``ASYMMETRY`` of the way from W to the
-    least-squares solution W (Σ x x̂ᵀ) (Σ x̂ x̂ᵀ)⁻¹ (GPTAQ, Li et al. 2025, arXiv:2504.02692).
+    ``ASYMMETRY`` of the way from W to the least-squares solution W (Σ x x̂ᵀ) (Σ x̂ x̂ᵀ)⁻¹ (GPTAQ, Li et al. 2025,
+    arXiv:2504.02692).
 
     Args:
         weight: [out, in] in fp32.
@@ -153,9 +149,3 @@ def to_blocks(values: Tensor, size: int) -> Tensor:
     """The flattened values as [blocks, size], the last block padded with zeros."""
     flat = values.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
-
-
-def _pack(codes: Tensor) -> Tensor:
-    """Two codes per byte, the first in the upper half, as in bitsandbytes."""
-    pairs = to_blocks(codes, 2)
-    return (pairs[:, 0] << 4) | pairs[:, 1]

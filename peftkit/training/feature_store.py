@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 """Packages that compute features."""
 STORED = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 """numpy has no bf16: its bits are stored as integers."""
-CODE = ("models/classifier.py", "models/kernels/attention.py", "models/kernels/first_token.py",
+CODE = ("models/pooled_logits.py", "models/kernels/attention.py", "models/kernels/first_token.py",
         "models/kernels/rms_norm.py", "models/loading.py", "models/packing.py", "training/feature_store.py",
         "training/frozen_trunk.py")  # fmt: skip
 """Files that compute features from tokens: a change of them invalidates all features."""

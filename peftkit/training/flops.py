@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from peftkit.models.kernels import compile
 from peftkit.system.cache import cache_folder, entry_lock
 from peftkit.system.files import write_json
 from peftkit.system.memory import trim_heap
@@ -59,7 +58,8 @@ def flops_per_token(loop: Loop) -> float:
     batch = loop.stepper.collate(rows)
     loop.module.train()
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
-    with torch.random.fork_rng(devices=[]), compile.uncompiled(), counter:  # torch cannot count in compiled code
+    eager = torch.compiler.set_stance("force_eager")  # torch cannot count in compiled code
+    with torch.random.fork_rng(devices=[]), eager, counter:
         with loop.session.accelerator.autocast():
             loss = loop.module(batch)
         loss.backward()

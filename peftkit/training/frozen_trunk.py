@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ModelError
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.models.blocks import find_blocks, unwrap
 from peftkit.models.patching import replaced_forward
 
@@ -112,7 +112,7 @@ class FrozenTrunk:
             return value.pooler_output
         hidden: Tensor = value.last_hidden_state if self.is_backbone else value
         if self.kind in ("mean", "cls"):
-            return classifier.pool(hidden, batch["attention_mask"], self.kind).to(hidden.dtype)
+            return pooled_logits.pool(hidden, batch["attention_mask"], self.kind).to(hidden.dtype)
         if self.kind == "first":
             return hidden[:, 0]
         if self.kind == "last":
@@ -152,7 +152,7 @@ def find_frozen_trunk(
         model: its ``requires_grad`` must be final.
         forward: a batch's outputs by name, through the task.
         batch: a few rows of unequal lengths.
-        pooling: as in ``classifier.logits``.
+        pooling: as in ``pooled_logits.logits``.
     """
     inner = unwrap(model)
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from peftkit.errors import ExportError, MethodError, RunError
 from peftkit.export import card, manifest, proof, run_export
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.schema.types import TaskInfo
 from peftkit.system.files import atomic_folder
 from tests import tiny
@@ -117,7 +117,7 @@ def test_the_cards_code_gives_the_trained_models_answers(pooling, tmp_path):
     made.loaded.model.eval()
     with torch.no_grad():
         batch = dict(made.tokenizer(texts, padding=True, return_tensors="pt"))
-        expected = classifier.logits(made.loaded.model, batch, made.loaded.pooling)
+        expected = pooled_logits.logits(made.loaded.model, batch, made.loaded.pooling)
     torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=1e-4, atol=1e-5)
     assert labels == str([("cat", "dog", "eel")[index] for index in expected.argmax(-1).tolist()])
 

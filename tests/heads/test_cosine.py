@@ -16,8 +16,8 @@ import peftkit
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import Interrupted, RecipeError
 from peftkit.heads.layers.cosine import _head, _inputs, class_directions, start
-from peftkit.models.classifier import logits
 from peftkit.models.loading import build
+from peftkit.models.pooled_logits import logits
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.recipe import Recipe, replace
 from tests import tiny

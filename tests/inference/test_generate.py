@@ -11,7 +11,7 @@ import torch
 from peftkit.errors import DataError, ModelError, RecipeError, RunError
 from peftkit.evaluation import generation
 from peftkit.inference.trained_model import load
-from peftkit.methods.layers.lora import accelerate_lora
+from peftkit.methods.layers.fast_lora import accelerate_lora
 from peftkit.schema.recipe import GenerationConfig
 from peftkit.schema.types import TaskInfo
 from tests import tiny

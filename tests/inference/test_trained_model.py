@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from peftkit.errors import DataError, ModelError, RunError
 from peftkit.export import manifest
 from peftkit.inference.trained_model import load
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.schema.types import TaskInfo
 from tests import tiny
 from tests.exporting import TEXTS, exported
@@ -35,7 +35,7 @@ def run(tmp_path):
 def direct(made, texts, **limits):
     made.loaded.model.eval()
     batch = dict(made.tokenizer(texts, padding=True, return_tensors="pt", **limits))
-    return classifier.logits(made.loaded.model, batch, made.loaded.pooling).numpy()
+    return pooled_logits.logits(made.loaded.model, batch, made.loaded.pooling).numpy()
 
 
 def test_predictions_equal_the_trained_models(run):

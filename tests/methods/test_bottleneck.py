@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peftkit.errors import MethodError
-from peftkit.methods.layers import bottleneck
+from peftkit.methods.layers import bottleneck_adapter
 from peftkit.methods.layers.residual import find_branches
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
@@ -95,10 +95,10 @@ def test_an_untrained_adapter_changes_nothing_and_a_trained_one_does(family):
     assert count == 4
     for variant, number in {"houlsby": 4, "pfeiffer": 2, "parallel": 2}.items():
         ours = adapted(model, variant=variant)
-        assert len(bottleneck.adapters(ours)) == number
+        assert len(bottleneck_adapter.adapters(ours)) == number
         assert torch.equal(logits(ours), expected), variant
         assert not torch.allclose(logits(moved(ours)), expected, atol=1e-3), variant
-        bottleneck.remove(ours)
+        bottleneck_adapter.remove(ours)
         assert torch.equal(logits(ours), expected), variant
         assert list(ours.state_dict()) == list(model.state_dict())
 
@@ -110,7 +110,7 @@ def test_it_adds_to_the_residual_stream_before_the_sum(family, variant):
     model = base(family)
     ours = adapted(model, variant=variant, scaling=1.0)
     shift = torch.linspace(-1, 1, 32)
-    last = bottleneck.adapters(ours)[-1]
+    last = bottleneck_adapter.adapters(ours)[-1]
     assert last.shape.branch.kind == "feed_forward"
     with torch.no_grad():
         last.up.bias.copy_(shift)
@@ -172,7 +172,7 @@ def test_llama_written_out(variant):
         h = h + by_hand(after.feed_forward, fed, read if variant == "parallel" else None)
     expected = model.lm_head(inner.norm(h))
     torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
-    assert {adapter.scaling for adapter in bottleneck.adapters(ours)} == {4.0 if variant == "parallel" else 1.0}
+    assert {adapter.scaling for adapter in bottleneck_adapter.adapters(ours)} == {4.0 if variant == "parallel" else 1.0}
 
 
 def test_placement_on_a_model_without_weights_is_the_same():
@@ -183,7 +183,7 @@ def test_placement_on_a_model_without_weights_is_the_same():
             empty = auto.from_config(model.config)
         assert find_branches(empty) == find_branches(model), family
         METHODS.get("bottleneck")().apply(LoadedModel(empty, None))
-        assert {adapter.up.weight.device.type for adapter in bottleneck.adapters(empty)} == {"meta"}
+        assert {adapter.up.weight.device.type for adapter in bottleneck_adapter.adapters(empty)} == {"meta"}
 
 
 def test_what_has_no_residual_sums_is_refused():
@@ -198,7 +198,7 @@ def test_what_has_no_residual_sums_is_refused():
 
 
 def first(**method):
-    return bottleneck.adapters(adapted(base("bert"), **method))[0]
+    return bottleneck_adapter.adapters(adapted(base("bert"), **method))[0]
 
 
 def test_size_and_reduction_factor_give_the_width():
@@ -236,7 +236,9 @@ def test_init_normal_is_near_the_base_but_not_it():
 
 def test_layers_choose_blocks():
     def blocks(**method):
-        return [adapter.shape.branch.block[-1] for adapter in bottleneck.adapters(adapted(base("bert"), **method))]
+        return [
+            adapter.shape.branch.block[-1] for adapter in bottleneck_adapter.adapters(adapted(base("bert"), **method))
+        ]
 
     assert blocks() == ["0", "1"]
     assert blocks(layers=-1) == ["1"]
@@ -260,7 +262,7 @@ def test_a_copied_model_has_adapters_of_its_own():
     before = logits(ours)
     copied = copy.deepcopy(ours)
     with torch.no_grad():
-        for adapter in bottleneck.adapters(ours):
+        for adapter in bottleneck_adapter.adapters(ours):
             adapter.up.weight.zero_()
     assert torch.equal(logits(copied), before)
     assert not torch.equal(logits(ours), before)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from peftkit.methods.layers.lora import accelerate_lora
+from peftkit.methods.layers.fast_lora import accelerate_lora
 from peftkit.models.kernels import lora_linear
 
 LLAMA = LlamaConfig(

@@ -53,7 +53,7 @@ def test_named_templates_write_their_format(name, expected, chatml):
     if name == "chatml":  # the same text as the template that such models carry
         expected = chatml.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     chat_template.install(chatml, name)
-    assert chat_template.prompt_text(chatml, TALK) == expected
+    assert chat_template.render(chatml, TALK, generate=True) == expected
 
 
 def test_every_named_template_can_be_used_for_labels(chatml):
@@ -122,7 +122,7 @@ def test_no_end_of_turn_and_no_end_of_text_is_refused(chatml):
 
 def test_a_doubled_bos_is_mended(chatml):
     chatml.chat_template = "{{ bos_token }}" + CHATML
-    prompt = chat_template.prompt_text(chatml, TALK[1:2])
+    prompt = chat_template.render(chatml, TALK[1:2], generate=True)
     assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     style = chat_template.read(chatml)
     assert style.stop == "<|im_end|>"

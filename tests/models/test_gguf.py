@@ -122,11 +122,12 @@ def test_second_call_converts_nothing_and_a_deleted_or_cut_cache_is_made_again(g
 
 
 def test_key_follows_the_content_not_the_name(gguf_file, tmp_path):
+    folder = subject.dequantize(gguf_file)
     copied = shutil.copy(gguf_file, tmp_path / "other.gguf")
-    assert subject._key(Path(copied)) == subject._key(gguf_file)
+    assert subject.dequantize(Path(copied)) == folder
     changed = tmp_path / "changed.gguf"
     changed.write_bytes(gguf_file.read_bytes() + b"\0")
-    assert subject._key(changed) != subject._key(gguf_file)
+    assert subject.dequantize(changed) != folder
 
 
 def test_a_conversion_that_fails_leaves_nothing(gguf_file, monkeypatch):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.errors import RecipeError
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.models.blocks import unwrap
 from peftkit.schema.types import Batch, LoadedModel, TaskInfo
 
@@ -74,7 +74,7 @@ def _inputs(head: nn.Linear, loaded: LoadedModel, batches: Sequence[Batch]) -> t
     try:
         with torch.no_grad():
             for batch in batches:
-                classifier.logits(loaded.model, batch, loaded.pooling)
+                pooled_logits.logits(loaded.model, batch, loaded.pooling)
     finally:
         handle.remove()
         loaded.model.train(training)

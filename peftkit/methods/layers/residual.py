@@ -7,8 +7,7 @@
 
 A few tokens run through the model while every operation is observed. A tensor that comes from a block's input without
 a matrix multiplication (by norms, sums, copies) belongs to the residual stream. A sum of the stream with another tensor
-of its shape is a residual sum, and the other tensor is the output of a branch. Neither architectures nor module names
-are known in advance.
+of its shape is a residual sum, and the other tensor is the output of a branch. No architecture is known by name.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from peftkit.errors import ModelError
 from peftkit.models import packing
@@ -29,16 +29,12 @@ from peftkit.models.blocks import find_blocks, unwrap
 from peftkit.models.loading import writes_text
 
 TOKENS = 11
-MATMULS = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "einsum", "_grouped_mm", "embedding"}
-)
+MATMULS = frozenset("mm addmm bmm baddbmm matmul linear convolution einsum _grouped_mm embedding".split())
 ADDITIONS = frozenset({"add", "add_"})
 MAX_NUMEL = 2**22
 """Larger tensors are not traced: activations of a few tokens are smaller, dequantized weights are larger."""
-MAX_DEPTH = 8
-"""Most operations between a branch's last module and the sum."""
-Key = int
-"""Identifies a tensor by its storage, as long as the tensor lives."""
+MAX_DEPTH = 8  # most operations between a branch's last module and the sum
+Key = int  # identifies a tensor by its storage, as long as the tensor lives
 UNKNOWN: Key = -1
 
 
@@ -47,28 +43,19 @@ class Branch:
     """One residual branch of a block; names are full names of modules."""
 
     block: str
-    kind: str
-    """attention (mixes tokens) or feed_forward."""
-    entry: str
-    """The first module of the branch: its first input is the input of the branch."""
-    exit: str
-    """The last module of the branch: its output is added to the residual stream."""
-    width: int
-    """Width of the residual stream."""
+    kind: str  # attention (mixes tokens) or feed_forward
+    entry: str  # the first module of the branch: its first input is the input of the branch
+    exit: str  # the last module of the branch: its output is added to the residual stream
+    width: int  # width of the residual stream
 
 
 def find_branches(model: nn.Module) -> list[Branch]:
-    """The branches of every block, in the order in which they are added.
-
-    Raises:
-        ModelError: there are no blocks, or no residual sums in them.
-    """
+    """The branches of every block, as they are added; raises ModelError for a model without blocks or residual sums."""
     prefix, blocks = find_blocks(model)
     tracer = _Tracer()
     with ExitStack() as hooks:
         for number, block in enumerate(blocks):
-            for hook in tracer.hooks(f"{prefix}.{number}", block):
-                hooks.enter_context(hook)
+            tracer.hook(f"{prefix}.{number}", block, hooks)
         try:
             with packing.eval_modules(model), torch.no_grad(), tracer:
                 model(**_inputs(model))
@@ -95,8 +82,7 @@ class _Tracer(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.branches: dict[str, list[Branch]] = {}
-        """By the name of the block."""
+        self.branches: dict[str, list[Branch]] = {}  # by the name of the block
         self._trace: _BlockTrace | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,14 +93,13 @@ class _Tracer(TorchDispatchMode):
             self._trace.record(known, list(_tensors([*args, *(kwargs or {}).values()])), list(_tensors([output])))
         return output
 
-    def hooks(self, name: str, block: nn.Module) -> Iterator[Any]:
-        """Hooks on a block and on every module in it."""
-        yield block.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True)
+    def hook(self, name: str, block: nn.Module, hooks: ExitStack) -> None:
+        """Hooks a block and every module in it."""
         for inner, module in block.named_modules():
-            if inner:
-                yield module.register_forward_pre_hook(partial(self._enter, inner), with_kwargs=True)
-                yield module.register_forward_hook(partial(self._leave, inner))
-        yield block.register_forward_hook(partial(self._end, name))
+            enter = partial(self._enter, inner) if inner else partial(self._begin, name)
+            leave = partial(self._leave, inner) if inner else partial(self._end, name)
+            hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(leave))
 
     def _begin(self, block: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         stream = next(_tensors([*args, *kwargs.values()]), None)
@@ -128,7 +113,9 @@ class _Tracer(TorchDispatchMode):
 
     def _leave(self, name: str, _: nn.Module, args: Any, output: Any) -> None:
         if self._trace is not None:
-            self._trace.record_module(name, output)
+            keys = tuple(self._trace.key(tensor) for tensor in _tensors([output]))
+            fits = isinstance(output, Tensor) and self._trace.fits(output)
+            self._trace.module_outputs.append((name, keys, fits))
 
     def _end(self, block: str, *_: Any) -> None:
         if self._trace is not None and (branches := list(self._trace.find_branches(block))):
@@ -140,13 +127,10 @@ class _Tracer(TorchDispatchMode):
 class _BlockTrace:
     """The dataflow inside one block."""
 
-    first: Tensor
-    """The block's input."""
+    first: Tensor  # the block's input
     stream: set[Key] = field(default_factory=set)
-    parents: dict[Key, set[Key]] = field(default_factory=dict)
-    """The inputs that each tensor was computed from."""
-    addends: list[Key] = field(default_factory=list)
-    """Tensors that were added to the stream."""
+    parents: dict[Key, set[Key]] = field(default_factory=dict)  # the inputs that each tensor was computed from
+    addends: list[Key] = field(default_factory=list)  # tensors that were added to the stream
     inplace_addends: dict[Key, list[Key]] = field(default_factory=dict)
     """Tensors that were added in place to one outside the stream: another branch."""
     per_head: set[Key] = field(default_factory=set)
@@ -154,8 +138,7 @@ class _BlockTrace:
     module_inputs: list[tuple[str, Key]] = field(default_factory=list)
     module_outputs: list[tuple[str, tuple[Key, ...], bool]] = field(default_factory=list)
     """Name, outputs, and whether the only output is a tensor of the stream's shape."""
-    references: list[Tensor] = field(default_factory=list)
-    """Keeps the tensors alive, so that no key is used twice."""
+    references: list[Tensor] = field(default_factory=list)  # keeps the tensors alive, so that no key is used twice
 
     def __post_init__(self) -> None:
         self.stream.add(self.key(self.first))
@@ -169,10 +152,6 @@ class _BlockTrace:
     def fits(self, tensor: Tensor) -> bool:
         """Whether it has the stream's size and width; rows and tokens may be flattened."""
         return tensor.numel() == self.first.numel() and tensor.shape[-1] == self.first.shape[-1]
-
-    def record_module(self, name: str, output: Any) -> None:
-        fits = isinstance(output, Tensor) and self.fits(output)
-        self.module_outputs.append((name, tuple(self.key(tensor) for tensor in _tensors([output])), fits))
 
     def record(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         keys = [self.key(tensor) for tensor in inputs]
@@ -216,27 +195,21 @@ class _BlockTrace:
     def _ancestors(self, output: Key) -> set[Key]:
         """Everything that a branch's output was computed from, down to the stream."""
         ancestors: set[Key] = set()
-        pending = [output]
+        pending = {output}
         while pending:
-            key = pending.pop()
-            if key not in ancestors:
-                ancestors.add(key)
-                pending += self.parents.get(key, set()) - self.stream
+            ancestors |= pending
+            pending = {parent for key in pending for parent in self.parents.get(key, ())} - self.stream - ancestors
         return ancestors
 
     def _entry(self, inside: set[Key]) -> str | None:
         """The first module that reads the stream and whose outputs belong to the branch alone."""
-        outputs_of = {name: set(keys) for name, keys, _ in self.module_outputs}
+        outputs_of = {name: set(keys) for name, keys, _ in self.module_outputs if self.calls.count(name) == 1}
         for name, key in self.module_inputs:
             outputs = outputs_of.get(name, set())
-            if key in self.stream and self.calls.count(name) == 1 and outputs & inside and not outputs & self.stream:
+            if key in self.stream and outputs & inside and not outputs & self.stream:
                 return name
         return None
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+    return (leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor))

@@ -23,12 +23,9 @@ FUSED_ATTENTION = "_scaled_dot_product_"
 
 def checkpoint_activations(model: Any, mode: str) -> None:
     """Enables the checkpointing of a transformers (or peft) model: ``full`` or ``selective``; ``off`` does nothing."""
-    if mode == "off":
-        return
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        arguments["context_fn"] = selective_contexts
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    if mode != "off":
+        contexts = {"context_fn": selective_contexts} if mode == "selective" else {}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **contexts})
 
 
 def selective_contexts() -> tuple[_Selective, _Selective]:
@@ -40,22 +37,15 @@ def selective_contexts() -> tuple[_Selective, _Selective]:
 def policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
     """Saves the results of matmuls with weights and of fused attention; recomputes all else.
 
-    Operations that draw random numbers are always recomputed: skipping one would shift the random numbers of all later
-    dropouts.
+    What draws random numbers is always recomputed: skipping it would shift the random numbers of all later dropouts.
     """
     schema = getattr(operation, "_schema", None)
     name = schema.name.partition("::")[2] if schema else ""
-    save = name in MATMULS | QUANTIZED_MATMULS or (
-        name.startswith(FUSED_ATTENTION) and not _argument(schema, "dropout_p", arguments, named)
-    )
+    save = name in MATMULS | QUANTIZED_MATMULS
+    if name.startswith(FUSED_ATTENTION):
+        values = dict(zip((argument.name for argument in schema.arguments), arguments)) | named
+        save = not values.get("dropout_p")
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _argument(schema: Any, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The value of an operation's argument, None if it has its default."""
-    names = [argument.name for argument in schema.arguments]
-    position = names.index(name) if name in names else len(arguments)
-    return arguments[position] if position < len(arguments) else named.get(name)
 
 
 class _Selective:

@@ -6,9 +6,9 @@ On short rows, torch's fused CPU kernel spends two thirds of its time in the bf1
 with which torch writes all weights to memory several times. So this module serves bf16, and fp32 with dropout. It
 processes queries in blocks; causal blocks only read the keys up to their own end, heads that share keys are one matmul,
 and matmuls are in the inputs' dtype with the softmax in fp32, the precision of transformers' eager attention. Few rows
-are processed at a time, so that the weights of a tile stay in the processor's cache: allocating memory for all of them
-costs several times their matmuls. The backward pass recomputes each block's weights (as in FlashAttention, Dao et al.
-2022, arXiv:2205.14135); only those of short rows, which are small, and dropout masks are saved.
+are processed at a time, so that the weights of a tile stay in the processor's cache. The backward pass recomputes each
+block's weights (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); only those of short rows and dropout masks
+are saved.
 
 Shape suffixes: B rows × key heads, G query heads per key head, T queries, S keys, D head width.
 """
@@ -32,10 +32,8 @@ from peftkit.models.kernels import dropout
 
 NAME = "peftkit_cpu"
 DTYPES = (torch.bfloat16, torch.float32)
-BLOCK = 128
-"""Queries per tile."""
-TILE = 1 << 20
-"""Most attention weights per tile, unless one row's block has more."""
+BLOCK = 128  # queries per tile
+TILE = 1 << 20  # most attention weights per tile, unless one row's block has more
 MAX_SAVED = 2
 """Attention weights (fp32) are saved for the backward pass if there are at most this many per number in the queries."""
 
@@ -82,21 +80,19 @@ def attend(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [rows, heads, T, D] → [rows, T, heads, D]."""
-    if not _is_supported(query, key, attention_mask, dropout, arguments):
+    if torch.compiler.is_compiling() or not _is_supported(query, key, attention_mask, dropout, arguments):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **arguments
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    causal = bool(causal) and attention_mask is None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return blockwise(query, key, value, attention_mask, causal, scale, dropout), None
+    return blockwise(query, key, value, attention_mask, bool(causal) and attention_mask is None, scale, dropout), None
 
 
 def _is_supported(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, arguments: dict[str, Any]) -> bool:
-    if torch.compiler.is_compiling() or query.device.type != "cpu":
-        return False
     # in fp32 torch's fused kernel is fast, but does not support dropout
-    if query.dtype != torch.bfloat16 and not (query.dtype == torch.float32 and dropout > 0):
+    served = query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and dropout > 0)
+    if not served or query.device.type != "cpu":
         return False
     plain = not any(arguments.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
     full_rows = query.shape[2] == key.shape[2] > 1
@@ -113,7 +109,7 @@ def blockwise(
         query: [rows, heads, T, D].
         key, value: [rows, key heads, T, D]; the number of heads is a multiple of the key heads.
         mask: bool, True where attention is allowed, [rows or 1, 1, T or 1, T]; None allows all.
-        causal: whether queries only see keys up to their own position; False with a mask, which then decides.
+        causal: whether queries only see keys up to their own position; False with a mask.
     """
     return _Blockwise.apply(query, key, value, mask, causal, scale, dropout)  # type: ignore[no-any-return]
 
@@ -197,10 +193,7 @@ def _tiles(query: Tensor, mask: Tensor | None, causal: bool) -> tuple[list[_Tile
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The additive form of a mask, None if it masks nothing; computed once for all layers that share the mask.
-
-    Addition is several times faster than ``masked_fill``.
-    """
+    """The additive form of a mask (several times faster than ``masked_fill``), None if it masks nothing; cached."""
     forms = _ADDITIVE_MASKS.setdefault(mask, {})
     if dtype not in forms:
         zeros = torch.zeros(mask.shape, dtype=dtype)

@@ -6,7 +6,6 @@ compiled. peftkit's own kernels step aside during compilation, so that the compi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -18,13 +17,7 @@ from peftkit.models.patching import with_forward
 
 
 def check(device: str, checkpointing: str, *, sharded: bool = False) -> None:
-    """Raises RecipeError unless ``training.compile`` works here.
-
-    Args:
-        device: device type used for training: cpu, cuda, mps.
-        checkpointing: ``training.gradient_checkpointing``.
-        sharded: whether parameters are sharded over processes.
-    """
+    """Raises RecipeError unless ``training.compile`` works on this device type, with this activation checkpointing."""
     if checkpointing == "selective":
         raise RecipeError(
             "training.compile fuses a block, so that gradient_checkpointing=selective finds no matmuls to save; set "
@@ -32,31 +25,23 @@ def check(device: str, checkpointing: str, *, sharded: bool = False) -> None:
         )
     if sharded:
         raise RecipeError("training.compile does not support parameters sharded over processes; set it to false")
-    reason = _failure(device)
-    if reason:
+    if reason := _failure(device):
         raise RecipeError(
             f"training.compile: torch's compiler does not work on {device} here ({reason}); install what it needs "
             "(Triton on a GPU, a C++ compiler on a CPU), or set training.compile=false"
         )
 
 
-def compile_blocks(model: Any) -> int:
-    """Compiles the training passes of a model's blocks at their first call; returns the number of blocks.
+def compile_blocks(model: Any) -> None:
+    """Compiles the training passes of a model's blocks at their first call.
 
     Only classes change: names, parameters and checkpoints stay, and copies of the model are compiled too. The
     compiler's caches are reset, because torch recompiles a function a few times at most and then runs it uncompiled.
     """
     torch.compiler.reset()
-    blocks = find_blocks(unwrap(model))[1]
-    for block in blocks:
+    for block in find_blocks(unwrap(model))[1]:
         cls: Any = type(block)
         block.__class__ = _compiled(cls)
-    return len(blocks)
-
-
-def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """A context in which compiled blocks run uncompiled."""
-    return torch.compiler.set_stance("force_eager")
 
 
 @functools.cache

@@ -2,33 +2,26 @@
 
     y = x · m / (1 − p),   m = 1 with probability 1 − p
 
-torch draws a double for every element. Here one 64-bit draw serves four elements, each kept or dropped by 16 bits of
-its own, and a few operations on 16-bit integers turn them into one tensor of mask and factor. The bits come from
-numpy's SFC64, seeded from torch's generator, which by itself takes half as long again. p is rounded to a multiple of
-2⁻¹⁶ (0.1 becomes 0.10001), and in bf16 1/(1 − p) to bf16, as in torch.
+torch draws a double for every element. Here one 64-bit draw of numpy's SFC64, seeded from torch's generator, serves
+four elements, and a few operations on 16-bit integers turn it into mask and factor. p is rounded to a multiple of 2⁻¹⁶
+(0.1 becomes 0.10001), and in bf16 1/(1 − p) to bf16, as in torch.
 """
 
 from __future__ import annotations
 
 import functools
-import struct
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-STEPS = 1 << 16
-"""Number of probabilities that 16 bits represent."""
+STEPS = 1 << 16  # number of probabilities that 16 bits represent
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 def mask(shape: torch.Size, p: float, dtype: torch.dtype, seed: int | None = None) -> Tensor:
-    """1/(1 − p) where an element is kept, 0 where it is dropped, on the CPU.
-
-    Args:
-        seed: of a separate generator, to reproduce the same mask later; None draws from torch's generator.
-    """
+    """1/(1 − p) where an element is kept, 0 where it is dropped, on the CPU; the same ``seed`` gives the same mask."""
     if dtype not in DTYPES:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         keep = torch.empty(shape, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
@@ -74,5 +67,5 @@ def use_cpu_dropout(model: Any) -> int:
 @functools.cache
 def _bits(value: float) -> int:
     """A number, rounded to bf16, as a 16-bit integer; without tensors, because planning runs without data."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    return int(bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to the nearest, ties to even
+    bits = int(np.float32(value).view(np.uint32))
+    return bits + 0x7FFF + (bits >> 16 & 1) >> 16  # to the nearest, ties to even

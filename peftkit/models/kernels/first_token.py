@@ -3,13 +3,7 @@
 The last block needs keys and values at every token, but query, output projection and feed-forward network only where
 their result is read. BERT, RoBERTa, ELECTRA and similar models classify by the first token (Devlin et al. 2019,
 arXiv:1810.04805, section 3.2). Skipping the other tokens saves ten twelfths of a block's matmuls: 14 % of a model of
-six blocks, 7 % of one of twelve, forward and backward.
-
-    shorten_last_block(model)      # True if a trial on a few tokens gave the same scores
-    with reading_first_token():
-        model(**inputs).logits
-
-Outside of the context the block computes every token.
+six blocks, 7 % of one of twelve, forward and backward. Outside ``reading_first_token`` the block computes every token.
 """
 
 from __future__ import annotations
@@ -30,8 +24,7 @@ from peftkit.models.blocks import find_blocks, unwrap
 from peftkit.models.packing import eval_modules
 
 ACTIVE: ContextVar[bool] = ContextVar("ACTIVE", default=False)
-ATTENTIONS = ("eager", "sdpa", "peftkit_cpu")
-"""Attention implementations with masks of [rows, 1, queries, keys]."""
+ATTENTIONS = ("eager", "sdpa", "peftkit_cpu")  # attention implementations with masks of [rows, 1, queries, keys]
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = 3e-2
 """Largest difference of scores in the trial, relative to the largest score; half precision rounds coarsely."""
@@ -57,10 +50,10 @@ def shorten_last_block(model: nn.Module) -> bool:
     if not _is_known(last) or inner.config._attn_implementation not in ATTENTIONS or "forward" in vars(last):
         return False
     last.forward = MethodType(_forward, last)  # its class stays the same as that of the other blocks
-    if not _same_scores(inner):
+    same = _same_scores(inner)
+    if not same:
         del last.forward
-        return False
-    return True
+    return same
 
 
 def _is_known(block: Any) -> bool:
@@ -115,6 +108,5 @@ def _same_scores(model: Any) -> bool:
                 scores = model(**inputs).logits.float()
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
-    if scores.shape != expected.shape:
-        return False
-    return bool((scores - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-6))
+    tolerance = TOLERANCE * expected.abs().max().clamp(min=1e-6)
+    return scores.shape == expected.shape and bool((scores - expected).abs().max() <= tolerance)

@@ -2,12 +2,11 @@
 
     loss = − Σ_t log softmax(f(W h_t + b))[target_t],   t: scored tokens
 
-f is the architecture's scaling and soft-capping of logits. The model runs unchanged, adapters and wrappers included,
-except for the forward of its output layer. That is replaced by a function that takes the hidden states [rows, tokens,
-width], selects the scored ones, and computes loss *and gradient* chunk by chunk, so that [tokens, vocabulary] is never
-allocated (compare Wijmans et al. 2024, arXiv:2411.09009). On a CPU the softmax of a chunk runs in slices that fit its
-caches. f is read from the config and verified with artificial logits; if it stays unknown, the model's full logits are
-used, with a warning.
+f is the architecture's scaling and soft-capping of logits. The model runs unchanged except for the forward of its
+output layer. That is replaced by a function that takes the hidden states [rows, tokens, width], selects the scored
+ones, and computes loss *and gradient* chunk by chunk, so that [tokens, vocabulary] is never allocated (compare Wijmans
+et al. 2024, arXiv:2411.09009). On a CPU the softmax of a chunk runs in slices that fit its caches. f is read from the
+config and verified with artificial logits; if it stays unknown, the model's full logits are used, with a warning.
 
 Shape suffixes: S scored tokens, H width, V vocabulary.
 """
@@ -32,10 +31,8 @@ from peftkit.models.blocks import unwrap
 from peftkit.models.patching import replaced_forward
 
 IGNORE = -100
-CHUNK_BYTES = 32 * 2**20
-"""Bound on a chunk of logits. One is alive at a time on a CPU; elsewhere three are, in fp32."""
-SLICE_BYTES = 4 * 2**20
-"""Bound on an fp32 slice of a chunk on a CPU; two are alive at a time."""
+CHUNK_BYTES = 32 * 2**20  # bound on a chunk of logits. One is alive at a time on a CPU; elsewhere three are, in fp32
+SLICE_BYTES = 4 * 2**20  # bound on an fp32 slice of a chunk on a CPU; two are alive at a time
 SIMULATE_GPU: ContextVar[bool] = ContextVar("SIMULATE_GPU", default=False)
 """Set while planning traces a GPU's pass on a CPU: a chunk is one slice then."""
 log = logging.getLogger(__name__)
@@ -83,29 +80,24 @@ def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
             the model's other inputs. Where ``position_ids`` restart at 0, documents are isolated and the first token of
             a document is not scored.
     """
-    targets = scored(batch)
-    keep = (targets != IGNORE).flatten().nonzero().squeeze(1)
-    shaping = _shaping(model, batch["input_ids"])
-    if shaping is None:
-        logits_SV = _wide(_full_logits(model, batch, keep))
-        return F.cross_entropy(logits_SV, targets.flatten()[keep], reduction="sum")
-    return _at_output(model, batch, keep, lambda hidden_SH, output: _sum(hidden_SH, targets.flatten()[keep], output))
+    targets_S, keep = _scored(batch)
+    if _shaping(model, batch["input_ids"]) is None:
+        return F.cross_entropy(_wide(_full_logits(model, batch, keep)), targets_S, reduction="sum")
+    return _at_output(model, batch, keep, lambda hidden_SH, output: _sum(hidden_SH, targets_S, output))
 
 
 def row_outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each row's summed ``loss``, ``weight`` (scored tokens) and ``correct`` (label was the argmax): [rows] fp32."""
-    targets = scored(batch)
-    keep = (targets != IGNORE).flatten().nonzero().squeeze(1)
-    targets_S = targets.flatten()[keep]
+    targets_S, keep = _scored(batch)
     with torch.no_grad():
-        shaping = _shaping(model, batch["input_ids"])
-        if shaping is None:
+        if _shaping(model, batch["input_ids"]) is None:
             losses, correct = _token_scores([_full_logits(model, batch, keep)], targets_S, Shaping())
         else:
             losses, correct = _at_output(model, batch, keep, lambda h, output: _chunked_scores(h, targets_S, output))
-    rows = keep // targets.shape[1]
+    count, tokens = batch["labels"].shape
+    rows = keep // (tokens - 1)
     return {
-        name: torch.zeros(len(targets), device=rows.device).index_add_(0, rows, values.float())
+        name: torch.zeros(count, device=rows.device).index_add_(0, rows, values.float())
         for name, values in {"loss": losses, "weight": torch.ones_like(losses), "correct": correct}.items()
     }
 
@@ -117,6 +109,13 @@ def scored(batch: dict[str, Tensor]) -> Tensor:
     return targets if positions is None else targets.masked_fill(positions[:, 1:] == 0, IGNORE)
 
 
+def _scored(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Labels of the scored positions, and their indices among all rows' positions but the last: [S], [S]."""
+    targets = scored(batch).flatten()
+    keep = (targets != IGNORE).nonzero().squeeze(1)
+    return targets[keep], keep
+
+
 def assume_declared_shaping(model: Any) -> None:
     """Skips the verification of the shaping that the model's config declares."""
     base = unwrap(model)
@@ -124,16 +123,12 @@ def assume_declared_shaping(model: Any) -> None:
 
 
 def _at_output(model: Any, batch: dict[str, Tensor], keep: Tensor, compute: Callable[..., Any]) -> Any:
-    """Runs the model with ``compute(scored hidden states, output layer)`` in place of its output layer.
-
-    Only the layer's ``forward`` is replaced, so that hooks around its call (sharding, offloading) still run.
-    """
+    """Runs the model with ``compute(scored hidden states, output layer)`` as its output layer's ``forward``."""
     base, results = unwrap(model), []
     module = base.get_output_embeddings()
     output = OutputLayer(module, module.forward, _SHAPING[base] or Shaping(), base.config.get_text_config().vocab_size)
     tokens = batch["labels"].shape[1]
-    # may run trials of the model, which need its output layer
-    arguments = packing.inputs(batch, model) | packing.no_cache(model)
+    arguments = packing.inputs(batch, model) | packing.no_cache(model)  # may run trials, which need the output layer
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         own = hidden[:, -tokens:]  # without the vectors of a learned prompt
@@ -160,11 +155,10 @@ def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
     if trained or not plain or hasattr(output.module, "_hf_hook"):
         return _AnyOutputLayer.apply(hidden_SH, targets_S, output, *trained)  # type: ignore[no-any-return]
     weight: Tensor = output.module.weight  # type: ignore[assignment]
-    bias = output.module.bias
-    fused = _fused_kernel(hidden_SH.device.type)
+    bias, device, dtype = output.module.bias, hidden_SH.device.type, weight.dtype
+    fused = _fused_kernel(device)
     if fused is not None and output.shaping.scale == 1.0 and bias is None and len(targets_S):
         return fused(hidden_SH, weight, targets_S, output.shaping.cap)
-    device, dtype = hidden_SH.device.type, weight.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return _FrozenMatrix.apply(hidden_SH, weight.to(dtype), bias, targets_S, output)  # type: ignore[no-any-return]
@@ -330,12 +324,8 @@ def _find_shaping(model: Any, base: Any, input_ids: Tensor) -> Shaping | None:
         outputs.append(line.roll(output.shape[-1] // 2).view(output.shape).to(output.dtype))
         return outputs[-1]
 
-    hook = module.register_forward_hook(replace)
-    try:
-        with packing.eval_modules(model), torch.no_grad():
-            logits = model(input_ids=input_ids, **packing.no_cache(model)).logits
-    finally:
-        hook.remove()
+    with module.register_forward_hook(replace), packing.eval_modules(model), torch.no_grad():
+        logits = model(input_ids=input_ids, **packing.no_cache(model)).logits
     if len(outputs) != 1 or outputs[0].dim() != 3 or outputs[0].shape != logits.shape:
         return None
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
@@ -350,7 +340,5 @@ def _declared(config: Any) -> list[Shaping]:
     scales = [1.0, *(float(getattr(config, name, None) or 1) for name in ("logit_scale", "lm_head_multiplier"))]
     scales.append(1 / float(getattr(config, "logits_scaling", None) or 1))
     caps = [None, *(getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))]
-    return [
-        Shaping(scale, float(cap) if cap else None)
-        for scale, cap in product(dict.fromkeys(scales), dict.fromkeys(caps))
-    ]
+    combinations = product(dict.fromkeys(scales), dict.fromkeys(caps))
+    return [Shaping(scale, float(cap) if cap else None) for scale, cap in combinations]

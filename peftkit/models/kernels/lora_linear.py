@@ -2,10 +2,9 @@
 
     y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ
 
-All matmuls run in x's dtype, without an fp32 copy of x, and nothing as wide as y is allocated besides y: the second
-low-rank matmul is accumulated in place. x is saved for the backward pass, and x Aᵀ if it is narrow; a wider one is
-recomputed. The gradient by x is one matmul with W, to which the low-rank part is added in place. It is skipped where x
-needs none, so that the backward pass ends at the lowest adapted layer.
+All matmuls run in x's dtype, without an fp32 copy of x, and the second low-rank matmul is accumulated into y in place.
+x is saved for the backward pass, and x Aᵀ if it is narrow. The gradient by x is one matmul with W, to which the
+low-rank part is added in place; it is skipped where x needs none.
 
 Shape suffixes: N tokens, I and O width of input and output, R rank.
 """
@@ -24,8 +23,7 @@ from torch.autograd.function import once_differentiable
 from peftkit.models.kernels import dropout
 
 Weight = Tensor | Callable[[torch.dtype], Tensor]
-NARROW = 16
-"""x Aᵀ is saved for the backward pass if x has at least this many times as many columns."""
+NARROW = 16  # x Aᵀ is saved for the backward pass if x has at least this many times as many columns
 MATMULS_ARE_SAVED: ContextVar[bool] = ContextVar("MATMULS_ARE_SAVED", default=False)
 """Set while selective checkpointing saves the results of matmuls, which must then not be changed in place."""
 
@@ -38,9 +36,7 @@ def linear(
     Args:
         x: [..., I] in the weight's dtype.
         weight_OI: frozen; or a function that dequantizes it to a dtype, called once per pass in each direction.
-        bias_O: frozen.
         a_RI, b_OR: trained, in any dtype; cast to x's once per call.
-        scale: s.
         p: probability of dropping an element of x before A.
     """
     return _Linear.apply(x, weight_OI, bias_O, a_RI, b_OR, scale, p)  # type: ignore[no-any-return]
@@ -125,20 +121,19 @@ def _gradients(
     scale, p = ctx.scale, ctx.p
     grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
     x_NI = x.reshape(-1, x.shape[-1])
-    a_RI, mask_NI = a.to(x.dtype), None
-    if keep is not None and keep.dtype != torch.bool:
+    a_RI, mask_NI, factor = a.to(x.dtype), None, 1.0
+    if keep is not None and keep.dtype == torch.bool:
+        mask_NI, factor = keep.reshape(x_NI.shape), 1 / (1 - p)
+        x_NI = x_NI * mask_NI * factor
+    elif keep is not None:
         mask_NI = dropout.mask(x_NI.shape, p, x.dtype, int(keep))
         x_NI = x_NI * mask_NI
-    elif keep is not None:
-        mask_NI = keep.reshape(x_NI.shape)
-        x_NI = x_NI * mask_NI * (1 / (1 - p))
     small_NR = x_NI @ a_RI.T if small is None else small
     grad_NR = (grad_NO @ b.to(grad_NO.dtype)).mul_(scale)
     grad_a = (grad_NR.T @ x_NI).to(a.dtype)
     grad_b = (grad_NO.T @ small_NR).mul_(scale).to(b.dtype)
     if grad_x is not None and mask_NI is None:
         grad_x.view(x_NI.shape).addmm_(grad_NR, a_RI)
-    elif grad_x is not None and mask_NI is not None:
-        factor = 1.0 if mask_NI.is_floating_point() else 1 / (1 - p)
+    elif grad_x is not None:
         grad_x.view(x_NI.shape).addcmul_(grad_NR @ a_RI, mask_NI, value=factor)
     return grad_x, grad_a, grad_b

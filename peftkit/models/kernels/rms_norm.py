@@ -3,9 +3,7 @@
     y = w · x / √(mean(x²) + ε)
 
 transformers' layer consists of eight operations, for which autograd saves two copies of x in fp32 and two in bf16. The
-same operations here give the same bits, and the backward pass converts x to fp32 once more.
-
-Shape suffixes: N tokens, H width.
+same operations here give the same bits, and the backward pass converts x to fp32 once more. Shape suffix: H width.
 """
 
 from __future__ import annotations

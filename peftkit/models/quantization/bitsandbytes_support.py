@@ -1,16 +1,19 @@
-"""What both quantizations need: bitsandbytes itself, gradients that stay correct, and dequantized weights."""
+"""What both quantizations need: loading, gradients that stay correct, and dequantized weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
+from peftkit.schema.quantization import Quantization
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from peftkit.schema.recipe import ModelConfig
 
 Dequantize = Callable[["torch.dtype"], "torch.Tensor"]
 
@@ -27,30 +30,38 @@ def optimizers() -> Any:
     return optim
 
 
-def require_bitsandbytes(kind: str) -> None:
-    """Raises ModelError, with the line that installs it, if bitsandbytes is missing."""
-    if not is_installed():
-        raise ModelError(f"quantization.kind={kind} needs bitsandbytes: run `pip install 'peftkit[quantization]'`")
+class BitsAndBytes(Quantization):
+    """A quantization that bitsandbytes implements, on CUDA and on the CPU."""
+
+    def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
+        """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        from peftkit.models.dtypes import dtype_for
+
+        if not is_installed():
+            raise ModelError(
+                f"quantization.kind={self.kind} needs bitsandbytes: run `pip install 'peftkit[quantization]'`"
+            )
+        compute_dtype = dtype_for(model, "cuda" if torch.cuda.is_available() else "cpu")
+        return {"quantization_config": BitsAndBytesConfig(**self.config_arguments(compute_dtype, head_names))}
 
 
-def keep_gradients(model: nn.Module) -> int:
-    """Prevents quantized layers from switching to a kernel without a backward pass; returns how many could have.
+def keep_gradients(model: nn.Module) -> None:
+    """Prevents quantized layers from switching to a kernel without a backward pass.
 
     On processors with AVX512-BF16, ``bitsandbytes.nn.Linear4bit`` repacks its weight at its first evaluation without
     gradients, for a faster kernel that has no backward pass: training afterwards silently gets wrong gradients. Its
     attribute ``support_avx512bf16_for_cpu`` decides. gptqmodel's layers do the same in half precision if their first
     pass is an evaluation, and record that in ``linear_mode``. This can go once both libraries switch back in training.
     """
-    changed = 0
     for module in model.modules():
         layer: Any = module
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
-            changed += 1
         if getattr(layer, "linear_mode", "") is None:
             layer.linear_mode = "train"
-            changed += 1
-    return changed
 
 
 def dequantizer(layer: Any) -> Dequantize | None:

@@ -1,7 +1,5 @@
-"""Bases whose checkpoint is already quantized: GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978), HQQ, torchao, and
-checkpoints saved by bitsandbytes. They serve as frozen bases, loaded by transformers.
-
-Everything here is read from ``config.json``, so that what cannot work is refused before weights are downloaded or read.
+"""Frozen bases whose checkpoint is already quantized: GPTQ (arXiv:2210.17323), AWQ (arXiv:2306.00978), HQQ, torchao,
+bitsandbytes. Only ``config.json`` is read, so that what cannot work is refused before weights are downloaded.
 """
 
 from __future__ import annotations
@@ -26,9 +24,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
     "hqq": (("hqq",), "pip install hqq"),
     "torchao": (("torchao",), "pip install torchao"),
 }
-"""Modules that the kernels of each kind need, and how to install them, by transformers' ``quant_method``.
-
-These are the kinds that transformers loads and peft's layers support."""
+"""The kinds that transformers loads and peft supports: modules that their kernels need, and how to install them."""
 
 
 def quantized_with(config: Any) -> str | None:
@@ -58,15 +54,13 @@ def check(config: Any, recipe: Recipe) -> str | None:
     if kind is None:
         return None
     modules, install = KERNELS[kind]
+    what = f"model.source={recipe.model.source}: its weights are quantized with {kind}"
     if missing := [name for name in modules if find_spec(name) is None]:
-        raise ModelError(
-            f"model.source={recipe.model.source}: its weights are quantized with {kind}, whose kernels are not "
-            f"installed ({', '.join(missing)}); run `{install}`"
-        )
+        raise ModelError(f"{what}, whose kernels are not installed ({', '.join(missing)}); run `{install}`")
     if kind == "hqq" and not _loads_hqq():
         raise ModelError(
-            f"model.source={recipe.model.source}: its weights are quantized with hqq, which this version of "
-            "transformers cannot load; use the unquantized model with quantization.kind=nf4"
+            f"{what}, which this version of transformers cannot load; use the unquantized model with "
+            "quantization.kind=nf4"
         )
     return kind
 
@@ -83,10 +77,9 @@ def check_recipe(config: Any, recipe: Recipe) -> str | None:
         return None
     source = recipe.model.source
     if kind not in KERNELS:
-        known = ", ".join(KERNELS)
         raise ModelError(
             f"model.source={source}: its weights are quantized with {kind}, which no method supports; use the "
-            f"unquantized model with quantization.kind=nf4, or a checkpoint of {known}"
+            f"unquantized model with quantization.kind=nf4, or a checkpoint of {', '.join(KERNELS)}"
         )
     if recipe.quantization is not None:
         raise ModelError(
@@ -101,10 +94,7 @@ def check_recipe(config: Any, recipe: Recipe) -> str | None:
 
 
 def runtime_config(config: Any, kind: str, skipped: Sequence[str], dtype: torch.dtype) -> dict[str, Any]:
-    """The checkpoint's quantization config for this run: kernels that have a backward pass, the run's own dtype.
-
-    ``skipped`` names the modules that stay unquantized, for kinds whose config names them.
-    """
+    """The checkpoint's quantization config with trainable kernels, the run's dtype, and modules left unquantized."""
     values = dict(config.quantization_config)
     if kind == "bitsandbytes":
         values |= {"llm_int8_skip_modules": list(skipped), "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}

@@ -1,26 +1,20 @@
 """INT8: frozen linear weights in 8 bits with one scale per row; outlier columns are multiplied separately (LLM.int8(),
-Dettmers et al. 2022, arXiv:2208.07339). Uses bitsandbytes, on CUDA and on the CPU.
-
-    quantization: {kind: int8, threshold: 6.0}
+Dettmers et al. 2022, arXiv:2208.07339).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from peftkit.models.quantization.bitsandbytes_support import require_bitsandbytes
-from peftkit.schema.quantization import Quantization
+from peftkit.models.quantization.bitsandbytes_support import BitsAndBytes
 from peftkit.schema.registries import QUANTIZATIONS
-
-if TYPE_CHECKING:
-    from peftkit.schema.recipe import ModelConfig
 
 
 @QUANTIZATIONS.register("int8")
-class Int8(Quantization):
+class Int8(BitsAndBytes):
     """8-bit integers, outlier columns unquantized (LLM.int8(), arXiv:2208.07339)."""
 
     kind: Literal["int8"] = "int8"
@@ -30,10 +24,3 @@ class Int8(Quantization):
     def config_arguments(self, compute_dtype: Any, head_names: Sequence[str]) -> dict[str, Any]:
         """See ``Quantization.config_arguments``."""
         return {"load_in_8bit": True, "llm_int8_threshold": self.threshold, "llm_int8_skip_modules": list(head_names)}
-
-    def load_arguments(self, model: ModelConfig, head_names: Sequence[str]) -> dict[str, Any]:
-        """See ``Quantization.load_arguments``; raises ModelError where bitsandbytes is missing."""
-        from transformers import BitsAndBytesConfig
-
-        require_bitsandbytes(self.kind)
-        return {"quantization_config": BitsAndBytesConfig(**self.config_arguments(None, head_names))}

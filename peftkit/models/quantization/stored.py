@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 SCALES_4BIT, SCALES_8BIT, STATE = ".weight.absmax", ".SCB", ".weight.quant_state.bitsandbytes__"
 TABLES = 16 * 4 + 256 * 4 + 4
 """Bytes of the lookup tables and the offset that double quantization stores with each weight."""
@@ -23,10 +25,8 @@ class WeightFormat:
 
     kind: str
     double: bool = False
-    block: int = 64
-    """Weights per scale, in 4 bits."""
-    outer: int = 256
-    """Scales per scale of the scales."""
+    block: int = 64  # weights per scale, in 4 bits
+    outer: int = 256  # scales per scale of the scales
 
     def weight_bytes(self, weights: int) -> int:
         """Bytes of the packed weights."""
@@ -43,10 +43,9 @@ class WeightFormat:
 
 
 def never_packed(model: Any, heads: Sequence[str], others: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """Names of the model's modules that must not be quantized when the checkpoint is loaded.
+    """Names of the modules that must not be quantized when a checkpoint is loaded into a model on the meta device.
 
     Args:
-        model: on the meta device, its layers not replaced yet.
         heads: modules that are trained, and therefore never quantized.
         others: modules that are not quantized unless the files contain them so (output embeddings, a pooler, what the
             config names).
@@ -71,8 +70,6 @@ def never_packed(model: Any, heads: Sequence[str], others: Sequence[str], folder
 
 def nf4_format(folder: Path) -> WeightFormat | None:
     """The format of a 4-bit checkpoint's weights; None if its files have not been downloaded."""
-    from safetensors import safe_open
-
     for key, path in tensor_keys(folder):
         if STATE in key:
             with safe_open(path, framework="np") as file:
@@ -84,8 +81,6 @@ def nf4_format(folder: Path) -> WeightFormat | None:
 
 def tensor_keys(folder: Path) -> Iterator[tuple[str, Path]]:
     """Each tensor's key with its file; nothing if the files have not been downloaded."""
-    from safetensors import safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="np") as file:
             keys = list(file.keys())

@@ -15,7 +15,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from peftkit.models import classifier
+from peftkit.models import pooled_logits
 from peftkit.models.kernels import first_token
 
 SIZES = {
@@ -44,7 +44,7 @@ def batch(side="right"):
 
 
 def outcome(model, inputs):
-    logits = classifier.logits(model, inputs, "own")
+    logits = pooled_logits.logits(model, inputs, "own")
     grads = torch.autograd.grad(logits.square().sum(), [p for p in model.parameters() if p.requires_grad])
     return logits, grads
 
@@ -72,10 +72,10 @@ def test_less_is_computed_and_elsewhere_every_token_is():
     model = model_of(KNOWN["bert"]).eval()
     inputs = batch()
     with FlopCounterMode(display=False) as whole:
-        classifier.logits(model, inputs, "own")
+        pooled_logits.logits(model, inputs, "own")
     assert first_token.shorten_last_block(model)
     with FlopCounterMode(display=False) as short:
-        classifier.logits(model, inputs, "own")
+        pooled_logits.logits(model, inputs, "own")
     assert short.get_total_flops() < 0.75 * whole.get_total_flops()
     assert model.base_model(**inputs).last_hidden_state.shape == (4, 9, 32)
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+
+from peftkit.models.kernels import lora_linear
+from peftkit.models.patching import with_forward
+from peftkit.models.quantization.bitsandbytes_support import dequantizer
 
 
 def accelerate_lora(model: torch.nn.Module) -> int:
-    """Gives every LoRA layer over a linear one the faster forward pass, in place; returns their number.
-
-    Only the class changes: parameters, names, ``state_dict`` and what peft saves stay the same.
-    """
+    """Gives every LoRA layer over a linear one the faster forward pass, in place; returns their number."""
     layers = [module for module in model.modules() if type(module) in _peft_classes()]
     for layer in layers:
         cls: Any = type(layer)
@@ -50,8 +50,6 @@ def _peft_classes() -> frozenset[type]:
 
 @functools.cache
 def _fast_class(cls: Any) -> type[torch.nn.Module]:
-    from peftkit.models.patching import with_forward
-
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = None if args or any(value is not None for value in kwargs.values()) else _plain_adapter(self)
         output: torch.Tensor = cls.forward(self, x, *args, **kwargs) if adapter is None else _forward(self, x, adapter)
@@ -62,23 +60,15 @@ def _fast_class(cls: Any) -> type[torch.nn.Module]:
 
 def _plain_adapter(layer: Any) -> str | None:
     """The one active adapter of a plain layer, or None; torch.compile always gets peft's own forward."""
-    import torch
-
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias.get(active[0]):
-        return None
-    return active[0]
+    plain = len(active) == 1 and active[0] not in layer.lora_variant and not layer.lora_bias.get(active[0])
+    return active[0] if plain else None
 
 
 def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     """pretrained(x) + scaling · B A dropout(x)"""
-    import torch
-
-    from peftkit.models.kernels import lora_linear
-    from peftkit.models.quantization.bitsandbytes_support import dequantizer
-
     pretrained, device = layer.base_layer, x.device.type
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dropout = layer.lora_dropout[adapter]
@@ -92,8 +82,7 @@ def _forward(layer: Any, x: torch.Tensor, adapter: str) -> torch.Tensor:
     y = pretrained(x)
     if y._is_view():  # bitsandbytes' custom function returns a view, and autograd forbids adding to that in place
         y = y.clone(memory_format=torch.contiguous_format)
-    y = y.contiguous()
-    return lora_linear.add(y, x.to(y.dtype), *lora)
+    return lora_linear.add(y.contiguous(), x.to(y.dtype), *lora)
 
 
 def _must_be_called(layer: Any) -> bool:

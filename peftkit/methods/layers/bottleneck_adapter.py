@@ -3,27 +3,24 @@
     sequential  h ← h + s · (W_up f(W_down h + b) + b')      h: output of a branch
     parallel    h ← h + s · (W_up f(W_down x + b) + b')      x: input of the branch
 
-Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2021, arXiv:2110.04366.
 An adapter is a separate module in its block, connected by hooks, so that the base keeps its modules, parameter names
-and quantization.
-
-H is the width of the residual stream, D the width of the bottleneck.
+and quantization. H is the width of the residual stream, D the width of the bottleneck.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftkit.methods.layers.residual import Branch
 
-NAME = "bottleneck_adapters"
-"""Name of the module of a block that contains its adapters."""
+NAME = "bottleneck_adapters"  # name of the module of a block that contains its adapters
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh,
 }  # fmt: skip
@@ -36,21 +33,15 @@ class AdapterShape:
     """Everything about an adapter except its weights."""
 
     branch: Branch
-    size: int
-    """D."""
+    size: int  # D
     nonlinearity: str = "relu"
-    scaling: float | str = 1.0
-    """s, or "learned": a trained scalar that starts at 1."""
+    scaling: float | str = 1.0  # s, or "learned": a trained scalar that starts at 1
     dropout: float = 0.0
     parallel: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """The shape as plain values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> AdapterShape:
-        """The shape from ``to_json``; raises TypeError or KeyError for anything else."""
+        """The shape from the values of ``asdict``; raises TypeError or KeyError for anything else."""
         return cls(**{**values, "branch": Branch(**values["branch"])})
 
 
@@ -62,9 +53,9 @@ class BottleneckAdapter(nn.Module):
         self.shape = shape
         self.down = nn.Linear(shape.branch.width, shape.size, device=device)
         self.up = nn.Linear(shape.size, shape.branch.width, device=device)
-        self.scaling: Any = shape.scaling
-        if shape.scaling == "learned":
-            self.scaling = nn.Parameter(torch.ones((), device=device))
+        learned = shape.scaling == "learned"
+        self.scaling: Any = nn.Parameter(torch.ones((), device=device)) if learned else shape.scaling
+        self.handles: list[RemovableHandle] = []
         self._input: Tensor | None = None
 
     def initialize(self, init: str) -> None:
@@ -97,16 +88,9 @@ class BottleneckAdapter(nn.Module):
         x, self._input = self._input, None
         return output + self(x).to(output.dtype).view(output.shape)
 
-    def extra_repr(self) -> str:
-        return f"{self.shape.nonlinearity}, {'parallel' if self.shape.parallel else 'sequential'}"
-
 
 def insert(model: nn.Module, shapes: Sequence[AdapterShape], init: str = "zero") -> None:
-    """Inserts adapters into a model's blocks, in fp32 and on the blocks' devices.
-
-    Raises:
-        AttributeError: the model lacks a module that ``shapes`` names.
-    """
+    """Inserts adapters, in fp32 and on their blocks' devices; AttributeError where the model lacks their modules."""
     for shape in shapes:
         block = model.get_submodule(shape.branch.block)
         device = next(block.parameters()).device
@@ -116,17 +100,16 @@ def insert(model: nn.Module, shapes: Sequence[AdapterShape], init: str = "zero")
         if not hasattr(block, NAME):
             block.add_module(NAME, nn.ModuleDict())
         block.get_submodule(NAME).add_module(shape.branch.kind, adapter)
-        handles = [model.get_submodule(shape.branch.exit).register_forward_hook(adapter.add_to_branch)]
+        adapter.handles.append(model.get_submodule(shape.branch.exit).register_forward_hook(adapter.add_to_branch))
         if shape.parallel:
             entry = model.get_submodule(shape.branch.entry)
-            handles.append(entry.register_forward_pre_hook(adapter.save_input, with_kwargs=True))
-        adapter.handles = handles  # type: ignore[assignment]
+            adapter.handles.append(entry.register_forward_pre_hook(adapter.save_input, with_kwargs=True))
 
 
 def remove(model: nn.Module) -> None:
     """Removes every adapter, which restores the base model."""
     for adapter in adapters(model):
-        for handle in adapter.handles:  # type: ignore[union-attr]
+        for handle in adapter.handles:
             handle.remove()
     for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), nn.ModuleDict):

@@ -1,7 +1,6 @@
 """Class scores of a batch of texts, through the architecture's own pooling or the mean (or first) of the tokens.
 
-Where pooling is "mean" or "cls", the model is a transformers token classifier. Its logits are linear in the hidden
-state, W h_t + b, so that the mean of the tokens' logits is the logits of the mean token:
+Where pooling is "mean" or "cls", the model is a transformers token classifier, with a head that is linear:
 
     1/n Σ_t (W h_t + b) = W (1/n Σ_t h_t) + b
 
@@ -11,8 +10,7 @@ are pooled before dropout and head, which gives the same scores in evaluation an
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from peftkit.models.blocks import forward_parameters, unwrap
 from peftkit.models.kernels.first_token import reading_first_token
+from peftkit.models.packing import no_cache
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tensor:
@@ -27,18 +26,23 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tenso
 
     Args:
         model: a transformers classifier, or a wrapper around one.
-        batch: ``input_ids`` and ``attention_mask`` [rows, tokens]; other tensors that the model does not take are
-            left out.
+        batch: ``input_ids`` and ``attention_mask`` [rows, tokens]; tensors that the model does not take are left out.
         pooling: "own", "mean" or "cls".
     """
     inputs = _inputs(model, batch)
     if pooling == "own":
         with reading_first_token():
             return model(**inputs).logits.float()
-    mask = batch["attention_mask"]
-    with _pooled_before_head(unwrap(model), mask, pooling) as pooled:
-        scores = model(**inputs).logits
-    return (scores if pooled else pool(scores, mask, pooling)).float()
+    layer, mask = _pooled_layer(unwrap(model)), batch["attention_mask"]
+    if layer is None:
+        return pool(model(**inputs).logits, mask, pooling).float()
+
+    def pool_input(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = arguments[0]
+        return (pool(hidden, mask, pooling).to(hidden.dtype), *arguments[1:])
+
+    with layer.register_forward_pre_hook(pool_input):
+        return model(**inputs).logits.float()
 
 
 def plain_logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tensor:
@@ -59,28 +63,6 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-@contextlib.contextmanager
-def _pooled_before_head(model: Any, mask: Tensor, pooling: str) -> Iterator[bool]:
-    """Pools the input of dropout and head during one forward; yields False where the head is not one linear layer.
-
-    A hook, so that the model's own forward runs, with whatever wraps it.
-    """
-    layer = _pooled_layer(model)
-    if layer is None:
-        yield False
-        return
-
-    def pool_input(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = arguments[0]
-        return (pool(hidden, mask, pooling).to(hidden.dtype), *arguments[1:])
-
-    handle = layer.register_forward_pre_hook(pool_input)
-    try:
-        yield True
-    finally:
-        handle.remove()
-
-
 def _pooled_layer(model: Any) -> nn.Module | None:
     """The dropout right before a linear head, or that head; None for any other head."""
     top = [child for name, child in model.named_children() if name != model.base_model_prefix]
@@ -92,6 +74,5 @@ def _pooled_layer(model: Any) -> nn.Module | None:
 
 def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the model's forward takes of a batch, without labels and without a key-value cache."""
-    names = forward_parameters(model)
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name in names and name != "labels"}
-    return inputs | ({"use_cache": False} if "use_cache" in names else {})
+    names = forward_parameters(model) - {"labels"}
+    return {name: tensor for name, tensor in batch.items() if name in names} | no_cache(model)
