@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-SPINS = 10_000
-"""Rounds that an idle OpenMP thread spins before it sleeps: a fraction of a millisecond."""
+SPINS = 100
+"""Rounds that an idle OpenMP thread spins before it sleeps: a few microseconds."""
 
 
 def cores() -> int:
