@@ -20,6 +20,7 @@ def bbc_news_frozen() -> Recipe:
         get_recipe("bbc_news_lora"),
         name="bbc_news_frozen",
         method={"kind": "frozen"},
+        data={"max_length": 128},
         training={"epochs": 10, "learning_rate": 1e-2, "best_metric": "loss"},
     )
 

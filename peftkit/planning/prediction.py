@@ -3,7 +3,7 @@
 plan.json    {"plan": Plan.to_json(), "beside": [{"figure", "planned", "measured", "off"}, …]}, or {"reason": …}
 
 The plan is made after training, so that it neither delays the start nor counts as memory of the run. Measuring the
-machine takes half a minute, which only a long run spends on it.
+machine takes half a minute, which only `peftkit plan` spends on it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from peftkit.planning.plan import Plan
 
 FILE = "plan.json"
-LONG = 300.0
-"""Seconds of training from which on the machine is measured."""
 
 
 def compare_with_measured(
@@ -45,7 +43,7 @@ def compare_with_measured(
     if sharded:
         return {"reason": "sharded weights are not planned"}
     decoder = head_of(info, recipe.task).writes_text
-    if not machines.is_measured(threads, decoder=decoder) and metrics["seconds"] < LONG:
+    if not machines.is_measured(threads, decoder=decoder):
         return {"reason": "this machine has not been measured; run `peftkit plan` once"}
     try:
         machine = machines.measure(threads, decoder=decoder)

@@ -56,7 +56,7 @@ def test_a_run_does_not_wait_for_a_machine_to_be_measured_and_is_not_lost_by_its
     assert "planned_seconds" not in run.metrics["training"]
     assert not asked
     known = known_of(recipe)
-    found = {"seconds": prediction.LONG, "peak_memory_bytes": 1, "micro_batch": None}
+    found = {"seconds": 600.0, "peak_memory_bytes": 1, "micro_batch": None}
     arguments = (recipe, known.info, known.tokenizer, known.encoded, found)
 
     def broken(*_):
@@ -64,7 +64,9 @@ def test_a_run_does_not_wait_for_a_machine_to_be_measured_and_is_not_lost_by_its
 
     import torch
 
+    assert "peftkit plan" in prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["reason"]
+    assert not asked, "not even by a long run"
+    monkeypatch.setattr(planning.machines, "is_measured", lambda threads, decoder: True)
     assert prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["beside"][0]["measured"] == 1
-    assert asked, "a long run has the machine measured"
     monkeypatch.setattr("peftkit.planning.plan.plan_workload", broken)
     assert "no shape for this" in prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["reason"]
