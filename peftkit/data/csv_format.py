@@ -15,8 +15,6 @@ DELIMITERS = (",", ";", "\t", "|")
 SEP_LINE = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n?", re.IGNORECASE)
 """The first line by which Excel is told the separator."""
 LONE_BACKSLASH = re.compile(r'\\(?!")')
-SINGLE_QUOTED = re.compile(r"'[^']*((?:''[^']*)*)'")
-"""A field between two single quotes, and what follows the first doubled one inside it."""
 NAMES = {",": "comma", "\t": "tab", " ": "space"}
 
 
@@ -132,18 +130,28 @@ class CsvSample:
         raise DataError(f"{names} separate every row equally well; set data.delimiter", file=self.path, line=1)
 
     def _without_single_quotes(self, form: CsvFormat, quote: str | None) -> CsvFormat:
-        """The format with ' as the quote, if that encloses all fields of a column, or one with a doubled ' inside."""
+        """The format with ' as the quote, if that encloses all fields of a column, or one with a doubled ' inside.
+
+        Raises DataError if it does but the rows do not read so.
+        """
         records, single = self.records(form) or [], replace(form, quote="'")
         if quote is not None or form.quote != '"' or not records or not self._shows(single, quote):
             return form
-        matches = [[SINGLE_QUOTED.fullmatch(value) for value in row] for row in records]
-        if all(matches[0]):
+        if all(map(_single_quoted, records[0])):
             return single
-        columns = list(zip(*matches[1:])) if len(records) > 2 else []
-        enclosed = any(all(column) or any(match and match[1] for match in column) for column in columns)
-        inner = self.records(single) if enclosed else None
-        fits = inner is not None and len(inner) == len(records) and _share_of_fitting(inner) == 1
-        return single if fits else form
+        columns = list(zip(*records[1:]))
+        whole = len(records) > 2 and any(all(map(_single_quoted, column)) for column in columns)
+        doubled = any(_single_quoted(value) and "''" in value[1:-1] for column in columns for value in column)
+        inner = self.records(single) if whole or doubled else None
+        if inner is not None and _share_of_fitting(inner) == 1:
+            return single
+        if doubled:
+            raise DataError("some fields are quoted with ', but not every row reads so; set data.quote", file=self.path)
+        return form
+
+
+def _single_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] == "'"
 
 
 def _quotings(quote: str | None) -> list[CsvFormat]:
