@@ -117,7 +117,7 @@ class _Mapper:
             self._count("control_characters", split, "changed" if strip else "reported", row)
             canonical = changed if strip else canonical
         if self.task.is_blank(canonical):
-            self._add_empty(row, split, self.data.text if self.data.text in row else None)
+            self._add_empty(row, split, self._blank_column(row))
             return None
         self._add_remarks(row, split)
         return {**canonical, **{name: row[name] for name in PLACE if name in row}}
@@ -146,6 +146,11 @@ class _Mapper:
         if column is None or column in self.data.label_columns or column not in row:
             return False
         return row[column] is None or (isinstance(row[column], str) and not row[column].strip())
+
+    def _blank_column(self, row: Row) -> str | None:
+        """The first column of a text that is blank in the row."""
+        columns = [name for name in (self.data.text, self.data.text_pair) if name is not None and name in row]
+        return next((name for name in columns if not str(row[name] or "").strip()), (*columns, None)[0])
 
     def _add_empty(self, row: Row, split: str, column: str | None) -> None:
         if self.data.cleaning.empty == "drop":

@@ -107,7 +107,8 @@ def prepare(recipe: Recipe) -> PreparedData:
 
 def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     task, data = recipe.task, recipe.data
-    raw = read_sources(sources, task, data, folder)
+    reading: list[CleaningStep] = []
+    raw = read_sources(sources, task, data, folder, reading)
     info = describe(raw, task, data)
     release_mapped_pages()
     rows, steps = canonical_rows(raw, task, data, info, folder)
@@ -115,7 +116,7 @@ def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     for path in folder.glob("raw*"):
         path.unlink()
     splits, cleaning_steps = _clean_and_split(rows, recipe, info)
-    steps += cleaning_steps
+    steps = [*reading, *steps, *cleaning_steps]
     copies = _augment(rows.data.select(splits["train"]), recipe, folder, steps)
     digest = hashlib.sha256(json.dumps(asdict(info), sort_keys=True).encode())
     for split, index in splits.items():

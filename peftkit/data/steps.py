@@ -12,11 +12,11 @@ class CleaningStep:
     """One change to one split."""
 
     name: str
-    """empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing, limit,
-    augmentation, or what a task remarks on (``Task.remarks``)."""
+    """reading, empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing,
+    limit, augmentation, or what a task remarks on (``Task.remarks``)."""
     split: str
     action: str
     """dropped, changed, reported, kept or added."""
     rows: int
     examples: tuple[str, ...] = ()
-    """Places ("file:line"), with the rows that they collide with, where known; or what is remarked on."""
+    """Places ("file:line"), with the rows that they collide with, where known; or what is reported."""

@@ -78,7 +78,7 @@ def _read(file: Path | None, recipe: Recipe) -> list[Row]:
 
     problems, rows = Problems(), []
     is_text = file is None or issubclass(reader_for(file), DocumentReader)
-    for row in texts.read_rows(file, "prompt", problems):
+    for row in texts.read_rows(file, "prompt", problems, recipe.data):
         if is_text and not row["prompt"].strip():
             continue  # blank lines separate prompts
         try:
@@ -89,6 +89,7 @@ def _read(file: Path | None, recipe: Recipe) -> list[Row]:
         except DataError as error:
             problems.add(DataError(error.message, file=row["_file"], line=row["_line"], column=error.column))
     problems.check()
+    texts.print_notes(problems.take_notes())
     return rows
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import recipe_yaml
@@ -26,6 +26,20 @@ BOUND_TO_SOURCE = ("revision", "subset")
 def _as_mode(value: Any) -> Any:
     """A switch may be written as a boolean."""
     return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _as_delimiter(value: Any) -> Any:
+    return {"tab": "\t", "\\t": "\t"}.get(value, value) if isinstance(value, str) else value
+
+
+def _known_encoding(value: str) -> str:
+    try:
+        "\n".encode(value)
+    except (LookupError, UnicodeError):
+        raise ValueError(
+            f"unknown text encoding '{value}'; take one of Python's, such as utf-8, cp1252, gbk, shift_jis"
+        ) from None
+    return value
 
 
 class ModelConfig(ConfigSection):
@@ -88,14 +102,20 @@ class DataConfig(ConfigSection):
     """The data set: where it comes from, which columns matter, and how it is cleaned, split and truncated."""
 
     source: str | tuple[str, ...]
-    """Hub id, a file (csv, tsv, json, jsonl, parquet, txt), a folder (train/validation/test files, or a folder of
+    """Hub id, a file (csv, tsv, json, jsonl, parquet, xlsx, txt), a folder (train/validation/test files, or a folder of
     texts per label), or package:NAME; several sources are mixed."""
     revision: str | None = None
     """Hub commit, tag or branch."""
     subset: str | None = None
-    """Configuration of a hub data set that has several."""
+    """Configuration of a hub data set, sheet of an Excel file or list of a JSON file that has several."""
     splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
     """The source's names for the splits, where they differ: {validation: dev}."""
+    delimiter: Annotated[str, BeforeValidator(_as_delimiter), Field(min_length=1, max_length=1)] | None = None
+    """Separator of CSV files, one character or tab; None detects comma, semicolon, tab or bar."""
+    quote: Literal['"', "'", "none"] | None = None
+    """Character that encloses fields of CSV files; none takes quotes as they are. None detects it."""
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
+    """Encoding of text files that are not UTF-8; None detects UTF-16 by its mark, and cp1252."""
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None

@@ -121,7 +121,8 @@ def _gradients(
     scale, p = ctx.scale, ctx.p
     grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
     x_NI = x.reshape(-1, x.shape[-1])
-    a_RI, mask_NI, factor = a.to(x.dtype), None, 1.0
+    a_RI, factor = a.to(x.dtype), 1.0
+    mask_NI: Any = None
     if keep is not None and keep.dtype == torch.bool:
         mask_NI, factor = keep.reshape(x_NI.shape), 1 / (1 - p)
         x_NI = x_NI * mask_NI * factor
