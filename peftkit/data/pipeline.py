@@ -246,7 +246,9 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
     examples: list[Row] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        columns = {name: [row[name] for row in batch] for name in batch[0]}
+        columns = {
+            name: [row.get(name) for row in batch] for name in dict.fromkeys(key for row in batch for key in row)
+        }
         examples += _examples(_encode_columns(columns, tokenizer, recipe, info), start)
     if not examples:
         raise DataError("no example is left after tokenizing; see data.max_length")

@@ -13,10 +13,10 @@ class CleaningStep:
 
     name: str
     """reading, empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing,
-    limit, or augmentation."""
+    limit, augmentation, or what a task remarks on (``Task.remarks``)."""
     split: str
     action: str
     """dropped, changed, reported, kept or added."""
     rows: int
     examples: tuple[str, ...] = ()
-    """Places ("file:line"), with the rows that they collide with, where known; for reading, how files were read."""
+    """Places ("file:line"), with the rows that they collide with, where known; or what is reported."""

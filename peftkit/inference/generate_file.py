@@ -82,7 +82,7 @@ def _read(file: Path | None, recipe: Recipe) -> list[Row]:
         if is_text and not row["prompt"].strip():
             continue  # blank lines separate prompts
         try:
-            prompt = conversation.read_prompt(row, recipe.data.columns, recipe.data.text)
+            prompt = conversation.read_prompt(row, recipe.data)
             if isinstance(prompt, str) and not prompt.strip():
                 raise DataError("the prompt is empty; give it some text", column="prompt")
             rows.append({**row, "prompt": prompt})

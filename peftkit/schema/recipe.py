@@ -60,6 +60,9 @@ class ModelConfig(ConfigSection):
     """Dropout rate in the base and its head; None keeps the base's own."""
     chat_template: str | None = None
     """A named chat template (chatml, llama2, zephyr, plain) for a base that has none."""
+    fold_system: bool = False
+    """Put the system prompt at the start of the first user turn, a blank line between, for a chat template that takes
+    none. Exported with the template."""
 
 
 class CleaningConfig(ConfigSection):
@@ -70,13 +73,14 @@ class CleaningConfig(ConfigSection):
     control_characters: Literal["strip", "report", "off"] = "strip"
     """Characters below U+0020 but tab and newline, U+007F, zero-width characters and stray byte-order marks."""
     duplicates: Literal["drop", "report", "off"] = "drop"
-    """Rows of one split with the same text, ignoring case and spaces: the first one stays."""
+    """Equal rows of one split: the first one stays. Texts of classifiers are equal whatever their case and spaces;
+    documents and conversations to the letter, system prompts included."""
     near_duplicates: Literal["drop", "report", "off"] = "report"
     """Training rows whose word 3-grams have an (estimated) Jaccard similarity above the threshold."""
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Jaccard similarity from which two texts are near duplicates."""
     leakage: Literal["drop", "error", "report", "off"] = "drop"
-    """Training rows whose text also occurs in validation or test; validation rows that also occur in test."""
+    """Training rows that are equal to one of validation or test; validation rows equal to one of test."""
     conflicts: Literal["drop", "report", "off"] = "report"
     """Equal texts with different labels; drop removes all of them."""
 
@@ -124,6 +128,9 @@ class DataConfig(ConfigSection):
     """Format of instruction rows; auto detects it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Your column names for instruction rows: {instruction: question, output: answer}."""
+    ignore: tuple[str, ...] = ()
+    """Columns of instruction rows, and keys of their turns, to leave out on purpose. Others that are not used are
+    listed before training; calls and reasoning, without which another answer would be learned, are refused."""
     system: str | None = None
     """System prompt for conversations that have none."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
