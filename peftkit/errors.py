@@ -58,11 +58,20 @@ class DataError(UserError):
     def __init__(
         self, message: str, *, file: str | Path | None = None, line: int | None = None, column: str | None = None
     ) -> None:
+        message = _bounded(message)
         self.message, self.file, self.line, self.column = message, file, line, column
         where = [str(file)] if file else []
         where += [f"line {line}"] if line else []
-        where += [f"column '{column}'"] if column else []
+        where += [f"column '{_bounded(' '.join(column.split()), 60)}'"] if column else []
         super().__init__(f"{', '.join(where)}: {message}" if where else message)
+
+
+def _bounded(message: str, width: int = 1500) -> str:
+    """At most 16 lines of at most ``width`` characters: names and values come from files with any content."""
+    lines = message.split("\n")
+    if len(lines) > 16:
+        lines = [*lines[:15], f"… and {len(lines) - 15} more lines"]
+    return "\n".join(line if len(line) <= width else f"{line[: width - 1]}…" for line in lines)
 
 
 class ModelError(UserError):

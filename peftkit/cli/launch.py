@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from peftkit.errors import HubError, PeftkitError, RecipeError, UserError, did_you_mean
 from peftkit.schema import catalog, overrides
 from peftkit.schema.recipe import Recipe
+from peftkit.system.cores import limit_spinning
 
 if TYPE_CHECKING:
     from peftkit.run import Run
@@ -36,6 +37,7 @@ def main(
     With several functions, the first word of the command line names one. An error prints one message and exits with
     its code: 2 for wrong input, 1 for a failure, 130 for Ctrl-C.
     """
+    limit_spinning()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not callable(function):
         function, words = _chosen(function, words)

@@ -1,7 +1,7 @@
 """Duplicates, near duplicates, conflicting labels and leakage, by hashes of the texts.
 
 Every function takes the rows and a mask ``alive`` [rows], clears the mask where it drops a row, and returns the steps
-taken. Texts are compared without case and spacing.
+taken. What makes rows equal is the task's ``identity``: a classifier's texts are compared without case and spacing.
 """
 
 from __future__ import annotations

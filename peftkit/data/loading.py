@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.data.problems import Problems
 from peftkit.data.source import PLACE, Source
+from peftkit.data.steps import EXAMPLES, CleaningStep
 from peftkit.data.tables import write_rows
 from peftkit.errors import DataError
 from peftkit.schema.recipe import DataConfig
 from peftkit.schema.task import Task
+from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def read_sources(sources: Sequence[Source], task: Task, data: DataConfig, folder: Path) -> list[dict[str, Dataset]]:
+def read_sources(
+    sources: Sequence[Source], task: Task, data: DataConfig, folder: Path, steps: list[CleaningStep] | None = None
+) -> list[dict[str, Dataset]]:
     """The raw rows of each source by split, memory-mapped from files ``raw*`` in ``folder``.
+
+    How files were read that are not plain is added to ``steps``.
 
     Raises DataError for bad files or rows, up to ten of them in one message, and for a split without rows.
     """
-    used = frozenset({*task.source_columns(data), *PLACE})
-    return [_read_splits(source, used, folder, f"raw{number}") for number, source in enumerate(sources)]
+    steps = [] if steps is None else steps
+    return [_read_splits(source, task, data, folder, f"raw{number}", steps) for number, source in enumerate(sources)]
 
 
-def _read_splits(source: Source, used: frozenset[str], folder: Path, prefix: str) -> dict[str, Dataset]:
+def as_json(row: Row) -> Row:
+    """The row with its values as JSON, which a table stores without making their types and keys one; null stays."""
+    return {name: value if name in PLACE or value is None else _dumped(value) for name, value in row.items()}
+
+
+def from_json(row: Row) -> Row:
+    """The row that ``as_json`` was given; what JSON cannot hold is a mapping from its type's name to its text."""
+    return {name: value if name in PLACE or value is None else json.loads(value) for name, value in row.items()}
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, default=lambda other: {type(other).__name__: str(other)[:60]})
+
+
+def _read_splits(
+    source: Source, task: Task, data: DataConfig, folder: Path, prefix: str, steps: list[CleaningStep]
+) -> dict[str, Dataset]:
     problems, splits = Problems(), {}
+    used = frozenset({*task.source_columns(data), *PLACE})
     for split in source.splits:
+        rows = source.rows(split, problems)
         try:
-            raw = write_rows(source.rows(split, problems), folder, f"{prefix}-{split}", used)
+            raw = write_rows(map(as_json, rows) if task.json_rows else rows, folder, f"{prefix}-{split}", used)
         except DataError as error:
             raise error if problems.count and error is problems.shown[-1] else problems.fatal(error) from None
         if raw is not None:
-            splits[split] = _with_class_names(raw, source.class_names(split))
+            splits[split] = raw if task.json_rows else _with_class_names(raw, source.class_names(split))
+            if notes := problems.take_notes():
+                shown = notes if len(notes) <= EXAMPLES else [*notes[:EXAMPLES], f"… and {len(notes) - EXAMPLES} more"]
+                steps.append(CleaningStep("reading", split, "reported", len(raw), tuple(shown)))
         elif not problems.count:
             raise DataError(f"the {split} split has no rows", file=source.place(split))
     problems.check()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peftkit.data.loading import from_json
 from peftkit.data.problems import Problems, located
 from peftkit.data.source import PLACE, SPLITS
 from peftkit.data.steps import EXAMPLES, CleaningStep
@@ -41,7 +42,8 @@ class Rows:
     split: np.ndarray
     """Its split in the source, an index into ``SPLITS``; int64."""
     text: np.ndarray
-    """Hash of the text without case and spacing, uint64."""
+    """Hash of the row's identity: of its text without case and spacing, or of all that a language model reads of it;
+    uint64."""
     label: np.ndarray
     """Hash of the label, uint64."""
     digest: np.ndarray
@@ -75,7 +77,7 @@ def canonical_rows(
     if table is None:
         raise DataError("no row is left: every text is empty")
     columns = {name: np.frombuffer(values, dtype=values.typecode) for name, values in mapper.arrays.items()}
-    steps = [CleaningStep(*step, count, tuple(mapper.places[step])) for step, count in mapper.counts.items()]
+    steps = [CleaningStep(*step, count, mapper.examples(step)) for step, count in mapper.counts.items()]
     return Rows(table, **columns, strata=tuple(mapper.strata)), steps
 
 
@@ -86,6 +88,7 @@ class _Mapper:
         self.task, self.data, self.info = task, data, info
         self.problems = Problems()
         self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.details: defaultdict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
         self.places: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
         self.arrays = {name: array(kind) for name, kind in ARRAYS.items()}
         self.strata: dict[str, int] = {}
@@ -93,7 +96,7 @@ class _Mapper:
     def rows(self, raw: Sequence[Mapping[str, Dataset]]) -> Iterator[Row]:
         for source, splits in enumerate(raw):
             for split, table in splits.items():
-                for row in iterate(table):
+                for row in map(from_json, iterate(table)) if self.task.json_rows else iterate(table):
                     if (canonical := self._canonical(row, split)) is not None:
                         self._append(canonical, source, SPLITS.index(split))
                         yield canonical
@@ -116,8 +119,9 @@ class _Mapper:
             self._count("control_characters", split, "changed" if strip else "reported", row)
             canonical = changed if strip else canonical
         if self.task.is_blank(canonical):
-            self._add_empty(row, split, self.data.text if self.data.text in row else None)
+            self._add_empty(row, split, self._blank_column(row))
             return None
+        self._add_remarks(row, split)
         return {**canonical, **{name: row[name] for name in PLACE if name in row}}
 
     def _keeps(self, row: Row, split: str, column: str) -> bool:
@@ -144,11 +148,29 @@ class _Mapper:
         if self.counts[step] <= EXAMPLES:
             self.places[step].append(f"{row['_file']}:{row['_line']}{what}")
 
+    def _add_remarks(self, row: Row, split: str) -> None:
+        remarks = list(self.task.remarks(row, self.data))
+        for name in dict.fromkeys(name for name, _ in remarks):
+            self._count(name, split, "reported", row)
+            self.details[name, split, "reported"].update(detail for step, detail in remarks if step == name and detail)
+
+    def examples(self, step: tuple[str, str, str]) -> tuple[str, ...]:
+        """What a step was about, each with its rows where not all share it; else the places of its first rows."""
+        details, rows = self.details[step], self.counts[step]
+        few = {detail: f" ({n} row{'s' if n > 1 else ''})" for detail, n in details.items() if n != rows}
+        shown = [f"{detail}{few.get(detail, '')}" for detail in details]
+        return (", ".join(shown),) if shown else tuple(self.places[step])
+
     def _is_empty(self, row: Row, column: str | None) -> bool:
         """Whether a row was refused for an empty column other than the label."""
         if column is None or column in self.data.label_columns or column not in row:
             return False
         return row[column] is None or (isinstance(row[column], str) and not row[column].strip())
+
+    def _blank_column(self, row: Row) -> str | None:
+        """The first column of a text that is blank in the row."""
+        columns = [name for name in (self.data.text, self.data.text_pair) if name is not None and name in row]
+        return next((name for name in columns if not str(row[name] or "").strip()), (*columns, None)[0])
 
     def _add_empty(self, row: Row, split: str, column: str | None) -> None:
         if self.data.cleaning.empty == "drop":
@@ -164,7 +186,7 @@ class _Mapper:
         values = {
             "source": source,
             "split": split,
-            "text": hash64(" ".join(self.task.text_of(row).casefold().split())),
+            "text": hash64(self.task.identity(row)),
             "label": hash64(stratum or repr(row.get("label", row.get("labels")))),
             "digest": hash64(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)),
             "document": hash64(row["_document"]) if row.get("_document") else 0,

@@ -107,7 +107,8 @@ def prepare(recipe: Recipe) -> PreparedData:
 
 def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     task, data = recipe.task, recipe.data
-    raw = read_sources(sources, task, data, folder)
+    reading: list[CleaningStep] = []
+    raw = read_sources(sources, task, data, folder, reading)
     info = describe(raw, task, data)
     release_mapped_pages()
     rows, steps = canonical_rows(raw, task, data, info, folder)
@@ -115,7 +116,7 @@ def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     for path in folder.glob("raw*"):
         path.unlink()
     splits, cleaning_steps = _clean_and_split(rows, recipe, info)
-    steps += cleaning_steps
+    steps = [*reading, *steps, *cleaning_steps]
     strata = {name: _strata(rows, index) for name, index in splits.items()}
     steps += [CleaningStep(name, split, "reported", *what) for name, split, *what in task.review(strata, info)]
     copies = _augment(rows.data.select(splits["train"]), recipe, folder, steps)
@@ -253,7 +254,9 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
     examples: list[Row] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        columns = {name: [row[name] for row in batch] for name in batch[0]}
+        columns = {
+            name: [row.get(name) for row in batch] for name in dict.fromkeys(key for row in batch for key in row)
+        }
         examples += _examples(_encode_columns(columns, tokenizer, recipe, info), start)
     if not examples:
         raise DataError("no example is left after tokenizing; see data.max_length")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from peftkit.errors import DataError, did_you_mean
 
 SHOWN = 10
+NAMES, NAME = 12, 40
+"""Columns that a message lists, and characters of each."""
 
 
 class Problems:
@@ -16,6 +19,16 @@ class Problems:
     def __init__(self) -> None:
         self.shown: list[DataError] = []
         self.count = 0
+        self._notes: dict[str, None] = {}
+
+    def note(self, file: Path, message: str) -> None:
+        """Adds what the user should know about how a file is read ("read as ;-separated, cp1252"), once."""
+        self._notes[f"{file}: {message}"] = None
+
+    def take_notes(self) -> list[str]:
+        """The notes since the last call, each with its file."""
+        notes, self._notes = list(self._notes), {}
+        return notes
 
     def add(self, error: DataError) -> None:
         self.count += 1
@@ -51,12 +64,13 @@ def located(error: DataError, file: Any, line: Any) -> DataError:
 
 def missing_column(column: str, columns: Iterable[str], *, field: str, file: Any = None) -> DataError:
     """The error for a missing column; ``field`` is the recipe's field that names it ("data.text")."""
-    names = [name for name in columns if not name.startswith("_")]
+    names = [name if len(name) <= NAME else f"{name[:NAME]}…" for name in columns if not name.startswith("_")]
     near = did_you_mean(column, names)
-    listed = f" The columns are: {', '.join(names)};" if near.endswith("?") else ";"
+    more = f", … ({len(names)} columns)" if len(names) > NAMES else ""
+    listed = f" The columns are: {', '.join(names[:NAMES])}{more};" if near.endswith("?") or more else ";"
     message = f"no such column: {near}{listed} set {field}"
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        message += " (is the file separated by something other than commas?)"
+    if len(names) == 1:
+        message += ", or data.delimiter if the columns are separated by another character"
     return DataError(message, file=file, column=column)
 
 

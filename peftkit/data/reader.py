@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
+from peftkit.data.archives import ARCHIVES, OTHER_ARCHIVES, inner_ending, open_binary
 from peftkit.data.problems import Problems
 from peftkit.errors import DataError, RecipeError, did_you_mean
+from peftkit.schema.recipe import DataConfig
 from peftkit.schema.registries import READERS
 from peftkit.schema.types import Row
 
-ARCHIVES = (".gz", ".zip", ".xz", ".bz2", ".zst")
 SECTION = 16_000
 """Characters of a section of a document, about."""
 
@@ -27,6 +28,13 @@ class Reader(ABC):
 
     extensions: ClassVar[tuple[str, ...]]
     """Endings of the files' names, in lower case, with the dot."""
+    unpacks: ClassVar[bool] = False
+    """Whether it opens files by ``archives.open_binary``, so that they may be compressed."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Self:
+        """The reader with what the recipe says about files: ``encoding``, ``delimiter``, ``quote``, ``subset``."""
+        return cls()
 
     @abstractmethod
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
@@ -34,7 +42,7 @@ class Reader(ABC):
 
         A bad row is added to ``problems``, and reading continues; what cannot be read past is raised as
         ``problems.fatal(DataError(…, file=path, line=…))``. Rows are yielded one by one, so that a file need not fit in
-        memory.
+        memory. What the user should know about how the file is read is added with ``problems.note``.
         """
 
     def class_names(self, path: Path) -> dict[str, list[str]]:
@@ -56,6 +64,12 @@ class DocumentReader(Reader):
     """Whether the text is cut into rows of about ``SECTION`` characters at blank lines; joined, they are the text."""
     document: str | None = None
     """``_document`` of all sections; None makes every section a document of its own."""
+    encoding: str | None = field(default=None, kw_only=True)
+    """Of a file that is not UTF-8; None detects it."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Self:
+        return cls(data.text, encoding=data.encoding)
 
     @abstractmethod
     def text(self, path: Path, problems: Problems) -> str:
@@ -91,10 +105,29 @@ def readers() -> dict[str, type[Reader]]:
     return known
 
 
+def ending_of(path: Path) -> str:
+    """The ending of a file's name, in lower case; of a compressed file, that of the file inside where there is one."""
+    suffix = path.suffix.lower()
+    if suffix not in ARCHIVES:
+        return suffix
+    try:
+        return inner_ending(path)
+    except DataError:
+        return suffix  # opening it says why
+
+
 def reader_for(path: Path) -> type[Reader]:
     """The reader of a file, by the ending of its name; raises DataError where there is none."""
-    suffix, known = path.suffix.lower(), readers()
-    if suffix in known:
-        return known[suffix]
-    hint = "unpack it first" if suffix in ARCHIVES else did_you_mean(suffix, known)
-    raise DataError(f"cannot be read: expected a file ending in {', '.join(known)}; {hint}", file=path)
+    suffix, ending, known = path.suffix.lower(), ending_of(path), readers()
+    if ending in known and (suffix == ending or known[ending].unpacks):
+        return known[ending]
+    if ending in ARCHIVES:
+        with open_binary(path):
+            pass
+    inside = f" with a {ending or 'nameless'} file inside" if suffix in ARCHIVES else ""
+    hint = did_you_mean(ending, known)
+    if suffix in OTHER_ARCHIVES or ending in known:
+        hint = "unpack it first"
+    elif ending in (".xls", ".ods"):
+        hint = "save the sheet as .xlsx or .csv"
+    raise DataError(f"cannot be read{inside}: expected a file ending in {', '.join(known)}; {hint}", file=path)

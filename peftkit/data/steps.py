@@ -12,11 +12,11 @@ class CleaningStep:
     """One change to one split."""
 
     name: str
-    """empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing, limit,
-    augmentation, null_words, or what a task reviews (``Task.review``): similar_classes, missing_classes, imbalance."""
+    """reading, empty, control_characters, conflicts, duplicates, near_duplicates, split, rare_classes, leakage, mixing,
+    limit, augmentation, null_words, or what a task reports (``Task.remarks`` of rows, ``Task.review`` of splits)."""
     split: str
     action: str
     """dropped, changed, reported, kept or added."""
     rows: int
     examples: tuple[str, ...] = ()
-    """Places ("file:line"), with the rows that they collide with, where known."""
+    """Places ("file:line"), with the rows that they collide with, where known; or what is reported."""

@@ -37,8 +37,9 @@ def check(accelerator: Any, recipe: Recipe) -> None:
 def reshard(module: torch.nn.Module) -> None:
     """Reshards every parameter: what is written into one that an evaluation left gathered would be lost."""
     for submodule in module.modules():
-        if hasattr(submodule, "reshard"):
-            submodule.reshard()
+        method: Any = getattr(submodule, "reshard", None)
+        if method is not None:
+            method()
 
 
 def unshard(tensor: torch.Tensor) -> torch.Tensor:

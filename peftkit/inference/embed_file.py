@@ -51,7 +51,7 @@ def embed_file(
         data = run.recipe.data if run else None
         pair = pair or (data.text_pair if data else None)
         columns = [column or (data.text if data else "text"), *([pair] if pair else [])]
-        rows = texts.InputTexts(file, columns)
+        rows = texts.InputTexts(file, columns, data)
         group.run_on_main(rows.check)
         model = group.main_first(lambda: _embedder(run or source, group.device))
         chunks = _embed(model, group, group.chunks(iter(rows), CHUNK), columns, normalize)

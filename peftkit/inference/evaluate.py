@@ -12,11 +12,13 @@ from peftkit.data.loading import read_sources
 from peftkit.data.mapping import canonical_rows, describe_file
 from peftkit.data.pipeline import encode_rows, prepare
 from peftkit.data.source import find_sources
+from peftkit.data.steps import CleaningStep
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError, did_you_mean
 from peftkit.evaluation.assessment import assess
 from peftkit.evaluation.runner import in_order
 from peftkit.export.merging import MergeMode
+from peftkit.inference.texts import print_notes
 from peftkit.inference.trained_model import LoadedRun, load
 from peftkit.schema.recipe import replace
 from peftkit.schema.types import Row
@@ -65,9 +67,11 @@ def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
 def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
     """Canonical rows of a file, with the label names and the text cleaning of the run."""
     task = model.recipe.task
-    data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None}).data
+    data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None, "subset": None}).data
+    steps: list[CleaningStep] = []
     with tempfile.TemporaryDirectory() as folder:
-        raw = read_sources(find_sources(data), task, data, Path(folder))
+        raw = read_sources(find_sources(data), task, data, Path(folder), steps)
+        print_notes(note for step in steps for note in step.examples)
         info = describe_file(raw, task, data, model.info)
         rows, _ = canonical_rows(raw, task, data, info, Path(folder))
         return list(rows.data)

@@ -78,17 +78,18 @@ def _read(file: Path | None, recipe: Recipe) -> list[Row]:
 
     problems, rows = Problems(), []
     is_text = file is None or issubclass(reader_for(file), DocumentReader)
-    for row in texts.read_rows(file, "prompt", problems):
+    for row in texts.read_rows(file, "prompt", problems, recipe.data):
         if is_text and not row["prompt"].strip():
             continue  # blank lines separate prompts
         try:
-            prompt = conversation.read_prompt(row, recipe.data.columns, recipe.data.text)
+            prompt = conversation.read_prompt(row, recipe.data)
             if isinstance(prompt, str) and not prompt.strip():
                 raise DataError("the prompt is empty; give it some text", column="prompt")
             rows.append({**row, "prompt": prompt})
         except DataError as error:
             problems.add(DataError(error.message, file=row["_file"], line=row["_line"], column=error.column))
     problems.check()
+    texts.print_notes(problems.take_notes())
     return rows
 
 

@@ -41,7 +41,7 @@ def predict_file(
         export = group.run_collectively(lambda: _open(run))
         first, *others = export.recipe.task.input_columns(export.recipe.data)
         columns = [column or first, *others]
-        rows = texts.InputTexts(file, columns)
+        rows = texts.InputTexts(file, columns, export.recipe.data)
         names = group.run_on_main(rows.check)
         model = group.main_first(lambda: trained_model.load(export, merge=merge, device=group.device))
         answers = _answers(model, group, group.chunks(iter(rows), CHUNK), columns, set(names))

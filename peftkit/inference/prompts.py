@@ -52,6 +52,6 @@ def as_prompt(prompt: str | Conversation, recipe: Recipe, where: str = "") -> st
         if isinstance(prompt, str):
             return prompt
     try:
-        return conversation.read_open(prompt, "messages", recipe.data.system)
+        return conversation.read_open(prompt, "messages", recipe.data)
     except DataError as error:
         raise DataError(f"{where}{error.message}") from None

@@ -14,6 +14,7 @@ from typing import IO, Any
 from peftkit.data.problems import Problems, missing_column, shorten
 from peftkit.data.reader import reader_for
 from peftkit.errors import DataError
+from peftkit.schema.recipe import DataConfig
 from peftkit.schema.types import Row
 from peftkit.system import files
 
@@ -65,11 +66,11 @@ class InputTexts:
     """Rows of a file, or of the lines of stdin, with a text in each of ``columns``.
 
     A file is parsed once if it has at most ``KEPT_BYTES``; a larger one is parsed again after ``check``, so that it
-    need not fit in memory.
+    need not fit in memory. ``data`` is what the run's recipe says about files; how an unusual one is read is printed.
     """
 
-    def __init__(self, file: Path | None, columns: Sequence[str]) -> None:
-        self.file, self.columns = file, columns
+    def __init__(self, file: Path | None, columns: Sequence[str], data: DataConfig | None = None) -> None:
+        self.file, self.columns, self.data = file, columns, data
         self._checked: deque[Row] | None = None
 
     def check(self) -> list[str]:
@@ -90,6 +91,7 @@ class InputTexts:
             if fits:
                 rows.append(row)
         problems.check()
+        print_notes(problems.take_notes())
         self._checked = rows if fits else None
         return list(names)
 
@@ -101,7 +103,7 @@ class InputTexts:
 
     def _read(self, problems: Problems) -> Iterator[Row]:
         """The rows; one without a text in one of the columns is a problem."""
-        for row in read_rows(self.file, self.columns[0], problems):
+        for row in read_rows(self.file, self.columns[0], problems, self.data):
             place = {"file": row.pop("_file"), "line": row.pop("_line")}
             for column in self.columns:
                 if column not in row:
@@ -111,10 +113,18 @@ class InputTexts:
             yield row
 
 
-def read_rows(file: Path | None, column: str, problems: Problems) -> Iterator[Row]:
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints to stderr how files that are not plain were read."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def read_rows(file: Path | None, column: str, problems: Problems, data: DataConfig | None = None) -> Iterator[Row]:
     """Rows with ``_file`` and ``_line`` of a file, or of stdin; a line of a text is a row with that one column."""
     if file is not None:
-        yield from reader_for(file)().inputs(file, problems, column)
+        kind = reader_for(file)
+        reader = kind() if data is None else kind.of(data.model_copy(update={"subset": None}))
+        yield from reader.inputs(file, problems, column)
         return
     for number, line in enumerate(sys.stdin, 1):
         yield {column: line.rstrip("\r\n"), "_file": "stdin", "_line": number}

@@ -35,7 +35,8 @@ class Ia3(PeftMethod):
         from peft import IA3Config
         from peft.utils import constants
 
-        kind, patterns, feedforward = loaded.model.config.model_type, self.target_modules, self.feedforward_modules
+        kind, feedforward = loaded.model.config.model_type, self.feedforward_modules
+        patterns: Any = self.target_modules
         if patterns is None:
             patterns = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind)
             listed = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind)

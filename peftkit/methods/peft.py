@@ -2,23 +2,29 @@
 
     method: {kind: peft, peft_type: LOHA, arguments: {r: 8, alpha: 16}}
 
-``target_modules`` defaults to every linear layer outside the head.
+``target_modules`` defaults to every linear layer outside the head. What an option needs between steps is in
+``peft_steps``; what needs more than that is refused by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from peftkit.errors import MethodError, did_you_mean
+from peftkit.methods import peft_steps
 from peftkit.methods.prompt_methods import check_keys_and_values, check_last_token, check_pooling, check_positions
 from peftkit.methods.targets import PeftMethod, choose_targets, task_type
+from peftkit.schema.head import possible_heads
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
     from peftkit.schema.recipe import Recipe
@@ -28,10 +34,29 @@ RESERVED = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_mode
 """Fields of peft's configurations that peftkit sets."""
 UNSUPPORTED = {
     "ADALORA": "needs its ranks pruned between steps; use method.kind=adalora",
+    "CPT": "computes a loss of its own over a task's token types, which recipes cannot express; "
+    "use method.kind=prompt_tuning",
     "POLY": "needs a task id per row, which recipes cannot express",
     "MULTITASK_PROMPT_TUNING": "needs a task id per row, which recipes cannot express",
+    "SHADOW": "trains a second network by a loss of its own over the labels, which recipes cannot express",
     "XLORA": "mixes previously trained adapters, which recipes cannot express",
 }
+UNSUPPORTED_OPTIONS = {
+    ("LORA", "alora_invocation_tokens"): "acts only where peft's own forward pass finds these tokens; leave it out",
+    ("LORA", "arrow_config"): "mixes previously trained adapters, which recipes cannot express; leave it out",
+    ("LORA", "layer_replication"): "makes another base out of copied blocks, which cannot be exported; leave it out",
+    ("LORA", "megatron_config"): "needs a model built by Megatron; leave it out",
+    ("LORA", "use_qalora"): "acts only in peft's own layers over GPTQ weights; leave it out",
+}
+"""Options whose effect needs more than a recipe expresses, and why."""
+UNSUPPORTED_INITS = {
+    "corda": "needs a pass over data before the adapter exists; use method.kind=lora with init_lora_weights=eva",
+    "eva": "needs a pass over data; use method.kind=lora with init_lora_weights=eva",
+    "loftq": "needs NF4 weights; use method.kind=lora with init_lora_weights=loftq",
+    "lora_ga": "needs gradients from a pass over data; use method.kind=lora with init_lora_weights=eva",
+}
+"""Values of LoRA's ``init_lora_weights`` that peft prepares in a step of its own."""
+ALLOCATES = ("ADALORA", "ADAMSS")  # types whose update_and_allocate is called between steps
 ON_QUANTIZED = frozenset({
     "LORA", "BEFT", "BOFT", "CARTRIDGE", "CPT", "FOURIERFT", "HIRA", "IA3", "LILY", "LN_TUNING", "MISS", "OFT",
     "PREFIX_TUNING", "PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "ROAD", "TRAINABLE_TOKENS", "UNILORA", "VBLORA",
@@ -41,6 +66,7 @@ ON_QUANTIZED = frozenset({
 KEY_VALUE_TYPES = ("PREFIX_TUNING", "CARTRIDGE")  # types that put keys and values before every layer's own
 OWN_TARGETS = ("LN_TUNING", "TRAINABLE_TOKENS", "IA3", "ADAPTION_PROMPT")
 """Types that adapt other layers than linear ones, or that choose them by architecture."""
+UNMERGEABLE = ("ADAPTION_PROMPT", "LILY")  # types that no weight of the base can hold
 
 
 @METHODS.register("peft")
@@ -60,15 +86,16 @@ class Peft(PeftMethod):
         """peft must register the type, and its configuration class must accept the arguments."""
         super().check(recipe)
         name = self._name()
-        if name in UNSUPPORTED:
-            raise MethodError(f"method.peft_type={name} {UNSUPPORTED[name]}")
+        if reason := self._unsupported_reason():
+            raise MethodError(reason)
         fields, config_class = self._config_fields(), self._config_class()
-        for argument in self.arguments:
-            if argument not in fields:
-                hint = did_you_mean(argument, fields)
-                raise MethodError(f"method.arguments: {config_class.__name__} has no '{argument}': {hint}")
+        _check_names("method.arguments", config_class, self.arguments, fields)
+        for argument, nested in _nested_configs(config_class).items():
+            if isinstance(values := self.arguments.get(argument), dict):  # peft drops names that it does not know
+                known = {field.name for field in dataclasses.fields(nested) if field.init}
+                _check_names(f"method.arguments.{argument}", nested, values, known)
         try:
-            config_class(**self.arguments)
+            config_class(**self._arguments())
         except (ValueError, TypeError, KeyError) as error:
             raise MethodError(f"method.arguments: {config_class.__name__}: {error}") from None
         if recipe.quantization is not None and name not in ON_QUANTIZED:
@@ -83,6 +110,22 @@ class Peft(PeftMethod):
             )
         if self._learns_prompt():
             check_pooling(self.kind, recipe)
+        elif "modules_to_save" not in fields and any(head.adds_layers for head in possible_heads(recipe.task)):
+            raise MethodError(
+                f"method.peft_type={name}: peft neither trains nor saves a new head under this type, which "
+                f"task.kind={recipe.task.kind} needs; use {self._alternative()}"
+            )
+        if monteclora := self._arguments().get("monteclora_config"):
+            if recipe.training.gradient_checkpointing != "off":
+                raise MethodError(
+                    "method.arguments.monteclora_config draws new noise whenever activation checkpointing repeats a "
+                    "forward pass; set training.gradient_checkpointing=off"
+                )
+            if monteclora.buffer_size != 1:
+                raise MethodError(
+                    f"method.arguments.monteclora_config.buffer_size={monteclora.buffer_size}: a resumed run would "
+                    "draw other noise than an undisturbed one; leave it out"
+                )
 
     def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
         """A prompt needs positions, and a model that accepts it."""
@@ -107,15 +150,96 @@ class Peft(PeftMethod):
         """Prompts have no weights to merge; other types raise an error of their own on merging."""
         if self._learns_prompt():
             return f"peft's {self._name()} changes no weight of the base, so there is nothing to merge"
+        if self._name() in UNMERGEABLE:
+            return f"peft cannot merge {self._name()} into the base's weights"
         return None
 
     def peft_config(self, loaded: LoadedModel) -> Any:
-        fields, values = self._config_fields(), dict(self.arguments)
-        if "target_modules" in fields and "target_modules" not in values and self._name() not in OWN_TARGETS:
-            values["target_modules"] = choose_targets(loaded.model, loaded.head_names, "all-linear")
+        """peft's configuration of that type, with the head and, where none are named, all linear layers."""
+        fields, values = self._config_fields(), self._arguments()
+        if "target_modules" in fields and not values.get("target_modules"):
+            if self._name() not in OWN_TARGETS:
+                values["target_modules"] = choose_targets(loaded.model, loaded.head_names, "all-linear")
+            else:
+                self._check_known_targets(loaded.model.config.model_type)
         if "modules_to_save" in fields:
             values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *loaded.head_names] or None
         return self._config_class()(task_type=task_type(loaded), **values)
+
+    def on_train_begin(self, model: Any, total_steps: int) -> None:
+        """Prepares what acts between steps; raises MethodError where AdaMSS's allocation runs on several processes."""
+        peft_steps.discard_noise(model.base_model)
+        if allocation := self._allocation(model):
+            import torch
+
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise MethodError("method.arguments.use_asa=true works on one process only; set it to false")
+            allocation.begin()
+
+    def penalty(self, model: Any) -> torch.Tensor | None:
+        """The losses that peft's tuner defines for the options in use (KaSA)."""
+        return peft_steps.penalty(model.base_model)
+
+    def on_step_end(self, model: Any, step: int) -> None:
+        """AdaMSS's allocation of subspaces, where ``use_asa`` is set."""
+        if allocation := self._allocation(model):
+            allocation.step(step)
+
+    def state(self, model: Any) -> dict[str, torch.Tensor]:
+        """What AdaMSS's allocation has pruned, and its importances."""
+        allocation = self._allocation(model)
+        return allocation.state() if allocation else {}
+
+    def load_state(self, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restores AdaMSS's allocation."""
+        if allocation := self._allocation(model):
+            allocation.load_state(tensors)
+
+    def _allocation(self, model: Any) -> peft_steps.SubspaceAllocation | None:
+        wanted = self._name() == "ADAMSS" and self.arguments.get("use_asa")
+        return peft_steps.SubspaceAllocation(model.base_model) if wanted else None
+
+    def _unsupported_reason(self) -> str | None:
+        """Why the type, or an option of it, cannot have its effect in a recipe; None where it can."""
+        name = self._name()
+        if name in UNSUPPORTED:
+            return f"method.peft_type={name} {UNSUPPORTED[name]}"
+        for option, value in self.arguments.items():
+            if value and (reason := UNSUPPORTED_OPTIONS.get((name, option))):
+                return f"method.arguments.{option} {reason}"
+        init = str(self.arguments.get("init_lora_weights", "")).lower()
+        for prefix, reason in UNSUPPORTED_INITS.items() if name == "LORA" else ():
+            if init.startswith(prefix):
+                return f"method.arguments.init_lora_weights={init} {reason}"
+        if name not in ALLOCATES and hasattr(_tuner(name), "update_and_allocate"):
+            return f"method.peft_type={name} allocates parameters between steps in a way that peftkit does not know"
+        return None
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments as peft's configuration class takes them.
+
+        MonteCLoRA's noise is drawn for one forward pass at a time: from a larger buffer a resumed run would draw other
+        noise.
+        """
+        values = dict(self.arguments)
+        if isinstance(monteclora := values.get("monteclora_config"), dict):
+            from peft import MontecloraConfig
+
+            values["monteclora_config"] = MontecloraConfig(**{"buffer_size": 1, **monteclora})
+        return values
+
+    def _check_known_targets(self, model_type: str) -> None:
+        """Raises MethodError where peft has no modules of its own choice for an architecture."""
+        known = getattr(_tuner(self._name()), "target_module_mapping", None)
+        if known and model_type not in known:
+            raise MethodError(
+                f"method.peft_type={self._name()}: peft chooses no modules for {model_type}; name them in "
+                f"method.arguments.target_modules, or use {self._alternative()}"
+            )
+
+    def _alternative(self) -> str:
+        kind = self._name().lower()
+        return f"method.kind={kind}" if kind in METHODS else "method.kind=lora"
 
     def _name(self) -> str:
         """The type's name in peft's spelling; raises MethodError with the nearest where peft has no such type."""
@@ -135,6 +259,30 @@ class Peft(PeftMethod):
         from peft.config import PromptLearningConfig
 
         return issubclass(self._config_class(), PromptLearningConfig)
+
+
+def _check_names(place: str, config_class: type, values: Mapping[str, Any], known: set[str]) -> None:
+    for name in values:
+        if name not in known:
+            raise MethodError(f"{place}: {config_class.__name__} has no '{name}': {did_you_mean(name, known)}")
+
+
+def _nested_configs(config_class: type) -> dict[str, Any]:
+    """The configuration classes of single options, by the name of the option."""
+    hints = typing.get_type_hints(config_class)
+    return {
+        name: option
+        for name, hint in hints.items()
+        for option in typing.get_args(hint)
+        if dataclasses.is_dataclass(option)
+    }
+
+
+def _tuner(name: str) -> Any:
+    """peft's class that puts a type's adapters into a model."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    return {str(getattr(key, "value", key)): tuner for key, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}[name]
 
 
 def _registered() -> dict[str, Any]:

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from jinja2 import TemplateError
-
 from peftkit.errors import ModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -49,7 +47,18 @@ NAMED = {
         "{% endfor %}" + GENERATE + "{{ '### Assistant:\\n' }}{% endif %}"
     ),
 }
+FOLD_HINT = (
+    "; the template takes no system prompt: train with model.fold_system=true, which puts it into the first user turn, "
+    "or leave it out"
+)
 REQUIRED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+FOLD_SYSTEM = (
+    "{% if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' %}"
+    "{% set messages = [{'role': 'user', 'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}]"
+    " + messages[2:] %}{% endif %}\n"
+)
+"""Put before a template: it then sees the system prompt as the start of the first user turn. The last line break is
+swallowed (trim_blocks), so that the template's own first line is still the start of a line."""
 QUESTION, ANSWER = "peftkit probe question", "peftkit probe answer"
 
 
@@ -81,6 +90,18 @@ def install(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     tokenizer.chat_template = NAMED[name]
 
 
+def fold_system(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Changes the tokenizer's template to put the system prompt at the start of the first user turn.
+
+    Raises ModelError when there is no template.
+    """
+    template: Any = _template_of(tokenizer)
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: FOLD_SYSTEM + one for name, one in template.items()}  # type: ignore[assignment]
+    else:
+        tokenizer.chat_template = FOLD_SYSTEM + template
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool = False) -> str:
     """The conversation as the template renders it; ``generate`` opens the next assistant turn.
 
@@ -92,18 +113,39 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, g
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(
-            "this base model's tokenizer has no chat template; choose one with model.chat_template: "
-            f"{', '.join(sorted(NAMED))}"
-        )
+    from jinja2 import TemplateError
+
+    _template_of(tokenizer)
     conversation = [dict(message) for message in messages]
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
     except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f" (line {line} of the template)" if line else ""
-        raise ModelError(f"the chat template fails{where}: {error}") from None
+        hint = FOLD_HINT if _refuses_system(tokenizer, conversation, generate) else ""
+        raise ModelError(f"the chat template fails{where}: {error}{hint}") from None
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer's template; raises ModelError when there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ModelError(
+            "this base model's tokenizer has no chat template; choose one with model.chat_template: "
+            f"{', '.join(sorted(NAMED))}"
+        )
+    return template
+
+
+def _refuses_system(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generate: bool) -> bool:
+    """Whether a conversation that the template fails on is well without its system prompt."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return False
+    try:
+        _rendered(tokenizer, messages[1:], generate)
+    except ModelError:
+        return False
+    return True
 
 
 def _doubles_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -129,10 +171,20 @@ def read(tokenizer: PreTrainedTokenizerBase) -> TurnStyle:
     if lead.strip() and prompt == unopened:
         raise ModelError(_advice(f"omits the start of an assistant turn from its generation prompt: {lead!r}"))
     style = _style(tokenizer, tail)
+    if lead.strip():
+        begun = f"the chat template begins an answer with {lead!r} where its messages do not: that is learned as well"
+        style = replace(style, note="; ".join(filter(None, [begun, style.note])))
     if _doubles_bos(tokenizer, _rendered(tokenizer, [question], True)):
         doubled = f"the chat template writes {tokenizer.bos_token} twice at the start of a text: one is removed"
         style = replace(style, note="; ".join(filter(None, [doubled, style.note])))
     return style
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Texts that the tokenizer reads as control tokens, wherever they stand."""
+    added: Any = tokenizer.added_tokens_decoder
+    names = [token.content for token in added.values() if token.special] + tokenizer.all_special_tokens
+    return {name for name in names if name.strip()}
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -145,9 +197,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _style(tokenizer: PreTrainedTokenizerBase, tail: str) -> TurnStyle:
     """The style of a template that writes ``tail`` after an answer."""
-    added: Any = tokenizer.added_tokens_decoder
-    names = [token.content for token in added.values() if token.special] + tokenizer.all_special_tokens
-    special = {name for name in names if name.strip()}
+    special = special_tokens(tokenizer)
     places = [(tail.index(token), -len(token), token) for token in special if token in tail]
     if not places:
         if tokenizer.eos_token_id is None:

@@ -29,6 +29,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = tokenizer_in(folder_of(resolve(model), weights=False))
     if model.chat_template is not None:
         chat_template.install(tokenizer, model.chat_template)
+    if model.fold_system:
+        chat_template.fold_system(tokenizer)
     return tokenizer
 
 

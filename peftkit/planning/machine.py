@@ -31,6 +31,7 @@ class Machine:
     """Growth of resident memory in training, relative to the most bytes alive at once: the allocator keeps freed memory
     between live tensors."""
     flops_per_second: float
+    """Of the matmuls in training steps: small ones are slower than large ones."""
     bytes_per_second: float
     seconds_per_operator: float
     kernel_bytes: float = 0.0
@@ -43,16 +44,20 @@ class Machine:
         return flops / self.flops_per_second + moved / self.bytes_per_second + operators * self.seconds_per_operator
 
 
-def measure(threads: int) -> Machine:
+def measure(threads: int, *, decoder: bool) -> Machine:
     """The measurements of this machine; takes half a minute in a separate process if they are not cached.
+
+    Args:
+        threads: CPU threads.
+        decoder: whether a decoder is to be trained, or an encoder: their steps differ in size and in dropout.
 
     Raises:
         PeftkitError: the measuring process failed.
     """
-    path = _file(threads)
+    path = _file(threads, decoder)
     with cache.entry_lock(path):
         if not path.is_file():
-            command = [sys.executable, "-m", "peftkit.planning.machine_probe", str(threads)]
+            command = [sys.executable, "-m", "peftkit.planning.machine_probe", str(threads), _kind(decoder)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -61,14 +66,18 @@ def measure(threads: int) -> Machine:
     return Machine(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def is_measured(threads: int) -> bool:
+def is_measured(threads: int, *, decoder: bool) -> bool:
     """Whether the measurements are cached."""
-    return _file(threads).is_file()
+    return _file(threads, decoder).is_file()
 
 
-def _file(threads: int) -> Path:
+def _kind(decoder: bool) -> str:
+    return "decoder" if decoder else "encoder"
+
+
+def _file(threads: int, decoder: bool) -> Path:
     code = (Path(__file__).parent / "machine_probe.py").read_text(encoding="utf-8")
-    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, sys.version, code])
+    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, _kind(decoder), sys.version, code])
     return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

@@ -99,13 +99,14 @@ def collect_inputs(recipe: Recipe) -> PlanInputs:
 
     find_sources(recipe.data)
     machines.import_libraries()
-    machine = machines.measure(recipe.training.threads or cores())
     before = psutil.Process().memory_info().rss
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
     loader = max(0, psutil.Process().memory_info().rss - before)
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
+    decoder = head_of(prepared.info, recipe.task).writes_text
+    machine = machines.measure(recipe.training.threads or cores(), decoder=decoder)
     return PlanInputs(tokenizer, prepared.info, encoded, machine, loader, files)
 
 
@@ -155,7 +156,8 @@ def _kernels(workload: Workload, train: Trace, evaluation: Trace) -> int:
 
 def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any, shape: Shape) -> int:
     """Bytes that training with micro-batches of that shape needs on a CPU, in addition to the loaded model."""
-    machine = machines.measure(recipe.training.threads or cores())
+    decoder = head_of(info, recipe.task).writes_text
+    machine = machines.measure(recipe.training.threads or cores(), decoder=decoder)
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, info, tokenizer, dtype)
         model = TracedModel(loaded, head_of(info, recipe.task), dtype)

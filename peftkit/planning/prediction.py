@@ -3,7 +3,7 @@
 plan.json    {"plan": Plan.to_json(), "beside": [{"figure", "planned", "measured", "off"}, …]}, or {"reason": …}
 
 The plan is made after training, so that it neither delays the start nor counts as memory of the run. Measuring the
-machine takes half a minute, which only a long run spends on it.
+machine takes half a minute, which only `peftkit plan` spends on it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from peftkit.data.pipeline import EncodedData
 from peftkit.planning import machine as machines
 from peftkit.planning.machine import Machine
+from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import TaskInfo
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from peftkit.planning.plan import Plan
 
 FILE = "plan.json"
-LONG = 300.0
-"""Seconds of training from which on the machine is measured."""
 
 
 def compare_with_measured(
@@ -43,10 +42,11 @@ def compare_with_measured(
     threads = recipe.training.threads or cores()
     if sharded:
         return {"reason": "sharded weights are not planned"}
-    if not machines.is_measured(threads) and metrics["seconds"] < LONG:
+    decoder = head_of(info, recipe.task).writes_text
+    if not machines.is_measured(threads, decoder=decoder):
         return {"reason": "this machine has not been measured; run `peftkit plan` once"}
     try:
-        machine = machines.measure(threads)
+        machine = machines.measure(threads, decoder=decoder)
         plan = _plan(recipe, info, tokenizer, encoded, metrics, device, world_size, machine)
     except Exception as error:  # an architecture that cannot be traced must not fail a finished run
         return {"reason": f"{recipe.model.source} could not be planned: {type(error).__name__}: {error}"}

@@ -13,6 +13,7 @@ from peftkit.planning.traced_model import Shape
 from peftkit.planning.workload import Workload
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS, TASKS
+from peftkit.schema.types import TaskInfo
 
 PRECISIONS: dict[str, Any] = {"bf16": None, "int8": {"kind": "int8"}, "nf4": {"kind": "nf4", "double": True}}
 TOKENS = 512
@@ -47,13 +48,19 @@ def methods_table(source: str, device: Device) -> list[Cell]:
     folder = folder_of(resolve(model), weights=False)
     tokenizer = load_tokenizer(model)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    infos = {kind: TASKS.get(kind).example_info(decoder=writes_text(config)) for kind in TASKS}
-    values["task"], info = next((kind, info) for kind, info in infos.items() if info is not None)
+    decoder = writes_text(config)
+    values["task"], info = usual_task(decoder=decoder)
     tokens = min(TOKENS, int(getattr(config, "max_position_embeddings", 0) or TOKENS))
-    inputs = PlanInputs(tokenizer, info, None, machines.measure(cores()), 0, weight_file_bytes(folder))
+    inputs = PlanInputs(tokenizer, info, None, machines.measure(cores(), decoder=decoder), 0, weight_file_bytes(folder))
     shape = Shape(1, tokens, tokens - 1)  # all scored
     workload = Workload((shape,), (shape,), 1, 1, False)
     return [_cell(values, method, each, device, inputs, workload) for method in METHODS.names() for each in PRECISIONS]
+
+
+def usual_task(*, decoder: bool) -> tuple[str, TaskInfo]:
+    """The task that such a base model is usually trained for, with the info of an example."""
+    infos = {kind: TASKS.get(kind).example_info(decoder=decoder) for kind in TASKS}
+    return next((kind, info) for kind, info in infos.items() if info is not None)
 
 
 def _cell(

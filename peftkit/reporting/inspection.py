@@ -132,5 +132,6 @@ def write_html(inspection: Inspection, path: Path) -> None:
     environment.filters["visible"] = lambda text: text.translate(_VISIBLE)
     template = environment.get_template("inspection.html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = template.render(inspection=inspection, supervised=_has_supervised(inspection))
+    task = f"{inspection.task} ({inspection.problem_type})"
+    page = template.render(inspection=inspection, task=task, supervised=_has_supervised(inspection))
     path.write_text(page, encoding="utf-8")

@@ -83,7 +83,8 @@ def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, 
             changed[name] = f" ({saved[name]} → {current[name]})" if name == "world_size" else ""
     old, new = saved["recipe"], current["recipe"]
     for name in sorted(set(old) | set(new)):
-        if old.get(name) != new.get(name):
+        added_since = name not in old and not new[name]  # a field that came later is off by default
+        if old.get(name) != new.get(name) and not added_since:
             changed[name] = f" ({old.get(name)} → {new.get(name)})"
     return changed
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import recipe_yaml
@@ -28,6 +28,20 @@ def _as_mode(value: Any) -> Any:
     return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _as_delimiter(value: Any) -> Any:
+    return {"tab": "\t", "\\t": "\t"}.get(value, value) if isinstance(value, str) else value
+
+
+def _known_encoding(value: str) -> str:
+    try:
+        "\n".encode(value)
+    except (LookupError, UnicodeError):
+        raise ValueError(
+            f"unknown text encoding '{value}'; take one of Python's, such as utf-8, cp1252, gbk, shift_jis"
+        ) from None
+    return value
+
+
 class ModelConfig(ConfigSection):
     """The base model: where it comes from and how it is loaded."""
 
@@ -46,6 +60,9 @@ class ModelConfig(ConfigSection):
     """Dropout rate in the base and its head; None keeps the base's own."""
     chat_template: str | None = None
     """A named chat template (chatml, llama2, zephyr, plain) for a base that has none."""
+    fold_system: bool = False
+    """Put the system prompt at the start of the first user turn, a blank line between, for a chat template that takes
+    none. Exported with the template."""
 
 
 class CleaningConfig(ConfigSection):
@@ -56,13 +73,14 @@ class CleaningConfig(ConfigSection):
     control_characters: Literal["strip", "report", "off"] = "strip"
     """Characters below U+0020 but tab and newline, U+007F, zero-width characters and stray byte-order marks."""
     duplicates: Literal["drop", "report", "off"] = "drop"
-    """Rows of one split with the same text, ignoring case and spaces: the first one stays."""
+    """Equal rows of one split: the first one stays. Texts of classifiers are equal whatever their case and spaces;
+    documents and conversations to the letter, system prompts included."""
     near_duplicates: Literal["drop", "report", "off"] = "report"
     """Training rows whose word 3-grams have an (estimated) Jaccard similarity above the threshold."""
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Jaccard similarity from which two texts are near duplicates."""
     leakage: Literal["drop", "error", "report", "off"] = "drop"
-    """Training rows whose text also occurs in validation or test; validation rows that also occur in test."""
+    """Training rows that are equal to one of validation or test; validation rows equal to one of test."""
     conflicts: Literal["drop", "report", "off"] = "report"
     """Equal texts with different labels; drop removes all of them. Where most rows are such, report is an error."""
     null_words: Literal["drop", "error"] | None = None
@@ -90,14 +108,20 @@ class DataConfig(ConfigSection):
     """The data set: where it comes from, which columns matter, and how it is cleaned, split and truncated."""
 
     source: str | tuple[str, ...]
-    """Hub id, a file (csv, tsv, json, jsonl, parquet, txt), a folder (train/validation/test files, or a folder of
+    """Hub id, a file (csv, tsv, json, jsonl, parquet, xlsx, txt), a folder (train/validation/test files, or a folder of
     texts per label), or package:NAME; several sources are mixed."""
     revision: str | None = None
     """Hub commit, tag or branch."""
     subset: str | None = None
-    """Configuration of a hub data set that has several."""
+    """Configuration of a hub data set, sheet of an Excel file or list of a JSON file that has several."""
     splits: dict[Literal["train", "validation", "test"], str] = Field(default_factory=dict)
     """The source's names for the splits, where they differ: {validation: dev}."""
+    delimiter: Annotated[str, BeforeValidator(_as_delimiter), Field(min_length=1, max_length=1)] | None = None
+    """Separator of CSV files, one character or tab; None detects comma, semicolon, tab or bar."""
+    quote: Literal['"', "'", "none"] | None = None
+    """Character that encloses fields of CSV files; none takes quotes as they are. None detects it."""
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
+    """Encoding of text files that are not UTF-8; None detects UTF-16 by its mark, and cp1252."""
     text: str = "text"
     """Column of the text."""
     text_pair: str | None = None
@@ -113,6 +137,9 @@ class DataConfig(ConfigSection):
     """Format of instruction rows; auto detects it from the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Your column names for instruction rows: {instruction: question, output: answer}."""
+    ignore: tuple[str, ...] = ()
+    """Columns of instruction rows, and keys of their turns, to leave out on purpose. Others that are not used are
+    listed before training; calls and reasoning, without which another answer would be learned, are refused."""
     system: str | None = None
     """System prompt for conversations that have none."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None

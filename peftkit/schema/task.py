@@ -26,6 +26,8 @@ class Task(ConfigSection):
     """Names of the heads that ``describe`` may choose from, as ``TaskInfo.problem_type``."""
     merges_sources: ClassVar[bool] = True
     """Whether ``describe`` must see all sources as one table, as when it counts labels."""
+    json_rows: ClassVar[bool] = False
+    """Whether rows hold lists and objects, each of which keeps its own keys and types: raw rows are stored as JSON."""
 
     kind: str
 
@@ -86,7 +88,18 @@ class Task(ConfigSection):
 
     @abstractmethod
     def text_of(self, row: Row) -> str:
-        """The text of a canonical row by which duplicates are judged."""
+        """The text of a canonical row: rows without one are empty, and near duplicates share its words."""
+
+    def identity(self, row: Row) -> str:
+        """Rows are duplicates where this is equal: the text of a canonical row without case and spacing."""
+        return " ".join(self.text_of(row).casefold().split())
+
+    def remarks(self, row: Row, data: DataConfig) -> Iterable[tuple[str, str]]:
+        """(cleaning step, detail) of what the user should know about how a source's row was read.
+
+        The rows of each step are counted and reported before training, with their details, or else their places.
+        """
+        return ()
 
     def is_blank(self, row: Row) -> bool:
         """Whether a canonical row lacks a text that it needs."""

@@ -7,21 +7,23 @@
                                                        └──────────────┘ scored
 
 The conversation is rendered by the base model's own chat template; which tokens are the assistant's follows from the
-rendering itself (see ``scored_tokens``). A canonical row is ``{"messages": [{"role": …, "content": …}, …]}``.
+rendering itself (see ``scored_tokens``). A canonical row is ``{"messages": [{"role": …, "content": …}, …]}``, with
+``masked``, the indexes of turns that are not to be learned, where there are any.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import DataError
 from peftkit.models import chat_template
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
-from peftkit.tasks.conversation import COLUMNS, OPTIONAL, Message, format_of, read_row
+from peftkit.tasks.conversation import COLUMNS, NAMES, Message, check_columns, format_of, read_row
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize
 from peftkit.tasks.windows import pack, to_columns
@@ -40,6 +42,8 @@ SHOWN = 5
 class Instruction(LanguageTask):
     """Learns to answer single questions, or in conversations of many turns."""
 
+    json_rows: ClassVar[bool] = True
+
     kind: Literal["instruction"] = "instruction"
     train_on: TrainOn = "assistant"
     """Which tokens are scored: every assistant turn, only the last one, or all of the conversation."""
@@ -49,38 +53,65 @@ class Instruction(LanguageTask):
     """What happens to a row whose prompt alone fills data.max_length, so that nothing of its answer is left."""
 
     def describe(self, splits: Mapping[str, Any], data: DataConfig) -> TaskInfo:
-        """Raises DataError where a split's rows are in no known format."""
+        """Raises DataError where a split's rows are in no known format, or lack a column that the recipe names."""
         refuse_augmentation(data)
         for rows in splits.values():
             format_of(rows.column_names, data.format, data.columns)
+        if isinstance(data.source, str):  # of several sources, each may have columns of its own
+            check_columns({name for rows in splits.values() for name in rows.column_names}, data.columns)
         return TaskInfo(CAUSAL_LM)
 
     def source_columns(self, data: DataConfig) -> set[str]:
-        return super().source_columns(data) | {*OPTIONAL, *(name for names in COLUMNS.values() for name in names)}
+        return super().source_columns(data) | NAMES
 
     @classmethod
     def example_info(cls, *, decoder: bool) -> TaskInfo | None:
         return TaskInfo(CAUSAL_LM) if decoder else None
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
-        """The row as ``messages`` with the roles system, user and assistant.
+        """The row as ``messages`` with the roles system, user and assistant, and ``masked``.
 
         Raises:
             DataError: names the column and the turn. An answer without text is one too, unless
                 ``data.cleaning.empty=drop`` has such rows dropped.
         """
         kind = format_of(row, data.format, data.columns)
-        messages = read_row(row, kind, data.columns, data.system)
-        blank = _blank_answer(messages)
+        column = data.columns.get(COLUMNS[kind][-1], COLUMNS[kind][-1])
+        conversation = read_row(row, kind, data)
+        self._check_flags(conversation.messages, conversation.flags, column)
+        canonical: Row = {"messages": conversation.messages}
+        if masked := conversation.masked:  # absent from other rows, so that fingerprints of their data stay
+            canonical["masked"] = masked
+        blank = _blank_answer(canonical)
         if blank and data.cleaning.empty == "error":
-            name = COLUMNS[kind][-1]
             message = f"turn {blank}: the assistant's answer is empty; fill it, or set data.cleaning.empty=drop"
-            raise DataError(message, column=data.columns.get(name, name))
-        return {"messages": messages}
+            raise DataError(message, column=column)
+        return canonical
+
+    def _check_flags(self, messages: Sequence[Message], flags: Sequence[bool | None], column: str) -> None:
+        """Raises DataError for turns that are to be learned or not, against ``train_on``, and where none is left."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        for index, learned in enumerate(flags):
+            if index in answers or learned is None or learned == (self.train_on == "all"):
+                continue
+            role, wanted = messages[index]["role"], "not to be" if self.train_on == "all" else "to be"
+            problem = f"this turn of the {role}'s is flagged as {wanted} learned, against task.train_on={self.train_on}"
+            hint = "take the flag off, or set task.train_on=" + ("assistant" if self.train_on == "all" else "all")
+            raise DataError(f"turn {index + 1}: {problem}; {hint}", column=column)
+        wanted_answers = answers[-1:] if self.train_on == "last" else answers
+        if all(flags[index] is False for index in wanted_answers):
+            which = "the last answer" if self.train_on == "last" else "every answer"
+            message = f"{which} is flagged as not to be learned, so nothing can be learned from this row; take it out"
+            raise DataError(message, column=column)
+
+    def remarks(self, row: Row, data: DataConfig) -> Iterable[tuple[str, str]]:
+        """not_used, masked_turns, unanswered_turns, null_words and turns_in_text; see ``conversation``."""
+        conversation = read_row(row, format_of(row, data.format, data.columns), data)
+        return [*conversation.remarks, *([("masked_turns", "")] if conversation.masked else [])]
 
     def text_of(self, row: Row) -> str:
         """All turns; nothing where an answer is empty, so that the row counts as an empty one."""
-        if _blank_answer(row["messages"]):
+        if _blank_answer(row):
             return ""
         return "\n".join(message["content"] for message in row["messages"] if message["role"] != "system")
 
@@ -103,12 +134,15 @@ class Instruction(LanguageTask):
         check_window(tokenizer, data)
         style = chat_template.read(tokenizer)
         _warn_once(style.note)
+        _warn_of_special(rows, chat_template.special_tokens(tokenizer))
         stretches, lost = [], []
-        for row, labelled in _encode(rows, list(enumerate(rows["messages"])), tokenizer, style, self.train_on):
+        masked = rows["masked"] if "masked" in rows else [None] * len(rows["messages"])
+        conversations = list(zip(range(len(masked)), rows["messages"], masked, strict=True))
+        for row, labelled in _encode(rows, conversations, tokenizer, style, self.train_on):
             messages = list(rows["messages"][row])
             # where only the last answer counts, early turns give way to it
             while self.train_on == "last" and len(labelled.ids) > data.max_length and _drop_first_exchange(messages):
-                ((_, labelled),) = _encode(rows, [(row, messages)], tokenizer, style, self.train_on)
+                ((_, labelled),) = _encode(rows, [(row, messages, None)], tokenizer, style, self.train_on)
             fitting = fit(labelled, row, data.max_length, self.train_on)
             if fitting:
                 stretches.append(fitting)
@@ -123,9 +157,10 @@ class Instruction(LanguageTask):
         return to_columns(windows, positions=self.packing)
 
     def prompt(self, row: Row) -> tuple[list[Message], str]:
-        """(the turns before the last answer, that answer), for sample generations."""
-        messages = row["messages"]
-        last = _last_answer(messages)
+        """(the turns before the last answer that is learned, that answer), for sample generations."""
+        messages, masked = row["messages"], row.get("masked") or ()
+        answers = (index for index, message in enumerate(messages) if message["role"] == "assistant")
+        last = max(index for index in answers if index not in masked)
         return messages[:last], messages[last]["content"]
 
     def as_prompt(self, text: str) -> list[Message]:
@@ -155,7 +190,7 @@ def _last_answer(messages: Sequence[Message]) -> int:
 
 def _encode(
     rows: Mapping[str, Sequence[Any]],
-    conversations: Sequence[tuple[int, Sequence[Message]]],
+    conversations: Sequence[tuple[int, Sequence[Message], Sequence[int] | None]],
     tokenizer: PreTrainedTokenizerBase,
     style: chat_template.TurnStyle,
     train_on: TrainOn,
@@ -163,8 +198,8 @@ def _encode(
     """(row, tokens) of every example; raises DataError with the row's file and line."""
     row, numbers, examples = 0, [], []
     try:
-        for row, messages in conversations:
-            pieces = pieces_of(messages, tokenizer, style, train_on)
+        for row, messages, masked in conversations:
+            pieces = pieces_of(messages, tokenizer, style, train_on, masked or ())
             numbers += [row] * len(pieces)
             examples += pieces
         labelled, encoded = tokenize(examples, tokenizer, style), []
@@ -175,22 +210,44 @@ def _encode(
     return encoded
 
 
-def _blank_answer(messages: Sequence[Message]) -> int:
-    """The number, from 1, of the first assistant turn without text; 0 where there is none."""
-    turns = enumerate(messages, 1)
-    return next((n for n, message in turns if message["role"] == "assistant" and not message["content"].strip()), 0)
+def _blank_answer(row: Row) -> int:
+    """The number, from 1, of the first answer to be learned that has no text; 0 where there is none."""
+    masked = row.get("masked") or ()
+    for index, message in enumerate(row["messages"]):
+        if message["role"] == "assistant" and index not in masked and not message["content"].strip():
+            return index + 1
+    return 0
+
+
+def _warn_of_special(rows: Mapping[str, Sequence[Any]], special: Collection[str]) -> None:
+    """Warns of texts that spell a control token: the model reads it as one, such as the end of a turn."""
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    spelled: dict[int, str] = {}
+    for row, messages in enumerate(rows["messages"]):
+        for message in messages:
+            if match := pattern.search(message["content"]):
+                spelled.setdefault(row, match[0])
+    if spelled:
+        log.warning(
+            "%d of %d rows spell control tokens (%s), which are read as such; take them out if that is not meant%s",
+            len(spelled), len(rows["messages"]), ", ".join(sorted(set(spelled.values()))), _places(rows, list(spelled)),
+        )  # fmt: skip
 
 
 def _warn_of_lost(rows: Mapping[str, Sequence[Any]], lost: Sequence[int], max_length: int) -> None:
     """Warns of prompts that fill the window; a row of several examples may have lost only some of them."""
-    if not lost:
-        return
-    places = [f"{rows['_file'][row]}:{rows['_line'][row]}" for row in lost[:SHOWN]] if "_file" in rows else []
-    more = ", …" if len(lost) > SHOWN else ""
-    log.warning(
-        "%d of %d rows are left out: their prompts alone fill data.max_length=%d%s",
-        len(set(lost)), len(rows["messages"]), max_length, f" ({', '.join(places)}{more})" if places else "",
-    )  # fmt: skip
+    if lost:
+        log.warning(
+            "%d of %d rows are left out: their prompts alone fill data.max_length=%d%s",
+            len(set(lost)), len(rows["messages"]), max_length, _places(rows, lost),
+        )  # fmt: skip
+
+
+def _places(rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> str:
+    """The first places of some rows, in brackets; nothing where rows come from no file."""
+    places = [f"{rows['_file'][row]}:{rows['_line'][row]}" for row in numbers[:SHOWN]] if "_file" in rows else []
+    more = ", …" if len(numbers) > SHOWN else ""
+    return f" ({', '.join(places)}{more})" if places else ""
 
 
 def _placed(rows: Mapping[str, Sequence[Any]], row: int, message: str) -> DataError:

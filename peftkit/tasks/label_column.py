@@ -437,9 +437,8 @@ def check_known(column: LabelColumn, reader: ClassReader, hint: str | None) -> N
             if isinstance(value, str) and reader.split(value):
                 separator = next(mark for mark in spelling.SEPARATORS if mark in value)
                 hint = f"for several labels per row set data.label_separator='{separator}'"
-            message = f"is not among the {len(labels)} labels given{ids}: {near}{' ' if near.endswith('?') else '; '}{hint}".rstrip(
-                "; "
-            )
+            joint = " " if near.endswith("?") else "; "
+            message = f"is not among the {len(labels)} labels given{ids}: {near}{joint}{hint}".rstrip("; ")
         column.fail(f"label {value!r} of the {column.split} split {message}", column.first(value))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.errors import RecipeError
 from peftkit.heads.causal_lm import NAME as CAUSAL_LM
 from peftkit.schema.task import Task
+from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,11 @@ class LanguageTask(Task):
 
     if TYPE_CHECKING:
         packing: bool  # a field of each task, in an order of its own
+
+    def identity(self, row: Row) -> str:
+        """All that is read or learned, to the letter: indentation and case are part of what a model writes."""
+        content = {name: value for name, value in row.items() if not name.startswith("_")}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False)
 
     @property
     def packs(self) -> bool:

@@ -51,22 +51,45 @@ class Labelled:
 
 
 def pieces_of(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, style: TurnStyle, train_on: TrainOn
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    style: TurnStyle,
+    train_on: TrainOn,
+    masked: Sequence[int] = (),
 ) -> list[list[Piece]]:
     """The examples that a conversation makes, as pieces of text; what follows the last assistant turn is left out.
 
+    Args:
+        masked: indexes of assistant turns that are read, and never scored.
+
     Raises:
-        DataError: the template fails on this conversation, or rewrites a turn so that it cannot be told apart.
+        DataError: the template fails on this conversation, leaves a text out, or rewrites a turn so that it cannot be
+            told apart.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wanted = turns[-1:] if train_on == "last" else turns
+    wanted = [index for index in (turns[-1:] if train_on == "last" else turns) if index not in masked]
     rendered = [_turn(messages, index, tokenizer, style) for index in turns]
     whole = rendered[-1][0] + rendered[-1][1]
+    _check_kept(messages[: turns[-1]], rendered[-1][0])
     if (style.stop or len(turns) == 1) and all(whole.startswith(prompt + answer) for prompt, answer in rendered):
-        spans = [(len(prompt), len(prompt + answer)) for prompt, answer in rendered]
-        return [_cut(whole, [span for turn, span in zip(turns, spans, strict=True) if turn in wanted], train_on)]
+        spans = {turn: (len(prompt), len(prompt + answer)) for turn, (prompt, answer) in zip(turns, rendered)}
+        apart = turns if train_on == "all" else wanted  # with "all", what is around a masked answer is scored
+        return [_cut(whole, [(*spans[turn], turn in wanted) for turn in apart], train_on)]
+    if train_on == "all" and masked:
+        problem = "the chat template makes an example of every answer, in which the answers before it are scored"
+        raise DataError(f"{problem}, those flagged as not to be learned as well; set task.train_on=assistant")
     chosen = [turn for index, turn in zip(turns, rendered, strict=True) if index in wanted]
-    return [_cut(prompt + answer, [(len(prompt), len(prompt + answer))], train_on) for prompt, answer in chosen]
+    return [_cut(prompt + answer, [(len(prompt), len(prompt + answer), True)], train_on) for prompt, answer in chosen]
+
+
+def _check_kept(messages: Sequence[Message], prompt: str) -> None:
+    """Raises DataError when the template leaves a system prompt or a user's text out of the last prompt."""
+    solid = _solid(prompt)
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant" and _solid(message["content"]) not in solid:
+            hint = "set model.fold_system=true, which puts it into the first user turn"
+            hint = hint if message["role"] == "system" else "choose another template with model.chat_template"
+            raise DataError(f"turn {number}: the chat template leaves this text of the {message['role']}'s out; {hint}")
 
 
 def _turn(
@@ -87,11 +110,11 @@ def _turn(
     return prompt, answer[: len(answer) - len(style.after)]
 
 
-def _cut(text: str, spans: Sequence[tuple[int, int]], train_on: TrainOn) -> list[Piece]:
-    """``text`` with the spans scored; whatever follows the last one is left out."""
+def _cut(text: str, spans: Sequence[tuple[int, int, bool]], train_on: TrainOn) -> list[Piece]:
+    """``text`` cut at the answers' spans (start, end, scored); whatever follows the last one is left out."""
     pieces, done = [], 0
-    for start, end in spans:
-        pieces += [Piece(text[done:start], train_on == "all"), Piece(text[start:end], True)]
+    for start, end, scored in spans:
+        pieces += [Piece(text[done:start], train_on == "all"), Piece(text[start:end], scored)]
         done = end
     return pieces
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SIZES = {"cpu": 2048}
 REPEATS = 5
+SLOW = 2.0
+"""Seconds of a matmul from which on a smaller one is measured."""
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
@@ -82,17 +84,23 @@ def utilization_metrics(loop: Loop) -> dict[str, float]:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    size = SIZES.get(device.type, 8192)
     trim_heap()  # the run's peak memory should be training's
+    size = SIZES.get(device.type, 8192)
+    small = 2 * (size // 4) ** 3 / _best_seconds(device, dtype, size // 4, 1)
+    # a dtype that the processor emulates would take minutes
+    return small if 2 * size**3 > small * SLOW else 2 * size**3 / _best_seconds(device, dtype, size, REPEATS)
+
+
+def _best_seconds(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
     best = float("inf")
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         _synchronize(device)
         started = time.perf_counter()
         torch.mm(a, b, out=out)
         _synchronize(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return best
 
 
 def _synchronize(device: torch.device) -> None:

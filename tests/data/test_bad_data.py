@@ -39,7 +39,7 @@ def write_csv(path, lines, header="text,label", encoding="utf-8"):
     [
         ("only one field", "label", "expected 2 fields as in the header, found 1"),
         ("one, two, three,a", "label", "expected 2 fields as in the header, found 4"),
-        (b"caf\xe9,a", None, "byte 0xe9 is not UTF-8"),
+        (b"caf\xc3\xa9 caf\xe9,a", None, "byte 0xe9 is not UTF-8"),
         (",a", "text", "expected text, found an empty text"),
         ("   ,a", "text", "data.cleaning.empty=drop"),
         ("fine,", "label", "no label"),
@@ -61,11 +61,11 @@ def test_a_bad_csv_row_is_named(tmp_path, line, column, said):
         ("text,text", "twice", 1),
         ("text,", "field 2 is empty", 1),
         ("review,label", "did you mean", None),
-        ("text;label", "text;label", None),
+        ("text:label", "text:label", None),
     ],
 )
 def test_a_bad_header_is_named(tmp_path, header, said, line):
-    path = write_csv(tmp_path / "bad.csv", GOOD if "," in header else ["a;b"], header)
+    path = write_csv(tmp_path / "bad.csv", GOOD if "," in header else ["a:b"], header)
     error = failure(path, text="reviews" if header.startswith("review") else "text")
     assert str(error.file) == str(path)
     assert error.line == line
@@ -118,14 +118,11 @@ def test_files_that_are_not_what_they_say(tmp_path):
     parquet = tmp_path / "bad.parquet"
     parquet.write_bytes(b"PAR1 not really")
     assert "not a Parquet file" in str(failure(parquet))
-    wide = tmp_path / "wide.csv"
-    wide.write_bytes("text,label\na,b".encode("utf-16"))
-    assert "UTF-16" in str(failure(wide))
     for name in ("empty.csv", "empty.jsonl", "empty.json"):
         (tmp_path / name).write_text("")
         assert "the file is empty" in str(failure(tmp_path / name))
-    (tmp_path / "rows.xlsx").write_text("x")
-    assert "cannot be read" in str(failure(tmp_path / "rows.xlsx"))
+    (tmp_path / "rows.ods").write_text("x")
+    assert "cannot be read" in str(failure(tmp_path / "rows.ods"))
     write_csv(tmp_path / "only_header.csv", [])
     assert "has no rows" in str(failure(tmp_path / "only_header.csv"))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 
+import pandas as pd
 import pytest
 
 from peftkit.data.mapping import clean_text
@@ -55,6 +57,52 @@ def test_duplicates_keep_the_first_and_ignore_case_and_spacing(folder):
     assert (len(texts_of(kept)), step(kept, "duplicates").action) == (42, "reported")
     off = prepared(folder, cleaning={"duplicates": "off"})
     assert (len(texts_of(off)), step(off, "duplicates")) == (42, None)
+
+
+def language(path, rows, task="instruction", **data):
+    pd.DataFrame(rows).to_json(path, orient="records", lines=True)
+    data = {"source": str(path), "test_size": 0, "validation_size": 4, **data}
+    return prepare(Recipe.parse({"name": "r", "model": {"source": "./m"}, "task": task, "data": data}))
+
+
+CODE = "if good:\n    one()\ntwo()"
+VARIANTS = {
+    "indentation": [{"instruction": f"Format {n}", "output": CODE.replace("\ntwo", gap)}
+                    for n in range(8) for gap in ("\ntwo", "\n    two")],
+    "case": [{"instruction": case(f"Write word {n} so"), "output": f"World {n}"} for n in range(8)
+             for case in (str.lower, str.upper)],
+    "answers": [{"instruction": f"Write word {n}", "output": case(f"World {n}")} for n in range(8)
+                for case in (str.lower, str.upper)],
+    "system": [{"instruction": f"Say {n}", "output": f"word {n}", "system": system} for n in range(8)
+               for system in ("Speak low.", "Speak up.")],
+    "flags": [{"messages": [{"role": "user", "content": f"Say {n}"},
+                            {"role": "assistant", "content": "x", "loss": flag},
+                            {"role": "user", "content": "again"},
+                            {"role": "assistant", "content": f"word {n}"}]}
+              for n in range(8) for flag in (True, False)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_conversations_are_duplicates_to_the_letter(name, tmp_path):
+    rows = VARIANTS[name]
+    again = [*rows, *rows[:3]]
+    assert len(pd.DataFrame(map(json.dumps, again)).drop_duplicates()) == len(rows) == 16  # pandas is the judge
+    held = language(tmp_path / "rows.jsonl", again)
+    assert sum(map(len, held.splits.values())) == 16
+    assert step(held, "duplicates").rows == 3
+    if name != "flags":  # nearly equal rows stay on one side, so that none is learned and tested on
+        sides = {row["_line"]: split for split, part in held.splits.items() for row in part}
+        assert all(sides[line] == sides[line + 1] for line in range(1, 16, 2))
+
+
+def test_documents_are_duplicates_to_the_letter(tmp_path):
+    texts = [form(f"Document {n} is\n  about Cats") for n in range(6) for form in (str, str.lower, " ".join)]
+    texts += [f"Document {n} is\n  about Cats" for n in range(2)]
+    held = language(tmp_path / "rows.jsonl", {"text": texts}, "style")
+    kept = [text for part in held.splits.values() for text in part["text"]]
+    assert sorted(kept) == sorted(pd.Series(texts).drop_duplicates())
+    assert step(held, "duplicates").rows == 2
 
 
 def test_conflicts_are_told_and_dropped_whole(folder):

@@ -36,7 +36,10 @@ def test_everything_wrong_with_a_file_is_raised_at_once(tmp_path):
 
 def test_a_text_file_is_a_row_per_line(tmp_path):
     file = tmp_path / "texts.txt"
-    file.write_bytes(b"\xef\xbb\xbfone\r\n\ncaf\xe9\n")
+    file.write_bytes("\ufeffone\r\n\ncafé\n".encode())
     read = texts.InputTexts(file, ["words"])
     assert read.check() == ["words"]
-    assert list(read) == [{"words": "one"}, {"words": ""}, {"words": "caf\ufffd"}]
+    assert list(read) == [{"words": "one"}, {"words": ""}, {"words": "café"}]
+    file.write_bytes("naïve\n".encode() + b"caf\xe9\n")
+    with pytest.raises(DataError, match="line 2: byte 0xe9 is not UTF-8"):
+        texts.InputTexts(file, ["words"]).check()

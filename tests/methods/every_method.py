@@ -107,10 +107,13 @@ class Cell:
         return tiny.tiny_recipe(folder, **{**fields, "data": data, **parts})
 
 
-def train(cell: Cell, folder: Path, steps: int = STEPS) -> SimpleNamespace:
-    """The cell's model, trained for a few steps on one batch, with what changed and how the loss went."""
-    rate = {"learning_rate": EXAMPLES[cell.example].learning_rate, "weight_decay": 0.0}
-    recipe, info = cell.recipe(folder, training=rate), INFOS[cell.model]
+def train(cell: Any, folder: Path, steps: int = STEPS, rate: float | None = None) -> SimpleNamespace:
+    """The cell's model, trained for a few steps on one batch, with what changed and how the loss went.
+
+    A cell has a ``model`` and makes a ``recipe``; one of EXAMPLES knows its rate and which parameters it trains.
+    """
+    training = {"learning_rate": rate or EXAMPLES[cell.example].learning_rate, "weight_decay": 0.0}
+    recipe, info = cell.recipe(folder, training=training), INFOS[cell.model]
     tokenizer = load_tokenizer(recipe.model)
     loaded = build(recipe, info, tokenizer)
     batch, method = made_batch(tokenizer, cell.model), recipe.method
@@ -122,8 +125,9 @@ def train(cell: Cell, folder: Path, steps: int = STEPS) -> SimpleNamespace:
     losses = [measured(module, batch)]
     for step in range(steps):
         module.train()
-        penalty = method.penalty(loaded.model)
-        (module(batch) / len(batch["input_ids"]) + (0.0 if penalty is None else penalty)).backward()
+        loss = module(batch) / len(batch["input_ids"])
+        penalty = method.penalty(loaded.model)  # after the forward pass, as a step does: some are about its noise
+        (loss + (0.0 if penalty is None else penalty)).backward()
         optimizer.step()
         method.on_step_end(loaded.model, step + 1)
         optimizer.zero_grad()
@@ -133,7 +137,7 @@ def train(cell: Cell, folder: Path, steps: int = STEPS) -> SimpleNamespace:
     return SimpleNamespace(
         cell=cell, recipe=recipe, info=info, loaded=loaded, batch=batch, losses=losses, module=module,
         changed={name for name, value in before.items() if not torch.equal(value, after[name])},
-        declared={name for name in after if declared(cell, loaded, name)},
+        declared={name for name in after if isinstance(cell, Cell) and declared(cell, loaded, name)},
     )  # fmt: skip
 
 

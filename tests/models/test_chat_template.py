@@ -135,3 +135,60 @@ def test_generation_ends_at_end_of_text_where_no_template_can_be_used(chatml, gp
     assert chat_template.stop_ids(chatml) == [chatml.eos_token_id]
     chatml.chat_template = CHATML.replace("<|im_end|>", "<|endoftext|>")
     assert chat_template.stop_ids(chatml) == [chatml.convert_tokens_to_ids("<|endoftext|>"), chatml.eos_token_id]
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\n"
+FOLDED = [{"role": "user", "content": "Be brief.\n\nHi"}, *TALK[2:]]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NO_SYSTEM + CHATML,
+        "\n" + CHATML,
+        f"  {{% if true %}}\n  {{% endif %}}\n{CHATML}",
+        "{%- if true %}x{% endif %}" + CHATML,
+    ],
+)
+def test_a_folded_system_prompt_is_the_start_of_the_first_user_turn(template, chatml):
+    chatml.chat_template = template
+    expected = [
+        chatml.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in (FOLDED, TALK[1:])
+    ]
+    chat_template.fold_system(chatml)
+    assert [chat_template.render(chatml, messages, generate=True) for messages in (TALK, TALK[1:])] == expected
+
+
+def test_a_folding_template_is_saved_for_whatever_serves_the_model(chatml, tmp_path):
+    chatml.chat_template = NO_SYSTEM + CHATML
+    chat_template.fold_system(chatml)
+    chatml.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = saved.apply_chat_template(TALK, tokenize=False)
+    assert text.startswith("<|im_start|>user\nBe brief.\n\nHi<|im_end|>")
+
+
+def test_a_template_without_system_prompts_says_what_helps(chatml):
+    chatml.chat_template = NO_SYSTEM + CHATML
+    with pytest.raises(ModelError, match=r"System role not supported; .* train with model\.fold_system=true"):
+        chat_template.render(chatml, TALK, generate=True)
+    chatml.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ModelError, match=r"the chat template fails: never$"):
+        chat_template.render(chatml, TALK, generate=True)
+
+
+def test_there_must_be_a_template_to_fold_into(gpt2):
+    with pytest.raises(ModelError, match="no chat template"):
+        chat_template.fold_system(gpt2)
+
+
+def test_what_a_template_puts_before_an_answer_is_reported(chatml):
+    chatml.chat_template = CHATML.replace(
+        "message['content']",
+        "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']",
+    )
+    assert chat_template.read(chatml).note == (
+        "the chat template begins an answer with '<think>\\n\\n</think>\\n\\n' where its messages do not: "
+        "that is learned as well"
+    )

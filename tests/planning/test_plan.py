@@ -31,7 +31,7 @@ MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 @pytest.fixture(autouse=True)
 def _measured(monkeypatch):
     """No test measures the machine."""
-    monkeypatch.setattr(planning.machines, "measure", lambda threads: MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads, decoder: MACHINE)
 
 
 def known_of(recipe):

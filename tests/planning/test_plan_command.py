@@ -22,7 +22,7 @@ MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6, cuda_bytes=1_000_000)
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs ``peftkit …`` in this process on a machine that is measured; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(planning.machines, "measure", lambda threads: MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads, decoder: MACHINE)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["peftkit", *map(str, arguments)])

@@ -21,8 +21,8 @@ MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 @pytest.fixture
 def measured(monkeypatch):
     """The machine's figures are there."""
-    monkeypatch.setattr(planning.machines, "is_measured", lambda threads: True)
-    monkeypatch.setattr(planning.machines, "measure", lambda threads: MACHINE)
+    monkeypatch.setattr(planning.machines, "is_measured", lambda threads, decoder: True)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads, decoder: MACHINE)
 
 
 def test_planned_and_measured_stand_side_by_side(small_recipe, measured):
@@ -47,16 +47,16 @@ def test_planned_and_measured_stand_side_by_side(small_recipe, measured):
 def test_a_run_does_not_wait_for_a_machine_to_be_measured_and_is_not_lost_by_its_plan(
     small_recipe, measured, monkeypatch
 ):
-    monkeypatch.setattr(planning.machines, "is_measured", lambda threads: False)
+    monkeypatch.setattr(planning.machines, "is_measured", lambda threads, decoder: False)
     asked = []
-    monkeypatch.setattr(planning.machines, "measure", lambda threads: asked.append(threads) or MACHINE)
+    monkeypatch.setattr(planning.machines, "measure", lambda threads, decoder: asked.append(threads) or MACHINE)
     recipe = replace(small_recipe, training={"max_steps": 1})
     run = train(recipe, quiet=True)
     assert "peftkit plan" in json.loads((run.path / prediction.FILE).read_text())["reason"]
     assert "planned_seconds" not in run.metrics["training"]
     assert not asked
     known = known_of(recipe)
-    found = {"seconds": prediction.LONG, "peak_memory_bytes": 1, "micro_batch": None}
+    found = {"seconds": 600.0, "peak_memory_bytes": 1, "micro_batch": None}
     arguments = (recipe, known.info, known.tokenizer, known.encoded, found)
 
     def broken(*_):
@@ -64,7 +64,9 @@ def test_a_run_does_not_wait_for_a_machine_to_be_measured_and_is_not_lost_by_its
 
     import torch
 
+    assert "peftkit plan" in prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["reason"]
+    assert not asked, "not even by a long run"
+    monkeypatch.setattr(planning.machines, "is_measured", lambda threads, decoder: True)
     assert prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["beside"][0]["measured"] == 1
-    assert asked, "a long run has the machine measured"
     monkeypatch.setattr("peftkit.planning.plan.plan_workload", broken)
     assert "no shape for this" in prediction.compare_with_measured(*arguments, device=torch.device("cpu"))["reason"]

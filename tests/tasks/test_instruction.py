@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peftkit.data.batching import collate
 from peftkit.errors import DataError, ModelError, RecipeError
 from peftkit.heads.causal_lm import NAME, CausalLM
-from peftkit.schema.recipe import DataConfig, EvaluationConfig
+from peftkit.models.tokenizer import load_tokenizer
+from peftkit.schema.recipe import DataConfig, EvaluationConfig, ModelConfig
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import TaskInfo
 from peftkit.tasks.instruction import Instruction
@@ -202,8 +203,33 @@ def test_a_template_that_refuses_a_row_is_an_error_with_its_place(tokenizer):
         "{% endif %}" + tokenizer.chat_template
     )
     rows = {"messages": [turns("a", "b"), turns("a", "b", system="x")], "_file": ["f", "f"], "_line": [4, 5]}
-    with pytest.raises(DataError, match="f, line 5, column 'messages': turn 3: the chat template fails: no system"):
+    fault = "f, line 5, column 'messages': turn 3: the chat template fails: no system prompts; .*model.fold_system=true"
+    with pytest.raises(DataError, match=fault):
         Instruction().encode(rows, tokenizer, config(), None)
+
+
+def test_a_system_prompt_is_folded_into_the_first_user_turn(folder):
+    base = {"source": str(folder), "chat_template": "plain"}
+    rows, plain = {"messages": [turns("a", "b", "c", "d", system="x")]}, load_tokenizer(ModelConfig(**base))
+    folded = Instruction().encode(rows, load_tokenizer(ModelConfig(**base, fold_system=True)), config(), None)
+    assert folded == Instruction().encode({"messages": [turns("x\n\na", "b", "c", "d")]}, plain, config(), None)
+    assert folded != Instruction().encode(rows, plain, config(), None)
+
+
+@pytest.mark.parametrize(
+    ("role", "condition", "hint"),
+    [
+        ("system", "message['role'] != 'system'", "set model.fold_system=true"),
+        ("user", "loop.index != 4", "choose another template with model.chat_template"),
+    ],
+)
+def test_a_template_that_leaves_a_text_out_is_refused(role, condition, hint, tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", f"(message['content'] if {condition} else '')"
+    )
+    row = {"messages": [turns("one", "two", "three", "four", system="Be brief.")]}
+    with pytest.raises(DataError, match=f"turn [14]: the chat template leaves this text of the {role}'s out; .*{hint}"):
+        Instruction().encode(row, tokenizer, config(), None)
 
 
 def test_a_template_that_changes_an_answer_is_refused(tokenizer):

@@ -26,7 +26,7 @@ MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 
 @pytest.fixture(autouse=True)
 def _measured(monkeypatch):
     machine = machines.Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
-    monkeypatch.setattr("peftkit.planning.plan.machines.measure", lambda threads: machine)
+    monkeypatch.setattr("peftkit.planning.plan.machines.measure", lambda threads, decoder: machine)
 
 
 class LittleMemory:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from peftkit.data.reader import DocumentReader, reader_for, readers
+from peftkit.data.reader import DocumentReader, ending_of, reader_for, readers
 from peftkit.data.source import ALIASES, SPLITS, File, FileSource
 from peftkit.data.sources.hub import HUB_ID
 from peftkit.errors import DataError, did_you_mean
@@ -32,7 +33,7 @@ class LocalSource(FileSource):
         if Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
             return True
         known = readers()
-        return Path(name).suffix.lower() in known or f".{name}" in (*known, ".text")
+        return ending_of(Path(name)) in known or f".{name}" in (*known, ".text")
 
     def find_files(self) -> dict[str, list[File]]:
         path = Path(self.name).expanduser()
@@ -58,11 +59,11 @@ def by_label(path: Path, data: DataConfig) -> list[File]:
     """Documents of a folder that has one folder per label; empty where it is not one."""
     documents = {ending: reader for ending, reader in readers().items() if issubclass(reader, DocumentReader)}
     return [
-        File(text, documents[text.suffix.lower()](column=data.text), {data.label_columns[0]: folder.name})
+        File(text, documents[ending_of(text)].of(data), {data.label_columns[0]: folder.name})
         for folder in _visible(path)
         if folder.is_dir() and folder.name not in UNLABELLED
         for text in _visible(folder)
-        if text.suffix.lower() in documents and text.is_file()
+        if text.is_file() and ending_of(text) in documents
     ]
 
 
@@ -78,8 +79,9 @@ def _open(path: Path, data: DataConfig, *, alone: bool = True) -> File:
     """The file with its reader; the text of a document is cut into sections, which belong together unless alone."""
     reader = reader_for(path)
     if issubclass(reader, DocumentReader):
-        return File(path, reader(column=data.text, sections=True, document=None if alone else str(path)))
-    return File(path, reader())
+        document = replace(reader.of(data), sections=True, document=None if alone else str(path))
+        return File(path, document)
+    return File(path, reader.of(data))
 
 
 def _by_split(path: Path, data: DataConfig) -> dict[str, list[File]]:
@@ -89,10 +91,10 @@ def _by_split(path: Path, data: DataConfig) -> dict[str, list[File]]:
     for child in _visible(path):
         name = re.split(r"[-_.]", child.name.lower())[0]
         split = ALIASES.get(name)
-        if split is None or (child.is_file() and child.suffix.lower() not in known):
+        if split is None or (child.is_file() and ending_of(child) not in known):
             continue
         if files := [_open(child, data)] if child.is_file() else by_label(child, data):
-            kind = f"{name}{child.suffix.lower() if child.is_file() else '/'}"
+            kind = f"{name}{ending_of(child) if child.is_file() else '/'}"
             kinds[split].setdefault(kind, []).extend(files)
     for split, named in kinds.items():
         if len(named) > 1:
@@ -103,7 +105,7 @@ def _by_split(path: Path, data: DataConfig) -> dict[str, list[File]]:
 def _loose(path: Path, data: DataConfig) -> list[File]:
     """The only table of a folder, or all its documents."""
     known = readers()
-    files = [child for child in _visible(path) if child.is_file() and child.suffix.lower() in known]
+    files = [child for child in _visible(path) if child.is_file() and ending_of(child) in known]
     tables = [child for child in files if not issubclass(reader_for(child), DocumentReader)]
     if len(tables) == 1:
         return [_open(tables[0], data)]
@@ -129,4 +131,4 @@ def _nearest(path: Path) -> str:
 def _visible(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
-    return sorted(child for child in path.iterdir() if not child.name.startswith((".", "__")))
+    return sorted(child for child in path.iterdir() if not child.name.startswith((".", "__", "~$")))

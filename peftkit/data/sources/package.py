@@ -90,7 +90,9 @@ def _labelled_folder(path: Path, data: DataConfig) -> list[File]:
 def _plays(path: Path, data: DataConfig) -> list[File]:
     """The modern-spelling editions only: the folio texts repeat the same plays."""
     files = sorted(file for file in path.glob("*_gut.txt") if file.is_file())
-    return [File(file, TextReader(data.text, True, file.stem.removesuffix("_gut"), "cp1252")) for file in files]
+    return [
+        File(file, TextReader(data.text, True, file.stem.removesuffix("_gut"), fallback="cp1252")) for file in files
+    ]
 
 
 def _sentiments(path: Path, data: DataConfig) -> list[File]:
@@ -123,7 +125,7 @@ class _RenamedCsv(Reader):
     names: dict[str, str]
 
     def rows(self, path: Path, problems: Problems) -> Iterator[Row]:
-        for row in CsvReader(errors="replace").rows(path, problems):
+        for row in CsvReader(",", '"', errors="replace").rows(path, problems):
             yield {self.names.get(key, key): value for key, value in row.items()}
 
 

@@ -51,7 +51,7 @@ class Merged(Exporter):
         logits = proof.trained_logits(loaded, contents, batch)
         try:
             merged = loaded.model if native_adapters(loaded.model) else unwrap_heads(loaded.model.merge_and_unload())
-        except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
             method = source.manifest.method
             raise MethodError(f"{source.path}: method '{method}' cannot be merged into the base ({error})") from error
         merged.save_pretrained(folder)

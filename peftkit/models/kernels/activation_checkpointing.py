@@ -42,7 +42,7 @@ def policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointP
     schema = getattr(operation, "_schema", None)
     name = schema.name.partition("::")[2] if schema else ""
     save = name in MATMULS | QUANTIZED_MATMULS
-    if name.startswith(FUSED_ATTENTION):
+    if schema and name.startswith(FUSED_ATTENTION):
         values = dict(zip((argument.name for argument in schema.arguments), arguments)) | named
         save = not values.get("dropout_p")
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE

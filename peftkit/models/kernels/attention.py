@@ -1,12 +1,14 @@
-"""Blockwise attention for bf16 on a CPU, with a backward pass that costs little more than its matmuls.
+"""Blockwise attention on a CPU, with a backward pass that costs little more than its matmuls.
 
     softmax(s · Q Kᵀ + mask) V
 
-On short rows, torch's fused CPU kernel spends two thirds of its time in the bf16 backward pass. This module processes
-queries in blocks; causal blocks only read the keys up to their own end, heads that share keys are one matmul, and
-matmuls are in bf16 with the softmax in fp32, the precision of transformers' eager attention. Few rows are processed at
-a time, so that the weights of a tile stay in the processor's cache. The backward pass recomputes each block's weights
-(as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); only those of short rows and dropout masks are saved.
+On short rows, torch's fused CPU kernel spends two thirds of its time in the bf16 backward pass, and it has no dropout,
+with which torch writes all weights to memory several times. So this module serves bf16, and fp32 with dropout. It
+processes queries in blocks; causal blocks only read the keys up to their own end, heads that share keys are one matmul,
+and matmuls are in the inputs' dtype with the softmax in fp32, the precision of transformers' eager attention. Few rows
+are processed at a time, so that the weights of a tile stay in the processor's cache. The backward pass recomputes each
+block's weights (as in FlashAttention, Dao et al. 2022, arXiv:2205.14135); only those of short rows and dropout masks
+are saved.
 
 Shape suffixes: B rows × key heads, G query heads per key head, T queries, S keys, D head width.
 """
@@ -29,6 +31,7 @@ from peftkit.models.blocks import unwrap
 from peftkit.models.kernels import dropout
 
 NAME = "peftkit_cpu"
+DTYPES = (torch.bfloat16, torch.float32)
 BLOCK = 128  # queries per tile
 TILE = 1 << 20  # most attention weights per tile, unless one row's block has more
 MAX_SAVED = 2
@@ -36,13 +39,14 @@ MAX_SAVED = 2
 
 
 def use_cpu_attention(model: Any) -> bool:
-    """Switches a bf16 model on a CPU from sdpa to this module; returns whether it was switched.
+    """Switches a bf16 or fp32 model on a CPU from sdpa to this module; returns whether it was switched.
 
     Masks stay those of sdpa, and sdpa still serves every call that this module does not support.
     """
     base = unwrap(model)
     weight = base.get_input_embeddings().weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or base.config._attn_implementation != "sdpa":
+    supported = weight.device.type == "cpu" and weight.dtype in DTYPES
+    if not supported or base.config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -76,7 +80,7 @@ def attend(
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [rows, heads, T, D] → [rows, T, heads, D]."""
-    if torch.compiler.is_compiling() or not _is_supported(query, key, attention_mask, arguments):
+    if torch.compiler.is_compiling() or not _is_supported(query, key, attention_mask, dropout, arguments):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **arguments
         )
@@ -85,11 +89,15 @@ def attend(
     return blockwise(query, key, value, attention_mask, bool(causal) and attention_mask is None, scale, dropout), None
 
 
-def _is_supported(query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]) -> bool:
+def _is_supported(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, arguments: dict[str, Any]) -> bool:
+    # in fp32 torch's fused kernel is fast, but does not support dropout
+    served = query.dtype == torch.bfloat16 or (query.dtype == torch.float32 and dropout > 0)
+    if not served or query.device.type != "cpu":
+        return False
     plain = not any(arguments.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache"))
     full_rows = query.shape[2] == key.shape[2] > 1
     same_for_heads = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
-    return plain and full_rows and same_for_heads and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return plain and full_rows and same_for_heads
 
 
 def blockwise(

@@ -103,7 +103,7 @@ def _add_into(
     Returns which elements dropout kept (a byte each, or the mask's seed; None without dropout), and x Aᵀ if narrow.
     """
     keep = None
-    if 0 < p < 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+    if dropout.is_fast(x, p):
         keep = torch.tensor(dropout.new_seed())  # nothing as large as x is saved
         x = x * dropout.mask(x.shape, p, x.dtype, int(keep))
     elif p > 0:
@@ -121,7 +121,8 @@ def _gradients(
     scale, p = ctx.scale, ctx.p
     grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
     x_NI = x.reshape(-1, x.shape[-1])
-    a_RI, mask_NI, factor = a.to(x.dtype), None, 1.0
+    a_RI, factor = a.to(x.dtype), 1.0
+    mask_NI: Any = None
     if keep is not None and keep.dtype == torch.bool:
         mask_NI, factor = keep.reshape(x_NI.shape), 1 / (1 - p)
         x_NI = x_NI * mask_NI * factor

@@ -1,4 +1,4 @@
-"""The CPU's bf16 attention against torch's scaled_dot_product_attention, and inside real architectures."""
+"""The CPU's attention against torch's scaled_dot_product_attention, and inside real architectures."""
 
 from __future__ import annotations
 
@@ -139,8 +139,40 @@ def test_packed_rows_stay_apart_and_generation_goes_to_sdpa():
     assert got.tolist() == expected.tolist()
 
 
-def test_only_bf16_sdpa_models_are_changed_and_nothing_is_saved_of_it(tmp_path):
-    assert not attention.use_cpu_attention(make("llama").float())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_normalized_weights(monkeypatch, dtype):
+    """The formula in fp64, with the mask that was drawn: softmax first, dropout after, in both directions."""
+    inputs, masks, draw = tensors(key_heads=4, dtype=dtype), [], attention.dropout.mask
+    monkeypatch.setattr(attention.dropout, "mask", lambda *a: masks.append(draw(*a)) or masks[-1])
+    ours = attention.blockwise(*inputs, MASKS["padding"](11), False, 0.3, 0.4).transpose(1, 2)
+    query, key, value = exact = [t.detach().double().requires_grad_() for t in inputs]
+    scores = (query @ key.mT * 0.3).masked_fill(~MASKS["padding"](11), -torch.inf)
+    (mask,) = masks
+    assert 0.3 < (mask == 0).double().mean() < 0.5
+    theirs = (scores.softmax(-1) * mask.view(scores.shape).double()) @ value
+    bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(ours.double(), theirs, **bound)
+    weight = torch.randn_like(ours)
+    wanted = torch.autograd.grad((theirs * weight).sum(), exact)
+    for mine, expected in zip(torch.autograd.grad((ours * weight).sum(), inputs), wanted):
+        torch.testing.assert_close(mine.double(), expected, **bound)
+
+
+def test_in_fp32_only_dropout_uses_it(monkeypatch):
+    model = make("bert").float()
+    ours = copy.deepcopy(model)
+    assert attention.use_cpu_attention(ours)
+    calls, kernel = [], attention.blockwise
+    monkeypatch.setattr(attention, "blockwise", lambda *a: calls.append(a[-1]) or kernel(*a))
+    ids = torch.randint(3, 101, (3, 12))
+    assert torch.equal(ours(input_ids=ids)[0], model(input_ids=ids)[0])
+    assert calls == []
+    ours.train()(input_ids=ids)
+    assert calls == [0.1, 0.1]
+
+
+def test_only_sdpa_models_in_bf16_or_fp32_are_changed_and_nothing_is_saved_of_it(tmp_path):
+    assert not attention.use_cpu_attention(make("llama").double())
     eager = make("llama")
     eager.set_attn_implementation("eager")
     assert not attention.use_cpu_attention(eager)

@@ -12,12 +12,13 @@ from peftkit.models.kernels import dropout, lora_linear
 from peftkit.planning.trace import fake_tensor_mode
 
 
+@pytest.mark.parametrize("dtype", dropout.DTYPES)
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_each_element_is_dropped_by_itself_with_the_probability_asked_for(p):
+def test_each_element_is_dropped_by_itself_with_the_probability_asked_for(p, dtype):
     torch.manual_seed(0)
-    mask = dropout.mask(torch.Size((400, 1001)), p, torch.bfloat16)
+    mask = dropout.mask(torch.Size((400, 1001)), p, dtype)
     kept = mask > 0
-    assert mask[kept].unique().tolist() == [torch.tensor(1 / (1 - p)).bfloat16().item()]
+    assert mask[kept].unique().tolist() == [torch.tensor(1 / (1 - p)).to(dtype).item()]
     spread = (p * (1 - p) / kept.numel()) ** 0.5
     assert abs((~kept).double().mean().item() - p) < 5 * spread
     lanes = kept.flatten()[: kept.numel() // 4 * 4].view(-1, 4).double()
@@ -50,29 +51,31 @@ def test_the_factor_is_rounded_as_torch_does(p):
     assert dropout._bits(1 / (1 - p)) == torch.tensor(1 / (1 - p)).bfloat16().view(torch.int16).item()
 
 
-def test_layers_drop_in_training_only_and_their_gradient_goes_through_the_same_mask():
+@pytest.mark.parametrize("dtype", dropout.DTYPES)
+def test_layers_drop_in_training_only_and_their_gradient_goes_through_the_same_mask(dtype):
     model = nn.Sequential(nn.Dropout(0.4), nn.Dropout(0.0))
     assert dropout.use_cpu_dropout(model) == 2
-    x = torch.randn(64, 33, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(64, 33, dtype=dtype, requires_grad=True)
     torch.manual_seed(3)
     y = model.train()(x)
     y.sum().backward()
     zero = y == 0
     assert 0.3 < zero.float().mean() < 0.5
     assert torch.equal(x.grad == 0, zero)
-    torch.testing.assert_close(y[~zero], x[~zero] * torch.tensor(1 / 0.6).bfloat16())
+    torch.testing.assert_close(y[~zero], x[~zero] * torch.tensor(1 / 0.6).to(dtype))
     assert torch.equal(model.eval()(x), x)
-    wide = torch.randn(5, 6)
+    wide = torch.randn(5, 6, dtype=torch.float64)  # torch's own
     torch.manual_seed(1)
     expected = nn.functional.dropout(wide, 0.4)
     torch.manual_seed(1)
     assert torch.equal(model.train()(wide), expected)
 
 
-def test_low_rank_with_dropout_in_bf16_is_the_product_with_the_dropped_input():
+@pytest.mark.parametrize("dtype", dropout.DTYPES)
+def test_low_rank_with_dropout_is_the_matmul_with_the_dropped_input(dtype):
     torch.manual_seed(0)
-    x = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
-    weight, a, b = torch.randn(6, 8).bfloat16(), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2)
+    x = torch.randn(5, 8, dtype=dtype, requires_grad=True)
+    weight, a, b = torch.randn(6, 8).to(dtype), torch.randn(2, 8, requires_grad=True), torch.randn(6, 2)
     b.requires_grad_()
     torch.manual_seed(9)
     seed = dropout.new_seed()
@@ -82,7 +85,7 @@ def test_low_rank_with_dropout_in_bf16_is_the_product_with_the_dropped_input():
     inputs = [copy.deepcopy(t.detach()).double().requires_grad_() for t in (x, a, b)]
     theirs = inputs[0] @ weight.double().T + 2 * ((inputs[0] * mask.double()) @ inputs[1].T) @ inputs[2].T
     torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.15)
-    upstream = torch.randn(5, 6).bfloat16()
+    upstream = torch.randn(5, 6).to(dtype)
     found = torch.autograd.grad(ours, (x, a, b), upstream)
     wanted = torch.autograd.grad(theirs, inputs, upstream.double())
     for mine, other in zip(found, wanted, strict=True):
