@@ -26,7 +26,7 @@ TEXTS = ["plain", "with, comma", 'with "quotes"', "two\nlines", "ünïcode 語",
 def raw(source, folder, **data):
     config = DataConfig(source=str(source), **data)
     folder.mkdir(exist_ok=True)
-    return read_sources(find_sources(config), TASKS.get("instruction")(), config, folder)[0]
+    return read_sources(find_sources(config), TASKS.get("style")(), config, folder)[0]
 
 
 def table(seed: int, rows: int = 200) -> pandas.DataFrame:

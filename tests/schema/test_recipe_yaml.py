@@ -70,7 +70,7 @@ def test_plain_words_are_words_and_plain_numbers_are_numbers(read):
     [
         (GOOD.replace("learning_rate", "learning_rat"), 7, 3, "did you mean 'learning_rate'?"),
         (GOOD.replace("1e-3\n", "fast\n"), 7, 3, "training.learning_rate"),
-        (GOOD.replace("labels: [no, yes, 1e-3x]", "labels: [no, 3]"), 5, 16, "data.labels.1"),
+        (GOOD.replace("labels: [no, yes, 1e-3x]", "labels: [no, 3.5]"), 5, 16, "data.labels.1"),
         (GOOD + "trainig: {}\n", 8, 1, "did you mean 'training'?"),
         (GOOD + "method: {kind: lora, rnak: 3}\n", 8, 22, "did you mean 'rank'?"),
         (GOOD + "name: again\n", 8, 1, "'name' occurs twice"),
