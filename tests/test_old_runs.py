@@ -14,10 +14,6 @@ import peftkit
 
 OLD = Path(__file__).with_name("old_runs")
 VERSIONS = sorted(path.name for path in OLD.iterdir() if (path / "finished").is_dir())
-ROUNDING = 1e-4
-"""Between the weights of one training on two kinds of processors. The old runs were made on another machine, whose
-sums are rounded otherwise, so that equal bytes cannot be asked for; what a lost state of the optimizer or of dropout
-would change is a thousand times as much: other draws of dropout after the interruption move them by 0.1."""
 
 
 @pytest.fixture(params=VERSIONS)
