@@ -191,7 +191,7 @@ def test_generate_from_a_pipe_and_into_a_file_with_options(style_run, call, tmp_
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"prompt": "a"}\n{"prompt": 3}\n', "line 2, column 'prompt': expected a list of turns"),
+        ('{"prompt": "a"}\n{"prompt": 3}\n', "line 2, column 'prompt': expected text, found int"),
         ('{"prompt": "a"}\n{"prompt": " "}\n', "line 2, column 'prompt': the prompt is empty"),
         ('{"messages": []}\n', "line 1, column 'messages': the conversation is empty"),
         ('{"messages": [{"role": "usr", "content": "a"}]}\n', "line 1, column 'messages': turn 1: unknown role 'usr'"),

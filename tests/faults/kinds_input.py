@@ -195,7 +195,7 @@ def _edited(lines: list[str], edits: list[tuple[int, str, str]]) -> str:
 BAD_CSV: dict[str, Callable[[str, str], bytes]] = {
     "a field too few": lambda text, label: text.encode(),
     "a field too many": lambda text, label: f"{text},more,{label}".encode(),
-    "not UTF-8": lambda text, label: b"caf\xe9 " + f"{text},{label}".encode(),
+    "neither UTF-8 nor cp1252": lambda text, label: b"caf\x81 " + f"{text},{label}".encode(),
     "an empty text": lambda text, label: f",{label}".encode(),
     "a blank text": lambda text, label: f"   ,{label}".encode(),
     "no label": lambda text, label: f"{text},".encode(),

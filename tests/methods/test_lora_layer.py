@@ -23,6 +23,12 @@ GPT2 = GPT2Config(
 IDS = torch.randint(0, 101, (3, 9), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture
+def torch_masks(monkeypatch):
+    """Dropout draws torch's masks, as peft's does."""
+    monkeypatch.setattr(lora_linear.dropout, "is_fast", lambda *_: False)
+
+
 def pair(config=LLAMA, dtype=torch.float32, **settings):
     """peft's model, and a copy with the faster layers."""
     torch.manual_seed(0)
@@ -54,7 +60,7 @@ def assert_equal(plain, fast, tolerance=1e-6):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["linear", "conv1d"])
-def test_equals_peft_in_fp32(config, dropout):
+def test_equals_peft_in_fp32(config, dropout, torch_masks):
     plain, fast = pair(config, lora_dropout=dropout)
     assert_equal(plain, fast, 2e-6 if dropout else 1e-6)
 
@@ -105,7 +111,7 @@ def test_a_trained_base_still_gets_its_gradient():
     assert_equal(plain, fast)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_gradient_checkpointing_gives_the_same_gradients(torch_masks):
     plain, fast = pair(lora_dropout=0.2)
     fast.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fast.enable_input_require_grads()

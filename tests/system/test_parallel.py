@@ -19,7 +19,7 @@ from peftkit.errors import DataError, TrainingError
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.recipe import Recipe
 from peftkit.system import parallel
-from peftkit.system.cores import share_of_cores
+from peftkit.system.cores import limit_spinning, share_of_cores
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked on Linux alone")
@@ -202,6 +202,7 @@ def running(pid):
 
 
 def test_a_process_of_a_run_keeps_to_its_share(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (share_of_cores(None), share_of_cores(3)) == (8, 3)
@@ -209,3 +210,17 @@ def test_a_process_of_a_run_keeps_to_its_share(monkeypatch):
     assert share_of_cores(None) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert share_of_cores(None) == 1
+
+
+def test_idle_threads_sleep_unless_the_user_has_chosen(monkeypatch):
+    for chosen in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(chosen, raising=False)
+    limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "100"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    limit_spinning()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    limit_spinning()
+    assert "GOMP_SPINCOUNT" not in os.environ
