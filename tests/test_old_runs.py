@@ -8,11 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import peftkit
+from peftkit.models.kernels import attention, dropout
 
 OLD = Path(__file__).with_name("old_runs")
+ROUNDING = 1e-4
+"""Between the weights of one training on two kinds of processors. The old runs were made on another machine, whose
+sums are rounded otherwise, so that equal bytes cannot be asked for; what a lost state of the optimizer or of dropout
+would change is a thousand times as much: other draws of dropout after the interruption move them by 0.1."""
 VERSIONS = sorted(path.name for path in OLD.iterdir() if (path / "finished").is_dir())
 
 
@@ -69,13 +75,15 @@ def test_an_old_language_model_writes_what_it_wrote(old):
     assert peftkit.load("answers").generate(list(stored)) == list(stored.values())
 
 
-def test_an_old_run_that_was_interrupted_is_resumed_to_its_end(old):
-    """Not to the same bits: dropout in fp32 draws other masks than in 0.1.0."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU draws other dropout than the CPU that began the run")
+def test_an_old_run_that_was_interrupted_goes_on_to_the_same_end(old, monkeypatch):
+    """With torch's dropout masks in fp32, which 0.1.0 used; those of now would end 0.1 away."""
+    for kernel in (attention, dropout):
+        monkeypatch.setattr(kernel, "DTYPES", (torch.bfloat16,))
     begun = [row["step"] for row in lines("interrupted/metrics.jsonl")]
     run = peftkit.train(peftkit.Recipe.from_yaml("interrupted/recipe.yaml"), resume="interrupted", quiet=True)
-    assert apart(weights(run.path), weights("finished")) < 0.3
-    loss = read("finished/metrics.json")["test"]["loss"]
-    assert run.metrics["test"]["loss"] == pytest.approx(loss, rel=0.2)
+    assert apart(weights(run.path), weights("finished")) < ROUNDING
+    same_figures(run.metrics["test"], read("finished/metrics.json")["test"])
     steps = [row["step"] for row in lines("interrupted/metrics.jsonl")]
     assert steps == [row["step"] for row in lines("finished/metrics.jsonl")]
     assert steps[: len(begun)] == begun, "it did not begin anew"
