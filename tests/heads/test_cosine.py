@@ -65,14 +65,16 @@ def test_a_run_starts_where_its_classes_are(small_recipe, method, pooling):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("label", "said"),
     [
-        ({"label": 1.5}, "task.cosine_temperature needs classes"),
-        ({"label": ["a"]}, "task.cosine_temperature works where a row has one"),
+        (lambda n: n / 8, "task.cosine_temperature needs classes"),
+        (lambda n: ["a"], "task.cosine_temperature works where a row has one"),
     ],
+    ids=["number", "list"],
 )
-def test_rows_without_one_class_are_refused_before_a_model_is_looked_for(tmp_path, row, said):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"t {n}", **row}) + "\n" for n in range(20)))
+def test_rows_without_one_class_are_refused_before_a_model_is_looked_for(tmp_path, label, said):
+    rows = [{"text": f"t {n}", "label": label(n)} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe.parse(
         {"name": "r", "model": {"source": "nowhere"}, "data": {"source": str(tmp_path / "rows.jsonl")},
          "task": {"kind": "classification", "cosine_temperature": 0.1}}
