@@ -53,7 +53,7 @@ def test_every_recipe_trains_exports_with_proof_and_predicts_on_both(name, mater
     evaluation = {"evaluation": {"baselines": ["majority", "zero_shot"]}} if name == "lora" else {}
     run = peftkit.train(short(name, materials, tmp_path, **evaluation), quiet=True)
     if device.type == "cuda":
-        assert run.metrics["training"]["peak_memory_bytes"] > 0
+        assert run.metrics["training"]["peak_gpu_memory_bytes"] > 0
         text = (run.path / "environment.json").read_text(encoding="utf-8")
         assert torch.cuda.get_device_name(0) in text
     proof = json.loads(next(run.path.rglob("proof.json")).read_text(encoding="utf-8"))
@@ -70,11 +70,10 @@ def test_every_recipe_trains_exports_with_proof_and_predicts_on_both(name, mater
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "style"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_dtypes_learn(name, dtype, materials, tmp_path, gpu):
-    model = {"dtype": dtype}
-    run = peftkit.train(short(name, materials, tmp_path, model=model), quiet=True)
-    losses = [line["loss"] for line in log(run) if "grad_norm" in line]
-    assert losses[-1] < losses[0]
+def test_narrow_dtypes_learn_what_fp32_learns(name, dtype, materials, tmp_path, gpu):
+    exact = peftkit.train(short(name, materials, tmp_path), quiet=True)
+    narrow = peftkit.train(short(name, materials, tmp_path, model={"dtype": dtype}), quiet=True)
+    assert narrow.metrics["validation"]["loss"] == pytest.approx(exact.metrics["validation"]["loss"], rel=0.05)
 
 
 def log(run):

@@ -156,7 +156,7 @@ def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
         return _AnyOutputLayer.apply(hidden_SH, targets_S, output, *trained)  # type: ignore[no-any-return]
     weight: Tensor = output.module.weight  # type: ignore[assignment]
     bias, device, dtype = output.module.bias, hidden_SH.device.type, weight.dtype
-    fused = _fused_kernel(device)
+    fused = _fused_kernel(device) if dtype in (torch.bfloat16, torch.float16) else None
     if fused is not None and output.shaping.scale == 1.0 and bias is None and len(targets_S):
         return fused(hidden_SH, weight, targets_S, output.shaping.cap)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
