@@ -156,6 +156,7 @@ def trainer_run(case: dict[str, Any], clock: Clock) -> dict[str, Any]:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with Path(case["file"]).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = sorted({row["label"] for row in rows})
