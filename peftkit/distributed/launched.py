@@ -54,8 +54,12 @@ def requested_processes(command: Sequence[str]) -> int:
 def _is_accelerate(command: Sequence[str]) -> bool:
     """Whether it runs ``accelerate launch``, under any of its names; other programs have a ``launch`` too."""
     names = [Path(word).name for word in command]
-    program = names.index("accelerate") if "accelerate" in names else len(names)
-    return "launch" in names[program + 1 :] or bool({"accelerate-launch", "accelerate.commands.launch"} & set(names))
+    if {"accelerate-launch", "accelerate.commands.launch"} & set(names):
+        return True
+    programs = [
+        place for place, name in enumerate(names) if name in ("accelerate", "accelerate.commands.accelerate_cli")
+    ]
+    return bool(programs) and "launch" in names[programs[0] + 1 :]
 
 
 def _option(command: Sequence[str], name: str) -> str:
