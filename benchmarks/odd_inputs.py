@@ -2,8 +2,8 @@
 
     python benchmarks/odd_inputs.py --cases FOLDER
 
-FOLDER holds files that failed in some tool: spellings of labels, tables of many programs, conversations with fields that
-mean something. Tiny random models are trained; nothing is asked but how each file is read. Files of conversations and
+FOLDER holds files that failed in some tool: spellings of labels, tables of many programs, conversations with fields
+that mean something. Tiny random models are trained; nothing is asked but how each file is read. Files of conversations and
 instructions are read as such, texts without labels as style, all others as classification. Writes
 results/odd_inputs.md and ends with 1 if any file led to a traceback or to a message of more than 20 lines.
 """
@@ -122,8 +122,8 @@ def carried_out(case: Path, task: str, columns: dict[str, Any], model: Path, fol
 
 def remarks(prepared: Any) -> list[str]:
     """What a run says about its data before training."""
-    shown = (f"{step.name} {step.action} ({step.split}, {step.rows}): {'; '.join(step.examples)}" for step in prepared.steps
-             if step.name != "split")  # fmt: skip
+    steps = [step for step in prepared.steps if step.name != "split"]
+    shown = [f"{s.name} {s.action} ({s.split}, {s.rows}): {'; '.join(s.examples)}" for s in steps]
     return [" ".join(text.split()) for text in shown]
 
 
@@ -132,8 +132,8 @@ def page(rows: list[tuple[str, str, str, str]], broken: list[Any]) -> str:
     counts = {outcome: sum(row[2] == outcome for row in rows) for outcome in ("trained", "refused", "traceback")}
     lines = [
         "# Odd inputs", "",
-        f"{len(rows)} files by `benchmarks/odd_inputs.py`: {counts['trained']} read and trained on, {counts['refused']} "
-        f"refused, {counts['traceback']} tracebacks; {len(broken)} messages of more than {LINES} lines.", "",
+        f"{len(rows)} files by `benchmarks/odd_inputs.py`: {counts['trained']} read and trained on, "
+        f"{counts['refused']} refused, {counts['traceback']} tracebacks; {len(broken)} messages of more than {LINES} lines.", "",
         "| file | asked for | outcome | read as, or refused because |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, asked, outcome, details in rows:
