@@ -3,8 +3,8 @@
     python benchmarks/odd_inputs.py --cases FOLDER
 
 FOLDER holds files that failed in some tool: spellings of labels, tables of many programs, conversations with fields
-that mean something. Tiny random models are trained; nothing is asked but how each file is read. Files of conversations and
-instructions are read as such, texts without labels as style, all others as classification. Writes
+that mean something. Tiny random models are trained; nothing is asked but how each file is read. Files of conversations
+and instructions are read as such, texts without labels as style, all others as classification. Writes
 results/odd_inputs.md and ends with 1 if any file led to a traceback or to a message of more than 20 lines.
 """
 
@@ -133,7 +133,8 @@ def page(rows: list[tuple[str, str, str, str]], broken: list[Any]) -> str:
     lines = [
         "# Odd inputs", "",
         f"{len(rows)} files by `benchmarks/odd_inputs.py`: {counts['trained']} read and trained on, "
-        f"{counts['refused']} refused, {counts['traceback']} tracebacks; {len(broken)} messages of more than {LINES} lines.", "",
+        f"{counts['refused']} refused, {counts['traceback']} tracebacks; {len(broken)} of these or of messages with "
+        f"more than {LINES} lines.", "",
         "| file | asked for | outcome | read as, or refused because |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, asked, outcome, details in rows:
