@@ -24,7 +24,7 @@ test: $(STAMP)  ## the tests that take seconds each; ARGS="tests/schema -x"
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)  ## all tests, including those that take minutes
-	$(PYTEST) $(ARGS)
+	PEFTKIT_COLD_PROCESSES=1 $(PYTEST) $(ARGS)
 
 check: lint test audit  ## lint, types, tests and known vulnerabilities; works offline
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from peftkit.schema.recipe import Recipe
-from tests import tiny
+from tests import tiny, warm
 
 TOPICS = {
     "sports": "game team player match score win lose play ball first last".split(),
@@ -25,6 +26,27 @@ TOPICS = {
 def _own_cache(tmp_path_factory):
     """Every test session caches in a folder of its own."""
     os.environ["PEFTKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_proofs():
+    """Processes that prove exports start warm, but for tests that ask for ``cold_processes``."""
+    real = subprocess.run
+
+    def run(command, *arguments, **options):
+        proof = isinstance(command, list) and str(command[2:3]).endswith("verify_worker.py']")
+        return warm.run(command, **options) if proof else real(command, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
+    warm.stop()
+
+
+@pytest.fixture
+def cold_processes(monkeypatch):
+    """Processes of this test are real ones, which import everything anew."""
+    monkeypatch.setenv("PEFTKIT_COLD_PROCESSES", "1")
 
 
 @pytest.fixture(scope="session")

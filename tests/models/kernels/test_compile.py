@@ -41,7 +41,14 @@ WAYS = {
     "nf4": {"method": {"kind": "lora", "rank": 4}, "quantization": {"kind": "nf4"}},
     "bf16": {"method": {"kind": "lora", "rank": 4}, "model": {"dtype": "bfloat16"}},
 }
-works = pytest.mark.skipif(compile._failure("cpu") is not None, reason="torch's compiler does not work here")
+works = pytest.mark.usefixtures("compiler")
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Asked when a test needs it: the answer takes as long as several tests."""
+    if reason := compile._failure("cpu"):
+        pytest.skip(f"torch's compiler does not work here: {reason}")
 
 
 @pytest.fixture(scope="module")
