@@ -28,7 +28,8 @@ from typing import Any
 
 LIBRARIES = (
     "accelerate", "datasets", "jinja2", "matplotlib.pyplot", "pandas", "peft", "pydantic", "rich.console",
-    "scipy.stats", "sklearn.metrics", "torch", "torch._dynamo", "transformers", "transformers.models.auto.modeling_auto",
+    "scipy.stats", "sklearn.metrics", "torch", "torch._dynamo", "transformers",
+    "transformers.models.auto.modeling_auto",
     "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "typer",
 )  # fmt: skip
 _COLD_RUN = subprocess.run
