@@ -62,10 +62,10 @@ ENCODER = ("peftkit", "trainer", "trainer tuned")
 FULL = {"gradient_checkpointing": "full"}
 CASES = (
     Case("llama-3.1-8b", "full", 4, 1, 2048, DECODER, nf4=True, training=FULL),
-    Case("llama-3.1-8b", "full", 16, 4, 2048, ("peftkit", "trl tuned"), training=FULL),
-    Case("llama-3.2-1b", "alpaca", 256, 16, 512, DECODER),
     Case("smollm2-135m", "alpaca", 512, 16, 512, DECODER),
+    Case("llama-3.2-1b", "alpaca", 256, 16, 512, DECODER),
     Case("roberta-large", "ag_news", 1024, 32, 256, ENCODER, targets=["query", "value"]),
+    Case("llama-3.1-8b", "full", 16, 4, 2048, ("peftkit", "trl tuned", "trl"), training=FULL),
     Case("modernbert-base", "ag_news", 1024, 32, 256, ENCODER, targets="all-linear"),
     Case("qwen3-4b", "alpaca", 128, 8, 1024, DECODER, nf4=True, training=FULL),
 )
@@ -293,8 +293,8 @@ def markdown(results: dict[str, Any]) -> str:
                 cells += ["failed", "", "", ""]
             else:
                 cells += [f"{values['tokens_per_second']:,.0f}"]
-                for key, form in (("peak_allocated_gb", ".2f"), ("planned_peak_gb", ".2f"), ("flops_utilization", ".0%")):
-                    cells.append(format(values[key], form) if key in values else "")
+                forms = {"peak_allocated_gb": ".2f", "planned_peak_gb": ".2f", "flops_utilization": ".0%"}
+                cells += [format(values[key], form) if key in values else "" for key, form in forms.items()]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

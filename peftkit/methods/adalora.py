@@ -79,6 +79,13 @@ class AdaLora(LinearLayerMethod):
             fan_in_fan_out=fan_in_fan_out(loaded.model, shared["target_modules"]),
         )
 
+    def apply(self, loaded: LoadedModel) -> None:
+        """Inserts the adapters; freezes their numbers of ranks, which peft makes trainable as it moves them to a GPU."""
+        super().apply(loaded)
+        for name, parameter in loaded.model.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)
+
     def on_train_begin(self, model: Any, total_steps: int) -> None:
         """Divides the run's steps into warmup, pruning and final phase."""
         config = model.peft_config["default"]

@@ -29,14 +29,22 @@ def _attention_flops(matmuls: int, query: Sequence[int], key: Sequence[int]) -> 
     return matmuls * 2 * rows * heads * queries * key[2] * width
 
 
-CPU_ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, *_, **__: _attention_flops(2, query, key),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda _, query, key, *__, **___: _attention_flops(5, query, key)
-    ),
-}
-"""Formulas of the attention kernels that torch does not count, over the shapes of their arguments."""
-FLOPS = {**flop_registry, **{kernel: shape_wrapper(formula) for kernel, formula in CPU_ATTENTION_FLOPS.items()}}
+def _attention_kernels(*names: str) -> dict[Any, Callable[..., int]]:
+    forward = {getattr(aten, name): lambda query, key, *_, **__: _attention_flops(2, query, key) for name in names}
+    backward = {
+        getattr(aten, f"{name}_backward"): lambda _, query, key, *__, **___: _attention_flops(5, query, key)
+        for name in names
+    }
+    return forward | backward
+
+
+ATTENTION_FLOPS = _attention_kernels(
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+)  # fmt: skip
+"""Formulas of attention kernels over the shapes of their arguments: torch does not count the CPU's, and refuses keys
+with fewer heads than the queries (grouped-query attention) on a GPU."""
+FLOPS = {**flop_registry, **{kernel: shape_wrapper(formula) for kernel, formula in ATTENTION_FLOPS.items()}}
 LOGITS, OTHER = "logits", "activations"
 MAPPED = 32 * 2**20
 """Bytes from which glibc always maps a block on its own (its largest M_MMAP_THRESHOLD), which leaves no holes."""

@@ -50,14 +50,14 @@ def flops_per_token(loop: Loop) -> float:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from peftkit.planning.trace import CPU_ATTENTION_FLOPS
+    from peftkit.planning.trace import ATTENTION_FLOPS
 
     split = loop.train_split
     order = np.argsort(np.abs(split.lengths - split.lengths.mean()), kind="stable")
     rows = order[:1]
     batch = loop.stepper.collate(rows)
     loop.module.train()
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     eager = torch.compiler.set_stance("force_eager")  # torch cannot count in compiled code
     with torch.random.fork_rng(devices=[]), eager, counter:
         with loop.session.accelerator.autocast():

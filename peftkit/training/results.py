@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from peftkit.data.pipeline import PreparedData
 from peftkit.evaluation import generation, samples
@@ -188,11 +189,17 @@ def training_metrics(loop: Loop, evaluation_seconds: Mapping[str, float]) -> dic
         "micro_batch": loop.stepper.micro_batch,
         "trained_parameters": sum(p.numel() for p in loop.module.parameters() if p.requires_grad),
         "peak_memory_bytes": peak_memory(),
+        **_gpu_memory(loop.session.device),
         **flops.utilization_metrics(loop),
     }
     for split, seconds in evaluation_seconds.items():
         metrics[f"{split}_rows_per_second"] = len(loop.data.splits[split].lengths) / seconds if seconds else 0.0
     return metrics
+
+
+def _gpu_memory(device: torch.device) -> dict[str, int]:
+    """``peak_gpu_memory_bytes``: the most that was allocated on the GPU at once, without its context."""
+    return {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def write(path: Path, results: Results) -> None:

@@ -13,7 +13,6 @@ Shape suffixes: S scored tokens, H width, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -31,7 +30,10 @@ from peftkit.models.blocks import unwrap
 from peftkit.models.patching import replaced_forward
 
 IGNORE = -100
-CHUNK_BYTES = 32 * 2**20  # bound on a chunk of logits. One is alive at a time on a CPU; elsewhere three are, in fp32
+CHUNK_BYTES = 32 * 2**20  # bound on a chunk of logits on a CPU, where one is alive at a time
+GPU_CHUNK_BYTES = 128 * 2**20
+"""The same on a GPU, where nearly three are alive in fp32. As fast as the whole logits at once, within a tenth; chunks
+of 32 MiB take 2.5 times as long (benchmarks/gpu/loss_kernels.py)."""
 SLICE_BYTES = 4 * 2**20  # bound on an fp32 slice of a chunk on a CPU; two are alive at a time
 SIMULATE_GPU: ContextVar[bool] = ContextVar("SIMULATE_GPU", default=False)
 """Set while planning traces a GPU's pass on a CPU: a chunk is one slice then."""
@@ -59,9 +61,11 @@ class OutputLayer:
     shaping: Shaping
     vocabulary: int
 
-    def rows(self, itemsize: int = 4) -> int:
-        """Rows of logits, at ``itemsize`` bytes per number, that fit in ``CHUNK_BYTES``."""
-        return max(1, CHUNK_BYTES // (itemsize * self.vocabulary))
+    def rows(self, device: torch.device, itemsize: int = 4) -> int:
+        """Rows of logits in a chunk: on a CPU at ``itemsize`` bytes per number, on a GPU in fp32."""
+        if device.type == "cpu" and not SIMULATE_GPU.get():
+            return max(1, CHUNK_BYTES // (itemsize * self.vocabulary))
+        return max(1, GPU_CHUNK_BYTES // (4 * self.vocabulary))
 
     def __call__(self, hidden_SH: Tensor) -> Tensor:
         """Shaped logits in the dtype of the softmax, [S, V]."""
@@ -156,9 +160,6 @@ def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
         return _AnyOutputLayer.apply(hidden_SH, targets_S, output, *trained)  # type: ignore[no-any-return]
     weight: Tensor = output.module.weight  # type: ignore[assignment]
     bias, device, dtype = output.module.bias, hidden_SH.device.type, weight.dtype
-    fused = _fused_kernel(device)
-    if fused is not None and output.shaping.scale == 1.0 and bias is None and len(targets_S):
-        return fused(hidden_SH, weight, targets_S, output.shaping.cap)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return _FrozenMatrix.apply(hidden_SH, weight.to(dtype), bias, targets_S, output)  # type: ignore[no-any-return]
@@ -179,7 +180,7 @@ def _slices(logits_SV: Tensor) -> Iterator[slice]:
 
 def _chunked_scores(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> tuple[Tensor, Tensor]:
     """``_token_scores`` of an output layer's logits, computed in chunks."""
-    rows = output.rows(2 if hidden_SH.device.type == "cpu" else 4)
+    rows = output.rows(hidden_SH.device, 2)
     return _token_scores((output.forward(hidden) for hidden in hidden_SH.split(rows)), targets_S, output.shaping)
 
 
@@ -210,7 +211,7 @@ class _FrozenMatrix(torch.autograd.Function):
         total = hidden_SH.new_zeros((), dtype=_wide(weight_VH[:0]).dtype)
         needs_grad = ctx.needs_input_grad[0]
         grad_SH = torch.empty_like(hidden_SH) if needs_grad else None
-        rows = min(max(1, len(targets_S)), output.rows(weight_VH.itemsize if hidden_SH.device.type == "cpu" else 4))
+        rows = min(max(1, len(targets_S)), output.rows(hidden_SH.device, weight_VH.itemsize))
         # one buffer for all chunks: allocating 32 MB from the system takes as long as a softmax
         logits_SV = weight_VH.new_empty((rows, len(weight_VH)))
         with torch.autocast(hidden_SH.device.type, enabled=False):
@@ -263,8 +264,8 @@ class _AnyOutputLayer(torch.autograd.Function):
     def forward(ctx: Any, hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer, *trained: Tensor) -> Tensor:
         total = hidden_SH.new_zeros((), dtype=_wide(hidden_SH).dtype)
         grads: list[Tensor | None] = [torch.zeros_like(hidden_SH), *(None for _ in trained)]
-        start = 0
-        for hidden, target in zip(hidden_SH.split(output.rows()), targets_S.split(output.rows())):
+        start, rows = 0, output.rows(hidden_SH.device)
+        for hidden, target in zip(hidden_SH.split(rows), targets_S.split(rows)):
             with torch.enable_grad():
                 leaf = hidden.detach().requires_grad_()
                 # a view, because FLOP counters and similar modes cannot hook a leaf inside grad()
@@ -283,21 +284,6 @@ class _AnyOutputLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         first, *rest = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
         return first, None, None, *rest
-
-
-def _fused_kernel(device: str) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None:
-    """Cut-cross-entropy (arXiv:2411.09009) or Liger's fused loss (arXiv:2410.10989) on CUDA, where installed."""
-    if device != "cuda":
-        return None
-    if importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy as kernel
-    elif importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as kernel
-    else:
-        return None
-    return lambda hidden, weight, target, cap: kernel(
-        hidden.to(weight.dtype), weight, target, softcap=cap, reduction="sum"
-    )
 
 
 def _shaping(model: Any, input_ids: Tensor) -> Shaping | None:

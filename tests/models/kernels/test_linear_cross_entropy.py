@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,33 +243,13 @@ def test_nothing_as_wide_as_tokens_times_vocabulary_is_held(monkeypatch):
     assert max(saved) <= weight < whole
 
 
-@pytest.mark.parametrize("package", ["cut_cross_entropy", "liger_kernel"])
-def test_fused_kernels_are_given_sum_and_cap_where_installed(monkeypatch, package):
-    """On CUDA only; here their calling convention is held, not their speed."""
-    seen = {}
-
-    def fake(hidden, weight, target, **options):
-        seen.update(options)
-        return (hidden.float() @ weight.float().T).logsumexp(-1).sum()
-
-    module = types.ModuleType(package)
-    module.linear_cross_entropy = fake
-    functional = types.ModuleType("liger_kernel.transformers.functional")
-    functional.liger_fused_linear_cross_entropy = fake
-    monkeypatch.setitem(sys.modules, package, module)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.ModuleType("liger_kernel.transformers"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
-    monkeypatch.setattr(linear_cross_entropy.importlib.util, "find_spec", lambda name: name == package or None)
-    assert linear_cross_entropy._fused_kernel("cpu") is None
-    kernel = linear_cross_entropy._fused_kernel("cuda")
-    kernel(torch.randn(2, 4), torch.randn(7, 4), torch.tensor([1, 2]), 30.0)
-    assert seen == {"softcap": 30.0, "reduction": "sum"}
-
-
 def test_a_cpu_takes_its_softmax_by_slices_and_a_gpu_by_whole_chunks(monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "SLICE_BYTES", 2 * 4 * 11)
-    chunk = torch.zeros(5, 11)
+    chunk, layer = torch.zeros(5, 11), torch.nn.Linear(4, 11)
+    output = linear_cross_entropy.OutputLayer(layer, layer.forward, linear_cross_entropy.Shaping(), 11)
+    assert output.rows(chunk.device) == 32 * 2**20 // (4 * 11)
     assert [(piece.start, piece.stop) for piece in linear_cross_entropy._slices(chunk)] == [(0, 2), (2, 4), (4, 5)]
     with traced_model.as_on_a_gpu():  # in the plan of a GPU
         assert [(piece.start, piece.stop) for piece in linear_cross_entropy._slices(chunk)] == [(0, 5)]
+        assert output.rows(chunk.device) == 128 * 2**20 // (4 * 11)
     assert len(list(linear_cross_entropy._slices(chunk))) == 3
