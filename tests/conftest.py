@@ -43,6 +43,23 @@ def _warm_proofs():
     warm.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_plots():
+    """Reports have no plots, which take longer than a tiny run; gives what draws them."""
+    from peftkit.reporting import html
+
+    real = html.plots_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "plots_of", lambda report: {})
+        yield real
+
+
+@pytest.fixture
+def drawn_plots(_no_plots, monkeypatch):
+    """Reports of this test have their plots."""
+    monkeypatch.setattr("peftkit.reporting.html.plots_of", _no_plots)
+
+
 @pytest.fixture
 def cold_processes(monkeypatch):
     """Processes of this test are real ones, which import everything anew."""
