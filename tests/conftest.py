@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import random
-import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,14 +30,7 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _warm_proofs():
     """Processes that prove exports start warm, but for tests that ask for ``cold_processes``."""
-    real = subprocess.run
-
-    def run(command, *arguments, **options):
-        proof = isinstance(command, list) and str(command[2:3]).endswith("verify_worker.py']")
-        return warm.run(command, **options) if proof else real(command, *arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "run", run)
+    with warm.proofs():
         yield
     warm.stop()
 

@@ -10,6 +10,7 @@ itself, or of variables that libraries read when they are imported, calls ``subp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,10 @@ LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "typer",
 )  # fmt: skip
+SOCKET = "PEFTKIT_WARM_SOCKET"
+"""The variable that tells warm processes where to ask for others."""
 _COLD_RUN = subprocess.run
-"""As it was before conftest.py sends proofs here."""
+"""As it was before ``proofs``."""
 
 
 def run(
@@ -70,6 +74,22 @@ def start(command: list[str], *, cwd: Any = None, env: dict[str, str] | None = N
         return WarmProcess(command[1:], cwd, env, null.fileno(), null.fileno())
 
 
+@contextlib.contextmanager
+def proofs() -> Iterator[None]:
+    """Processes that prove exports start warm."""
+    real = subprocess.run
+
+    def run_proof(command: Any, *arguments: Any, **options: Any) -> Any:
+        proof = isinstance(command, list) and str(command[2:3]).endswith("verify_worker.py']")
+        return run(command, **options) if proof else real(command, *arguments, **options)
+
+    subprocess.run = run_proof  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess.run = real
+
+
 def cold() -> bool:
     """Whether processes are to be real ones."""
     return os.environ.get("PEFTKIT_COLD_PROCESSES", "") not in ("", "0") or not hasattr(os, "fork")
@@ -82,7 +102,7 @@ class WarmProcess:
         request = {"arguments": list(map(str, arguments)), "cwd": str(cwd or Path.cwd()), "env": env or {**os.environ}}
         self.args, self.returncode = arguments, None
         self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(_server()[1])
+        self.connection.connect(os.environ.get(SOCKET) or _server()[1])
         socket.send_fds(self.connection, [b"\n"], [out, err])
         self.connection.sendall(json.dumps(request).encode() + b"\n")
         self.replies = self.connection.makefile("r")
@@ -119,6 +139,7 @@ def _server() -> tuple[subprocess.Popen[str], str]:
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n", "the process that others are forked from did not start"
+    os.environ[SOCKET] = path
     return process, path
 
 
@@ -129,6 +150,8 @@ def stop() -> None:
         assert process.stdin is not None
         process.stdin.close()
         process.wait(60)
+        del os.environ[SOCKET]
+        _server.cache_clear()
 
 
 # -- in the process that others are forked from ------------------------------------------------------------------------

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 STEPS = """
 import contextlib, io, json, sys
 from peftkit.cli.app import main
+from tests import warm
 
+warm.proofs().__enter__()
 results = []
 for words in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0
