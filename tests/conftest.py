@@ -58,6 +58,23 @@ def cold_processes(monkeypatch):
     monkeypatch.setenv("PEFTKIT_COLD_PROCESSES", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_bf16():
+    """With ``PEFTKIT_TESTS_WITHOUT_BF16=1`` (make test-avx2) the processor's bf16 is hidden from peftkit."""
+    if os.environ.get("PEFTKIT_TESTS_WITHOUT_BF16") != "1":
+        yield
+        return
+    from peftkit.models import dtypes
+
+    flags = dtypes._cpu_flags() - set(dtypes.CPU_FLAGS)
+    dtypes.native_bf16.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "_cpu_flags", lambda: flags)
+        assert not dtypes.native_bf16()
+        yield
+    dtypes.native_bf16.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     """Folder of a tiny BERT."""
