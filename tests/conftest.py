@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import pathlib
 import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,20 @@ TOPICS = {
     "business": "market stock bank money price oil company trade year day cost".split(),
     "science": "computer software space science data red green blue star new light".split(),
 }
+
+
+LONGEST = (
+    "models/kernels/test_compile.py", "test_notebooks.py", "test_docs.py", "plugin/test_plugin.py", "hub/test_hub.py",
+    "distributed/test_sharded.py", "experiments/test_compare.py", "export/test_onnx.py", "faults/test_fault_kinds.py",
+    "training/test_features.py", "training/test_training_fields.py", "quantize/test_quantize.py", "test_run.py",
+)  # fmt: skip
+"""Files of half a minute, which start first, so that no worker is left with one while the others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    root = pathlib.Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
