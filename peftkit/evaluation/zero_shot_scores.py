@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftkit.models.context import usable_length
 from peftkit.models.packing import eval_modules
 
 DESCRIPTIONS = ("{label}", "this text is about {label}")
@@ -23,7 +24,7 @@ def of_encoder(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], *, max_length: int, batch_size: int
 ) -> np.ndarray:
     """Cosines [texts, labels] of mean-pooled token vectors."""
-    limit = min(max_length, tokenizer.model_max_length)
+    limit = usable_length(tokenizer, max_length)
     described = [pattern.format(label=_readable(label)) for label in labels for pattern in DESCRIPTIONS]
     with torch.no_grad(), eval_modules(model):
         meanings = _embed(model, tokenizer, described, limit, batch_size).reshape(len(labels), len(DESCRIPTIONS), -1)
@@ -35,15 +36,15 @@ def of_decoder(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], *, max_length: int, batch_size: int
 ) -> np.ndarray:
     """Mean log-probabilities [texts, labels] of each label's tokens after the prompt."""
-    limit = min(max_length, tokenizer.model_max_length)
     tails = [tokenizer(f" {_readable(label)}", add_special_tokens=False)["input_ids"] for label in labels]
     end = tokenizer(PROMPT.format(text=""), add_special_tokens=False)["input_ids"]
     start = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     start = start or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    # the text is cut, never the question after it
+    limit = max(1, min(max_length, tokenizer.model_max_length - len(start) - len(end) - max(map(len, tails))))
     scores = np.empty((len(texts), len(labels)))
     with torch.no_grad(), eval_modules(model):
         for row, text in enumerate(texts):
-            # the text is cut, never the question after it
             ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
             sequences = [[*start, *ids, *end, *tail] for tail in tails]
             for first in range(0, len(labels), batch_size):

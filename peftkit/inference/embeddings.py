@@ -20,6 +20,7 @@ from peftkit.export.loading import LoadedExport
 from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes, pooled_logits
 from peftkit.models.blocks import unwrap
+from peftkit.models.context import usable_length
 from peftkit.models.loading import sentence_pooling, writes_text
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.third_party import silence_libraries
@@ -105,7 +106,7 @@ def of_run(run: LoadedExport) -> Embedder:
         pooling = _own_pooling(folder_of(resolve(run.recipe.model)), backbone.config)  # type: ignore[assignment]
     device = next(run.model.parameters()).device
     return Embedder(
-        backbone, run.tokenizer, pooling, int(min(run.manifest.max_length, run.tokenizer.model_max_length)),
+        backbone, run.tokenizer, pooling, usable_length(run.tokenizer, run.manifest.max_length),
         dtypes.dtype_for(run.recipe.model, device), pass_tokens(run.recipe.training, device.type),
     )  # fmt: skip
 
@@ -134,7 +135,7 @@ def of_model(source: str, *, max_length: int = 512, device: str | None = None) -
         raise ModelError(f"{source}: the model cannot be loaded: {error}") from error
     model = model.to(device).eval().requires_grad_(False)
     return Embedder(
-        model, tokenizer, _own_pooling(folder, model.config), int(min(max_length, tokenizer.model_max_length)), dtype,
+        model, tokenizer, _own_pooling(folder, model.config), usable_length(tokenizer, max_length), dtype,
         pass_tokens(TrainingConfig(), torch.device(device).type),
     )  # fmt: skip
 
