@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftkit.models.blocks import text_encoder
 from peftkit.models.context import usable_length
 from peftkit.models.packing import eval_modules
 
@@ -23,7 +24,7 @@ PROMPT = "{text}\n\nThis text is about"
 def of_encoder(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], *, max_length: int, batch_size: int
 ) -> np.ndarray:
-    """Cosines [texts, labels] of mean-pooled token vectors."""
+    """Cosines [texts, labels] of mean-pooled token vectors, of an encoder–decoder those of its encoder."""
     limit = usable_length(tokenizer, max_length)
     described = [pattern.format(label=_readable(label)) for label in labels for pattern in DESCRIPTIONS]
     with torch.no_grad(), eval_modules(model):
@@ -55,6 +56,7 @@ def of_decoder(
 
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], limit: int, batch_size: int) -> np.ndarray:
     """Mean-pooled token vectors of length 1, [texts, width]; batches hold texts of like length."""
+    model = text_encoder(model)
     order = np.argsort([-len(text) for text in texts], kind="stable")
     vectors: dict[int, np.ndarray] = {}
     for first in range(0, len(order), batch_size):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
 from peftkit.models import chat_template
+from peftkit.models.architectures import READS_LAST_PLACE
 from peftkit.models.context import limit_tokenizer
 from peftkit.models.sources import check_config, folder_of, resolve
 from peftkit.models.third_party import silence_libraries
@@ -59,7 +60,10 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
     if (folder / "config.json").is_file():
-        ensure_pad(tokenizer, int(check_config(folder).get("vocab_size") or 0))
+        config = check_config(folder)
+        if config.get("model_type") in READS_LAST_PLACE:
+            tokenizer.padding_side = "left"
+        ensure_pad(tokenizer, int(config.get("vocab_size") or 0))
         limit_tokenizer(tokenizer, folder)
     return tokenizer
 

@@ -1,0 +1,70 @@
+"""What single architectures need that their configs do not say: which language models cannot write, and how they pad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+BIDIRECTIONAL = frozenset({"bert-generation", "cpmant", "xlm", "xlnet"})
+"""Models that read ahead as language models, besides those that are also registered as masked ones."""
+READS_LAST_PLACE = frozenset({"xlnet"})
+"""Models whose classifier reads the last place of a row, whatever is there: rows are padded on the left."""
+READS_PADDING = {
+    "convbert": "its convolutions",
+    "fnet": "its Fourier transforms",
+    "funnel": "its pooling of neighbors",
+    "nystromformer": "its convolutions",
+}
+"""What lets padding into the hidden states of a row, by model type."""
+
+NEEDS_CUDA = frozenset({"mra"})
+"""Models whose attention is zero without a CUDA kernel; transformers says nothing."""
+
+
+def check_device(config: PreTrainedConfig, device: object, folder: Path) -> None:
+    """Raises ModelError for a model that computes nothing useful on the device."""
+    if config.model_type in NEEDS_CUDA and not str(device or "cpu").startswith("cuda"):
+        raise ModelError(
+            f"{folder}: the attention of {config.model_type} models exists for CUDA only, and is zero elsewhere; choose "
+            "another base model, or a machine with a GPU"
+        )
+
+
+def check_writes(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises ModelError for a model that does not predict each token from those before it alone."""
+    remedy = "choose a decoder, such as a Llama or Qwen model"
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{folder}: {kind} models write from an encoder's reading of another text, and peftkit trains language "
+            f"models on one text; {remedy}"
+        )
+    if reads_ahead(config):
+        raise ModelError(
+            f"{folder}: {kind} models read texts in both directions, so they would see each token that they learn to "
+            f"predict; {remedy}, or train a classifier on this one"
+        )
+
+
+def reads_ahead(config: PreTrainedConfig) -> bool:
+    """Whether a language model of this config sees the tokens that it predicts."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    can_read_ahead = config.model_type in BIDIRECTIONAL or config.model_type in MASKED
+    return can_read_ahead and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False)
+
+
+def padding_note(config: PreTrainedConfig) -> str | None:
+    """A note for the user where the scores of a row depend on the padding of its batch."""
+    reason = READS_PADDING.get(config.model_type)
+    if reason is None:
+        return None
+    return (
+        f"{config.model_type} reads padding through {reason}: the scores of a row shift a little with the longest row "
+        "of its batch; batches of one row avoid it"
+    )
