@@ -1,7 +1,8 @@
-"""What single architectures need that their configs do not say: which language models cannot write, and how they pad."""
+"""What single architectures need that their configs do not say: which cannot write or train, and how they pad."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ BIDIRECTIONAL = frozenset({"bert-generation", "cpmant", "xlm", "xlnet"})
 READS_LAST_PLACE = frozenset({"xlnet"})
 """Models whose classifier reads the last place of a row, whatever is there: rows are padded on the left."""
 READS_PADDING = {
+    "canine": "its downsampling",
     "convbert": "its convolutions",
     "fnet": "its Fourier transforms",
     "funnel": "its pooling of neighbors",
     "nystromformer": "its convolutions",
+    "t5gemma": "its decoder, which reads the place after a text",
+    "t5gemma2": "its decoder, which reads the place after a text",
 }
 """What lets padding into the hidden states of a row, by model type."""
 
@@ -26,12 +30,18 @@ NEEDS_CUDA = frozenset({"mra"})
 """Models whose attention is zero without a CUDA kernel; transformers says nothing."""
 
 
-def check_device(config: PreTrainedConfig, device: object, folder: Path) -> None:
-    """Raises ModelError for a model that computes nothing useful on the device."""
+def check_trains(config: PreTrainedConfig, device: object, folder: Path) -> None:
+    """Raises ModelError for a model that cannot be trained on texts of various lengths, or on the device."""
+    if config.model_type == "reformer" and getattr(config, "axial_pos_embds", True):
+        tokens = math.prod(config.axial_pos_shape)
+        raise ModelError(
+            f"{folder}: reformer models with axial positions train on rows of exactly {tokens} tokens; choose another "
+            "base model"
+        )
     if config.model_type in NEEDS_CUDA and not str(device or "cpu").startswith("cuda"):
         raise ModelError(
-            f"{folder}: the attention of {config.model_type} models exists for CUDA only, and is zero elsewhere; choose "
-            "another base model, or a machine with a GPU"
+            f"{folder}: the attention of {config.model_type} models exists for CUDA only, and is zero elsewhere; "
+            "choose another base model, or a machine with a GPU"
         )
 
 
@@ -65,6 +75,6 @@ def padding_note(config: PreTrainedConfig) -> str | None:
     if reason is None:
         return None
     return (
-        f"{config.model_type} reads padding through {reason}: the scores of a row shift a little with the longest row "
-        "of its batch; batches of one row avoid it"
+        f"{config.model_type} reads padding through {reason}: the scores of a row shift with the longest row of its "
+        "batch; batches of one row avoid it"
     )

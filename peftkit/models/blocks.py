@@ -26,7 +26,7 @@ def unwrap(model: Any) -> Any:
 
 
 def text_encoder(backbone: Any) -> Any:
-    """What reads a text: the encoder of an encoder–decoder, whose decoder needs a text of its own; else the backbone."""
+    """What reads a text: of an encoder–decoder the encoder, since the decoder needs a text of its own."""
     return backbone.get_encoder() if getattr(backbone.config, "is_encoder_decoder", False) else backbone
 
 

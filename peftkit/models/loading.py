@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from peftkit.errors import ModelError
 from peftkit.models import dtypes
-from peftkit.models.architectures import check_device, check_writes, padding_note
+from peftkit.models.architectures import check_trains, check_writes, padding_note
 from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, read_json, resolve
@@ -54,7 +54,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     head = head_of(info, recipe.task)
     pooling = choose_pooling(recipe, head, folder)
     config = load_config(recipe, head, tokenizer, folder)
-    check_device(config, device, folder)
+    check_trains(config, device, folder)
     recipe.method.check_base(config, recipe)
     packed = checkpoint.check(config, recipe)
     folder = folder_of(source)  # weights are downloaded once every check has passed

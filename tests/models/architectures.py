@@ -54,7 +54,7 @@ NARROW_LATENT = {
     "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-INDEXED = {**NARROW_LATENT, "index_topk": 16, "index_head_dim": 8, "index_n_heads": 4}
+INDEXED = {**NARROW_LATENT, "index_topk": ROWS, "index_head_dim": 8, "index_n_heads": 4}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 START = {"decoder_start_token_id": 0}
 OWN: dict[str, dict[str, Any]] = {
@@ -62,18 +62,19 @@ OWN: dict[str, dict[str, Any]] = {
     "axk2": NARROW_LATENT,
     "bailing_hybrid": {"layer_group_size": 2, "layer_types": ["linear_attention", "full_attention"], **NARROW_LATENT},
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
     "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {
         "layer_types": ["full_attention"] * 2, "rope_parameters": {"full_attention": ROPE},
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
+    },
     "deepseek_v2": NARROW_LATENT,
     "deepseek_v3": NARROW_LATENT,
     "deepseek_v32": INDEXED,
     "dots1": {"n_shared_experts": 1, "n_group": 1, "topk_group": 1},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": None},
     "esmc": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"vocab_size_per_layer_input": 321, "hidden_size_per_layer_input": 8},
@@ -81,14 +82,17 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": INDEXED,
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hy_v4": INDEXED,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": NARROW_LATENT,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {**NARROW_LATENT, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 8},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "minicpm3": {**NARROW_LATENT, "head_dim": 8},
-    "mistral4": NARROW_LATENT,
+    "mistral4": {**NARROW_LATENT, "head_dim": 16},
+    "mobilebert": {"intra_bottleneck_size": 32, "classifier_activation": False},
     "mt5": START,
     "perceiver": {
         "num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4,
@@ -97,7 +101,11 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
-    "qwen4_exp_text": HYBRID,
+    "qwen4_exp_text": {
+        **HYBRID, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"],
         "attention_head_size": 8, "feed_forward_size": 64, "is_decoder": False, "hash_seed": 0,
@@ -166,7 +174,11 @@ def save_base(case: Case, folder: Path) -> Path:
     """Writes the tiny model, without a tokenizer of its own: one vocabulary serves all."""
     tiny.tiny_tokenizer(folder, "roberta")
     torch.manual_seed(1234)
-    AUTO[case.use].from_config(tiny_config(case.model_type)).eval().save_pretrained(folder)
+    changes = {"is_decoder": True} if case == Case("reformer", "language model") else {}
+    AUTO[case.use].from_config(tiny_config(case.model_type, **changes)).eval().save_pretrained(folder)
+    config = tiny_config(case.model_type)
+    if getattr(config, "is_encoder_decoder", False):  # a decoder alone is saved as one that never had an encoder
+        config.save_pretrained(folder)
     return folder
 
 
@@ -189,7 +201,8 @@ def walk(case: Case, work: Path) -> SimpleNamespace:
     with torch.no_grad():
         logits = verify_worker.logits(again, saved["batch"], saved["job"]["pooling"])
     return SimpleNamespace(
-        refused="", losses=made.losses, trained=sorted(trained), still=sorted(trained - made.changed), strays=sorted(made.changed - trained),
+        refused="", losses=made.losses, trained=sorted(trained), still=sorted(trained - made.changed),
+        strays=sorted(made.changed - trained),
         reloaded=float((logits - saved["logits"]).abs().max() / saved["logits"].std()), alone=_alone(made),
         ahead=_ahead(made) if case.use == "language model" else 0.0,
     )  # fmt: skip
@@ -223,6 +236,8 @@ def _ahead(made: SimpleNamespace) -> float:
 
 
 UNBUILT = {
+    "blt": "its forward pass fails in this version of transformers unless it is told to use no cache",
+    "dots3_note": "its encoders of images and audio have no small form",
     "gemma3n": "its image encoder needs the timm package",
     "gemma4_assistant": "a draft model, which reads another model's hidden states",
     "gemma4_unified_assistant": "a draft model, which reads another model's hidden states",
