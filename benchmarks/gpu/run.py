@@ -83,6 +83,7 @@ def main() -> None:
     """Carries out the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--carried", type=Path, help="folder that prepare.py wrote; not needed where all is installed")
+    parser.add_argument("--data", type=Path, help="folder of tokenizer and rows, where that is another than --carried")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=("correctness", "speed", "summary"), action="append")
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -95,6 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     args.until = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
+    args.data = args.data or args.carried
     if args.carried:
         add_path(args.carried.resolve() / "site")
     for part in args.part or ("correctness", "speed", "summary"):
@@ -139,7 +141,7 @@ def speed(args: argparse.Namespace) -> None:
         for contestant in case.contestants:
             if contestant in figures or not contestant.startswith(args.contestants) or time.monotonic() > args.until:
                 continue
-            folder = shapes.save(case.shape, args.models, args.carried / "tokenizer", device=device, tiny=args.tiny)
+            folder = shapes.save(case.shape, args.models, args.data / "tokenizer", device=device, tiny=args.tiny)
             if device == "cuda":
                 torch.cuda.empty_cache()
             figures[contestant] = carry_out(case, contestant, folder, args)
@@ -152,11 +154,11 @@ def carry_out(case: Case, contestant: str, model: Path, args: argparse.Namespace
     with tempfile.TemporaryDirectory(prefix="peftkit-gpu-") as folder:
         rows = 2 * case.batch_size if args.tiny else case.rows
         length = min(case.max_length, 64) if args.tiny else case.max_length
-        file = write_rows(case, rows, length, Path(folder), args.carried)
+        file = write_rows(case, rows, length, Path(folder), args.data)
         told: dict[str, Any] = {
             "contestant": contestant.split()[0], "model": str(model), "file": str(file), "rows": rows, "nf4": case.nf4,
             "max_length": length, "batch_size": case.batch_size, "epochs": 2 if args.tiny else case.epochs,
-            "targets": case.targets, "out": folder, "options": dict(TUNED.get(contestant, {})), "plan": True,
+            "targets": case.targets, "out": folder, "options": dict(TUNED.get(contestant, {})), "plan": not args.tiny,
         }  # fmt: skip
         if contestant == "trl tuned":
             told["options"]["gradient_checkpointing"] = case.training == FULL
@@ -193,12 +195,12 @@ def recipe(case: Case, told: dict[str, Any], folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_rows(case: Case, count: int, length: int, folder: Path, carried: Path) -> Path:
+def write_rows(case: Case, count: int, length: int, folder: Path, data: Path) -> Path:
     """The rows of a case as train.jsonl or train.csv in a folder, beside two for validation and test."""
     folder = folder / "rows"
     folder.mkdir()
     if case.data == "ag_news":
-        with (carried / "ag_news.csv").open(newline="", encoding="utf-8") as file:
+        with (data / "ag_news.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         parts = {"train": rows[:count], "validation": rows[-8:-4], "test": rows[-4:]}
         for name, part in parts.items():
@@ -207,7 +209,7 @@ def write_rows(case: Case, count: int, length: int, folder: Path, carried: Path)
                 writer.writeheader()
                 writer.writerows(part)
         return folder / "train.csv"
-    lines = [json.loads(line) for line in (carried / "alpaca.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (data / "alpaca.jsonl").read_text(encoding="utf-8").splitlines()]
     train = long_rows(lines, count, length) if case.data == "full" else lines[:count]
     for name, part in {"train": train, "validation": lines[-4:-2], "test": lines[-2:]}.items():
         text = "".join(json.dumps(row) + "\n" for row in part)

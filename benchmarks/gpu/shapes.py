@@ -68,7 +68,7 @@ def skeleton(name: str, tokenizer: Path, *, tiny: bool) -> Any:
 
     values = dict(SHAPES[name])
     if tiny:
-        values |= {key: value for key, value in TINY.items() if key in values or (key == "head_dim" and key in values)}
+        values |= {key: value for key, value in TINY.items() if key in values}
         if "num_key_value_heads" in values:
             values["num_key_value_heads"] = 2
     special = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))

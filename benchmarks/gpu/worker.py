@@ -80,12 +80,8 @@ def peftkit_run(case: dict[str, Any], clock: Clock) -> dict[str, Any]:
     recipe = peftkit.Recipe.parse(case["recipe"])
     found: dict[str, Any] = {}
     if case.get("plan"):
-        from peftkit.planning import machine
         from peftkit.planning.plan import make_plan
 
-        if CUDA:  # a GPU's plan needs nothing of what takes half a minute to measure of the CPU
-            context = machine.Machine(0, 1.0, 1.0, 1.0, 1.0)
-            machine.measure = lambda threads, decoder: context  # type: ignore[assignment]
         plan = make_plan(recipe)
         tensors = plan.peak.total - plan.peak.parts["framework"]
         found |= {"planned_peak_gb": tensors / 1e9, "planned_phase": plan.peak.name}
@@ -156,6 +152,7 @@ def trainer_run(case: dict[str, Any], clock: Clock) -> dict[str, Any]:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with Path(case["file"]).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = sorted({row["label"] for row in rows})

@@ -33,7 +33,7 @@ def requested_processes(command: Sequence[str]) -> int:
 
     By option, else by the named configuration file, else by the default one, which Accelerate ignores under ``--cpu``.
     """
-    if "launch" not in command and not any(Path(word).name == "accelerate-launch" for word in command):
+    if not _is_accelerate(command):
         return 1
     count = _option(command, "num_processes")
     if count.isdigit():
@@ -49,6 +49,17 @@ def requested_processes(command: Sequence[str]) -> int:
         configured = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("num_processes")
         return configured if isinstance(configured, int) and configured > 0 else 1
     return 1
+
+
+def _is_accelerate(command: Sequence[str]) -> bool:
+    """Whether it runs ``accelerate launch``, under any of its names; other programs have a ``launch`` too."""
+    names = [Path(word).name for word in command]
+    if {"accelerate-launch", "accelerate.commands.launch"} & set(names):
+        return True
+    programs = [
+        place for place, name in enumerate(names) if name in ("accelerate", "accelerate.commands.accelerate_cli")
+    ]
+    return bool(programs) and "launch" in names[programs[0] + 1 :]
 
 
 def _option(command: Sequence[str], name: str) -> str:

@@ -80,7 +80,7 @@ class AdaLora(LinearLayerMethod):
         )
 
     def apply(self, loaded: LoadedModel) -> None:
-        """Inserts the adapters; freezes their numbers of ranks, which peft makes trainable as it moves them to a GPU."""
+        """Inserts the adapters, and freezes their numbers of ranks, which peft makes trainable on a GPU."""
         super().apply(loaded)
         for name, parameter in loaded.model.named_parameters():
             if ".ranknum." in name:

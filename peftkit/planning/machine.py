@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -26,7 +27,7 @@ class Machine:
     """Measurements of a machine."""
 
     framework_bytes: int
-    """Resident memory of a process that has imported the libraries and trained a tiny model."""
+    """Resident memory of a process that has imported the libraries and trained a tiny model; of a GPU, its context."""
     allocator_ratio: float
     """Growth of resident memory in training, relative to the most bytes alive at once: the allocator keeps freed memory
     between live tensors."""
@@ -36,8 +37,6 @@ class Machine:
     seconds_per_operator: float
     kernel_bytes: float = 0.0
     """Bytes that oneDNN caches for a bf16 matmul of a new shape."""
-    cuda_bytes: int = CUDA_BYTES
-    """Bytes of GPU memory that a CUDA context takes."""
 
     def seconds(self, flops: float, moved: float, operators: float) -> float:
         """Time for matmuls, memory traffic and operator calls, one after the other."""
@@ -81,10 +80,25 @@ def _file(threads: int, decoder: bool) -> Path:
     return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def with_gpu_rates(machine: Machine) -> Machine:
-    """A machine with the assumed rates of a GPU."""
-    flops, moved, operator = GPU_RATES
-    return Machine(machine.framework_bytes, 1.0, flops, moved, operator, 0.0, machine.cuda_bytes)
+def gpu() -> Machine:
+    """A GPU with assumed rates; the size of its context is measured where there is one."""
+    return Machine(_context_bytes(), 1.0, *GPU_RATES)
+
+
+def for_device(*, on_gpu: bool, threads: int, decoder: bool) -> Machine:
+    """The measurements that a plan for a GPU or for this machine's CPU needs; see ``gpu`` and ``measure``."""
+    return gpu() if on_gpu else measure(threads, decoder=decoder)
+
+
+@functools.cache
+def _context_bytes() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        return CUDA_BYTES
+    torch.zeros(1, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
 
 
 def import_libraries() -> None:

@@ -64,10 +64,6 @@ def main() -> None:
     traces = _traces(sizes, head, dtype)
     results["allocator_ratio"] = max(1.0, grown / max(trace.peak for trace in traces))
     results |= _rates(traces[-1], seconds)
-    if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")
-        free, total = torch.cuda.mem_get_info()
-        results["cuda_bytes"] = total - free - torch.cuda.memory_reserved()
     print(json.dumps(results))
 
 

@@ -92,8 +92,8 @@ class PlanInputs:
     file_bytes: int
 
 
-def collect_inputs(recipe: Recipe) -> PlanInputs:
-    """Load tokenizer and data, and measure the machine; no weights are loaded."""
+def collect_inputs(recipe: Recipe, device: Device) -> PlanInputs:
+    """Load tokenizer and data, and measure the machine if the device is its CPU; no weights are loaded."""
     from peftkit.data.pipeline import encode, prepare
     from peftkit.data.source import find_sources
 
@@ -106,7 +106,8 @@ def collect_inputs(recipe: Recipe) -> PlanInputs:
     loader = max(0, psutil.Process().memory_info().rss - before)
     files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
     decoder = head_of(prepared.info, recipe.task).writes_text
-    machine = machines.measure(recipe.training.threads or cores(), decoder=decoder)
+    threads = recipe.training.threads or cores()
+    machine = machines.for_device(on_gpu=device.gpu, threads=threads, decoder=decoder)
     return PlanInputs(tokenizer, prepared.info, encoded, machine, loader, files)
 
 
@@ -117,7 +118,8 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
         UserError: the recipe, its data or its base model are wrong; the errors are those of a run.
     """
     silence_libraries()
-    inputs, device = inputs or collect_inputs(recipe), device or local_device()
+    device = device or local_device()
+    inputs = inputs or collect_inputs(recipe, device)
     workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu")
     return plan_workload(recipe, device, inputs, workload)
 
@@ -127,7 +129,7 @@ def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: 
     # without a GPU here, the planned one is assumed to have bf16
     assumed = device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available()
     dtype = torch.bfloat16 if assumed else dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
-    machine = machines.with_gpu_rates(inputs.machine) if device.gpu else inputs.machine
+    machine = machines.gpu() if device.gpu else inputs.machine
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, inputs.info, inputs.tokenizer, dtype, gpu=device.gpu)
         model = TracedModel(loaded, head_of(inputs.info, recipe.task), dtype, device.gpu)
@@ -138,8 +140,8 @@ def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: 
         evaluation = model.evaluate(workload.largest_evaluation)
         times = _estimate_times(model, workload, train, evaluation, machine)
     phases = plan_phases(
-        persistent, train, evaluation, ratio=1.0 if device.gpu else machine.allocator_ratio, gpu=device.gpu,
-        framework=machine.cuda_bytes if device.gpu else machine.framework_bytes,
+        persistent, train, evaluation, ratio=machine.allocator_ratio, gpu=device.gpu,
+        framework=machine.framework_bytes,
         loader=0 if device.gpu else inputs.loader_bytes, file=inputs.file_bytes,
         kernels=0 if dtype != torch.bfloat16 else int(_kernels(workload, train, evaluation) * machine.kernel_bytes),
     )  # fmt: skip

@@ -43,16 +43,17 @@ def compare_with_measured(
     if sharded:
         return {"reason": "sharded weights are not planned"}
     decoder = head_of(info, recipe.task).writes_text
-    if not machines.is_measured(threads, decoder=decoder):
+    on_gpu = device.type == "cuda"
+    if not on_gpu and not machines.is_measured(threads, decoder=decoder):
         return {"reason": "this machine has not been measured; run `peftkit plan` once"}
     try:
-        machine = machines.measure(threads, decoder=decoder)
+        machine = machines.for_device(on_gpu=on_gpu, threads=threads, decoder=decoder)
         plan = _plan(recipe, info, tokenizer, encoded, metrics, device, world_size, machine)
     except Exception as error:  # an architecture that cannot be traced must not fail a finished run
         return {"reason": f"{recipe.model.source} could not be planned: {type(error).__name__}: {error}"}
     peak = int(metrics["peak_memory_bytes"])
-    if device.type == "cuda":  # the allocator's blocks and the context
-        peak = int(torch.cuda.max_memory_reserved(device)) + machine.cuda_bytes
+    if on_gpu:  # the allocator's blocks and the context
+        peak = int(torch.cuda.max_memory_reserved(device)) + machine.framework_bytes
     rows = [("peak_memory_bytes", plan.peak.total, peak), ("seconds", plan.training_seconds, metrics["seconds"])]
     columns = ("figure", "planned", "measured", "off")
     beside = [(name, planned, value, planned / value - 1 if value else None) for name, planned, value in rows]

@@ -52,7 +52,8 @@ def methods_table(source: str, device: Device) -> list[Cell]:
     decoder = writes_text(config)
     values["task"], info = usual_task(decoder=decoder)
     tokens = usable_length(tokenizer, TOKENS)
-    inputs = PlanInputs(tokenizer, info, None, machines.measure(cores(), decoder=decoder), 0, weight_file_bytes(folder))
+    machine = machines.for_device(on_gpu=device.gpu, threads=cores(), decoder=decoder)
+    inputs = PlanInputs(tokenizer, info, None, machine, 0, weight_file_bytes(folder))
     shape = Shape(1, tokens, tokens - 1)  # all scored
     workload = Workload((shape,), (shape,), 1, 1, False)
     return [_cell(values, method, each, device, inputs, workload) for method in METHODS.names() for each in PRECISIONS]

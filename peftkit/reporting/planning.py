@@ -39,7 +39,7 @@ def plan_command(
         cells = methods_table(table, device)
         return json.dumps([asdict(cell) for cell in cells], indent=2) + "\n" if as_json else _table_text(cells, table)
     assert recipe is not None
-    inputs = collect_inputs(recipe)
+    inputs = collect_inputs(recipe, device)
     plan = make_plan(recipe, device, inputs)
     suggestion = suggest(plan, inputs)
     if apply is not None:

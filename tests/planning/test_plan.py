@@ -98,7 +98,7 @@ def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe, tmp_
     assert found.plan.fits
     assert found.slower > 0
     monkeypatch.setattr("peftkit.reporting.planning.devices.parse_device", lambda _: tight)
-    monkeypatch.setattr("peftkit.reporting.planning.collect_inputs", lambda _: known)
+    monkeypatch.setattr("peftkit.reporting.planning.collect_inputs", lambda *_: known)
     file = tmp_path / "fits.yaml"
     said = json.loads(plan_command(recipe, table=None, gpu="tight", as_json=True, apply=file))
     assert said["fits"] is False

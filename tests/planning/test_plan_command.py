@@ -7,16 +7,17 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from peftkit import Recipe
 from peftkit.cli import app
 from peftkit.planning import plan as planning
 from peftkit.planning.devices import format_bytes
-from peftkit.planning.machine import Machine
+from peftkit.planning.machine import CUDA_BYTES, Machine
 from peftkit.planning.table import PRECISIONS, Cell
 from peftkit.schema import overrides
 
-MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6, cuda_bytes=1_000_000)
+MACHINE = Machine(100_000_000, 1.0, 1e11, 1e10, 1e-6)
 
 
 @pytest.fixture
@@ -89,3 +90,12 @@ def test_what_is_wrong_is_one_message(call, file, tmp_path):
     code, _, err = call("plan", file, "--gpu", "1MB", "--apply", tmp_path / "never.yaml")
     assert (code, "does not fit" in err) == (2, True)
     assert not (tmp_path / "never.yaml").exists()
+
+
+def test_a_plan_for_a_gpu_measures_nothing_of_the_cpu(call, file, monkeypatch):
+    monkeypatch.setattr(planning.machines, "measure", lambda threads, decoder: pytest.fail("the CPU was measured"))
+    code, out, _ = call("plan", file, "--gpu", "8GB", "--json")
+    assert code == 0
+    parts = json.loads(out)["phases"][0]["parts"]
+    if not torch.cuda.is_available():
+        assert parts["framework"] == CUDA_BYTES

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import peftkit
 from peftkit import replace
@@ -65,3 +70,38 @@ def test_frozen_weights_cost_less(small_recipe):
     full, last = cost(method={"kind": "full"}), cost(method={"kind": "lora", "rank": 2, "layers": -1})
     head = cost(method={"kind": "frozen"})
     assert head < last < full / 2
+
+
+def test_counting_agrees_with_torch_and_keeps_no_tensors():
+    def graph(width: int = 64, depth: int = 12) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(8, 128, width, generator=generator)
+        for _ in range(depth):
+            weight = torch.randn(width, width, generator=generator).requires_grad_()
+            x = torch.utils.checkpoint.checkpoint(lambda x, w: (x @ w).tanh() @ w.T, x, weight, use_reentrant=False)
+        return x.square().sum()
+
+    class Alive(TorchDispatchMode):
+        """The most activations alive at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.known, self.most = weakref.WeakSet(), 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 3:
+                self.known.add(out.untyped_storage())
+                self.most = max(self.most, len({storage.data_ptr() for storage in self.known}))
+            return out
+
+    expected, counter = FlopCounterMode(display=False), flops.FlopCounter()
+    with expected:
+        graph().backward()
+    alone, beside = Alive(), Alive()
+    with alone:
+        graph().backward()
+    with beside, counter:
+        graph().backward()
+    assert counter.total == expected.get_total_flops() > 0
+    assert beside.most == alone.most
