@@ -29,6 +29,9 @@ READS_PADDING = {
 NEEDS_CUDA = frozenset({"mra"})
 """Models whose attention is zero without a CUDA kernel; transformers says nothing."""
 
+WRONG_MASK = frozenset({"yoso"})
+"""Models whose attention expects masks of -10000, and gets the lowest number of the dtype from transformers 5."""
+
 
 def check_trains(config: PreTrainedConfig, device: object, folder: Path) -> None:
     """Raises ModelError for a model that cannot be trained on texts of various lengths, or on the device."""
@@ -37,6 +40,16 @@ def check_trains(config: PreTrainedConfig, device: object, folder: Path) -> None
         raise ModelError(
             f"{folder}: reformer models with axial positions train on rows of exactly {tokens} tokens; choose another "
             "base model"
+        )
+    if config.model_type == "xmod" and not getattr(config, "default_language", None):
+        raise ModelError(
+            f"{folder}: xmod models have adapters for each language; set default_language in config.json to one of its "
+            "languages"
+        )
+    if config.model_type in WRONG_MASK:
+        raise ModelError(
+            f"{folder}: the attention of {config.model_type} models is wrong in transformers 5 where rows are padded; "
+            "choose another base model"
         )
     if config.model_type in NEEDS_CUDA and not str(device or "cpu").startswith("cuda"):
         raise ModelError(

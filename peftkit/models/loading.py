@@ -194,7 +194,7 @@ def load_config(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> Pre
     except (ValueError, KeyError, OSError) as error:
         kind = check_config(folder).get("model_type")
         raise ModelError(f"{folder}: model type '{kind}' is not known to this version of transformers") from error
-    if head.scores_tokens:
+    if head.writes_text:
         check_writes(config, folder)
     head.configure(config)
     config.pad_token_id = tokenizer.pad_token_id

@@ -44,7 +44,8 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 64, "ffn_dim": 64, "d_ff": 64, "d_inner": 64, "n_inner": 64, "hidden_dim": 64,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "ffn_hidden_size": 64, "moe_intermediate_size": 32,
     "max_position_embeddings": ROWS, "n_positions": ROWS, "max_seq_len": ROWS,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2,
+    "initializer_range": 0.2,
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_num_heads": 8,
     "mamba_head_dim": 8, "ssm_state_size": 8, "state_size": 8, "mamba_chunk_size": 16, "chunk_size": 16,
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -85,9 +86,14 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hy_v4": INDEXED,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": NARROW_LATENT,
+    "kimi_linear": {**NARROW_LATENT, **HYBRID},
+    "layoutlm": {"initializer_range": 0.02},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {**NARROW_LATENT, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
+    "longformer": {"attention_window": 8},
     "luke": {"entity_vocab_size": 8, "entity_emb_size": 8},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "minicpm3": {**NARROW_LATENT, "head_dim": 8},
@@ -114,7 +120,8 @@ OWN: dict[str, dict[str, Any]] = {
     "t5": START,
     "umt5": START,
     "youtu": NARROW_LATENT,
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
@@ -244,8 +251,11 @@ UNBUILT = {
     "layoutlmv2": "needs the detectron2 package",
     "musicgen": "writes audio",
     "musicgen_melody": "writes audio",
+    "xlstm": "its recurrent states do not fit the sizes of a tiny model",
 }
 """Types of which no tiny model of texts can be made with the packages that tests install."""
+PEFT_LOSES = {"laguna": "peft loses the adapters of `shared_experts` when it loads them"}
+"""Types whose export peftkit refuses, because plain peft gives other outputs for what was saved."""
 
 
 def unused(found: SimpleNamespace) -> list[str]:
@@ -269,7 +279,7 @@ def check(case: Case, found: SimpleNamespace) -> None:
     assert found.losses[-1] < found.losses[0]
     assert len(found.still) < len(found.trained)
     assert not found.strays
-    assert found.reloaded < 1e-4
+    assert (found.reloaded < 1e-4) == (case.model_type not in PEFT_LOSES)
     assert found.alone < 1e-4 or case.model_type in READS_PADDING
     assert found.ahead < 1e-4
 
@@ -286,6 +296,8 @@ def cell(case: Case, found: SimpleNamespace) -> str:
         notes.append(
             f"scores shift with the padding of a batch, which it reads through {READS_PADDING[case.model_type]}"
         )
+    if reason := PEFT_LOSES.get(case.model_type):
+        return "; ".join([f"trained, but not exported: {reason}", *notes])
     return "; ".join(["trained, reloaded", *notes])
 
 

@@ -74,8 +74,8 @@ class _Linear(torch.autograd.Function):
 
 def _matmul(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """x Wᵀ + b, never a view: models may change a layer's output in place, which autograd forbids for views."""
-    y_NO = F.linear(x.flatten(0, -2), weight_OI, bias_O)
-    return torch.ops.aten._unsafe_view(y_NO, [*x.shape[:-1], y_NO.shape[-1]])  # type: ignore[no-any-return]
+    y = F.linear(x, weight_OI, bias_O)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
 
 def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
