@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # Two workers share the cores, so idle threads sleep instead of spinning and taking time from the other worker.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test test-all check lint audit docs notebooks bench faults clean
+.PHONY: help install demo test test-all test-matrix check lint audit docs notebooks bench faults clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -24,7 +24,10 @@ test: $(STAMP)  ## the tests that take seconds each; ARGS="tests/schema -x"
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)  ## all tests, including those that take minutes
-	$(PYTEST) $(ARGS)
+	PEFTKIT_COLD_PROCESSES=1 $(PYTEST) $(ARGS)
+
+test-matrix: $(STAMP)  ## other versions of Python and libraries, writes docs/compatibility.md; ARGS="3.13-newest"
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 check: lint test audit  ## lint, types, tests and known vulnerabilities; works offline
 

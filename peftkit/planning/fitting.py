@@ -6,7 +6,9 @@ quantization, and shorter rows, which alone change what is learned from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 
 from peftkit.errors import UserError
@@ -33,8 +35,12 @@ def suggest(plan: Plan, inputs: PlanInputs) -> Suggestion | None:
     if plan.fits:
         return None
     options = _options(plan)
+    planned = cache(lambda changes: _plan_changed(plan, changes, inputs))
+    smallest = planned(tuple(steps[-1] for steps in options))
+    if smallest is not None and not smallest.fits:
+        return None
     for count in range(1, len(options) + 1):
-        suggestions = [_first_that_fits(plan, kinds, inputs) for kinds in combinations(options, count)]
+        suggestions = [_first_that_fits(plan, kinds, planned) for kinds in combinations(options, count)]
         fitting = [suggestion for suggestion in suggestions if suggestion is not None]
         if fitting:
             return min(fitting, key=lambda suggestion: suggestion.slower)
@@ -60,20 +66,22 @@ def _halvings(value: int, smallest: int) -> list[int]:
     return [value >> shift for shift in range(1, value.bit_length()) if value >> shift >= smallest]
 
 
-def _first_that_fits(plan: Plan, kinds: tuple[list[str], ...], inputs: PlanInputs) -> Suggestion | None:
+def _first_that_fits(
+    plan: Plan, kinds: tuple[list[str], ...], planned: Callable[[tuple[str, ...]], Plan | None]
+) -> Suggestion | None:
     """The mildest combination of some kinds of change that fits."""
-    strongest = _plan_changed(plan, [steps[-1] for steps in kinds], inputs)
+    strongest = planned(tuple(steps[-1] for steps in kinds))
     if strongest is None or not strongest.fits:  # then no other combination fits
         return None
     for depth in range(max(map(len, kinds))):
-        changes = [steps[min(depth, len(steps) - 1)] for steps in kinds]
-        changed = _plan_changed(plan, changes, inputs)
+        changes = tuple(steps[min(depth, len(steps) - 1)] for steps in kinds)
+        changed = planned(changes)
         if changed is not None and changed.fits:
-            return Suggestion(tuple(changes), changed, changed.seconds / plan.seconds)
+            return Suggestion(changes, changed, changed.seconds / plan.seconds)
     return None
 
 
-def _plan_changed(plan: Plan, changes: list[str], inputs: PlanInputs) -> Plan | None:
+def _plan_changed(plan: Plan, changes: tuple[str, ...], inputs: PlanInputs) -> Plan | None:
     """The plan of the changed recipe; None if its method does not allow the change."""
     try:
         return make_plan(overrides.apply(plan.recipe, changes), plan.device, inputs)

@@ -170,7 +170,7 @@ class Stepper:
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Seeds torch as a function of the position in training, so that a resumed run needs no stored random state."""
     sequence = np.random.SeedSequence((seed, step, micro_batch, rank))
-    value = int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    value = int(sequence.generate_state(1, np.uint64)[0]) >> 1  # numpy 1 shifts no uint64 by an int
     torch.default_generator.manual_seed(value)
     # torch.manual_seed would record a call, with its traceback, for every kind of device that is absent
     if torch.cuda.is_initialized():

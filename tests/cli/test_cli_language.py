@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 import peftkit
 from peftkit.cli import app
 from peftkit.inference import trained_model
-from tests import tiny
+from tests import tiny, warm
 
 OPENING = "the king said no to the oil company and"
 
@@ -109,7 +108,7 @@ def test_adapter_and_merged_model_give_equal_logits_in_plain_libraries(chat_run,
     assert "(format peft, merged)" in said
     out = tmp_path / "logits.safetensors"
     folders = [chat_run.adapter, chat_run.recipe.model.source, tmp_path / "merged"]
-    subprocess.run(
+    warm.run(
         [sys.executable, "-I", "-c", PLAIN, *map(str, folders), OPENING, str(out)], check=True, timeout=300,
         capture_output=True,
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -16,7 +15,7 @@ from peftkit.export import card, manifest, proof, run_export
 from peftkit.models import pooled_logits
 from peftkit.schema.types import TaskInfo
 from peftkit.system.files import atomic_folder
-from tests import tiny
+from tests import tiny, warm
 from tests.exporting import TEXTS, export, exported, trained
 
 CASES = {
@@ -38,7 +37,9 @@ QUICK = list(CASES)[:3]
 @pytest.mark.parametrize(
     "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in QUICK)]
 )
-def test_fresh_process_gives_the_same_logits(case, tmp_path):
+def test_fresh_process_gives_the_same_logits(case, tmp_path, request):
+    if case == QUICK[0]:
+        request.getfixturevalue("cold_processes")
     maker, parts = CASES[case]
     folder, _ = exported(tmp_path / "run", maker(tmp_path / "base"), **parts)
     found = proof.read(folder)
@@ -111,7 +112,7 @@ def test_the_cards_code_gives_the_trained_models_answers(pooling, tmp_path):
     texts = TEXTS[:2]
     code = code.replace('"path/to/this/folder"', repr(str(folder)))
     code = code.replace('["a text", "another text"]', repr(texts)) + "\nprint(logits.tolist())\n"
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     labels, logits = done.stdout.strip().splitlines()[-2:]
     made.loaded.model.eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from peftkit.schema.head import head_of
 from peftkit.schema.types import TaskInfo
 from peftkit.training.optimizer import build_optimizer
 from peftkit.training.step import TaskModule
-from tests import tiny
+from tests import tiny, warm
 
 STEPS = 6
 TEXTS = ["good movie", "the bank and the price of oil", "a game", "science and software in space", "bad plot"]
@@ -178,7 +177,7 @@ def reload(saved: dict[str, dict[str, Any]], work: Path) -> dict[str, torch.Tens
     for name, one in saved.items():
         (work / f"{name}.json").write_text(json.dumps(one["job"]), encoding="utf-8")
         save_file({key: value.contiguous() for key, value in one["batch"].items()}, work / f"{name}.inputs")
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, str(Path(__file__)), str(work)], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]

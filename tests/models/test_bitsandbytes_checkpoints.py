@@ -4,7 +4,6 @@ and planned byte for byte."""
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -21,7 +20,7 @@ from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.memory import persistent_memory
 from peftkit.planning.trace import fake_tensor_mode
 from peftkit.schema.types import TaskInfo
-from tests import tiny
+from tests import tiny, warm
 from tests.conftest import topic_rows
 
 pytest.importorskip("bitsandbytes", reason="the quantization extra is not installed")
@@ -108,7 +107,7 @@ def test_training_over_it_is_resumed_proven_and_predicted_with_by_a_fresh_proces
         with pytest.raises(Interrupted):
             peftkit.train(unproven, quiet=True)
     assert adapter(peftkit.train(unproven, resume=True, quiet=True)) == adapter(whole)
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", PREDICT, str(whole.path), json.dumps(TEXTS)], capture_output=True, text=True, check=True
     )
     run = peftkit.load(whole.path)

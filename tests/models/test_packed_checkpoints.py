@@ -4,7 +4,6 @@ over, proven, and predicted with by a fresh process; an evaluation leaves their 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ from peftkit.models.kernels import linear_cross_entropy
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.types import TaskInfo
-from tests import tiny
+from tests import tiny, warm
 
 CAUSAL = TaskInfo("causal_lm")
 KINDS = ("torchao", "gptq")
@@ -91,7 +90,7 @@ def test_it_is_trained_over_proven_and_predicted_with_by_a_fresh_process(kind, d
     assert losses[-1] < losses[0]
     here = peftkit.load(run.path).generate(TEXTS, max_new_tokens=8)
     command = [sys.executable, "-c", PREDICT, str(run.path), json.dumps(TEXTS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = warm.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == here
 
 

@@ -88,7 +88,7 @@ def test_what_is_wrong_is_one_message(call, file, tmp_path):
     code, _, err = call("plan")
     assert (code, "--table" in err) == (2, True)
     code, _, err = call("plan", file, "--gpu", "1MB", "--apply", tmp_path / "never.yaml")
-    assert (code, "does not fit" in err) == (2, True)
+    assert (code, "does not fit GPU of 1MB with any known change" in err) == (2, True)
     assert not (tmp_path / "never.yaml").exists()
 
 

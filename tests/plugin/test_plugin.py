@@ -16,12 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 PACKAGE = Path(__file__).parent / "package"
 ROOT = Path(__file__).parents[2]
 STEPS = """
 import contextlib, io, json, sys
 from peftkit.cli.app import main
+from tests import warm
 
+warm.proofs().__enter__()
 results = []
 for words in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -72,7 +76,7 @@ def work(tmp_path_factory, bert):
 def run_steps(folder: Path, environment: dict[str, str], *steps: list[str]) -> list[dict]:
     """The commands one after the other in one fresh process; each one's code, stdout and stderr."""
     arguments = [sys.executable, "-c", STEPS, json.dumps(steps)]
-    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = warm.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((folder / "results.json").read_text())
     for result in results:
@@ -83,7 +87,7 @@ def run_steps(folder: Path, environment: dict[str, str], *steps: list[str]) -> l
 def killed_run(folder: Path, environment: dict[str, str]) -> Path:
     """A run whose process was killed after its first checkpoint."""
     command = [sys.executable, "-m", "peftkit", "train", "recipe.yaml", "output_dir=killed", "export.prove=false"]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    process = warm.start(command, cwd=folder, env=environment)
     while not list(folder.glob("killed/ratings-*/checkpoints/step-*/manifest.json")):
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)

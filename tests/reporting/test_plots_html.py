@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from peftkit.reporting import html, plots, run_report
 from tests.reporting.test_formatting import ASSESSMENT, BASELINES
 
+pytestmark = pytest.mark.usefixtures("drawn_plots")
 LOG = [{"step": step, "epoch": step / 100, "loss": 2.0 / step, "learning_rate": 1e-3} for step in range(10, 410, 10)]
 LOG += [{"step": 200, "epoch": 2, "split": "validation", "loss": 0.4, "accuracy": 0.8},
         {"step": 400, "epoch": 4, "split": "validation", "loss": 0.3, "accuracy": 0.9},

@@ -159,7 +159,7 @@ TESTS = {
     "training.max_time": FIELDS + "test_max_time_stops_with_a_checkpoint_to_go_on_from",
     "training.micro_batch_tokens": "training/test_batching.py::test_passes_stay_within_their_tokens",
     "training.micro_batch": "training/test_step.py::test_two_by_four_accumulated_equals_eight_by_one",
-    "training.compile": KERNELS + "test_compile.py::test_a_compiled_run_learns_the_same_and_resumes_to_the_same_bytes",
+    "training.compile": KERNELS + "test_compile.py::test_a_compiled_run_learns_the_same",
     "training.gradient_checkpointing": FIELDS + "test_gradient_checkpointing_runs_layers_twice_and_learns_the_same",
     "training.early_stopping.patience": FIELDS + "test_early_stopping_waits_for_patience_and_ignores_small_gains",
     "training.early_stopping.min_delta": FIELDS + "test_early_stopping_waits_for_patience_and_ignores_small_gains",

@@ -109,4 +109,4 @@ def _loads_hqq() -> bool:
     from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
     steps = ("get_load_operations", "get_weight_conversions")
-    return any(getattr(HqqHfQuantizer, step) is not getattr(HfQuantizer, step, None) for step in steps)
+    return any(getattr(HqqHfQuantizer, step, None) is not getattr(HfQuantizer, step, None) for step in steps)
