@@ -290,7 +290,7 @@ def cell(case: Case, found: SimpleNamespace) -> str:
         return "refused: " + found.refused.removeprefix("BASE: ")
     notes = []
     if modules := unused(found):
-        shown = ", ".join(f"`{name}`" for name in modules[:SHOWN])
+        shown = ", ".join(f"`{name.removeprefix('model.')}`" for name in modules[:SHOWN])
         notes.append(f"no gradient reaches {shown}" + (", …" if len(modules) > SHOWN else ""))
     if found.alone >= 1e-4:
         notes.append(
