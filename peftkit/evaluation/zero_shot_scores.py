@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftkit.models.architectures import check_pools
 from peftkit.models.blocks import text_encoder
 from peftkit.models.context import usable_length
 from peftkit.models.packing import eval_modules
@@ -24,7 +25,10 @@ PROMPT = "{text}\n\nThis text is about"
 def of_encoder(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], *, max_length: int, batch_size: int
 ) -> np.ndarray:
-    """Cosines [texts, labels] of mean-pooled token vectors, of an encoder–decoder those of its encoder."""
+    """Cosines [texts, labels] of mean-pooled token vectors, of an encoder–decoder those of its encoder.
+
+    Raises ModelError where the model does not give one vector per token.
+    """
     limit = usable_length(tokenizer, max_length)
     described = [pattern.format(label=_readable(label)) for label in labels for pattern in DESCRIPTIONS]
     with torch.no_grad(), eval_modules(model):
@@ -66,6 +70,7 @@ def _embed(model: Any, tokenizer: Any, texts: Sequence[str], limit: int, batch_s
         ).to(model.device)
         hidden = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden)
+        check_pools(model.config, hidden.shape[1], mask.shape[1])
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         vectors |= dict(zip(rows.tolist(), pooled.cpu().double().numpy()))
     return _unit(np.stack([vectors[row] for row in range(len(texts))]))

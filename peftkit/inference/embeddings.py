@@ -19,6 +19,7 @@ from peftkit.errors import ModelError, RunError
 from peftkit.export.loading import LoadedExport
 from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes, pooled_logits
+from peftkit.models.architectures import check_pools
 from peftkit.models.blocks import text_encoder, unwrap
 from peftkit.models.context import usable_length
 from peftkit.models.loading import sentence_pooling, writes_text
@@ -55,6 +56,7 @@ class Embedder:
 
         Raises:
             DataError: something that is not a text.
+            ModelError: the model does not give one vector per token.
         """
         checked = as_texts(texts)
         if not checked:
@@ -80,6 +82,7 @@ class Embedder:
         with dtypes.autocast(self.dtype, device):
             hidden = self.model(**batch).last_hidden_state
         mask = batch["attention_mask"]
+        check_pools(self.model.config, hidden.shape[1], mask.shape[1])
         if self.pooling == "last":
             last = (torch.arange(mask.shape[1], device=device) * mask).argmax(-1)
             pooled = hidden[torch.arange(len(hidden), device=device), last]

@@ -74,6 +74,14 @@ def check_writes(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
+def check_pools(config: PreTrainedConfig, vectors: int, tokens: int) -> None:
+    """Raises ModelError where the hidden states of a text are not one vector per token, as in Funnel's encoder."""
+    if vectors != tokens:
+        raise ModelError(
+            f"{config.model_type} gives {vectors} vectors for {tokens} tokens, so their mean would include padding"
+        )
+
+
 def reads_ahead(config: PreTrainedConfig) -> bool:
     """Whether a language model of this config sees the tokens that it predicts."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from peftkit.errors import ModelError
 from peftkit.evaluation import zero_shot_scores
+from peftkit.evaluation.baselines.zero_shot import ZeroShot
 from peftkit.inference import embeddings
 from peftkit.methods.targets import linear_names
 from peftkit.models.architectures import padding_note, reads_ahead
 from peftkit.models.kernels import lora_linear
 from peftkit.models.tokenizer import tokenizer_in
+from peftkit.schema.head import head_of
+from tests import tiny
 from tests.models import architectures
 from tests.models.architectures import TYPES, Case, cases
 
@@ -87,12 +91,19 @@ def test_an_encoder_decoder_is_read_by_its_encoder(base, model_type):
     torch.testing.assert_close(vectors, torch.stack([embed(text) for text in texts]), rtol=1e-2, atol=1e-2)
 
 
-def test_funnel_has_a_zero_shot_baseline_and_a_note_on_its_padding(base):
-    folder = base("funnel")
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    scores = zero_shot_scores.of_encoder(model, tokenizer, ["a film", "games"], LABELS, max_length=32, batch_size=2)
-    assert scores.shape == (2, 2)
-    assert "batches of one row" in padding_note(model.config)
+def test_funnel_is_skipped_by_the_zero_shot_baseline_with_a_note(tmp_path):
+    folder = architectures.save_base(Case("funnel", "classifier"), tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = SimpleNamespace(
+        head=head_of(architectures.every_method.CLASSES), sharded=False, language_model=None,
+        tokenizer=AutoTokenizer.from_pretrained(folder), backbone=classifier.base_model,
+        rows={"text": ["a film", "games"], "label": [0, 1]}, cached=lambda kind, values, compute: compute(),
+        recipe=tiny.tiny_recipe(folder),
+    )  # fmt: skip
+    result = ZeroShot().compute(inputs)
+    assert not result.metrics
+    assert result.note.startswith("skipped: funnel gives ")
+    assert "batches of one row" in padding_note(classifier.config)
 
 
 def test_xlnet_pads_on_the_left_and_others_on_the_right(base, bert):
