@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from peftkit.errors import ModelError
 from peftkit.methods.targets import ALL_LINEAR, BlockNumbers, Patterns, choose_blocks, in_head, linear_names, matches
 
 if TYPE_CHECKING:
@@ -60,14 +59,11 @@ def partly_matched(model: nn.Module, patterns: Patterns, head_names: Collection[
 
     A name with the number of a block is meant for that block, and a regular expression is taken at its word.
     """
-    from peftkit.models.blocks import find_blocks
-
-    try:
-        prefix, blocks = find_blocks(model)
-    except ModelError:
-        return []
+    remarks: list[str] = []
+    if (stack := _longest_stack(model)) is None:
+        return remarks
+    prefix, blocks = stack
     layers = _layers_by_block(_base_linear_names(model, head_names), _base_name(prefix))
-    remarks = []
     for pattern in patterns if isinstance(patterns, tuple) else (patterns,):
         if pattern == ALL_LINEAR or re.search(r"[^\w.-]|\b\d+\b", pattern):
             continue
@@ -95,8 +91,7 @@ def shared_weights(model: nn.Module) -> list[str]:
             verbs = ("uses", "keeps") if len(plain) == 1 else ("use", "keep")
             remarks[
                 f"only {_listed(adapted)} is adapted: {_listed(plain)} {verbs[0]} the same weight, and {verbs[1]} it "
-                "as it was. Merging the adapter would change it for all of them: adapt all (in peft: "
-                "ensure_weight_tying=true) or none"
+                "as it was. Merging the adapter would change it for all of them: adapt all of them, or none"
             ] = None
     return list(remarks)
 
@@ -134,6 +129,15 @@ def _base_linear_names(model: nn.Module, head_names: Collection[str]) -> list[st
     adapters = _adapter_parts(model)
     names = (name for name in linear_names(model, head_names) if id(model.get_submodule(name)) not in adapters)
     return [_base_name(name) for name in names]
+
+
+def _longest_stack(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and module of the longest list of modules that is not inside another: blocks, of one kind or of several."""
+    from torch import nn
+
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    return max(outer.items(), key=lambda stack: len(stack[1]), default=None)
 
 
 def _layers_by_block(names: Iterable[str], prefix: str) -> dict[int, list[str]]:
