@@ -24,7 +24,7 @@ class Half(torch.nn.Module):
 
 
 def trained(steps, rate=0.01, watch=True, **options):
-    """A peft model of ``Half`` after plain steps of SGD: its weights before and after, the report, and each gradient."""
+    """``Half`` under LoRA after plain SGD: weights before and after, the report, and which gradients there were."""
     torch.manual_seed(0)
     model = get_peft_model(Half(), LoraConfig(target_modules=["used", "silenced", "idle"]))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
