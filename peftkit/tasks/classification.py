@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 TEXT = ("string", "large_string", "null")
 """Arrow types of a column of text; null is that of one without any value."""
+DROP_NULL_WORDS = "data.cleaning.null_words=drop leaves such rows out"
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
@@ -346,7 +347,7 @@ def _check_numbers(columns: list[reading.LabelColumn]) -> None:
         for value in column.distinct():
             if number(value) is None:
                 expected = "expected a finite number such as 1250.5 for a regression"
-                hint = "; data.cleaning.null_words=drop leaves such rows out" if is_null_word(value) else ""
+                hint = f"; {DROP_NULL_WORDS}" if is_null_word(value) else ""
                 column.fail(f"{expected}, found {value!r}{hint}", column.first(value))
 
 
@@ -395,7 +396,10 @@ def _refuse_unseen(columns: list[reading.LabelColumn], reader: reading.ClassRead
 def _fail_one_class(column: reading.LabelColumn) -> None:
     only = column.distinct()[0] if len(column.values) else None
     shown = column.names[only] if column.names and isinstance(only, int) else only
-    rows = f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}"
+    count = len(column.values)
+    rows = f"all {count:,} rows of the {column.split} split have the label {shown!r}"
+    if count == 1:
+        rows = f"the {column.split} split has a single row"
     hint = "Is the file sorted and cut short, or data.label the wrong column?"
     column.fail(f"{rows}; a classifier needs at least two classes. {hint}")
 
@@ -405,10 +409,9 @@ def _count_positives(column: reading.LabelColumn) -> int:
     for value, count in column.counts().items():
         flag = indicator(value)
         if flag is None:
-            message = (
-                f"a column of a multi-label task holds 0 or 1, found {value!r}; true and false, yes and no will do"
-            )
-            column.fail(message, column.first(value))
+            expected = f"a column of a multi-label task holds 0 or 1, found {value!r}"
+            hint = DROP_NULL_WORDS if is_null_word(value) else "true and false, yes and no will do"
+            column.fail(f"{expected}; {hint}", column.first(value))
         positives += count * flag
     return positives
 
