@@ -11,8 +11,8 @@ from peftkit.errors import DataError, did_you_mean
 SHOWN = 10
 NAMES, NAME = 12, 40
 """Columns that a message lists, and characters of each."""
-LOOKED_AT, WORDS = 100, 6
-"""Rows, and words in the name of a column, by which a file without a header is told from one with an odd one."""
+FEW, LOOKED_AT, WORDS = 4, 100, 6
+"""Columns that are shown of a file without a header; rows, and words in a column's name, by which it is known."""
 
 
 class Problems:
@@ -85,13 +85,11 @@ def require_column(dataset: Any, name: str, field: str) -> None:
     error = missing_column(name, dataset.column_names, field=field, file=file)
     columns = {column: values for column, values in dataset[:LOOKED_AT].items() if not column.startswith("_")}
     if _first_row_is_header(columns):
-        first = ", ".join(shorten(column, NAME) for column in columns)
+        first = ", ".join(shorten(column, NAME) for column in list(columns)[:FEW])
+        first += f", … ({len(columns)} columns)" if len(columns) > FEW else ""
         hint = "begin the file with a line of column names, such as text,label"
-        raise DataError(
-            f"no such column: the first line is read as names, but looks like a row: {first}; {hint}",
-            file=file,
-            column=name,
-        )
+        message = f"no such column: the first line is read as names, but looks like a row: {first}; {hint}"
+        raise DataError(message, file=file, column=name)
     for column, values in columns.items():
         if values and isinstance(inner := values[0], dict):
             hint = f"what is inside '{column}' ({', '.join(list(inner)[:8])}) is not looked at: write it into columns"

@@ -104,10 +104,10 @@ class Classification(Task):
             return info
         if info.problem_type == MULTI:
             texts = [column for column in columns if column.is_text]
-            if data.label_separator is None and not any("list" in column.kinds() for column in texts):
-                columns = [column for column in columns if not column.is_text]  # ``canonical`` divides and checks each
-            else:
+            if texts and (data.label_separator or any("list" in column.kinds() for column in texts)):
                 columns = reading.lists_of(columns, data.label_separator)
+            else:
+                columns = [column for column in columns if not column.is_text]  # ``canonical`` divides and checks each
             info = replace(info, integers=_integers_of_lists(columns, info))
         if info.integers != "one_hot":
             for column in columns:
