@@ -15,7 +15,7 @@ import peftkit
 from peftkit.cli import app
 from peftkit.errors import DataError
 from peftkit.inference.predict_file import predict_file
-from peftkit.planning.plan import plan
+from peftkit.planning.plan import make_plan
 from peftkit.schema.recipe import replace
 
 NAMES = ("biz", "sport", "tech")
@@ -141,7 +141,7 @@ def test_another_separator_than_the_recipes(trained, tmp_path, scored):
 def test_missing_data_are_reported_before_a_model_that_cannot_be_had(trained, tmp_path):
     recipe = peftkit.Recipe.from_yaml(trained("ids") / "recipe.yaml")
     recipe = replace(recipe, model={"source": "./no_such_model"}, data={"source": str(tmp_path / "no_such.csv")})
-    for command in (peftkit.train, peftkit.inspect, lambda recipe: plan(recipe, None)):
+    for command in (peftkit.train, peftkit.inspect, make_plan):
         with pytest.raises(DataError, match=r"no_such\.csv: data\.source: no such file"):
             command(recipe)
 
