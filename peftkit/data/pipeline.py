@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from peftkit.data import cleaning, splitting
 from peftkit.data.augmentation import augmented
 from peftkit.data.batching import collate
-from peftkit.data.loading import read_sources
+from peftkit.data.loading import KeyCheck, read_sources
 from peftkit.data.mapping import Rows, canonical_rows, describe
 from peftkit.data.source import SPLITS, Source, find_sources
 from peftkit.data.steps import CleaningStep
@@ -107,11 +107,14 @@ def prepare(recipe: Recipe) -> PreparedData:
 
 def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     task, data = recipe.task, recipe.data
-    reading: list[CleaningStep] = []
-    raw = read_sources(sources, task, data, folder, reading)
-    info = describe(raw, task, data)
-    release_mapped_pages()
-    rows, steps = canonical_rows(raw, task, data, info, folder)
+    reading, keys = list[CleaningStep](), KeyCheck()
+    raw = read_sources(sources, task, data, folder, reading, keys)
+    try:
+        info = describe(raw, task, data)
+        release_mapped_pages()
+        rows, steps = canonical_rows(raw, task, data, info, folder)
+    except DataError as error:
+        raise keys.explained(error) from None
     del raw
     for path in folder.glob("raw*"):
         path.unlink()

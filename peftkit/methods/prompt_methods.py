@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import Fraction, PeftMethod
+from peftkit.methods.peft_method import PeftMethod
+from peftkit.methods.targets import Fraction
 from peftkit.models.context import positions
 from peftkit.schema.head import possible_heads
 from peftkit.schema.registries import METHODS

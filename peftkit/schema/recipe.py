@@ -84,8 +84,8 @@ class CleaningConfig(ConfigSection):
     conflicts: Literal["drop", "report", "off"] = "report"
     """Equal texts with different labels; drop removes all of them. Where most rows are such, report is an error."""
     null_words: Literal["drop", "error"] | None = None
-    """Rows of a classifier whose text or label is only a word for a missing value (nan, NULL, N/A, None, …). None
-    reports them, and such a label is a class."""
+    """Rows of a classifier or a regression whose text, label, or one of whose labels is only a word for a missing value
+    (nan, NULL, N/A, None, …). None reports them: such a label is a class, and an error where a number is expected."""
     similar_classes: Literal["merge"] | None = None
     """Classes whose names differ in case, spacing or Unicode form only. None reports them; merge makes them one, under
     the commonest name."""
