@@ -13,6 +13,8 @@ from peftkit.errors import MethodError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
+MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types in which peft refuses to adapt ``out_proj``."""
 ALL_LINEAR = "all-linear"
 """The pattern of every linear layer outside the head."""
 Patterns = str | tuple[str, ...]
@@ -78,19 +80,32 @@ def choose_blocks(model: nn.Module, layers: int | tuple[int, ...] | None) -> lis
 def linear_names(model: nn.Module, head_names: Collection[str] = ()) -> list[str]:
     """Full names of the linear layers outside the head, without the output embeddings.
 
-    GPT-2's Conv1D counts as linear, and so do the layers of GPTQ and AWQ checkpoints.
+    GPT-2's Conv1D counts as linear, and so do the layers of GPTQ and AWQ checkpoints. Not so layers that compute
+    something else than a matmul (routers of experts, grouped matmuls), nor ``out_proj`` of Mamba models, whose weight
+    their kernels use without calling the layer: peft refuses it.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     packed = ("qweight", "in_features", "out_features")  # classes of GPTQ and AWQ share no base class with torch's
+    bypassed = ".out_proj" if getattr(getattr(model, "config", None), "model_type", None) in MAMBA else None
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) or all(hasattr(module, attribute) for attribute in packed)
-        if module is not output and not in_head(name, head_names)
+        if module is not output and not in_head(name, head_names) and not _computes_more(module)
+        if bypassed is None or not name.endswith(bypassed)
     ]
+
+
+def _computes_more(module: nn.Module) -> bool:
+    """Whether an architecture's own subclass of a linear layer replaces its forward pass."""
+    from torch import nn
+
+    cls = type(module)
+    own = isinstance(module, nn.Linear) and cls.__module__.startswith("transformers.models.")
+    return own and cls.forward is not nn.Linear.forward and cls.__name__ != "FalconLinear"  # which adds bias later
 
 
 def match_modules(field: str, patterns: Patterns, names: list[str], weights: Collection[str] = ()) -> list[str]:

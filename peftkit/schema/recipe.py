@@ -147,7 +147,7 @@ class DataConfig(ConfigSection):
     streaming: bool = False
     """Tokenize to disk in chunks, so that the source need not fit in memory."""
     max_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens per row; longer rows are truncated, and reported."""
+    """Tokens per row; longer rows are truncated, and reported. A base model that reads fewer sets the limit."""
     validation_size: Annotated[float, Field(gt=0)] = 0.1
     """Share (below 1) or rows of the training split held out when the source has no validation split."""
     test_size: Annotated[float, Field(ge=0)] = 0.2

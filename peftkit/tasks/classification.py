@@ -299,7 +299,7 @@ class Classification(Task):
         """
         texts = list(rows["text"])
         pairs = list(rows["text_pair"]) if "text_pair" in rows else None
-        encoded, truncated = tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
+        encoded, truncated = tokenize(texts, pairs, tokenizer, data.max_length)
         head: Any = head_of(info, self)  # one of ``heads``, all of them classifiers
         labels = list(rows["label"]) if "label" in rows else [head.blank_label()] * len(texts)
         columns: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
