@@ -33,6 +33,10 @@ Merge = Annotated[
         show_default=False,
     ),
 ]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(help="Separator of a CSV file, one character, tab or auto. Default: the recipe's data.delimiter."),
+]
 
 PARALLEL = ("train", "doctor", "evaluate", "predict", "embed", "generate")
 """Commands that may run in several processes."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peftkit.cli.commands import Merge, RunFolder, given, report
+from peftkit.cli.commands import Delimiter, Merge, RunFolder, given, report
 from peftkit.errors import RunError
 
 Texts = Annotated[
@@ -27,12 +27,13 @@ def predict(
     file: Texts = None,
     column: Annotated[str | None, typer.Option(help="Column of the texts. Default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write csv, tsv or jsonl. Default: JSON lines on stdout.")] = None,
+    delimiter: Delimiter = None,
     merge: Merge = None,
 ) -> None:
     """Classify texts, with the probability of every label."""
     from peftkit.inference import predict_file
 
-    count = predict_file.predict_file(run, file=file, column=column, out=out, **given(merge=merge))
+    count = predict_file.predict_file(run, file=file, column=column, out=out, **given(merge=merge, delimiter=delimiter))
     if out:
         report(f"wrote {count} rows to {out}")
 

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from peftkit.cli import launch
-from peftkit.cli.commands import ANY_RECIPE, AsJson, Merge, Overrides, RunFolder, given, load_recipe, show_values
+from peftkit.cli.commands import (
+    ANY_RECIPE,
+    AsJson,
+    Delimiter,
+    Merge,
+    Overrides,
+    RunFolder,
+    given,
+    load_recipe,
+    show_values,
+)
 from peftkit.errors import RecipeError, RunError
 from peftkit.schema import overrides
 from peftkit.schema.recipe import Recipe
@@ -45,6 +55,7 @@ def evaluate(
     run: RunFolder,
     file: Annotated[Path | None, typer.Option(help="Rows with labels, instead of a split of the run's data.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    delimiter: Delimiter = None,
     merge: Merge = None,
     as_json: AsJson = False,
 ) -> None:
@@ -53,6 +64,7 @@ def evaluate(
     from peftkit.inference import evaluate
 
     with process_group.init_process_group() as group:
-        metrics = evaluate.evaluate(run, split=split, file=file, group=group, **given(merge=merge))
+        options = given(merge=merge, delimiter=delimiter)
+        metrics = evaluate.evaluate(run, split=split, file=file, group=group, **options)
     if launch.is_main_rank():
         show_values(metrics, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 
 
 def read_sources(
-    sources: Sequence[Source], task: Task, data: DataConfig, folder: Path, steps: list[CleaningStep] | None = None
-) -> list[dict[str, Dataset]]:
+    sources: Sequence[Source], task: Task, data: DataConfig, folder: Path, steps: list[CleaningStep] | None = None,
+    keys: KeyCheck | None = None,
+) -> list[dict[str, Dataset]]:  # fmt: skip
     """The raw rows of each source by split, memory-mapped from files ``raw*`` in ``folder``.
 
-    How files were read that are not plain is added to ``steps``.
+    How files were read that are not plain is added to ``steps``; ``keys`` sees every row.
 
     Raises DataError for bad files or rows, up to ten of them in one message, and for a split without rows.
     """
-    steps = [] if steps is None else steps
-    return [_read_splits(source, task, data, folder, f"raw{number}", steps) for number, source in enumerate(sources)]
+    steps, keys = [] if steps is None else steps, KeyCheck() if keys is None else keys
+    return [
+        _read_splits(source, task, data, folder, f"raw{number}", steps, keys) for number, source in enumerate(sources)
+    ]
 
 
 def as_json(row: Row) -> Row:
@@ -47,13 +50,46 @@ def _dumped(value: Any) -> str:
     return json.dumps(value, default=lambda other: {type(other).__name__: str(other)[:60]})
 
 
+class KeyCheck:
+    """Notices columns that some rows lack, so that an error about the value that is missing can name the cause."""
+
+    def __init__(self) -> None:
+        self._absent: dict[str, tuple[int, str]] = {}
+        self._present: set[str] = set()
+
+    def watch(self, rows: Iterable[Row], columns: Iterable[str]) -> Iterator[Row]:
+        """The rows as they are."""
+        columns = [*columns]
+        for row in rows:
+            for name in columns:
+                if name in row:
+                    self._present.add(name)
+                else:
+                    count, first = self._absent.get(name, (0, ""))
+                    keys = ", ".join(key for key in row if key not in PLACE) or "none"
+                    first = first or f"{row.get('_file')}:{row.get('_line')}, whose keys are {keys}"
+                    self._absent[name] = (count + 1, first)
+            yield row
+
+    def explained(self, error: DataError) -> DataError:
+        """The error, with the rows that lack its column where others have it."""
+        column = error.column
+        if column not in self._absent or column not in self._present:
+            return error
+        count, first = self._absent[column]
+        cause = f"{count:,} rows have no {column!r} at all, first {first}: give all rows the same keys"
+        error.message, error.args = f"{error.message}. {cause}", (f"{error}. {cause}",)
+        return error
+
+
 def _read_splits(
-    source: Source, task: Task, data: DataConfig, folder: Path, prefix: str, steps: list[CleaningStep]
+    source: Source, task: Task, data: DataConfig, folder: Path, prefix: str, steps: list[CleaningStep], keys: KeyCheck
 ) -> dict[str, Dataset]:
     problems, splits = Problems(), {}
-    used = frozenset({*task.source_columns(data), *PLACE})
+    columns = task.source_columns(data)
+    used = frozenset({*columns, *PLACE})
     for split in source.splits:
-        rows = source.rows(split, problems)
+        rows = keys.watch(source.rows(split, problems), columns)
         try:
             raw = write_rows(map(as_json, rows) if task.json_rows else rows, folder, f"{prefix}-{split}", used)
         except DataError as error:

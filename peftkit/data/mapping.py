@@ -149,7 +149,7 @@ class _Mapper:
             self.places[step].append(f"{row['_file']}:{row['_line']}{what}")
 
     def _add_remarks(self, row: Row, split: str) -> None:
-        remarks = list(self.task.remarks(row, self.data))
+        remarks = list(self.task.remarks(row, self.data, self.info))
         for name in dict.fromkeys(name for name, _ in remarks):
             self._count(name, split, "reported", row)
             self.details[name, split, "reported"].update(detail for step, detail in remarks if step == name and detail)

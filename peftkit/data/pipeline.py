@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from peftkit.data import cleaning, splitting
 from peftkit.data.augmentation import augmented
 from peftkit.data.batching import collate
-from peftkit.data.loading import read_sources
+from peftkit.data.loading import KeyCheck, read_sources
 from peftkit.data.mapping import Rows, canonical_rows, describe
 from peftkit.data.source import SPLITS, Source, find_sources
 from peftkit.data.steps import CleaningStep
@@ -107,11 +107,14 @@ def prepare(recipe: Recipe) -> PreparedData:
 
 def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     task, data = recipe.task, recipe.data
-    reading: list[CleaningStep] = []
-    raw = read_sources(sources, task, data, folder, reading)
-    info = describe(raw, task, data)
-    release_mapped_pages()
-    rows, steps = canonical_rows(raw, task, data, info, folder)
+    reading, keys = list[CleaningStep](), KeyCheck()
+    raw = read_sources(sources, task, data, folder, reading, keys)
+    try:
+        info = describe(raw, task, data)
+        release_mapped_pages()
+        rows, steps = canonical_rows(raw, task, data, info, folder)
+    except DataError as error:
+        raise keys.explained(error) from None
     del raw
     for path in folder.glob("raw*"):
         path.unlink()
@@ -273,9 +276,16 @@ def _encoded_fingerprint(prepared: PreparedData, tokenizer: PreTrainedTokenizerB
     if backend is not None:  # the last call sets these, not the tokenizer
         rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
-    tokens = [type(tokenizer).__name__, rules, special, tokenizer.chat_template, tokenizer.model_max_length]
+    tokens = [type(tokenizer).__name__, rules, special, tokenizer.chat_template, _limit(tokenizer, recipe)]
     fields = {name: getattr(recipe.data, name) for name in ("max_length", "system", "format", "columns")}
     return _sha([prepared.fingerprint, _sha(tokens), recipe.task.model_dump(mode="json"), fields])
+
+
+def _limit(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> int:
+    """The limit that the tokenizer declares, as in old checkpoints, or the model's where that one cuts more."""
+    lowered: int = tokenizer.model_max_length
+    declared: int = tokenizer.init_kwargs.get("model_max_length") or lowered
+    return declared if min(recipe.data.max_length, declared) <= lowered else lowered
 
 
 def _prepared_key(sources: list[Source], recipe: Recipe) -> str:

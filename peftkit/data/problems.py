@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from peftkit.errors import DataError, did_you_mean
 SHOWN = 10
 NAMES, NAME = 12, 40
 """Columns that a message lists, and characters of each."""
+FEW, LOOKED_AT, WORDS = 4, 100, 6
+"""Columns that are shown of a file without a header; rows, and words in a column's name, by which it is known."""
 
 
 class Problems:
@@ -70,15 +72,37 @@ def missing_column(column: str, columns: Iterable[str], *, field: str, file: Any
     listed = f" The columns are: {', '.join(names[:NAMES])}{more};" if near.endswith("?") or more else ";"
     message = f"no such column: {near}{listed} set {field}"
     if len(names) == 1:
-        message += ", or data.delimiter if the columns are separated by another character"
+        delimiter = "--delimiter" if field.startswith("--") else "data.delimiter"
+        message += f", or {delimiter} if the columns are separated by another character"
     return DataError(message, file=file, column=column)
 
 
 def require_column(dataset: Any, name: str, field: str) -> None:
     """Raises DataError when a ``datasets.Dataset`` has no column ``name``, which the recipe's ``field`` names."""
-    if name not in dataset.column_names:
-        file = dataset[0].get("_file") if len(dataset) else None
-        raise missing_column(name, dataset.column_names, field=field, file=file)
+    if name in dataset.column_names:
+        return
+    file = dataset[0].get("_file") if len(dataset) else None
+    error = missing_column(name, dataset.column_names, field=field, file=file)
+    columns = {column: values for column, values in dataset[:LOOKED_AT].items() if not column.startswith("_")}
+    if _first_row_is_header(columns):
+        first = ", ".join(shorten(column, NAME) for column in list(columns)[:FEW])
+        first += f", … ({len(columns)} columns)" if len(columns) > FEW else ""
+        hint = "begin the file with a line of column names, such as text,label"
+        message = f"no such column: the first line is read as names, but looks like a row: {first}; {hint}"
+        raise DataError(message, file=file, column=name)
+    for column, values in columns.items():
+        if values and isinstance(inner := values[0], dict):
+            hint = f"what is inside '{column}' ({', '.join(list(inner)[:8])}) is not looked at: write it into columns"
+            raise DataError(f"{error.message}; {hint}", file=file, column=name)
+    raise error
+
+
+def _first_row_is_header(columns: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether names of columns look like values: a sentence, or what the column also holds in several rows."""
+    texts = {name: [value for value in values if isinstance(value, str)] for name, values in columns.items()}
+    return any(len(name.split()) >= WORDS for name in columns) or any(
+        values.count(name) >= 2 for name, values in texts.items()
+    )
 
 
 def shorten(value: Any, limit: int = 60) -> str:

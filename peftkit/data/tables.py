@@ -74,7 +74,7 @@ class _Writer:
             if self.used is None or name in self.used:
                 raise _type_error(name, rows, known) from None
             self.dropped.add(name)
-            self.types.pop(name, None)
+            self.types[name] = pa.null()
             return None
 
     def _end_part(self) -> None:
@@ -88,7 +88,8 @@ def write_rows(rows: Iterable[Row], folder: Path, name: str, used: frozenset[str
 
     Args:
         used: columns that are needed; a value in one of them that does not fit the type of the earlier ones is an
-            error with file, line and column. Other columns with mixed types are dropped. None means all columns.
+            error with file, line and column. Of other columns with mixed types only the name stays, over nulls. None
+            means all columns.
     """
     writer, remaining = _Writer(folder, name, used), iter(rows)
     while batch := list(islice(remaining, BATCH)):
@@ -143,11 +144,15 @@ def unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 def _batch(rows: list[Row], types: dict[str, pa.DataType], columns: Mapping[str, Any]) -> pa.RecordBatch:
     """Rows under the types; ``columns`` are arrays of them that exist already, reused where their type is right."""
-    arrays = []
-    for name, kind in types.items():
-        ready = columns.get(name)
-        reuse = ready is not None and ready.type == kind
-        arrays.append(ready if reuse else pa.array([row.get(name) for row in rows], kind))
+
+    def array(name: str, kind: pa.DataType) -> pa.Array:
+        if (ready := columns.get(name)) is not None and ready.type == kind:
+            return ready
+        if pa.types.is_null(kind):  # without values, or with mixed ones, which are given up
+            return pa.nulls(len(rows))
+        return pa.array([row.get(name) for row in rows], kind)
+
+    arrays = [array(name, kind) for name, kind in types.items()]
     return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(list(types.items())))
 
 

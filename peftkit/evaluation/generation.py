@@ -33,6 +33,7 @@ from transformers import (
 from peftkit.errors import ModelError
 from peftkit.models import chat_template, dtypes, packing
 from peftkit.models.blocks import unwrap
+from peftkit.models.context import positions
 from peftkit.schema.recipe import GenerationConfig
 
 if TYPE_CHECKING:
@@ -124,14 +125,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model can read at most, prompt and answer together; None where its config does not say.
+    """Tokens that the model can read at most, prompt and answer together; None where its
+    architecture has no limit.
 
     What a learned prompt takes of its positions is left out.
     """
-    config = unwrap(model).config.get_text_config()
-    known = (int(n) for name in ("max_position_embeddings", "n_positions") if (n := getattr(config, name, 0)))
-    positions = next(known, None)
-    return None if positions is None else positions - packing.learned_tokens(model)
+    limit = positions(unwrap(model).config)
+    return None if limit is None else limit - packing.learned_tokens(model)
 
 
 def _check_fits(model: Any, ids: list[int], config: GenerationConfig, what: str) -> None:

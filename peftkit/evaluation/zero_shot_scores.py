@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftkit.models.architectures import check_pools
+from peftkit.models.blocks import text_encoder
+from peftkit.models.context import usable_length
 from peftkit.models.packing import eval_modules
 
 DESCRIPTIONS = ("{label}", "this text is about {label}")
@@ -22,8 +25,11 @@ PROMPT = "{text}\n\nThis text is about"
 def of_encoder(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], *, max_length: int, batch_size: int
 ) -> np.ndarray:
-    """Cosines [texts, labels] of mean-pooled token vectors."""
-    limit = min(max_length, tokenizer.model_max_length)
+    """Cosines [texts, labels] of mean-pooled token vectors, of an encoder–decoder those of its encoder.
+
+    Raises ModelError where the model does not give one vector per token.
+    """
+    limit = usable_length(tokenizer, max_length)
     described = [pattern.format(label=_readable(label)) for label in labels for pattern in DESCRIPTIONS]
     with torch.no_grad(), eval_modules(model):
         meanings = _embed(model, tokenizer, described, limit, batch_size).reshape(len(labels), len(DESCRIPTIONS), -1)
@@ -35,15 +41,15 @@ def of_decoder(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], *, max_length: int, batch_size: int
 ) -> np.ndarray:
     """Mean log-probabilities [texts, labels] of each label's tokens after the prompt."""
-    limit = min(max_length, tokenizer.model_max_length)
     tails = [tokenizer(f" {_readable(label)}", add_special_tokens=False)["input_ids"] for label in labels]
     end = tokenizer(PROMPT.format(text=""), add_special_tokens=False)["input_ids"]
     start = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     start = start or [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    # the text is cut, never the question after it
+    limit = max(1, min(max_length, tokenizer.model_max_length - len(start) - len(end) - max(map(len, tails))))
     scores = np.empty((len(texts), len(labels)))
     with torch.no_grad(), eval_modules(model):
         for row, text in enumerate(texts):
-            # the text is cut, never the question after it
             ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
             sequences = [[*start, *ids, *end, *tail] for tail in tails]
             for first in range(0, len(labels), batch_size):
@@ -54,6 +60,7 @@ def of_decoder(
 
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], limit: int, batch_size: int) -> np.ndarray:
     """Mean-pooled token vectors of length 1, [texts, width]; batches hold texts of like length."""
+    model = text_encoder(model)
     order = np.argsort([-len(text) for text in texts], kind="stable")
     vectors: dict[int, np.ndarray] = {}
     for first in range(0, len(order), batch_size):
@@ -63,6 +70,7 @@ def _embed(model: Any, tokenizer: Any, texts: Sequence[str], limit: int, batch_s
         ).to(model.device)
         hidden = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden)
+        check_pools(model.config, hidden.shape[1], mask.shape[1])
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         vectors |= dict(zip(rows.tolist(), pooled.cpu().double().numpy()))
     return _unit(np.stack([vectors[row] for row in range(len(texts))]))

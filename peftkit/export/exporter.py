@@ -19,6 +19,7 @@ from peftkit.errors import MethodError, RecipeError, RunError
 from peftkit.export import manifest
 from peftkit.export.folder import COPIED, ExportFolder, open_export
 from peftkit.export.manifest import Manifest
+from peftkit.models.context import usable_length
 from peftkit.schema.registries import EXPORTERS
 from peftkit.schema.sections import ConfigSection
 from peftkit.schema.types import LoadedModel
@@ -61,11 +62,13 @@ class Exporter(ConfigSection):
             ExportError: the proof failed.
         """
         from peftkit.export import card
+        from peftkit.models.tokenizer import tokenizer_in
 
         if proof is not None:
             proof.check(f"export format '{self.kind}'")
             proof.write(folder)
-        contents = replace(source.manifest, **{"saves": self.kind, **changes})
+        max_length = usable_length(tokenizer_in(source.path), source.manifest.max_length)
+        contents = replace(source.manifest, **{"saves": self.kind, "max_length": max_length, **changes})
         manifest.write(folder, contents)
         for name in COPIED:
             shutil.copy2(source.path / name, folder / name)

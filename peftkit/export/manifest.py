@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from peftkit.errors import ModelError, RunError
+from peftkit.models.context import usable_length
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import read_json, resolve
 from peftkit.schema.head import Head, head_of
@@ -97,7 +98,7 @@ def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: s
         fingerprint=loaded.fingerprint,
         dtype=dtype,
         quantization=quantization,
-        max_length=recipe.data.max_length,
+        max_length=usable_length(loaded.tokenizer, recipe.data.max_length),
     )
 
 

@@ -19,7 +19,9 @@ from peftkit.errors import ModelError, RunError
 from peftkit.export.loading import LoadedExport
 from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes, pooled_logits
-from peftkit.models.blocks import unwrap
+from peftkit.models.architectures import check_pools
+from peftkit.models.blocks import text_encoder, unwrap
+from peftkit.models.context import usable_length
 from peftkit.models.loading import sentence_pooling, writes_text
 from peftkit.models.sources import folder_of, resolve
 from peftkit.models.third_party import silence_libraries
@@ -31,7 +33,7 @@ class Embedder:
     """A model without its head, and how texts are fed to it."""
 
     model: Any
-    """The transformers backbone, adapters in place."""
+    """The transformers backbone, adapters in place; of an encoder–decoder, its encoder."""
     tokenizer: Any
     pooling: str
     """mean, cls or last."""
@@ -54,6 +56,7 @@ class Embedder:
 
         Raises:
             DataError: something that is not a text.
+            ModelError: the model does not give one vector per token.
         """
         checked = as_texts(texts)
         if not checked:
@@ -79,6 +82,7 @@ class Embedder:
         with dtypes.autocast(self.dtype, device):
             hidden = self.model(**batch).last_hidden_state
         mask = batch["attention_mask"]
+        check_pools(self.model.config, hidden.shape[1], mask.shape[1])
         if self.pooling == "last":
             last = (torch.arange(mask.shape[1], device=device) * mask).argmax(-1)
             pooled = hidden[torch.arange(len(hidden), device=device), last]
@@ -105,7 +109,7 @@ def of_run(run: LoadedExport) -> Embedder:
         pooling = _own_pooling(folder_of(resolve(run.recipe.model)), backbone.config)  # type: ignore[assignment]
     device = next(run.model.parameters()).device
     return Embedder(
-        backbone, run.tokenizer, pooling, int(min(run.manifest.max_length, run.tokenizer.model_max_length)),
+        text_encoder(backbone), run.tokenizer, pooling, usable_length(run.tokenizer, run.manifest.max_length),
         dtypes.dtype_for(run.recipe.model, device), pass_tokens(run.recipe.training, device.type),
     )  # fmt: skip
 
@@ -132,9 +136,9 @@ def of_model(source: str, *, max_length: int = 512, device: str | None = None) -
         model: Any = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{source}: the model cannot be loaded: {error}") from error
-    model = model.to(device).eval().requires_grad_(False)
+    model = text_encoder(model.to(device).eval().requires_grad_(False))
     return Embedder(
-        model, tokenizer, _own_pooling(folder, model.config), int(min(max_length, tokenizer.model_max_length)), dtype,
+        model, tokenizer, _own_pooling(folder, model.config), usable_length(tokenizer, max_length), dtype,
         pass_tokens(TrainingConfig(), torch.device(device).type),
     )  # fmt: skip
 

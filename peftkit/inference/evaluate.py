@@ -17,10 +17,11 @@ from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError, did_you_mean
 from peftkit.evaluation.assessment import assess
 from peftkit.evaluation.runner import in_order
+from peftkit.export.folder import open_export
 from peftkit.export.merging import MergeMode
-from peftkit.inference.texts import print_notes
+from peftkit.inference.texts import data_options, print_notes
 from peftkit.inference.trained_model import LoadedRun, load
-from peftkit.schema.recipe import replace
+from peftkit.schema.recipe import DataConfig, Recipe, replace
 from peftkit.schema.types import Row
 
 ALONE = ProcessGroup()
@@ -33,6 +34,7 @@ def evaluate(
     file: str | Path | None = None,
     merge: MergeMode = "auto",
     group: ProcessGroup = ALONE,
+    delimiter: str | None = None,
 ) -> dict[str, float]:
     """Metrics by name, as in the run's metrics.json.
 
@@ -42,13 +44,18 @@ def evaluate(
         file: rows with the recipe's columns, in place of a split; their labels must be the run's.
         merge: as for ``peftkit.load``; False scores the adapter unmerged, as in training.
         group: processes that share the rows; all of them call this, and all get the metrics.
+        delimiter: separator of a CSV ``file``, or "auto"; None takes the recipe's.
 
     Raises:
         RunError: not a finished run, no such split, or the data's labels are no longer the run's.
         DataError: the file's rows are wrong.
     """
-    model = group.main_first(lambda: load(run, merge=merge, device=group.device))
-    rows = group.run_on_main(lambda: _rows_of_file(model, Path(file)) if file else _rows_of_split(model, split))
+    export = group.run_collectively(lambda: open_export(Path(run)))
+    data = None if file is None else _data_of_file(export.recipe, Path(file), delimiter)
+    if data is not None:  # a missing file is reported before a model that cannot be had
+        group.run_on_main(lambda: bool(find_sources(data)))
+    model = group.main_first(lambda: load(export, merge=merge, device=group.device))
+    rows = group.run_on_main(lambda: _rows_of_file(model, data) if data else _rows_of_split(model, split))
     outputs = _outputs(model, rows, group)
     assessment = group.run_on_main(lambda: assess(model.head, outputs, rows, model.recipe.evaluation, split=split))
     return {name: metric["value"] for name, metric in assessment["metrics"].items()}
@@ -64,10 +71,15 @@ def _rows_of_split(model: LoadedRun, split: str) -> list[Row]:
     return list(prepared.splits[split])
 
 
-def _rows_of_file(model: LoadedRun, file: Path) -> list[Row]:
+def _data_of_file(recipe: Recipe, file: Path, delimiter: str | None) -> DataConfig:
+    """The recipe's data section for rows of another file."""
+    changes: dict[str, Any] = {"source": str(file), "splits": {}, "weights": None, "subset": None}
+    return data_options(replace(recipe, data=changes), delimiter)
+
+
+def _rows_of_file(model: LoadedRun, data: DataConfig) -> list[Row]:
     """Canonical rows of a file, with the label names and the text cleaning of the run."""
     task = model.recipe.task
-    data = replace(model.recipe, data={"source": str(file), "splits": {}, "weights": None, "subset": None}).data
     steps: list[CleaningStep] = []
     with tempfile.TemporaryDirectory() as folder:
         raw = read_sources(find_sources(data), task, data, Path(folder), steps)

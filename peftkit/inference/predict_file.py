@@ -23,12 +23,14 @@ WRITERS = (*texts.TABLES, ".jsonl")
 
 
 def predict_file(
-    run: Path, *, file: Path | None, column: str | None, out: Path | None, merge: MergeMode = "auto"
-) -> int:
+    run: Path, *, file: Path | None, column: str | None, out: Path | None, merge: MergeMode = "auto",
+    delimiter: str | None = None,
+) -> int:  # fmt: skip
     """Predicts the rows of ``file`` (or lines of stdin) into ``out`` (or as JSON lines to stdout); returns how many.
 
     The whole file is checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
-    for ``peftkit.load``. Processes that a launcher started share the rows; the main one reads and writes.
+    for ``peftkit.load``, ``delimiter`` as for ``texts.data_options``. Processes that a launcher started share the rows;
+    the main one reads and writes.
 
     Raises:
         RunError: ``run`` is not a finished run, or one of a language model.
@@ -41,7 +43,7 @@ def predict_file(
         export = group.run_collectively(lambda: _open(run))
         first, *others = export.recipe.task.input_columns(export.recipe.data)
         columns = [column or first, *others]
-        rows = texts.InputTexts(file, columns, export.recipe.data)
+        rows = texts.InputTexts(file, columns, texts.data_options(export.recipe, delimiter))
         names = group.run_on_main(rows.check)
         model = group.main_first(lambda: trained_model.load(export, merge=merge, device=group.device))
         answers = _answers(model, group, group.chunks(iter(rows), CHUNK), columns, set(names))

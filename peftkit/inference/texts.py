@@ -14,7 +14,7 @@ from typing import IO, Any
 from peftkit.data.problems import Problems, missing_column, shorten
 from peftkit.data.reader import reader_for
 from peftkit.errors import DataError
-from peftkit.schema.recipe import DataConfig
+from peftkit.schema.recipe import DataConfig, Recipe, replace
 from peftkit.schema.types import Row
 from peftkit.system import files
 
@@ -43,6 +43,17 @@ def as_texts(texts: Text | Iterable[Text], lengths: Container[int] = (2,)) -> li
             raise DataError(f"text {number}: texts and (text, text pair) tuples are mixed; give one kind per call")
         checked.append(text)
     return checked
+
+
+def data_options(recipe: Recipe, delimiter: str | None) -> DataConfig:
+    """The recipe's data section, to read another file with; ``delimiter``: a separator, "auto", or None, the recipe's.
+
+    Raises:
+        RecipeError: that is no separator.
+    """
+    if delimiter is None:
+        return recipe.data
+    return replace(recipe, data={"delimiter": None if delimiter == "auto" else delimiter}).data
 
 
 def text_of(row: Row, columns: Sequence[str]) -> Text:

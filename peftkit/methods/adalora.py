@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from peftkit.methods.targets import Fraction, LinearLayerMethod, fan_in_fan_out
+from peftkit.methods.peft_method import LinearLayerMethod
+from peftkit.methods.targets import Fraction, fan_in_fan_out
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
+from peftkit.methods import missed
 from peftkit.methods.targets import in_head
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
@@ -46,6 +47,7 @@ class BitFit(Method):
         names = bias_names(loaded.model, loaded.head_names)
         for name, parameter in loaded.model.named_parameters():
             parameter.requires_grad_(name in names or in_head(name, loaded.head_names))
+        loaded.notes += missed.fused_biases(loaded.model, loaded.head_names)
 
 
 def bias_names(model: Any, head_names: tuple[str, ...] = ()) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from peftkit.methods.targets import NO_TARGET, PeftMethod
+from peftkit.methods.peft_method import NO_TARGET, PeftMethod
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 

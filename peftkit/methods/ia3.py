@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import ModuleNames, PeftMethod, fan_in_fan_out, linear_names, match_modules
+from peftkit.methods import missed
+from peftkit.methods.peft_method import PeftMethod
+from peftkit.methods.targets import ModuleNames, fan_in_fan_out, linear_names, match_modules, matches
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 
@@ -46,13 +48,24 @@ class Ia3(PeftMethod):
                 f"method.kind=ia3: peft lists no modules for {kind}; set method.target_modules to the key, value and "
                 "second feed-forward layers, and method.feedforward_modules to the latter"
             )
-        targets = match_modules("target_modules", patterns, linear_names(loaded.model, loaded.head_names))
+        names = linear_names(loaded.model, loaded.head_names)
+        if self.target_modules is None and (unknown := [p for p in patterns if not any(matches(p, n) for n in names)]):
+            raise MethodError(
+                f"method.kind=ia3: peft lists {', '.join(patterns)} for {kind}, and this model has no linear layer "
+                f"{', '.join(unknown)}; set method.target_modules to the key, value and second feed-forward layers"
+            )
+        targets = match_modules("target_modules", patterns, names)
         return IA3Config(
             **self.shared_arguments(loaded),
             target_modules=targets,
             feedforward_modules=match_modules("feedforward_modules", feedforward, targets) if feedforward else [],
             fan_in_fan_out=fan_in_fan_out(loaded.model, targets),
         )
+
+    def missed(self, loaded: LoadedModel) -> list[str]:
+        """Those of every method, and on weights that ``target_modules`` names but cannot select."""
+        remarks, patterns = super().missed(loaded), self.target_modules
+        return remarks if patterns is None else [*remarks, *missed.unselectable_weights(loaded.model, patterns)]
 
     def decays(self, name: str, parameter: torch.Tensor) -> bool:
         """No decay for the vectors, which start at 1."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import PeftMethod, in_head
+from peftkit.methods.peft_method import PeftMethod
+from peftkit.methods.targets import in_head
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 

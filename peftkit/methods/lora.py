@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
 from peftkit.methods import loftq_init
-from peftkit.methods.targets import Fraction, LinearLayerMethod, check_patterns, fan_in_fan_out
+from peftkit.methods.peft_method import LinearLayerMethod
+from peftkit.methods.targets import Fraction, check_patterns, fan_in_fan_out
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import folder_of, resolve
 from peftkit.schema.registries import METHODS

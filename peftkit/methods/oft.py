@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import Fraction, LinearLayerMethod
+from peftkit.methods.peft_method import LinearLayerMethod
+from peftkit.methods.targets import Fraction
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 

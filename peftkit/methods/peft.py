@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.methods import peft_steps
+from peftkit.methods import missed, peft_steps
+from peftkit.methods.peft_method import PeftMethod, task_type
 from peftkit.methods.prompt_methods import check_keys_and_values, check_last_token, check_pooling, check_positions
-from peftkit.methods.targets import PeftMethod, choose_targets, task_type
+from peftkit.methods.targets import ALL_LINEAR, choose_targets
 from peftkit.schema.head import possible_heads
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
@@ -159,12 +160,21 @@ class Peft(PeftMethod):
         fields, values = self._config_fields(), self._arguments()
         if "target_modules" in fields and not values.get("target_modules"):
             if self._name() not in OWN_TARGETS:
-                values["target_modules"] = choose_targets(loaded.model, loaded.head_names, "all-linear")
+                values["target_modules"] = choose_targets(loaded.model, loaded.head_names, ALL_LINEAR)
             else:
                 self._check_known_targets(loaded.model.config.model_type)
         if "modules_to_save" in fields:
             values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *loaded.head_names] or None
         return self._config_class()(task_type=task_type(loaded), **values)
+
+    def missed(self, loaded: LoadedModel) -> list[str]:
+        """Those of every method, and where linear layers are adapted, on weights that their names cannot select."""
+        remarks, patterns = super().missed(loaded), self.arguments.get("target_modules")
+        if "target_modules" not in self._config_fields() or (not patterns and self._name() in OWN_TARGETS):
+            return remarks
+        chosen = (loaded.model, patterns if isinstance(patterns, str) else tuple(patterns or ()) or ALL_LINEAR)
+        layers = missed.unselectable_weights(*chosen, loaded.head_names)
+        return [*remarks, *layers, *missed.partly_matched(*chosen, loaded.head_names)]
 
     def on_train_begin(self, model: Any, total_steps: int) -> None:
         """Prepares what acts between steps; raises MethodError where AdaMSS's allocation runs on several processes."""

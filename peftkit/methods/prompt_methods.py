@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import Fraction, PeftMethod
+from peftkit.methods.peft_method import PeftMethod
+from peftkit.methods.targets import Fraction
+from peftkit.models.context import positions
 from peftkit.schema.head import possible_heads
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
@@ -162,19 +164,12 @@ def check_pooling(kind: str, recipe: Recipe) -> None:
 
 def check_positions(kind: str, count: int, config: PreTrainedConfig, recipe: Recipe) -> None:
     """Raises MethodError where the prompt and the longest row together exceed the model's positions."""
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if positions and text.model_type in _OFFSET_POSITIONS:
-        positions -= (getattr(text, "pad_token_id", None) or 0) + 1
-    if positions and recipe.data.max_length + count > positions:
+    limit = positions(config)
+    if limit is not None and recipe.data.max_length + count > limit:
         raise MethodError(
             f"method.kind={kind} puts {count} vectors before rows of up to data.max_length={recipe.data.max_length} "
-            f"tokens, and the model has {positions} positions; set data.max_length to at most {positions - count}"
+            f"tokens, and the model has {limit} positions; set data.max_length to at most {limit - count}"
         )
-
-
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm", "longformer"}
-"""Architectures that count positions from the pad token's id + 1."""
 
 
 def check_last_token(kind: str, config: PreTrainedConfig, recipe: Recipe) -> None:

@@ -1,23 +1,22 @@
-"""Base classes of the methods that peft implements, and the selection of the modules that they adapt."""
+"""The selection of the modules that a method adapts: by name, pattern and block."""
 
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.schema.method import Method
-from peftkit.schema.types import LoadedModel
 
 if TYPE_CHECKING:
     from torch import nn
 
-NO_TARGET = "dummy-target-modules"
-"""peft's name for an adapter without target modules; modules saved in full still travel with it."""
+MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types in which peft refuses to adapt ``out_proj``."""
+ALL_LINEAR = "all-linear"
+"""The pattern of every linear layer outside the head."""
 Patterns = str | tuple[str, ...]
 
 
@@ -38,57 +37,6 @@ BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]  # numbers of block
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class PeftMethod(Method):
-    """A method that peft implements."""
-
-    @abstractmethod
-    def peft_config(self, loaded: LoadedModel) -> Any:
-        """peft's configuration of this method for this model; raises MethodError where it does not fit."""
-
-    def apply(self, loaded: LoadedModel) -> None:
-        """Wraps the model with peft; raises MethodError with peft's reason where peft refuses."""
-        from peft import get_peft_model
-
-        config = self.peft_config(loaded)
-        try:
-            loaded.model = get_peft_model(loaded.model, config)
-        except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            name = type(loaded.model).__name__
-            raise MethodError(f"method.kind={self.kind} cannot be applied to {name}: {reason}") from error
-
-    def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
-        """The arguments that all peft configurations take: the task, and the head, which is trained in full."""
-        return {"task_type": task_type(loaded), "modules_to_save": list(loaded.head_names) or None}
-
-
-class LinearLayerMethod(PeftMethod):
-    """A method that adapts linear layers, selected by name, pattern and block."""
-
-    quantizations: ClassVar[tuple[str, ...] | None] = ("nf4", "int8")
-    quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ("bitsandbytes",)
-
-    target_modules: ModuleNames = "all-linear"
-    """all-linear, names of modules (query, or encoder.layer.0.attention.self.query), or one regular expression that
-    matches full module names. The head is never adapted: it is trained in full."""
-    exclude_modules: ModuleNames | None = None
-    """Modules to leave out: names, or one regular expression."""
-    layers: BlockNumbers | None = None
-    """Blocks to adapt: their numbers from 0, or -2 for the last two; None for all."""
-
-    def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
-        """Those of every method, and the full names of the target modules."""
-        chosen = (self.target_modules, self.exclude_modules, self.layers)
-        targets = choose_targets(loaded.model, loaded.head_names, *chosen)
-        return {**super().shared_arguments(loaded), "target_modules": targets}
-
-
-def task_type(loaded: LoadedModel) -> str | None:
-    """peft's name for what the model does; None where it has no wrapper of its own for it."""
-    kinds = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
-    return kinds.get(loaded.auto_class.removeprefix("AutoModelFor"))
-
-
 def in_head(name: str, head_names: Collection[str]) -> bool:
     """Whether a module or parameter of that full name belongs to the head."""
     return not set(head_names).isdisjoint(name.split("."))
@@ -100,7 +48,8 @@ def choose_targets(
 ) -> list[str]:  # fmt: skip
     """Full names of the layers to adapt; raises MethodError where a name, a pattern or a block matches nothing."""
     names = linear_names(model, head_names)
-    targets = match_modules("target_modules", target_modules, names)
+    weights = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    targets = match_modules("target_modules", target_modules, names, weights)
     if exclude_modules is not None:
         excluded = set(match_modules("exclude_modules", exclude_modules, names))
         targets = [name for name in targets if name not in excluded]
@@ -131,34 +80,69 @@ def choose_blocks(model: nn.Module, layers: int | tuple[int, ...] | None) -> lis
 def linear_names(model: nn.Module, head_names: Collection[str] = ()) -> list[str]:
     """Full names of the linear layers outside the head, without the output embeddings.
 
-    GPT-2's Conv1D counts as linear, and so do the layers of GPTQ and AWQ checkpoints.
+    GPT-2's Conv1D counts as linear, and so do the layers of GPTQ and AWQ checkpoints. Not so layers that compute
+    something else than a matmul (routers of experts, grouped matmuls), nor ``out_proj`` of Mamba models, whose weight
+    their kernels use without calling the layer: peft refuses it.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     packed = ("qweight", "in_features", "out_features")  # classes of GPTQ and AWQ share no base class with torch's
+    bypassed = ".out_proj" if getattr(getattr(model, "config", None), "model_type", None) in MAMBA else None
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) or all(hasattr(module, attribute) for attribute in packed)
-        if module is not output and not in_head(name, head_names)
+        if module is not output and not in_head(name, head_names) and not _computes_more(module)
+        if bypassed is None or not name.endswith(bypassed)
     ]
 
 
-def match_modules(field: str, patterns: Patterns, names: list[str]) -> list[str]:
-    """The names that a field of the recipe selects, in the model's order; raises MethodError if one selects nothing."""
-    if patterns == "all-linear":
+def _computes_more(module: nn.Module) -> bool:
+    """Whether an architecture's own subclass of a linear layer replaces its forward pass."""
+    from torch import nn
+
+    cls = type(module)
+    own = isinstance(module, nn.Linear) and cls.__module__.startswith("transformers.models.")
+    return own and cls.forward is not nn.Linear.forward and cls.__name__ != "FalconLinear"  # which adds bias later
+
+
+def match_modules(field: str, patterns: Patterns, names: list[str], weights: Collection[str] = ()) -> list[str]:
+    """The names that a field of the recipe selects, in the model's order; raises MethodError if one selects nothing.
+
+    Args:
+        names: of the modules to choose from.
+        weights: names of all weights, for the error about a name that only a weight of its own has.
+    """
+    if patterns == ALL_LINEAR:
         return names
-    matches: set[str] = set()
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        chosen = {name for name in names if f".{name}".endswith(f".{pattern}")}
-        if isinstance(patterns, str):
-            chosen |= {name for name in names if re.fullmatch(pattern, name)}
-        if not chosen:
-            raise MethodError(f"method.{field}: '{pattern}' matches no linear module; {suggest(pattern, names)}")
-        matches |= chosen
-    return [name for name in names if name in matches]
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else [(name,) for name in patterns]:
+        selected = {name for name in names if matches(pattern, name)}
+        if not selected:
+            text = pattern if isinstance(pattern, str) else pattern[0]
+            own = [weight for weight in weights if matches(pattern, weight)]
+            advice = _adapt_weights(own) if own else suggest(text, names)
+            raise MethodError(f"method.{field}: '{text}' matches no linear module; {advice}")
+        chosen |= selected
+    return [name for name in names if name in chosen]
+
+
+def _adapt_weights(weights: list[str]) -> str:
+    """What to do where a name is that of weights outside of linear layers."""
+    names = ", ".join(dict.fromkeys(".".join(weight.split(".")[-2:]) for weight in weights))
+    return (
+        f"it is the name of weights that belong to none, such as {weights[0]}: to adapt them with LoRA, set method to "
+        f"{{kind: peft, peft_type: LORA, arguments: {{target_parameters: [{names}]}}}}"
+    )
+
+
+def matches(patterns: Patterns, name: str) -> bool:
+    """Whether a full name ends in one of the names, or is matched by the one regular expression."""
+    if isinstance(patterns, str):
+        return f".{name}".endswith(f".{patterns}") or re.fullmatch(patterns, name) is not None
+    return any(f".{name}".endswith(f".{pattern}") for pattern in patterns)
 
 
 def check_patterns(field: str, patterns: Mapping[str, object], targets: list[str]) -> None:

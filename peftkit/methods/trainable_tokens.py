@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from peftkit.errors import MethodError, did_you_mean
-from peftkit.methods.targets import NO_TARGET, PeftMethod
+from peftkit.methods.peft_method import NO_TARGET, PeftMethod
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.methods.targets import Fraction, LinearLayerMethod, fan_in_fan_out
+from peftkit.methods.peft_method import LinearLayerMethod
+from peftkit.methods.targets import Fraction, fan_in_fan_out
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel
 

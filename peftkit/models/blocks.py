@@ -25,6 +25,11 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def text_encoder(backbone: Any) -> Any:
+    """What reads a text: of an encoder–decoder the encoder, since the decoder needs a text of its own."""
+    return backbone.get_encoder() if getattr(backbone.config, "is_encoder_decoder", False) else backbone
+
+
 def forward_parameters(model: Any) -> frozenset[str]:
     """Names of the arguments that the unwrapped model's ``forward`` takes."""
     return _parameters(type(unwrap(model)).forward)

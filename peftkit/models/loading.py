@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from peftkit.errors import ModelError
 from peftkit.models import dtypes
+from peftkit.models.architectures import check_trains, check_writes, padding_note
 from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, read_json, resolve
@@ -53,6 +54,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     head = head_of(info, recipe.task)
     pooling = choose_pooling(recipe, head, folder)
     config = load_config(recipe, head, tokenizer, folder)
+    check_trains(config, device, folder)
     recipe.method.check_base(config, recipe)
     packed = checkpoint.check(config, recipe)
     folder = folder_of(source)  # weights are downloaded once every check has passed
@@ -75,7 +77,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
         keep_gradients(model)
     elif device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
-    notes += [note] if (note := pad_note(tokenizer)) else []
+    notes += [note for note in (pad_note(tokenizer), padding_note(model.config)) if note]
     return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes, head.auto_class(pooling))
 
 
@@ -192,13 +194,15 @@ def load_config(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> Pre
     except (ValueError, KeyError, OSError) as error:
         kind = check_config(folder).get("model_type")
         raise ModelError(f"{folder}: model type '{kind}' is not known to this version of transformers") from error
+    if head.writes_text:
+        check_writes(config, folder)
     head.configure(config)
     config.pad_token_id = tokenizer.pad_token_id
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if recipe.model.dropout is not None:
         _set_dropout(config, recipe.model.dropout)
-    rows, largest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
-    if largest >= rows:
+    rows, largest = getattr(config.get_text_config(), "vocab_size", None), max(tokenizer.get_vocab().values())
+    if rows is not None and largest >= rows:  # CANINE hashes characters
         raise ModelError(
             f"{folder}: tokenizer and model do not belong together: token ids go up to {largest}, and the embeddings "
             f"have {rows} rows"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
 from peftkit.models import chat_template
+from peftkit.models.architectures import READS_LAST_PLACE
+from peftkit.models.context import limit_tokenizer
 from peftkit.models.sources import check_config, folder_of, resolve
 from peftkit.models.third_party import silence_libraries
 from peftkit.schema.recipe import ModelConfig
@@ -22,7 +24,9 @@ SPARE = re.compile(r"pad|reserved|unused|extra_id|placeholder|dummy", re.IGNOREC
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe's base model: it pads on the right and has a pad token; code of the model never runs.
+    """The tokenizer of a recipe's base model; code of the model never runs.
+
+    It has a pad token, and its ``model_max_length`` is at most what the model reads.
 
     Raises ModelError where there is none, or it cannot be read, and HubError where it cannot be downloaded.
     """
@@ -56,7 +60,11 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
     if (folder / "config.json").is_file():
-        ensure_pad(tokenizer, int(check_config(folder).get("vocab_size") or 0))
+        config = check_config(folder)
+        if config.get("model_type") in READS_LAST_PLACE:
+            tokenizer.padding_side = "left"
+        ensure_pad(tokenizer, int(config.get("vocab_size") or 0))
+        limit_tokenizer(tokenizer, folder)
     return tokenizer
 
 

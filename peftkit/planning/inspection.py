@@ -104,6 +104,7 @@ def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
     Raises:
         DataError, HubError, ModelError: those of ``prepare``, ``encode`` and the tokenizer.
     """
+    from peftkit.models.context import usable_length
     from peftkit.models.tokenizer import load_tokenizer
 
     prepared = prepare(recipe)
@@ -114,7 +115,8 @@ def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
     )
     return Inspection(
         recipe.name, prepared.sources, recipe.task.kind, prepared.info.problem_type, prepared.info.labels,
-        recipe.data.max_length, recipe.training.batch_size, encoded.fingerprint, prepared.steps, views,
+        usable_length(tokenizer, recipe.data.max_length), recipe.training.batch_size, encoded.fingerprint,
+        prepared.steps, views,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def methods_table(source: str, device: Device) -> list[Cell]:
     """Every method with its defaults on one row, for the task that such a base model is usually trained for."""
     from transformers import AutoConfig
 
+    from peftkit.models.context import usable_length
     from peftkit.models.loading import writes_text
     from peftkit.models.meta_model import weight_file_bytes
     from peftkit.models.sources import folder_of, resolve
@@ -50,7 +51,7 @@ def methods_table(source: str, device: Device) -> list[Cell]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     decoder = writes_text(config)
     values["task"], info = usual_task(decoder=decoder)
-    tokens = min(TOKENS, int(getattr(config, "max_position_embeddings", 0) or TOKENS))
+    tokens = usable_length(tokenizer, TOKENS)
     machine = machines.for_device(on_gpu=device.gpu, threads=cores(), decoder=decoder)
     inputs = PlanInputs(tokenizer, info, None, machine, 0, weight_file_bytes(folder))
     shape = Shape(1, tokens, tokens - 1)  # all scored

@@ -127,7 +127,8 @@ def read(path: Path) -> html.Report:
 
     recipe = Recipe.from_yaml(path / RECIPE)
     about = _json(path / ABOUT, {})
-    metrics = _json(path / METRICS, {})
+    metrics, log = _json(path / METRICS, {}), _lines(path / LOG)
+    events = [f"step {line['step']}: {line['message']}" for line in log if "event" in line]
     return html.Report(
         title=path.name,
         recipe=recipe.to_yaml(defaults=False),
@@ -137,11 +138,11 @@ def read(path: Path) -> html.Report:
         splits=about.get("splits", []),
         cleaning=about.get("cleaning", []),
         trainable=about.get("trainable", []),
-        log=_lines(path / LOG),
+        log=log,
         best_metric=metrics.get("training", {}).get("best_metric"),
         samples=_lines(path / "generations.jsonl"),
         plan=_json(path / prediction.FILE, {}),
-        notes=about.get("notes", []),
+        notes=[*about.get("notes", []), *events],
         commands=next_commands(path, recipe),
         environment={**_json(path / ENVIRONMENT, {}), **metrics.get("training", {})},
     )

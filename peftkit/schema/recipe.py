@@ -84,8 +84,8 @@ class CleaningConfig(ConfigSection):
     conflicts: Literal["drop", "report", "off"] = "report"
     """Equal texts with different labels; drop removes all of them. Where most rows are such, report is an error."""
     null_words: Literal["drop", "error"] | None = None
-    """Rows of a classifier whose text or label is only a word for a missing value (nan, NULL, N/A, None, …). None
-    reports them, and such a label is a class."""
+    """Rows of a classifier or a regression whose text, label, or one of whose labels is only a word for a missing value
+    (nan, NULL, N/A, None, …). None reports them: such a label is a class, and an error where a number is expected."""
     similar_classes: Literal["merge"] | None = None
     """Classes whose names differ in case, spacing or Unicode form only. None reports them; merge makes them one, under
     the commonest name."""
@@ -147,7 +147,7 @@ class DataConfig(ConfigSection):
     streaming: bool = False
     """Tokenize to disk in chunks, so that the source need not fit in memory."""
     max_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens per row; longer rows are truncated, and reported."""
+    """Tokens per row; longer rows are truncated, and reported. A base model that reads fewer sets the limit."""
     validation_size: Annotated[float, Field(gt=0)] = 0.1
     """Share (below 1) or rows of the training split held out when the source has no validation split."""
     test_size: Annotated[float, Field(ge=0)] = 0.2

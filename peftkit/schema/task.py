@@ -94,7 +94,7 @@ class Task(ConfigSection):
         """Rows are duplicates where this is equal: the text of a canonical row without case and spacing."""
         return " ".join(self.text_of(row).casefold().split())
 
-    def remarks(self, row: Row, data: DataConfig) -> Iterable[tuple[str, str]]:
+    def remarks(self, row: Row, data: DataConfig, info: TaskInfo) -> Iterable[tuple[str, str]]:
         """(cleaning step, detail) of what the user should know about how a source's row was read.
 
         The rows of each step are counted and reported before training, with their details, or else their places.

@@ -22,8 +22,17 @@ from peftkit.schema.task import Task
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks import label_column as reading
 from peftkit.tasks import label_review
-from peftkit.tasks.label_column import is_null_word
-from peftkit.tasks.label_spelling import class_names, indicator, number, parse, split_labels, text_of
+from peftkit.tasks.label_spelling import (
+    class_names,
+    indicator,
+    name_of,
+    number,
+    parse,
+    split_labels,
+    text_of,
+    whole_number,
+)
+from peftkit.tasks.null_words import has_null_word, is_null_word
 from peftkit.tasks.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
 
 TEXT = ("string", "large_string", "null")
 """Arrow types of a column of text; null is that of one without any value."""
+DROP_NULL_WORDS = "data.cleaning.null_words=drop leaves such rows out"
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
@@ -94,10 +104,10 @@ class Classification(Task):
             return info
         if info.problem_type == MULTI:
             texts = [column for column in columns if column.is_text]
-            if data.label_separator is None and not any("list" in column.kinds() for column in texts):
-                columns = [column for column in columns if not column.is_text]  # ``canonical`` divides and checks each
-            else:
+            if texts and (data.label_separator or any("list" in column.kinds() for column in texts)):
                 columns = reading.lists_of(columns, data.label_separator)
+            else:
+                columns = [column for column in columns if not column.is_text]  # ``canonical`` divides and checks each
             info = replace(info, integers=_integers_of_lists(columns, info))
         if info.integers != "one_hot":
             for column in columns:
@@ -210,9 +220,9 @@ class Classification(Task):
                 require_column(rows, name, f"data.{field}")
                 kinds = {column: getattr(feature, "dtype", feature) for column, feature in rows.features.items()}
                 if kinds[name] not in TEXT:
-                    words = [column for column, kind in kinds.items() if column[0] != "_" and kind in TEXT]
+                    words = [column for column, kind in kinds.items() if column[0] != "_" and kind in TEXT[:2]]
                     hint = f"; columns of text: {', '.join(words)}" if words else ""
-                    message = f"data.{field} must name a column of text, found {kinds[name]}{hint}"
+                    message = f"data.{field} must name a column of text, found {_plain(kinds[name])}{hint}"
                     raise DataError(message, column=name)
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
@@ -226,10 +236,9 @@ class Classification(Task):
             return [float(_value(row, name, indicator, "0 or 1, true or false, yes or no")) for name in names]
         if info.problem_type == REGRESSION:
             return _value(row, names[0], number, "a finite number")
-        value = _cell(row, names[0])
         if info.problem_type != MULTI:
-            return _class(value, names[0], _reader(data, info))
-        listed = _listed(value, names[0], data, info)
+            return _class(_cell(row, names[0]), names[0], _reader(data, info))
+        listed = _listed(_cell(row, names[0]), names[0], data, info)
         if info.integers == "one_hot" and len(listed) == len(info.labels):
             flags = [indicator(item) for item in listed]
             if all(flag is not None for flag in flags):
@@ -238,9 +247,21 @@ class Classification(Task):
         return [float(position in given) for position in range(len(info.labels))]
 
     def null_word(self, row: Row, data: DataConfig) -> str | None:
-        return next(
-            (name for name in (*self.input_columns(data), *data.label_columns) if is_null_word(row.get(name))), None
-        )
+        texts = [name for name in self.input_columns(data) if is_null_word(row.get(name))]
+        labels = [name for name in data.label_columns if has_null_word(row.get(name), data.label_separator)]
+        return (*texts, *labels)[0] if texts or labels else None
+
+    def remarks(self, row: Row, data: DataConfig, info: TaskInfo) -> Iterable[tuple[str, str]]:
+        """similar_classes: which spelling of a class was read as which, where such classes are merged."""
+        column = data.label_columns[0]
+        merges = data.cleaning.similar_classes == "merge" and len(data.label_columns) == 1
+        if not merges or info.problem_type == REGRESSION or info.integers == "one_hot":
+            return
+        reader = _reader(data, info)
+        for label in [row[column]] if info.problem_type == SINGLE else _listed(row[column], column, data, info):
+            name = info.labels[_class(label, column, reader)]
+            if whole_number(label) is None and name not in (text_of(label), name_of(label)):
+                yield "similar_classes", f"{text_of(label)!r} read as {name!r}"
 
     def review(self, strata: Mapping[str, Mapping[str, int]], info: TaskInfo) -> Iterable[label_review.Remark]:
         """Classes with like names, classes that a split lacks, and imbalance; nothing for a regression."""
@@ -278,7 +299,7 @@ class Classification(Task):
         """
         texts = list(rows["text"])
         pairs = list(rows["text_pair"]) if "text_pair" in rows else None
-        encoded, truncated = tokenize(texts, pairs, tokenizer, min(data.max_length, tokenizer.model_max_length))
+        encoded, truncated = tokenize(texts, pairs, tokenizer, data.max_length)
         head: Any = head_of(info, self)  # one of ``heads``, all of them classifiers
         labels = list(rows["label"]) if "label" in rows else [head.blank_label()] * len(texts)
         columns: dict[str, list[Any]] = {"input_ids": encoded["input_ids"]}
@@ -289,12 +310,17 @@ class Classification(Task):
 
 
 def _columns(splits: Mapping[str, Any], data: DataConfig) -> list[reading.LabelColumn]:
-    null_words = data.cleaning.null_words
     return [
-        reading.read_column(split, rows, name, null_words)
-        for split, rows in splits.items()
-        for name in data.label_columns
+        reading.read_column(split, rows, name, data) for split, rows in splits.items() for name in data.label_columns
     ]
+
+
+def _plain(kind: Any) -> str:
+    """The type of a column in words."""
+    text = str(kind)
+    plain = {"bool": "true or false", "binary": "bytes", "timestamp": "dates", "date": "dates", "List": "lists",
+             "int": "numbers", "uint": "numbers", "float": "numbers", "decimal": "numbers", "{": "objects"}  # fmt: skip
+    return next((words for start, words in plain.items() if text.startswith(start)), text)
 
 
 def _training(columns: list[reading.LabelColumn]) -> reading.LabelColumn:
@@ -321,7 +347,7 @@ def _check_numbers(columns: list[reading.LabelColumn]) -> None:
         for value in column.distinct():
             if number(value) is None:
                 expected = "expected a finite number such as 1250.5 for a regression"
-                hint = "; data.cleaning.null_words=drop leaves such rows out" if is_null_word(value) else ""
+                hint = f"; {DROP_NULL_WORDS}" if is_null_word(value) else ""
                 column.fail(f"{expected}, found {value!r}{hint}", column.first(value))
 
 
@@ -370,7 +396,10 @@ def _refuse_unseen(columns: list[reading.LabelColumn], reader: reading.ClassRead
 def _fail_one_class(column: reading.LabelColumn) -> None:
     only = column.distinct()[0] if len(column.values) else None
     shown = column.names[only] if column.names and isinstance(only, int) else only
-    rows = f"all {len(column.values):,} rows of the {column.split} split have the label {shown!r}"
+    count = len(column.values)
+    rows = f"all {count:,} rows of the {column.split} split have the label {shown!r}"
+    if count == 1:
+        rows = f"the {column.split} split has a single row"
     hint = "Is the file sorted and cut short, or data.label the wrong column?"
     column.fail(f"{rows}; a classifier needs at least two classes. {hint}")
 
@@ -380,10 +409,9 @@ def _count_positives(column: reading.LabelColumn) -> int:
     for value, count in column.counts().items():
         flag = indicator(value)
         if flag is None:
-            message = (
-                f"a column of a multi-label task holds 0 or 1, found {value!r}; true and false, yes and no will do"
-            )
-            column.fail(message, column.first(value))
+            expected = f"a column of a multi-label task holds 0 or 1, found {value!r}"
+            hint = DROP_NULL_WORDS if is_null_word(value) else "true and false, yes and no will do"
+            column.fail(f"{expected}; {hint}", column.first(value))
         positives += count * flag
     return positives
 

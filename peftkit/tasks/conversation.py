@@ -53,6 +53,9 @@ NAMES = frozenset(name for names in (*COLUMNS.values(), *OPTIONAL.values()) for 
 """Every column that a format has."""
 OTHER_NAMES = {"system_prompt": "system", "system_message": "system", "context": "input", "chat_history": "history"}
 """What data sets also call an optional column → its name here, for a hint."""
+QUESTIONS = ("instruction", "question", "prompt", "query")
+ANSWERS = ("output", "answer", "response", "completion", "chosen")
+"""What data sets call the columns of a question and its answer, the likeliest first."""
 TURN_KEYS = (("role", "content"), ("from", "value"))
 FLAGS = ("loss", "train", "weight")
 """Keys of a turn that say whether it is learned."""
@@ -111,10 +114,24 @@ def format_of(names: Iterable[str], wanted: str, columns: Mapping[str, str]) -> 
         known = "; ".join(f"{candidate}: {', '.join(needed)}" for candidate, needed in COLUMNS.items())
         raise DataError(
             f"expected the columns of one of the instruction formats ({known}), found {_listed(names)}; "
-            "name yours with data.columns, such as data.columns.instruction=question data.columns.output=answer"
+            f"{_suggestion(names)}"
         )
     near = did_you_mean(missing[0], names)
     raise DataError(f"data.format={wanted} needs this column, found {_listed(names)}: {near}", column=missing[0])
+
+
+def _suggestion(names: Sequence[str]) -> str:
+    """What to set so that these columns are read, where their names tell."""
+    question = next((name for name in QUESTIONS if name in names), None)
+    answer = next((name for name in ANSWERS if name in names), None)
+    if question is None or answer is None:
+        plain = "; task.kind=style learns a column of plain text" if "text" in names else ""
+        example = "data.columns.instruction=question data.columns.output=answer"
+        return f"name yours with data.columns, such as {example}{plain}"
+    chosen = {"instruction": question, "output": answer}
+    chosen |= {ours: theirs for theirs, ours in OTHER_NAMES.items() if theirs in names}
+    fields = " ".join(f"data.columns.{ours}={theirs}" for ours, theirs in chosen.items() if ours != theirs)
+    return f"set {fields}, if these are the question and its answer"
 
 
 def check_columns(names: Iterable[str], columns: Mapping[str, str]) -> None:

@@ -104,7 +104,7 @@ class Instruction(LanguageTask):
             message = f"{which} is flagged as not to be learned, so nothing can be learned from this row; take it out"
             raise DataError(message, column=column)
 
-    def remarks(self, row: Row, data: DataConfig) -> Iterable[tuple[str, str]]:
+    def remarks(self, row: Row, data: DataConfig, info: TaskInfo) -> Iterable[tuple[str, str]]:
         """not_used, masked_turns, unanswered_turns, null_words and turns_in_text; see ``conversation``."""
         conversation = read_row(row, format_of(row, data.format, data.columns), data)
         return [*conversation.remarks, *([("masked_turns", "")] if conversation.masked else [])]

@@ -29,10 +29,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from peftkit.data.problems import require_column, shorten
 from peftkit.errors import DataError, did_you_mean
 from peftkit.tasks import label_spelling as spelling
+from peftkit.tasks.null_words import is_null_word, without_null_words
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+    from peftkit.schema.recipe import DataConfig
 
 MANY_CLASSES = 50
 """From so many classes on, more than one class for every two rows is taken for a mistake."""
@@ -182,22 +185,23 @@ class LabelColumn:
         return pc.list_flatten(self.values) if self.is_list else self.values
 
 
-def read_column(split: str, dataset: Any, name: str, null_words: str | None = None) -> LabelColumn:
+def read_column(split: str, dataset: Any, name: str, data: DataConfig) -> LabelColumn:
     """The column ``name`` of a ``datasets.Dataset``; raises DataError when there is none, or a row has no label.
 
-    ``null_words`` is ``data.cleaning.null_words``: "drop" leaves out the rows that cleaning will drop.
+    With ``data.cleaning.null_words=drop``, the rows that cleaning will drop are left out.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    require_column(dataset, name, "data.label")
-    columns = [column for column in (name, "_file", "_line") if column in dataset.column_names]
-    table = dataset.select_columns(columns).with_format("arrow")[:]
+    drop = data.cleaning.null_words == "drop"
+    labels = data.label_columns if drop else (name,)
+    for label in labels:
+        require_column(dataset, label, "data.label")
+    places = [column for column in ("_file", "_line") if column in dataset.column_names]
+    table = dataset.select_columns([*labels, *places]).with_format("arrow")[:]
+    if drop:
+        table = without_null_words(table, labels, data.label_separator)
     feature = dataset.features[name]
     names = getattr(getattr(feature, "feature", feature), "names", None)
-    if null_words == "drop" and pa.types.is_string(table.column(name).type):
-        words = [word for word in pc.unique(table.column(name)).to_pylist() if is_null_word(word)]
-        table = table.filter(pc.invert(pc.is_in(table.column(name), pa.array(words, pa.string()))))
     values = table.column(name).combine_chunks()
     item = values.type.value_type if _is_list(values.type) else values.type
     if pa.types.is_decimal(item):
@@ -206,11 +210,6 @@ def read_column(split: str, dataset: Any, name: str, null_words: str | None = No
     column.refuse_other_types()
     column.refuse_nulls()
     return column
-
-
-def is_null_word(value: Any) -> bool:
-    """Whether a cell is only a word for a missing value, such as "nan" or "N/A"."""
-    return isinstance(value, str) and spelling.kind_of(value) == "missing"
 
 
 def refuse_mixed(column: LabelColumn) -> None:
@@ -222,13 +221,20 @@ def refuse_mixed(column: LabelColumn) -> None:
         return
     counts = column.counts()
     rare = min(numbers, words, key=lambda group: sum(counts[value] for value in group))
-    kinds = f"numbers ({len(numbers)} different) and words ({len(words)} different)"
-    shown = f"the rarer are {', '.join(map(repr, rare[:3]))}, here first"
+    kinds = f"numbers ({_different(numbers)}) and words ({_different(words)})"
+    be = "is" if len(rare) == 1 else "are"
+    shown = f"the rarer {be} {', '.join(map(repr, rare[:3]))}, here first"
     hint = "Write them one way, or list all of them in data.labels"
+    if len(numbers) > MOST_LEVELS:
+        hint = "Where the number is to be predicted (task.problem_type=regression), fill or remove rows without one"
     if all(is_null_word(value) for value in words):
         rows = sum(counts[value] for value in words)
         hint = f"data.cleaning.null_words=drop leaves out rows with only a word for a missing label ({rows:,} here)"
     column.fail(f"labels of mixed kinds: {kinds}; {shown}. {hint}", column.first(rare[0]))
+
+
+def _different(values: Sequence[Any]) -> str:
+    return f"{len(values)} different" if len(values) > 1 else repr(values[0])
 
 
 def reads_as_number(column: LabelColumn) -> bool:
@@ -248,7 +254,8 @@ def reads_as_number(column: LabelColumn) -> bool:
         return False
     if len(values) <= MOST_LEVELS and len(column.values) >= 2 * len(values):
         shown = ", ".join(str(value) for value in sorted(values, key=float)[:6])
-        few = f"{len(values)} different decimals in {len(column.values):,} rows ({shown}{', …' * (len(values) > 6)})"
+        decimals = "1 decimal" if len(values) == 1 else f"{len(values)} different decimals"
+        few = f"{decimals} in {len(column.values):,} rows ({shown}{', …' * (len(values) > 6)})"
         message = f"{few}: set task.problem_type=regression to predict the number, or {AS_CLASSES} for a class each"
         column.fail(message, column.first_of_kind("decimal"))
     return True

@@ -1,10 +1,10 @@
-"""What a user should know of the classes before training: alike names, classes that a split lacks, imbalance."""
+"""What a user should know of the classes before training: alike names, -1, classes that a split lacks, imbalance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from peftkit.tasks.label_spelling import fold
+from peftkit.tasks.label_spelling import fold, whole_number
 
 IMBALANCE = 10
 """Rows of the commonest class for one of the rarest, from which imbalance is reported."""
@@ -25,6 +25,10 @@ def review(counts: Mapping[str, Mapping[str, int]], *, weighted: bool) -> Iterat
         rows = sum(train[name] for names in alike for name in names)
         shown = [" ~ ".join(f"{name!r} ({train[name]:,})" for name in names) for names in alike[:SHOWN]]
         yield "similar_classes", "train", rows, ("; ".join(shown), "data.cleaning.similar_classes=merge makes them one")
+    numbers = [whole_number(name) for name in train]
+    if -1 in numbers and 0 in numbers and all(number is not None and number >= -1 for number in numbers):
+        change = "where -1 stands for no label, take these rows out"
+        yield "negative_class", "train", train["-1"], (f"'-1' ({train['-1']:,}) is a class like the others", change)
     for split, classes in counts.items():
         lacking = [name for name, rows in classes.items() if not rows]
         if lacking:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from peftkit.errors import RecipeError
 from peftkit.heads.causal_lm import NAME as CAUSAL_LM
+from peftkit.models.context import usable_length
 from peftkit.schema.task import Task
 from peftkit.schema.types import Row
 
@@ -46,8 +47,8 @@ def refuse_augmentation(data: DataConfig) -> None:
 
 
 def check_window(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-    """Raises RecipeError when ``data.max_length`` is longer than what the tokenizer says its model reads."""
-    reads: Any = tokenizer.model_max_length
-    if reads and data.max_length > reads:
+    """Raises RecipeError when ``data.max_length`` is longer than what the base model reads."""
+    reads = usable_length(tokenizer, data.max_length)
+    if data.max_length > reads:
         message = f"data.max_length is {data.max_length}, but this base model reads {reads} tokens"
         raise RecipeError(f"{message}; set data.max_length={reads} or less")

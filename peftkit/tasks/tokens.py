@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peftkit.models.context import usable_length
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def tokenize(
-    texts: list[str], pairs: list[str] | None, tokenizer: PreTrainedTokenizerBase, limit: int
+    texts: list[str], pairs: list[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids cut to ``limit``, and how many tokens each row lost."""
+    """Token ids cut to ``max_length`` or to what the model reads, and how many tokens each row lost."""
+    limit = usable_length(tokenizer, max_length)
     options = {"return_attention_mask": False, "verbose": False}
     encoded = {key: list(value) for key, value in tokenizer(texts, pairs, **options).items()}
     truncated = [0] * len(texts)

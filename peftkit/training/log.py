@@ -101,9 +101,9 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name)
         self._print(f"step {step}/{self._total}  epoch {epoch:.2f}  {split}: {shown}")
 
-    def event(self, step: int, name: str, message: str) -> None:
-        """Log an event and print its message."""
-        self._write({"step": step, "event": name, "message": message})
+    def event(self, step: int, name: str, message: str, **details: Any) -> None:
+        """Log an event with its details, and print its message."""
+        self._write({"step": step, "event": name, "message": message, **details})
         self._print(message)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from peftkit.data.batching import epoch_batches, pass_tokens, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
+from peftkit.distributed import sharding
 from peftkit.distributed.session import Session
 from peftkit.errors import CheckpointError, Interrupted, RecipeError, TrainingError, did_you_mean
 from peftkit.evaluation.direction import greater_is_better
@@ -25,6 +26,7 @@ from peftkit.schema.recipe import Recipe
 from peftkit.system.memory import trim_heap, trim_heap_after
 from peftkit.training.auto_micro_batch import AUTO, AutoStepper
 from peftkit.training.checkpoint_writer import CheckpointContent, CheckpointWriter, TrainingState
+from peftkit.training.gradients import GradientWatch
 from peftkit.training.interruptions import TIME_IS_UP, StopRequest
 from peftkit.training.log import RunLog
 from peftkit.training.optimizer import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
@@ -93,6 +95,7 @@ class Loop:
         self.log = RunLog(
             self.folder / "metrics.jsonl", self.session, self.total, offset=self.state.log_offset, step=self.state.step
         )
+        self._watch_gradients()
         try:
             with StopRequest(self.recipe.training.max_time) as self._stop, self.session.watchdog.training():
                 self._run_epochs()
@@ -101,6 +104,21 @@ class Loop:
             self._stop = None  # later evaluations run to their end
         self._restore_best()
         self.recipe.method.on_train_end(self.module.model)
+
+    def _watch_gradients(self) -> None:
+        """Log in the first steps which trained parameters get no gradient; DeepSpeed keeps its gradients to itself."""
+        session = self.session
+        if sharding.strategy(session.accelerator) == sharding.DEEPSPEED:
+            return
+        combine = session.accelerator.reduce if session.sharded else None
+        watch = GradientWatch(self.weights.named(), start=self.state.step, total=self.total, combine=combine)
+
+        def observe() -> None:
+            if (missing := watch.observe()) is not None:
+                names = [*missing.unreached, *missing.zero]
+                self.log.event(self.state.step + 1, "no_gradient", missing.message, parameters=names)
+
+        self.stepper.on_gradients = observe
 
     def _run_epochs(self) -> None:
         state = self.state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,8 @@ class Stepper:
     scheduler: Any
     split: EncodedSplit
     tokenizer: Any
+    on_gradients: Callable[[], None] = lambda: None
+    """Called before every update with finite gradients, while they exist."""
 
     def __post_init__(self) -> None:
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -119,6 +122,7 @@ class Stepper:
         loss = float(total) / weight if weight else 0.0
         result = StepResult(loss, weight, 0.0 if norm is None else float(unshard(norm)), len(batch), tokens)
         if result.finite:
+            self.on_gradients()
             self.optimizer.step()
             self.recipe.method.on_step_end(self.model, step + 1)
         self.scheduler.step()

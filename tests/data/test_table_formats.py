@@ -228,7 +228,7 @@ def test_json_objects_that_hold_rows(tmp_path):
         "columns": FRAME.to_dict("list"),
         "keyed": {f"id{row}": value for row, value in enumerate(rows)},
     }
-    notes = {"rows": "the rows are those under 'rows'", "columns": "read as columns",
+    notes = {"rows": "the rows are those under 'rows'; left out: version, tags", "columns": "read as columns",
              "keyed": "read as an object of rows, whose keys are left out"}  # fmt: skip
     for name, value in written.items():
         path.write_text(json.dumps(value))

@@ -154,8 +154,8 @@ def declared(cell: Cell, loaded: Any, name: str) -> bool:
 
 
 def made_batch(tokenizer: Any, model: str) -> dict[str, torch.Tensor]:
-    """Five ragged rows, padded on the right."""
-    batch = dict(tokenizer(TEXTS, padding=True, padding_side="right", return_tensors="pt"))
+    """Five ragged rows, padded on the tokenizer's side."""
+    batch = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
     batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if model != "decoder":
         return {**batch, "labels": torch.tensor([1, 2, 2, 2, 0])}

@@ -133,7 +133,7 @@ def test_bad_labels_are_refused_with_their_place(labels, names, said):
             r"column 'label': no such column: .*'labels'\? The columns are: text, labels; set data.label",
         ),
         ({"sentence": TEXTS, "label": [0, 1, 0, 1]}, {}, "column 'text': no such column: .* sentence"),
-        ({"text": [1, 2, 3, 4], "label": [0, 1, 0, 1]}, {}, "column of text, found int64"),
+        ({"text": [1, 2, 3, 4], "label": [0, 1, 0, 1]}, {}, "column of text, found numbers"),
         (
             {"text": TEXTS, "p": [0, 1, 2, 0], "q": [0, 0, 1, 1]},
             {"label": ("p", "q")},

@@ -114,7 +114,10 @@ def test_a_canonical_row_survives_arrow():
         ({"instruction": "Hi", "output": None}, "column 'output': expected text, found nothing"),
         ({"instruction": 3, "output": "x"}, "column 'instruction': expected text, found int '3'"),
         ({"prompt": "Hi", "completion": {"a": 1}}, "column 'completion': expected a list of turns, found dict"),
-        ({"question": "Hi", "answer": "x"}, "found question, answer; name yours with data.columns"),
+        (
+            {"question": "Hi", "answer": "x"},
+            "found question, answer; set data.columns.instruction=question data.columns.output=answer",
+        ),
     ],
 )
 def test_a_bad_row_is_one_message_that_names_column_and_turn(row, said):

@@ -183,13 +183,17 @@ class _Document:
             self.problems.note(self.path, "read as columns and data (pandas' orient='split')")
             yield from self._split_rows(values["columns"], values["data"], places["data"])
         elif isinstance(values.get("data"), list) and not are_columns:
+            if others := [name for name in values if name not in ("data", "schema")]:
+                self.problems.note(self.path, f"the rows are those under 'data'; left out: {', '.join(others[:8])}")
             yield from self.elements(places["data"])
         elif are_columns:
             self.problems.note(self.path, "read as columns")
             for number, row in enumerate(zip(*values.values()), 1):
                 yield self._row(dict(zip(values, row)), number)
         elif len(tables) == 1:
-            self.problems.note(self.path, f"the rows are those under '{tables[0]}'")
+            others = [name for name in values if name != tables[0]]
+            left_out = f"; left out: {', '.join(others[:8])}" if others else ""
+            self.problems.note(self.path, f"the rows are those under '{tables[0]}'{left_out}")
             yield from self.elements(places[tables[0]])
         elif tables:
             hint = "choose one with data.subset, or write each into a file of a folder (train.json, test.json)"

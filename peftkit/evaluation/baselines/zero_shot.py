@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftkit.errors import ModelError
 from peftkit.schema.baseline import Baseline, BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 
@@ -36,7 +37,10 @@ class ZeroShot(Baseline):
             return None
         if reason := _inapplicable(head.class_names()):
             return BaselineResult(note=reason)
-        return _score_names(inputs)
+        try:
+            return _score_names(inputs)
+        except ModelError as error:
+            return BaselineResult(note=f"skipped: {error}")
 
 
 def _score_names(inputs: BaselineInputs) -> BaselineResult:

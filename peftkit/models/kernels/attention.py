@@ -44,7 +44,7 @@ def use_cpu_attention(model: Any) -> bool:
     Masks stay those of sdpa, and sdpa still serves every call that this module does not support.
     """
     base = unwrap(model)
-    weight = base.get_input_embeddings().weight
+    weight = next(base.parameters())  # of the embeddings, usually: CANINE, which hashes characters, has several
     supported = weight.device.type == "cpu" and weight.dtype in DTYPES
     if not supported or base.config._attn_implementation != "sdpa":
         return False

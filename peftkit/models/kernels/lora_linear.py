@@ -54,7 +54,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = F.linear(x, _matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+            y = _matmul(x, _matrix(weight, x.dtype), None if bias is None else bias.to(x.dtype))
             y = y.clone() if MATMULS_ARE_SAVED.get() else y
             keep, small = _add_into(y, x, a, b, scale, p)
         is_matrix = isinstance(weight, Tensor)
@@ -70,6 +70,12 @@ class _Linear(torch.autograd.Function):
         grad_x = torch.matmul(grad_y, _matrix(weight, grad_y.dtype)) if ctx.needs_input_grad[0] else None
         grad_x, grad_a, grad_b = _gradients(ctx, grad_y, grad_x, x, a, b, keep, small)
         return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _matmul(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x Wᵀ + b, never a view: models may change a layer's output in place, which autograd forbids for views."""
+    y = F.linear(x, weight_OI, bias_O)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
 
 def _matrix(weight: Weight, dtype: torch.dtype) -> Tensor:
