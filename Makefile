@@ -8,9 +8,9 @@ STAMP := .venv/installed
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 # Two workers share the cores, so idle threads sleep instead of spinning and taking time from the other worker.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-all test-matrix check lint audit docs notebooks bench faults clean
+.PHONY: help install demo test test-all test-avx2 test-matrix check lint audit docs notebooks bench faults clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,16 @@ test: $(STAMP)  ## the tests that take seconds each; ARGS="tests/schema -x"
 
 test-all: $(STAMP)  ## all tests, including those that take minutes
 	PEFTKIT_COLD_PROCESSES=1 $(PYTEST) $(ARGS)
+
+AVX2 := models/kernels/test_activation_checkpointing.py models/kernels/test_attention.py \
+	models/kernels/test_dropout.py models/kernels/test_linear_cross_entropy.py models/kernels/test_rms_norm.py \
+	models/test_packing.py models/test_pooled_logits.py models/test_quantization.py methods/test_bottleneck.py \
+	methods/test_lora_layer.py training/test_ema.py training/test_features.py training/test_step.py evaluation \
+	inference/test_embeddings.py inference/test_generate.py inference/test_merged_inference.py test_run.py \
+	test_run_language.py
+test-avx2: $(STAMP)  ## the tests of numerics as on a processor without AVX512 and native bf16
+	PEFTKIT_TESTS_WITHOUT_BF16=1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+		$(PYTEST) -m "not slow" $(addprefix tests/,$(AVX2)) $(ARGS)
 
 test-matrix: $(STAMP)  ## other versions of Python and libraries, writes docs/compatibility.md; ARGS="3.13-newest"
 	$(BIN)/python tests/matrix.py $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import pathlib
 import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,20 @@ TOPICS = {
     "business": "market stock bank money price oil company trade year day cost".split(),
     "science": "computer software space science data red green blue star new light".split(),
 }
+
+
+LONGEST = (
+    "models/kernels/test_compile.py", "test_notebooks.py", "test_docs.py", "plugin/test_plugin.py", "hub/test_hub.py",
+    "distributed/test_sharded.py", "experiments/test_compare.py", "export/test_onnx.py", "faults/test_fault_kinds.py",
+    "training/test_features.py", "training/test_training_fields.py", "quantize/test_quantize.py", "test_run.py",
+)  # fmt: skip
+"""Files of half a minute, which start first, so that no worker is left with one while the others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    root = pathlib.Path(__file__).parent
+    places = {root / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,6 +71,23 @@ def drawn_plots(_no_plots, monkeypatch):
 def cold_processes(monkeypatch):
     """Processes of this test are real ones, which import everything anew."""
     monkeypatch.setenv("PEFTKIT_COLD_PROCESSES", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_bf16():
+    """With ``PEFTKIT_TESTS_WITHOUT_BF16=1`` (make test-avx2) the processor's bf16 is hidden from peftkit."""
+    if os.environ.get("PEFTKIT_TESTS_WITHOUT_BF16") != "1":
+        yield
+        return
+    from peftkit.models import dtypes
+
+    flags = dtypes._cpu_flags() - set(dtypes.CPU_FLAGS)
+    dtypes.native_bf16.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "_cpu_flags", lambda: flags)
+        assert not dtypes.native_bf16()
+        yield
+    dtypes.native_bf16.cache_clear()
 
 
 @pytest.fixture(scope="session")

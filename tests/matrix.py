@@ -66,10 +66,7 @@ class Environment:
         return f"{self.python}-{self.libraries}"
 
 
-ENVIRONMENTS = (
-    Environment("3.11", "lowest"), Environment("3.11", "newest"), Environment("3.12", "pinned"),
-    Environment("3.13", "newest"),
-)  # fmt: skip
+ENVIRONMENTS = (Environment("3.11", "lowest"), Environment("3.12", "pinned"), Environment("3.13", "newest"))
 """``make test`` itself is 3.11 with the pinned versions. The lowest numpy has no wheel for Python 3.13."""
 
 
@@ -118,10 +115,21 @@ def build_wheel() -> Path:
 
 def install(environment: Environment, folder: Path, *what: str) -> None:
     """Adds packages in the versions of the environment."""
-    choice: dict[str, tuple[object, ...]] = {
-        "lowest": ("--resolution", "lowest-direct"), "pinned": ("--constraint", ROOT / "constraints.txt"), "newest": (),
-    }  # fmt: skip
-    call(UV, "pip", "install", "--quiet", "--python", folder / "bin" / "python", *choice[environment.libraries], *what)
+    constraints: list[object] = []
+    if environment.libraries == "pinned":
+        constraints = ["--constraint", ROOT / "constraints.txt"]
+    elif environment.libraries == "lowest":
+        constraints = ["--constraint", lowest(environment)]
+    call(UV, "pip", "install", "--quiet", "--python", folder / "bin" / "python", *constraints, *what)
+
+
+def lowest(environment: Environment) -> Path:
+    """A file of the lowest version of everything that pyproject.toml names, and the newest of what those need."""
+    file = WORK / f"{environment}.txt"
+    extras = [word for extra in EXTRAS for word in ("--extra", extra)]
+    python = ["--python-version", environment.python, "--quiet", "--no-annotate", "--output-file", file]
+    call(UV, "pip", "compile", "--resolution", "lowest-direct", *python, *extras, ROOT / "pyproject.toml")
+    return file
 
 
 def use_wheel(folder: Path, place: Path) -> None:
@@ -155,7 +163,7 @@ def use_wheel(folder: Path, place: Path) -> None:
 
 def run_tests(folder: Path, workers: int) -> tuple[str, list[str]]:
     """pytest's closing line, and the tests that failed."""
-    parallel = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+    parallel = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"] if workers > 1 else []
     paths = [f"tests/{name}" for name in TESTS]
     command = [folder / "bin" / "python", "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", *parallel, *paths]
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -207,7 +215,7 @@ def write_page(outcomes: list[Outcome]) -> None:
 
 
 def main() -> int:
-    """Runs the environments that are named, or all; the page is written by a run of all."""
+    """Runs the environments that are named, or all; the page has the last outcome of each."""
     names = {str(environment): environment for environment in ENVIRONMENTS}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("environments", nargs="*", choices=[[], *names], metavar="ENVIRONMENT", help=", ".join(names))
@@ -228,8 +236,7 @@ def main() -> int:
         if not given.keep:
             shutil.rmtree(WORK / name, ignore_errors=True)
             shutil.rmtree(WORK / f"{name}-work", ignore_errors=True)
-    if not given.environments:
-        write_page(outcomes)
+    write_page([Outcome(**json.loads(file.read_text())) for name in names if (file := WORK / f"{name}.json").is_file()])
     return int(not all(outcome.passed for outcome in outcomes))
 
 

@@ -69,7 +69,7 @@ def test_two_runs_of_one_recipe_are_the_same_to_the_last_bit(small_recipe):
     assert first.path != second.path
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_anywhere_and_resumed_equals_uninterrupted(small_recipe, monkeypatch, seed):
     recipe = replace(
         small_recipe,

@@ -18,6 +18,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,10 +147,11 @@ def _server() -> tuple[subprocess.Popen[str], str]:
 def stop() -> None:
     """Ends the process that others are forked from, if there is one."""
     if _server.cache_info().currsize:
-        process, _ = _server()
+        process, path = _server()
         assert process.stdin is not None
         process.stdin.close()
         process.wait(60)
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
         del os.environ[SOCKET]
         _server.cache_clear()
 

@@ -25,7 +25,8 @@ import contextlib, io, json, sys
 from peftkit.cli.app import main
 from tests import warm
 
-warm.proofs().__enter__()
+proofs = warm.proofs()
+proofs.__enter__()
 results = []
 for words in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0
