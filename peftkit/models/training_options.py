@@ -20,7 +20,8 @@ def prepare_for_training(loaded: LoadedModel, recipe: Recipe, head: Head) -> Non
         attention.use_cpu_attention(loaded.model)
     rms_norm.use_cpu_rms_norm(loaded.model)
     dropout.use_cpu_dropout(loaded.model)
-    if head.pools and loaded.pooling == "own":
+    checkpointed = recipe.training.gradient_checkpointing != "off"
+    if head.pools and loaded.pooling == "own" and (not checkpointed or first_token.supports_checkpointing()):
         first_token.shorten_last_block(loaded.model)
     parameters = loaded.model.parameters()
     if recipe.training.compile and not any(isinstance(p, FakeTensor) or p.is_meta for p in parameters):  # in planning

@@ -40,6 +40,14 @@ def reading_first_token() -> Iterator[None]:
         ACTIVE.reset(token)
 
 
+def supports_checkpointing() -> bool:
+    """Whether a shortened block can be checkpointed: older versions of transformers (5.17) checkpoint a block's call and
+    not its ``forward``, and recompute it outside of ``reading_first_token``."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" not in vars(GradientCheckpointingLayer)
+
+
 def shorten_last_block(model: nn.Module) -> bool:
     """Makes a (wrapped) classifier's last block compute only the first token, if a trial gives the same scores."""
     inner: Any = unwrap(model)
