@@ -607,8 +607,8 @@ INTRODUCTION = """# Odd inputs
 How peftkit reads files and rows that are not plain, one of each kind. What was detected is reported before training,
 in the cleaning table and by `peftkit inspect`; what could be read in two ways is refused, with the field that settles
 it.
-[Data](data.md) describes the rules. A test compares every row that is read with what its input means, and this page with
-what happens; `python -m tests.data.odd_inputs` writes it.
+[Data](data.md) describes the rules. A test compares every row that is read with what its input means, and this page
+with what happens; `python -m tests.data.odd_inputs` writes it.
 """
 
 
