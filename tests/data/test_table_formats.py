@@ -334,8 +334,8 @@ def test_excel_cells_of_mixed_types_blank_rows_and_errors(tmp_path):
     assert frame["day"].tolist() == ["2024-02-03"] * 3
     assert notes == [
         "read from the sheet 'Sheet'",
-        "1 numbers or dates in the column 'text' are read as text",
-        "1 numbers or dates in the column 'label' are read as text",
+        "1 number or date in the column 'text' is read as text",
+        "1 number or date in the column 'label' is read as text",
     ]
     sheet.append(["#N/A", "x"])
     book.save(path)
