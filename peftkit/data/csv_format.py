@@ -52,8 +52,8 @@ class CsvFormat:
         remarks = [f"{self.name}-separated"] if self.delimiter != expected else []
         remarks += ["quoted with '"] if self.quote == "'" else ["without quoting"] if self.quote is None else []
         remarks += ['\\" for a quote'] if self.backslash else []
-        remarks += ["a space after each separator"] if self.spaces else []
-        remarks += ["a separator at the end of each row"] if self.trailing else []
+        remarks += ["rows with a space after each separator"] if self.spaces else []
+        remarks += ["rows with a separator at the end"] if self.trailing else []
         return remarks
 
     @property

@@ -77,7 +77,8 @@ class KeyCheck:
         if column not in self._absent or column not in self._present:
             return error
         count, first = self._absent[column]
-        cause = f"{count:,} rows have no {column!r} at all, first {first}: give all rows the same keys"
+        lack = "1 row has" if count == 1 else f"{count:,} rows have"
+        cause = f"{lack} no {column!r} at all, first {first}: give all rows the same keys"
         error.message, error.args = f"{error.message}. {cause}", (f"{error}. {cause}",)
         return error
 

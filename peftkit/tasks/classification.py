@@ -22,6 +22,7 @@ from peftkit.schema.task import Task
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks import label_column as reading
 from peftkit.tasks import label_review
+from peftkit.tasks.control_tokens import warn_of_control_tokens
 from peftkit.tasks.label_spelling import (
     class_names,
     indicator,
@@ -299,6 +300,8 @@ class Classification(Task):
         """
         texts = list(rows["text"])
         pairs = list(rows["text_pair"]) if "text_pair" in rows else None
+        if "label" in rows:
+            warn_of_control_tokens(list(zip(texts, pairs)) if pairs else [(text,) for text in texts], rows, tokenizer)
         encoded, truncated = tokenize(texts, pairs, tokenizer, data.max_length)
         head: Any = head_of(info, self)  # one of ``heads``, all of them classifiers
         labels = list(rows["label"]) if "label" in rows else [head.blank_label()] * len(texts)

@@ -14,8 +14,7 @@ rendering itself (see ``scored_tokens``). A canonical row is ``{"messages": [{"r
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,6 +22,7 @@ from peftkit.errors import DataError
 from peftkit.models import chat_template
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
+from peftkit.tasks.control_tokens import places, warn_of_control_tokens
 from peftkit.tasks.conversation import COLUMNS, NAMES, Message, check_columns, format_of, read_row
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.scored_tokens import Labelled, TrainOn, fit, pieces_of, tokenize
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from peftkit.schema.recipe import DataConfig
 
 log = logging.getLogger(__name__)
-SHOWN = 5
-"""Rows named in a warning."""
 
 
 @TASKS.register("instruction")
@@ -134,7 +132,7 @@ class Instruction(LanguageTask):
         check_window(tokenizer, data)
         style = chat_template.read(tokenizer)
         _warn_once(style.note)
-        _warn_of_special(rows, chat_template.special_tokens(tokenizer))
+        warn_of_control_tokens([[turn["content"] for turn in turns] for turns in rows["messages"]], rows, tokenizer)
         stretches, lost = [], []
         masked = rows["masked"] if "masked" in rows else [None] * len(rows["messages"])
         conversations = list(zip(range(len(masked)), rows["messages"], masked, strict=True))
@@ -219,35 +217,13 @@ def _blank_answer(row: Row) -> int:
     return 0
 
 
-def _warn_of_special(rows: Mapping[str, Sequence[Any]], special: Collection[str]) -> None:
-    """Warns of texts that spell a control token: the model reads it as one, such as the end of a turn."""
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    spelled: dict[int, str] = {}
-    for row, messages in enumerate(rows["messages"]):
-        for message in messages:
-            if match := pattern.search(message["content"]):
-                spelled.setdefault(row, match[0])
-    if spelled:
-        log.warning(
-            "%d of %d rows spell control tokens (%s), which are read as such; take them out if that is not meant%s",
-            len(spelled), len(rows["messages"]), ", ".join(sorted(set(spelled.values()))), _places(rows, list(spelled)),
-        )  # fmt: skip
-
-
 def _warn_of_lost(rows: Mapping[str, Sequence[Any]], lost: Sequence[int], max_length: int) -> None:
     """Warns of prompts that fill the window; a row of several examples may have lost only some of them."""
     if lost:
         log.warning(
             "%d of %d rows are left out: their prompts alone fill data.max_length=%d%s",
-            len(set(lost)), len(rows["messages"]), max_length, _places(rows, lost),
+            len(set(lost)), len(rows["messages"]), max_length, places(rows, lost),
         )  # fmt: skip
-
-
-def _places(rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> str:
-    """The first places of some rows, in brackets; nothing where rows come from no file."""
-    places = [f"{rows['_file'][row]}:{rows['_line'][row]}" for row in numbers[:SHOWN]] if "_file" in rows else []
-    more = ", …" if len(numbers) > SHOWN else ""
-    return f" ({', '.join(places)}{more})" if places else ""
 
 
 def _placed(rows: Mapping[str, Sequence[Any]], row: int, message: str) -> DataError:

@@ -23,6 +23,7 @@ from peftkit.data.problems import require_column
 from peftkit.errors import DataError, ModelError
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
+from peftkit.tasks.control_tokens import warn_of_control_tokens
 from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
 from peftkit.tasks.windows import Stretch, stream, to_columns
 
@@ -68,6 +69,7 @@ class Style(LanguageTask):
         Raises ModelError when the tokenizer has no end-of-text token.
         """
         check_window(tokenizer, data)
+        warn_of_control_tokens([(text,) for text in rows["text"]], rows, tokenizer)
         documents = list(enumerate(tokens_of(rows["text"], tokenizer)))
         windows: list[list[Stretch]] = []
         for group in [documents] if self.packing else [[document] for document in documents]:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from peftkit.errors import TrainingError
+
 STEPS, FEWEST = 5, 3
 """Steps that are watched, and how few of them are enough for a verdict."""
+LEAVE_OUT = "Leave them out of the method (target_modules, exclude_modules, layers)"
 LISTED = 6
 """Most groups of names in a message."""
 
@@ -39,8 +42,7 @@ class NoGradient:
             parts.append(f"the gradient is exactly zero of {_grouped(self.zero)}")
         return (
             f"{len(self.unreached) + len(self.zero)} trained parameters did not change in the first {self.steps} steps:"
-            f" {'; '.join(parts)}. Leave them out of the method (target_modules, exclude_modules, layers), or check "
-            "that the rows use them"
+            f" {'; '.join(parts)}. {LEAVE_OUT}, or check that the rows use them"
         )
 
 
@@ -53,25 +55,37 @@ class GradientWatch:
             steps has had its report.
         total: optimizer steps of the whole run.
         combine: sums numbers over the processes, where each of them has a shard of every gradient.
+        replicated: whether each of several processes has all of every parameter. torch then averages the gradients of
+            all parameters, and cannot go on where one has none.
     """
 
     def __init__(
         self, parameters: Mapping[str, torch.Tensor], *, start: int, total: int,
-        combine: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        combine: Callable[[torch.Tensor], torch.Tensor] | None = None, replicated: bool = False,
     ) -> None:  # fmt: skip
         steps = min(total, max(STEPS, start + FEWEST)) - start
         self._steps = self._left = steps if start < STEPS and steps >= FEWEST else 0
         self._zero = dict(parameters) if self._steps else {}
         self._unreached = set(self._zero)
-        self._combine = combine
+        self._combine, self._replicated = combine, replicated
 
     def observe(self) -> NoGradient | None:
-        """Reads a step's gradients before they are cleared; after the last watched step, what had none."""
+        """Reads a step's gradients before they are cleared; after the last watched step, what had none.
+
+        Raises:
+            TrainingError: a parameter has no gradient, and several processes are to average them.
+        """
         if not self._left:
             return None
         self._left -= 1
         if self._zero:
             self._read()
+        if self._unreached and self._replicated:
+            names = _grouped(name for name in self._zero if name in self._unreached)
+            raise TrainingError(
+                f"no forward pass reaches {names}, and several processes can only average gradients of all trained "
+                f"parameters. {LEAVE_OUT}, or train in one process"
+            )
         if self._left or not self._zero:
             return None
         unreached = tuple(name for name in self._zero if name in self._unreached)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,11 @@ class Loop:
         session = self.session
         if sharding.strategy(session.accelerator) == sharding.DEEPSPEED:
             return
-        combine = session.accelerator.reduce if session.sharded else None
-        watch = GradientWatch(self.weights.named(), start=self.state.step, total=self.total, combine=combine)
+        combine = partial(session.accelerator.reduce, reduction="sum") if session.sharded else None
+        watch = GradientWatch(
+            self.weights.named(), start=self.state.step, total=self.total, combine=combine,
+            replicated=session.world_size > 1 and not session.sharded,
+        )  # fmt: skip
 
         def observe() -> None:
             if (missing := watch.observe()) is not None:

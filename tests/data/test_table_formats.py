@@ -96,11 +96,11 @@ def test_spaces_after_separators_and_separators_at_the_ends_of_rows(tmp_path):
     path.write_text("text, label\n" + "".join(f'"one, two {row}", {row % 2}\n' for row in range(8)))
     frame, notes = read(path)
     assert frame.equals(pandas.read_csv(path, skipinitialspace=True, dtype=str))
-    assert notes == ["read as a space after each separator"]
+    assert notes == ["read as rows with a space after each separator"]
     path.write_text("text,label\n" + "".join(f"words {row},{row % 2},\n" for row in range(8)))
     frame, notes = read(path)
     assert frame.equals(pandas.read_csv(path, index_col=False, dtype=str, usecols=[0, 1]))
-    assert notes == ["read as a separator at the end of each row"]
+    assert notes == ["read as rows with a separator at the end"]
     path.write_text("text,label,,\n" + "".join(f"words {row},{row % 2},,\n" for row in range(8)))
     frame, notes = read(path)
     assert frame.equals(pandas.read_csv(path, dtype=str, usecols=[0, 1]))
@@ -262,7 +262,7 @@ def test_json_lines_with_commas_in_a_list_or_over_several_lines(tmp_path):
     path.write_text("".join(json.dumps(row) + ",\n" for row in rows))
     frame, notes = read(path)
     assert frame.equals(FRAME)
-    assert notes == ["read as a comma after each object"]
+    assert notes == ["read as objects with a comma after each"]
     for text in (json.dumps(rows), "\n".join(json.dumps(row, indent=1) for row in rows)):
         path.write_text(text)
         frame, notes = read(path)
@@ -334,8 +334,8 @@ def test_excel_cells_of_mixed_types_blank_rows_and_errors(tmp_path):
     assert frame["day"].tolist() == ["2024-02-03"] * 3
     assert notes == [
         "read from the sheet 'Sheet'",
-        "1 numbers or dates in the column 'text' are read as text",
-        "1 numbers or dates in the column 'label' are read as text",
+        "1 number or date in the column 'text' is read as text",
+        "1 number or date in the column 'label' is read as text",
     ]
     sheet.append(["#N/A", "x"])
     book.save(path)

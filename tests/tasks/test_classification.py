@@ -362,3 +362,18 @@ def test_describing_many_rows_reads_columns_not_rows():
     started = time.perf_counter()
     describe(many)
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize(("text", "spelled"), [("a game [SEP] a team", "[SEP]"), ("a [MASK] of it", "[MASK]")])
+def test_texts_that_spell_control_tokens_are_warned_of(text, spelled, bert, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    rows = {"text": [text, "a plain one"], "label": [0, 1], "_file": ["rows.csv"] * 2, "_line": [2, 3]}
+    task, info = Classification(), TaskInfo("single_label_classification", ("a", "b"))
+    data = DataConfig(source="rows.csv")
+    ids = task.encode(rows, tokenizer, data, info)["input_ids"][0]
+    assert tokenizer.convert_tokens_to_ids(spelled) in ids[1:-1], "the tokenizer reads it as one"
+    assert f"1 of 2 rows spell control tokens ({spelled}), which are read as such" in caplog.text
+    assert "(rows.csv:2)" in caplog.text
+    caplog.clear()
+    task.encode({"text": [text]}, tokenizer, data, info)  # a text to predict is the user's own
+    assert not caplog.text

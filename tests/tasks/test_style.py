@@ -149,3 +149,11 @@ def test_a_null_document_is_an_empty_one():
     made = Style().canonical(row, config(), None)
     assert made == {"text": ""}
     assert Style().text_of(made) == ""
+
+
+def test_documents_that_spell_control_tokens_are_warned_of(llama, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    rows = {"text": ["one <|endoftext|> two", "a plain one"], "_file": ["book.txt"] * 2, "_line": [1, 9]}
+    Style().encode(rows, tokenizer, DataConfig(source="book.txt"), TaskInfo("causal_lm"))
+    assert "1 of 2 rows spell control tokens (<|endoftext|>)" in caplog.text
+    assert "(book.txt:1)" in caplog.text

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peftkit import replace, train
+from peftkit.errors import TrainingError
 from peftkit.training.gradients import FEWEST, STEPS, GradientWatch
 
 
@@ -94,6 +95,16 @@ def test_shards_are_counted_together():
     assert report is None
     _, _, report, _ = trained(STEPS, combine=lambda counts: 2 * counts)
     assert len(report.unreached) == len(report.zero) == 2
+
+
+def test_several_processes_stop_at_a_parameter_without_a_gradient():
+    """torch itself stops in the next step, with an error that gives numbers of parameters only."""
+    with pytest.raises(TrainingError, match=r"reaches base_model\.model\.idle\.lora_A.*train in one process"):
+        trained(STEPS, replicated=True)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.zeros(1)
+    watch = GradientWatch({"zero": parameter}, start=0, total=STEPS, replicated=True)
+    assert [watch.observe() is not None for _ in range(STEPS)] == [*[False] * (STEPS - 1), True]
 
 
 def events(run):

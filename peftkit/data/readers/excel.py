@@ -52,7 +52,9 @@ class ExcelReader(Reader):
         columns = [_values(column) for column in zip(*(cells for _, cells in rest))]
         for name, column in zip(header.names, zip(*(cells for _, cells in rest))):
             if name and (numbers := _numbers_among_texts(column)):
-                problems.note(path, f"{numbers} numbers or dates in the column '{name}' are read as text")
+                texts = "1 number or date" if numbers == 1 else f"{numbers} numbers or dates"
+                be = "is" if numbers == 1 else "are"
+                problems.note(path, f"{texts} in the column '{name}' {be} read as text")
         for (line, _), values in zip(rest, zip(*columns)):
             yield header.row(values, line)
 

@@ -55,7 +55,7 @@ class JsonLinesReader(Reader):
                 yield from JsonReader(self.encoding, self.key).rows(path, problems)
                 return
             if first and line.rstrip().endswith("},"):
-                remarks = [*remarks, "a comma after each object"]
+                remarks = [*remarks, "objects with a comma after each"]
             if first and remarks:
                 problems.note(path, f"read as {', '.join(remarks)}")
             first = False

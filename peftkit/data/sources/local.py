@@ -14,6 +14,8 @@ from peftkit.errors import DataError, did_you_mean
 from peftkit.schema.recipe import DataConfig
 from peftkit.schema.registries import SOURCES
 
+OTHER_TEXTS = {".md", ".rst", ".text"}
+"""Endings of texts that are not read, since a README among data is no document."""
 UNLABELLED = ("unsup", "unlabeled", "unlabelled")
 """Folders of texts without a label, such as those of the IMDB reviews."""
 
@@ -115,7 +117,13 @@ def _loose(path: Path, data: DataConfig) -> list[File]:
     if not files:
         names = ", ".join(child.name for child in _visible(path)[:8]) or "nothing"
         expected = f"expected train, validation and test files ({', '.join(known)}), or one folder of texts per label"
-        raise DataError(f"{expected}; found {names}", file=path)
+        unread = {child.suffix.lower() for child in _visible(path) if child.is_file()}
+        rename = (
+            f"; texts are read from .txt files: rename the {min(unread & OTHER_TEXTS)} files"
+            if unread & OTHER_TEXTS
+            else ""
+        )
+        raise DataError(f"{expected}; found {names}{rename}", file=path)
     return [_open(text, data, alone=len(files) == 1) for text in files]
 
 
