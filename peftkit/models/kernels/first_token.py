@@ -41,8 +41,11 @@ def reading_first_token() -> Iterator[None]:
 
 
 def supports_checkpointing() -> bool:
-    """Whether a shortened block can be checkpointed: older versions of transformers (5.17) checkpoint a block's call and
-    not its ``forward``, and recompute it outside of ``reading_first_token``."""
+    """Whether a shortened block can be checkpointed.
+
+    Older versions of transformers (5.17) checkpoint a block's call, not its ``forward``, and recompute it outside of
+    ``reading_first_token``.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" not in vars(GradientCheckpointingLayer)
