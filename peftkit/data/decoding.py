@@ -93,6 +93,8 @@ class Lines:
         except UnicodeError as error:
             message = f"not valid {self.form.encoding} from here on ({_reason(error)}); set data.encoding"
             raise self._problems.fatal(DataError(message, file=self._path, line=self.number + 1)) from None
+        finally:
+            reader.detach()  # the stream is closed by who opened it; a sample ends before the file does
 
 
 def first_lines(path: Path, form: TextFormat, characters: int) -> tuple[list[str], bool]:

@@ -50,14 +50,14 @@ def make_splits(
             count = _count(size, total, len(rest), SPLITS[number])
             held_out = hold_out(rest, units[rest], strata[rest], count, _generator(data, purpose))
             if not len(held_out):
-                alone = len(np.unique(strata[rest])) == len(rest)
-                raise DataError(_cannot_hold_out(SPLITS[number], total, each_its_own=alone))
+                alone = len(np.unique(strata[train])) == total
+                raise DataError(_cannot_hold_out(SPLITS[number], total, len(rest), each_its_own=alone))
             split[held_out] = number
     moved = np.bincount(split[split != rows.split], minlength=len(SPLITS)).tolist()
     return split, steps + [CleaningStep("split", name, "kept", count) for name, count in zip(SPLITS, moved) if count]
 
 
-def _cannot_hold_out(split: str, rows: int, *, each_its_own: bool) -> str:
+def _cannot_hold_out(split: str, rows: int, left: int, *, each_its_own: bool) -> str:
     """Why no row can be held out, and what to do."""
     needs = f"no {split} split can be held out"
     remedy = f"put a {split} file next to it in a folder (train.*, {split}.*)"
@@ -65,6 +65,8 @@ def _cannot_hold_out(split: str, rows: int, *, each_its_own: bool) -> str:
         return f"{needs}: there is one row only (a text file of under 24,000 characters is one); add rows, or {remedy}"
     if each_its_own:
         return f"{needs}: every one of the {rows} rows has another label. Is data.label the right column?"
+    if left == 1:  # another split took the rest
+        return f"{needs}: of {rows} rows, one is left for training; add rows, or {remedy}"
     return f"{needs}: all {rows} rows are of one document or have the same text; add others, or {remedy}"
 
 

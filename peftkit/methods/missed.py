@@ -47,8 +47,9 @@ def unselectable_weights(
         return []
     share = sum(map(math.prod, shapes.values())) / sum(parameter.numel() for parameter in model.parameters())
     parameters = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in shapes))
+    others = "1 other weight stays" if len(shapes) == 1 else f"{len(shapes)} other weights stay"
     return [
-        f"method.target_modules selects linear layers only: {len(shapes)} other weights stay frozen ({share:.0%} of "
+        f"method.target_modules selects linear layers only: {others} frozen ({share:.0%} of "
         f"the parameters): {_grouped(shapes)}. To adapt them with LoRA, set method to "
         f"{{kind: peft, peft_type: LORA, arguments: {{target_parameters: [{parameters}]}}}}"
     ]

@@ -17,7 +17,7 @@ from peftkit.errors import TrainingError
 
 STEPS, FEWEST = 5, 3
 """Steps that are watched, and how few of them are enough for a verdict."""
-LEAVE_OUT = "Leave them out of the method (target_modules, exclude_modules, layers)"
+LEAVE_OUT = "Leave such parameters out of the method (target_modules, exclude_modules, layers)"
 LISTED = 6
 """Most groups of names in a message."""
 
@@ -40,10 +40,10 @@ class NoGradient:
             parts.append(f"no forward pass reaches {_grouped(self.unreached)}")
         if self.zero:
             parts.append(f"the gradient is exactly zero of {_grouped(self.zero)}")
-        return (
-            f"{len(self.unreached) + len(self.zero)} trained parameters did not change in the first {self.steps} steps:"
-            f" {'; '.join(parts)}. {LEAVE_OUT}, or check that the rows use them"
-        )
+        count = len(self.unreached) + len(self.zero)
+        what = "1 trained parameter gets" if count == 1 else f"{count} trained parameters get"
+        remedy = f"{LEAVE_OUT}, or check that the rows use {'it' if count == 1 else 'them'}"
+        return f"{what} no gradient in the first {self.steps} steps: {'; '.join(parts)}. {remedy}"
 
 
 class GradientWatch:

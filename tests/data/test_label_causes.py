@@ -228,3 +228,10 @@ def test_columns_of_questions_and_answers_are_recognized(names, fields, jsonl):
     assert f"set {fields}, if these are the question and its answer" in message
     columns = dict(field.removeprefix("data.columns.").split("=") for field in fields.split())
     assert sum(map(len, prepared(path, "instruction", columns=columns).splits.values())) == COUNT
+
+
+def test_two_documents_are_refused_without_a_word_of_labels(jsonl):
+    message = refused(jsonl([{"text": text} for text in TEXTS[:2]]), "style")
+    assert "no validation split can be held out: of 2 rows, one is left for training; add rows, or put" in message
+    assert "label" not in message
+    assert len(kept(prepared(jsonl([{"text": text} for text in TEXTS[:3]]), "style"))) == 3

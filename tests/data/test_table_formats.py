@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 import zipfile
 
 import pandas
@@ -187,6 +188,20 @@ def test_encodings_that_cannot_be_told_are_refused_until_named(tmp_path, encodin
         assert notes
     with pytest.raises(RecipeError, match="unknown text encoding 'utf-9'"):
         Recipe.parse({"name": "r", "model": {"source": "./m"}, "data": {"source": "x", "encoding": "utf-9"}})
+
+
+def test_no_file_stays_open_where_lines_are_decoded_in_utf_16(tmp_path):
+    text = "text,label\n" + "".join(f"text number {number},a\n" for number in range(20_000))
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-16")
+    with gzip.open(tmp_path / "rows.csv.gz", "wt", encoding="utf-16") as file:
+        file.write(text)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        plain, unpacked = (read(tmp_path / name)[0] for name in ("rows.csv", "rows.csv.gz"))
+    expected = pandas.read_csv(tmp_path / "rows.csv", encoding="utf-16")
+    pandas.testing.assert_frame_equal(plain, expected)
+    pandas.testing.assert_frame_equal(unpacked, expected)
+    assert not [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize(

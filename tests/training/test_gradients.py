@@ -62,7 +62,7 @@ def test_a_first_gradient_of_zero_is_no_verdict():
 
 def test_the_message_groups_the_names():
     _, _, report, _ = trained(STEPS)
-    assert f"4 trained parameters did not change in the first {STEPS} steps" in report.message
+    assert f"4 trained parameters get no gradient in the first {STEPS} steps" in report.message
     assert "no forward pass reaches base_model.model.idle.lora_A.default.weight" in report.message
     assert "exactly zero of base_model.model.silenced.lora_A.default.weight" in report.message
     layers = {f"layer.{n}.bias": torch.nn.Parameter(torch.zeros(1)) for n in range(12)}
