@@ -20,6 +20,7 @@ import csv
 import json
 import os
 import platform
+import re
 import site
 import subprocess
 import sys
@@ -57,7 +58,7 @@ class Case:
         return f"{self.shape}, {'nf4' if self.nf4 else 'bf16'}, {self.data}, {self.batch_size} x {self.max_length}"
 
 
-DECODER = ("peftkit", "trl", "trl tuned")
+DECODER = ("peftkit", "trl", "trl tuned", "peftkit compiled")
 ENCODER = ("peftkit", "trainer", "trainer tuned")
 FULL = {"gradient_checkpointing": "full"}
 CASES = (
@@ -76,7 +77,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "trainer tuned": {"bf16": True, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"},
 }
 """trl's defaults are bf16 and gradient checkpointing, the Trainer's fp32 without; tuned ones checkpoint where peftkit's
-recipe does."""
+recipe does. "peftkit compiled" is the recipe with training.compile."""
 
 
 def main() -> None:
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "peftkit-gpu-models")
     parser.add_argument("--processes", default="8", help="of pytest, where pytest-xdist is installed")
     parser.add_argument("--tests", default="", help="only tests that match this expression")
+    parser.add_argument("--profile", action="store_true", help="write the kernels of two steps; the times are disturbed")
     parser.add_argument("--tiny", action="store_true", help="small shapes and few rows, on whatever device there is")
     args = parser.parse_args()
     args.until = time.monotonic() + 60 * args.minutes
@@ -120,7 +122,7 @@ def correctness(args: argparse.Namespace) -> None:
         command += ["-n", args.processes, "--dist", "worksteal"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60 * args.minutes,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "2", "PEFTKIT_COLD_PROCESSES": "1"},  # CUDA does not survive a fork
     )  # fmt: skip
     (args.out / "correctness.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     print("\n".join(done.stdout.splitlines()[-60:]), flush=True)
@@ -160,11 +162,15 @@ def carry_out(case: Case, contestant: str, model: Path, args: argparse.Namespace
             "max_length": length, "batch_size": case.batch_size, "epochs": 2 if args.tiny else case.epochs,
             "targets": case.targets, "out": folder, "options": dict(TUNED.get(contestant, {})), "plan": not args.tiny,
         }  # fmt: skip
+        if args.profile:
+            words = re.sub(r"[^a-z0-9.]+", "_", f"profile {case.name} {contestant}")
+            told["profile"] = str(args.out.resolve() / f"{words}.txt")
         if contestant == "trl tuned":
             told["options"]["gradient_checkpointing"] = case.training == FULL
             told["options"]["use_liger_kernel"] = not args.tiny
-        if contestant == "peftkit":
+        if contestant.startswith("peftkit"):
             told["recipe"] = recipe(case, told, Path(folder))
+            told["recipe"]["training"]["compile"] = contestant == "peftkit compiled"
         path = Path(folder) / "case.json"
         path.write_text(json.dumps(told), encoding="utf-8")
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(path)]

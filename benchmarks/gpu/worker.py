@@ -22,13 +22,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 CUDA = torch.cuda.is_available()
+PROFILED = (5, 7)
+"""The steps after which the profiler starts and stops."""
 
 
 class Clock:
     """When each step ended, and the peaks of memory from the first step on."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: str | None = None) -> None:
         self.ends: list[float] = []
+        self.profile = profile
+        """A file for the kernels of PROFILED steps; the times are then not those of an undisturbed run."""
+        self._profiler: Any = None
 
     def start(self) -> None:
         if CUDA:
@@ -39,6 +44,22 @@ class Clock:
         if CUDA:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        if self.profile and len(self.ends) == PROFILED[0]:
+            self._profiler = torch.profiler.profile(record_shapes=True)
+            self._profiler.start()
+        if self.profile and len(self.ends) == PROFILED[1]:
+            self._profiler.stop()
+            self._write_profile(Path(self.profile))
+
+    def _write_profile(self, file: Path) -> None:
+        averages = self._profiler.key_averages()
+        seconds = self.ends[PROFILED[1] - 1] - self.ends[PROFILED[0] - 1]
+        busy = sum(getattr(event, "self_device_time_total", 0) for event in averages) / 1e6
+        calls = sum(event.count for event in averages if event.key == "cudaLaunchKernel")
+        lines = [f"{PROFILED[1] - PROFILED[0]} steps: {seconds:.3f} s, device busy {busy:.3f} s, launches {calls}"]
+        for key in ("self_device_time_total", "self_cpu_time_total") if CUDA else ("self_cpu_time_total",):
+            lines.append(averages.table(sort_by=key, row_limit=45, max_name_column_width=60))
+        file.write_text("\n".join(lines), encoding="utf-8")
 
     def figures(self, epochs: int, tokens: int, rows: int) -> dict[str, Any]:
         """Medians over the epochs after the first, and the peaks."""
@@ -207,7 +228,7 @@ def main() -> None:
     """Carries out one case."""
     case = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     started = time.perf_counter()
-    found = CONTESTANTS[case["contestant"]](case, Clock())
+    found = CONTESTANTS[case["contestant"]](case, Clock(case.get("profile")))
     print(json.dumps({**found, "process_seconds": time.perf_counter() - started}))
 
 

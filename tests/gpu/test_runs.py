@@ -69,7 +69,7 @@ def test_every_recipe_trains_exports_with_proof_and_predicts_on_both(name, mater
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "style"])
+@pytest.mark.parametrize("name", ["instruction", "style"])  # a new head starts elsewhere in another dtype
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes_learn_what_fp32_learns(name, dtype, materials, tmp_path, gpu):
     losses = {}
