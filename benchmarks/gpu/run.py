@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "peftkit-gpu-models")
     parser.add_argument("--processes", default="8", help="of pytest, where pytest-xdist is installed")
     parser.add_argument("--tests", default="", help="only tests that match this expression")
-    parser.add_argument("--profile", action="store_true", help="write the kernels of two steps; the times are disturbed")
+    parser.add_argument("--profile", action="store_true", help="write the kernels of two steps, disturbing times")
     parser.add_argument("--tiny", action="store_true", help="small shapes and few rows, on whatever device there is")
     args = parser.parse_args()
     args.until = time.monotonic() + 60 * args.minutes
