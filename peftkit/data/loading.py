@@ -108,10 +108,13 @@ def _read_splits(
 
 def _with_class_names(raw: Dataset, names: dict[str, list[str]]) -> Dataset:
     """The table with the class names of the source as features of its columns."""
-    from datasets import ClassLabel, Dataset, DatasetInfo, Value
+    from datasets import ClassLabel, Dataset, DatasetInfo, List, Value
 
     features = raw.features.copy()
     for column, classes in names.items():
-        if isinstance(features.get(column), Value):
+        kind = features.get(column)
+        if isinstance(kind, Value):
             features[column] = ClassLabel(names=classes)
+        elif isinstance(kind, List) and isinstance(kind.feature, Value):
+            features[column] = List(ClassLabel(names=classes))
     return Dataset(raw.data, info=DatasetInfo(features=features)) if features != raw.features else raw

@@ -112,10 +112,11 @@ def open_table(path: Path) -> Dataset:
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Column → class names by id, of the ``ClassLabel`` columns among a data set's features."""
+    """Column → class names by id, of the columns of ``ClassLabel`` and of lists of them among a data set's features."""
     from datasets import ClassLabel
 
-    return {name: list(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel) and kind.names}
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    return {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, ClassLabel) and kind.names}
 
 
 def iterate(data: Dataset, columns: list[str] | None = None) -> Iterator[Row]:

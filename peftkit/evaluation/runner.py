@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import by_length
+from peftkit.data.batching import IGNORE, by_length
 from peftkit.data.pipeline import EncodedSplit
 
 
@@ -71,10 +71,22 @@ def predict(
 
 
 def in_order(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
-    """Outputs of all rows from those of some, each with the rows' numbers."""
+    """Outputs of all rows from those of some, each with the rows' numbers.
+
+    Where the second dimension follows the length of a batch, it becomes that of the longest, filled with IGNORE.
+    """
     if not parts:
         return {}
     order = np.concatenate([index for index, _ in parts])
     assert len(order) == rows == len(np.unique(order)), "every row once"
     place = np.argsort(order)
-    return {name: np.concatenate([outputs[name] for _, outputs in parts])[place] for name in parts[0][1]}
+    return {name: _concatenate([outputs[name] for _, outputs in parts])[place] for name in parts[0][1]}
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    width = max(array.shape[1] for array in arrays) if arrays[0].ndim == 2 else 0
+    ragged = any(array.ndim == 2 and array.shape[1] != width for array in arrays)
+    if ragged:
+        padding = [((0, 0), (0, width - array.shape[1])) for array in arrays]
+        arrays = [np.pad(array, pad, constant_values=IGNORE) for array, pad in zip(arrays, padding)]
+    return np.concatenate(arrays)

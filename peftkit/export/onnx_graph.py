@@ -85,8 +85,14 @@ class Reference:
     def prove(self, file: Path, tolerance: float, dtype: str) -> Proof:
         """Compares ONNX Runtime's logits with torch's."""
         model = OnnxClassifier(file)
-        exported = torch.cat([model(**batch).logits for batch in self.batches])
-        return compare_logits(exported, self.logits, tolerance, rows=len(exported), dtype=dtype)
+        exported = torch.cat([of_real_tokens(model(**batch).logits, batch) for batch in self.batches])
+        rows = sum(len(batch["input_ids"]) for batch in self.batches)
+        return compare_logits(exported, self.logits, tolerance, rows=rows, dtype=dtype)
+
+
+def of_real_tokens(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Logits [rows, labels] as they are, and those by token, [rows, tokens, labels], without padding."""
+    return logits if logits.dim() == 2 else logits[batch["attention_mask"].bool()]
 
 
 def write_classifier(source: ExportFolder, file: Path, merge: MergeMode) -> Reference:
@@ -101,7 +107,7 @@ def write_classifier(source: ExportFolder, file: Path, merge: MergeMode) -> Refe
     graph = ClassifierGraph(loaded.model, source.manifest.pooling, source.recipe.data.text_pair is not None).eval()
     batches = [graph.inputs(loaded.tokenizer, texts) for texts in (TEXTS, TEXTS[:1])]
     with torch.no_grad():
-        reference = Reference(batches, torch.cat([graph(**batch) for batch in batches]))
+        reference = Reference(batches, torch.cat([of_real_tokens(graph(**batch), batch) for batch in batches]))
     state = MergeState(merge)
     if state.is_pending(loaded.model):
         graph.model = state.merge(loaded.model, quantized=False, reload=lambda: load().model)

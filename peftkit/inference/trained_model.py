@@ -26,7 +26,7 @@ from peftkit.models import dtypes
 from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
-from peftkit.schema.types import Prediction, TaskInfo
+from peftkit.schema.types import Prediction, Row, Tagged, TaskInfo
 from peftkit.training.step import TaskModule
 
 
@@ -80,8 +80,8 @@ class LoadedRun(LoadedExport):
 
     def predict(
         self, texts: Text | Sequence[Text], *, batch_size: int | None = None, threshold: float | None = None
-    ) -> list[Prediction]:
-        """Predictions in the order of the texts.
+    ) -> list[Prediction] | list[Tagged]:
+        """Predictions in the order of the texts; the ``spans`` of each for a run of token classification.
 
         Args:
             texts: texts, or (text, text pair) tuples; a single text is a list of one.
@@ -92,21 +92,33 @@ class LoadedRun(LoadedExport):
             RunError: the run is a language model.
             DataError: something that is not a text.
         """
-        return self.head.predictions(self._outputs(texts, batch_size), threshold)
+        rows = self._input_rows(texts)
+        return self.head.predictions(self._outputs(rows, batch_size), threshold, rows) if rows else []
 
     def logits(self, texts: Text | Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
-        """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``."""
-        return self._outputs(texts, batch_size)["logits"]
+        """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``.
 
-    def _outputs(self, texts: Text | Sequence[Text], batch_size: int | None) -> dict[str, np.ndarray]:
-        """The head's outputs, by name, for each text."""
+        Raises:
+            RunError: the run is a language model, or scores words rather than texts.
+        """
+        rows = self._input_rows(texts)
+        if not rows:
+            return np.zeros((0, self.head.width), dtype=np.float32)
+        outputs = self._outputs(rows, batch_size)
+        if "logits" not in outputs:
+            raise RunError(f"{self.path}: this model scores words, not texts; use predict")
+        return outputs["logits"]
+
+    def _input_rows(self, texts: Text | Sequence[Text]) -> list[Row]:
+        """Canonical rows without answers; raises RunError for a language model."""
         if self.head.writes_text:
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
         task = self._recipe.task
         lengths = {2, len(task.input_columns(self._recipe.data))}
-        rows = [task.input_row((text,) if isinstance(text, str) else text) for text in as_texts(texts, lengths)]
-        if not rows:
-            return {"logits": np.zeros((0, self.head.width), dtype=np.float32)}
+        return [task.input_row((text,) if isinstance(text, str) else text) for text in as_texts(texts, lengths)]
+
+    def _outputs(self, rows: list[Row], batch_size: int | None) -> dict[str, np.ndarray]:
+        """The head's outputs, by name, for each example of the rows."""
         return self.outputs(encode_rows(rows, self.tokenizer, self._recipe, self.info), batch_size)
 
     def outputs(self, split: EncodedSplit, batch_size: int | None) -> dict[str, np.ndarray]:

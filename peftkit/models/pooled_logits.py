@@ -29,7 +29,7 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) -> Tenso
         batch: ``input_ids`` and ``attention_mask`` [rows, tokens]; tensors that the model does not take are left out.
         pooling: "own", "mean" or "cls".
     """
-    inputs = _inputs(model, batch)
+    inputs = model_inputs(model, batch)
     if pooling == "own":
         with reading_first_token():
             return model(**inputs).logits.float()
@@ -50,7 +50,7 @@ def plain_logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) ->
 
     In fp32 this equals ``logits`` up to rounding; in bf16 the head's matmul rounds every token.
     """
-    scores = model(**_inputs(model, batch)).logits.float()
+    scores = model(**model_inputs(model, batch)).logits.float()
     return scores if pooling == "own" else pool(scores, batch["attention_mask"], pooling)
 
 
@@ -72,7 +72,7 @@ def _pooled_layer(model: Any) -> nn.Module | None:
     return top[-2] if len(top) > 1 and isinstance(top[-2], nn.Dropout) else top[-1]
 
 
-def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the model's forward takes of a batch, without labels and without a key-value cache."""
     names = forward_parameters(model) - {"labels"}
     return {name: tensor for name, tensor in batch.items() if name in names} | no_cache(model)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.registries import HEADS
-from peftkit.schema.types import Batch, LoadedModel, Prediction, Row, TaskInfo
+from peftkit.schema.types import Batch, LoadedModel, Prediction, Row, Tagged, TaskInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,10 +163,13 @@ class Head(ABC):
         """The inverse of ``prediction_rows``, for comparing finished runs."""
 
     @abstractmethod
-    def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
+    def predictions(
+        self, outputs: Outputs, threshold: float | None = None, rows: Sequence[Row] = ()
+    ) -> list[Prediction] | list[Tagged]:
         """What the model predicts for each row; empty for a head that writes text.
 
         Args:
+            rows: the canonical rows, for a head that points into their texts.
             threshold: probability from which a label counts as given, in place of the task's own; heads that have no
                 such thing ignore it.
         """
@@ -181,6 +184,17 @@ class Head(ABC):
 
         Returns:
             None where there is no such thing.
+        """
+        return None
+
+    def lookup_outputs(self, train: Any, rows: Any) -> tuple[dict[str, np.ndarray], str] | None:
+        """Outputs for ``rows`` that look each word up in the rows of ``train``, and a note on them.
+
+        Args:
+            train, rows: canonical rows by column (``datasets.Dataset``).
+
+        Returns:
+            None for a head that does not answer word by word.
         """
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ class TaskInfo:
     """What a task learned about its data before training; stored in the run and needed to load the model again."""
 
     problem_type: str
-    """Name of the head in ``HEADS``: single_label_classification, multi_label_classification, regression, causal_lm."""
+    """Name of the head in ``HEADS``: single_label_classification, multi_label_classification, regression, causal_lm,
+    token_classification."""
     labels: tuple[str, ...] = ()
     """Class names by id; empty for language models, one name for a regression."""
     class_weights: tuple[float, ...] | None = None
@@ -45,6 +46,32 @@ class Prediction:
         if self.probability is not None:
             columns["probability"] = round(self.probability, 6)
         return columns | {f"probability_{name}": round(value, 6) for name, value in self.probabilities.items()}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a text with a label."""
+
+    start: int
+    """Its first character."""
+    end: int
+    """The character after its last."""
+    text: str
+    label: str
+    probability: float
+    """Mean over its words of the probability of their tags."""
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """What the model predicts for the words of one row."""
+
+    spans: tuple[Span, ...]
+    """In the order of the text."""
+
+    def columns(self) -> Row:
+        """The prediction as a column of a file: ``spans``, a list with ``start``, ``end``, ``text``, … of each."""
+        return {"spans": [{**asdict(span), "probability": round(span.probability, 6)} for span in self.spans]}
 
 
 @dataclass
