@@ -1,7 +1,7 @@
 """Entities in tagged words: reading tags as spans, and precision, recall and F1 over them.
 
-Tags are BIO: B-TYPE begins an entity, I-TYPE continues it, O is outside (Ramshaw & Marcus 1995, arXiv:cmp-lg/9505040).
-As in the CoNLL evaluation and seqeval's default mode, I-TYPE that continues nothing begins an entity, too; E- and L- end
+Tags are BIO: B-TYPE begins an entity, I-TYPE continues it, O is outside (Ramshaw & Marcus 1995, cmp-lg/9505040). As in
+the CoNLL evaluation and seqeval's default mode, I-TYPE that continues nothing begins an entity, too; E- and L- end
 one, S- and U- are one of a single word. An entity is right if its words and its type are those of the gold (exact), or
 if it shares a word with a gold entity of its type (overlap). Tags without such prefixes, as of parts of speech, are
 entities of one word each.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from peftkit.evaluation.intervals import Statistics
+    from peftkit.evaluation.intervals import Statistics
 
 OUTSIDE = "O"
 PREFIXES = frozenset("BIESLU")
@@ -123,6 +124,8 @@ class Counts:
 
 def count(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], types: Sequence[str]) -> Counts:
     """Counts of sentences, from their gold and predicted tags, word by word; ``types`` are those of all tags."""
+    import numpy as np
+
     number = {kind: index for index, kind in enumerate(types)}
     tables = {name: np.zeros((len(gold), len(types)), dtype=np.int64)
               for name in ("gold", "predicted", "hits", "touched", "reached")}  # fmt: skip

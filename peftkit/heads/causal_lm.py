@@ -104,9 +104,7 @@ class CausalLM(Head):
         loss, tokens = (np.array([line[name] for line in lines], dtype=float) for name in ("loss", "tokens"))
         return StoredPredictions(tokens, of_loss(loss, tokens))
 
-    def predictions(
-        self, outputs: Outputs, threshold: float | None = None, rows: Sequence[Row] = ()
-    ) -> list[Prediction]:
+    def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
         return []
 
     def summary(self) -> str:

@@ -150,9 +150,7 @@ class Classifier(Head):
         decided = kind(predicted, None, labels)
         return StoredPredictions(gold, decided.statistics(gold), decided.right(gold))
 
-    def predictions(
-        self, outputs: Outputs, threshold: float | None = None, rows: Sequence[Row] = ()
-    ) -> list[Prediction]:
+    def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
         import numpy as np
         import torch
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.head import Head, Outputs, Statistics, StoredPredictions
 from peftkit.schema.registries import HEADS
-from peftkit.schema.types import Batch, Row, Span, Tagged
+from peftkit.schema.types import Batch, Prediction, Row, Span, Tagged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,14 +187,14 @@ class TokenClassification(Head):
     def _mistakes(self, sentences: Sequence[_Sentence], rows: Sequence[Row], most: int) -> list[Row]:
         from peftkit.evaluation.entities import entities
 
-        labels, found = self.info.labels, []
+        labels, mistaken = self.info.labels, []
         for number, one in enumerate(sentences):
-            gold, predicted = (set(entities([labels[tag] for tag in tags])) for tags in (one.gold, one.predicted))
-            if wrong := len(gold ^ predicted):
-                found.append((wrong, number, sorted(gold), sorted(predicted)))
-        found.sort(key=lambda entry: (-entry[0], entry[1]))
+            gold, predicted = (entities([labels[tag] for tag in tags]) for tags in (one.gold, one.predicted))
+            if wrong := len({*gold} ^ {*predicted}):
+                mistaken.append((wrong, number, gold, predicted))
+        mistaken.sort(key=lambda entry: (-entry[0], entry[1]))
         entries = []
-        for wrong, number, gold, predicted in found[:most]:
+        for wrong, number, gold, predicted in mistaken[:most]:
             row = rows[number]
             text = _marked(row, gold, predicted)
             entries.append({
@@ -237,9 +237,10 @@ class TokenClassification(Head):
         counts = count([line["gold"] for line in lines], [line["predicted"] for line in lines], self._types())
         return StoredPredictions(np.array([" ".join(line["gold"]) for line in lines]), counts.statistics())
 
-    def predictions(
-        self, outputs: Outputs, threshold: float | None = None, rows: Sequence[Row] = ()
-    ) -> list[Tagged]:
+    def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
+        return []
+
+    def answers(self, outputs: Outputs, rows: Sequence[Row], threshold: float | None = None) -> list[Tagged]:
         from peftkit.evaluation.entities import entities
 
         tagged = []
@@ -273,7 +274,7 @@ class TokenClassification(Head):
             unknown += sum(word not in common for word in texts)
         none = np.full((len(rows), 0), -1)
         share = unknown / max(1, int((words >= 0).sum()))
-        note = f"each word's commonest tag in training; {share:.0%} of the words are not in training: '{self.info.labels[0]}'"
+        note = f"each word's commonest tag in training, '{self.info.labels[0]}' for the {share:.0%} that it lacks"
         return outputs | {
             "probability": np.ones(words.shape), "words": words, "unread": none, "unread_gold": none,
             "row": np.arange(len(rows)),

@@ -26,7 +26,7 @@ from peftkit.models import dtypes
 from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
-from peftkit.schema.types import Prediction, Row, Tagged, TaskInfo
+from peftkit.schema.types import Row, TaskInfo
 from peftkit.training.step import TaskModule
 
 
@@ -80,8 +80,8 @@ class LoadedRun(LoadedExport):
 
     def predict(
         self, texts: Text | Sequence[Text], *, batch_size: int | None = None, threshold: float | None = None
-    ) -> list[Prediction] | list[Tagged]:
-        """Predictions in the order of the texts; the ``spans`` of each for a run of token classification.
+    ) -> list[Any]:
+        """A ``Prediction`` for each text in order, or a ``Tagged`` with its spans from a run of token classification.
 
         Args:
             texts: texts, or (text, text pair) tuples; a single text is a list of one.
@@ -93,7 +93,7 @@ class LoadedRun(LoadedExport):
             DataError: something that is not a text.
         """
         rows = self._input_rows(texts)
-        return self.head.predictions(self._outputs(rows, batch_size), threshold, rows) if rows else []
+        return list(self.head.answers(self._outputs(rows, batch_size), rows, threshold)) if rows else []
 
     def logits(self, texts: Text | Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``.

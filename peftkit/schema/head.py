@@ -163,16 +163,19 @@ class Head(ABC):
         """The inverse of ``prediction_rows``, for comparing finished runs."""
 
     @abstractmethod
-    def predictions(
-        self, outputs: Outputs, threshold: float | None = None, rows: Sequence[Row] = ()
-    ) -> list[Prediction] | list[Tagged]:
+    def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
         """What the model predicts for each row; empty for a head that writes text.
 
         Args:
-            rows: the canonical rows, for a head that points into their texts.
             threshold: probability from which a label counts as given, in place of the task's own; heads that have no
                 such thing ignore it.
         """
+
+    def answers(
+        self, outputs: Outputs, rows: Sequence[Row], threshold: float | None = None
+    ) -> Sequence[Prediction | Tagged]:
+        """``predictions`` for canonical rows, for a head that points into their texts."""
+        return self.predictions(outputs, threshold)
 
     # -- baselines -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftkit.data.batching import IGNORE
 from peftkit.data.problems import located, require_column, shorten
 from peftkit.errors import DataError, ModelError, RecipeError, did_you_mean
 from peftkit.evaluation.entities import OUTSIDE, STARTS, as_bio, has_prefix, type_of
@@ -202,8 +201,12 @@ class TokenClassification(Task):
             ModelError: the tokenizer does not say where its tokens are in the text.
             RecipeError: no token is left in a window besides the stride.
         """
+        from peftkit.data.batching import IGNORE
+
         if not tokenizer.is_fast:
-            raise ModelError(f"task.kind={self.kind} needs a fast tokenizer, which knows where its tokens are in the text")
+            raise ModelError(
+                f"task.kind={self.kind} needs a fast tokenizer, which knows where its tokens are in the text"
+            )
         warn_of_control_tokens([(text,) for text in rows["text"]], rows, tokenizer)
         opening, closing = _special_tokens(tokenizer)
         room = usable_length(tokenizer, data.max_length) - len(opening) - len(closing)
@@ -218,8 +221,8 @@ class TokenClassification(Task):
         )  # fmt: skip
         number = {label: index for index, label in enumerate(info.labels)}
         weights = info.class_weights or (1.0,) * len(info.labels)
-        columns: dict[str, list[Any]] = {name: [] for name in
-                                         ("input_ids", "labels", "words", "unread", "unread_labels", "weight", "row")}  # fmt: skip
+        names = ("input_ids", "labels", "words", "unread", "unread_labels", "weight", "row")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
         with_types = "token_type_ids" in tokenizer.model_input_names
         if with_types:
             columns["token_type_ids"] = []
@@ -314,7 +317,9 @@ def _read(row: Row, data: DataConfig, names: Sequence[str] | None) -> TaggedWord
 def _tag(tag: Any, names: Sequence[str] | None, column: str) -> str:
     if isinstance(tag, int) and not isinstance(tag, bool):
         if names is None:
-            raise DataError(f"expected tags as text, found the number {tag}, whose name the file does not tell", column=column)
+            raise DataError(
+                f"expected tags as text, found the number {tag}, whose name the file does not tell", column=column
+            )
         if not 0 <= tag < len(names):
             raise DataError(f"expected tags from 0 to {len(names) - 1}, found {tag}", column=column)
         return names[tag]
@@ -344,7 +349,9 @@ def _labels(counts: Counter[str], names: Sequence[str] | None, data: DataConfig)
         wanted = [label for label in dict.fromkeys(map(type_of, data.labels)) if label != OUTSIDE]
         if missing := sorted(types - set(wanted)):
             message = f"data.labels does not name {', '.join(missing)}, which training has"
-            raise DataError(f"{message}; add it, or take them from the data: data.labels=null", column=data.label_columns[0])
+            raise DataError(
+                f"{message}; add it, or take them from the data: data.labels=null", column=data.label_columns[0]
+            )
         kinds: Sequence[str] = wanted
     else:
         kinds = sorted(types)
@@ -353,7 +360,7 @@ def _labels(counts: Counter[str], names: Sequence[str] | None, data: DataConfig)
     if names is None:
         return (*outside, *tags)
     if any(has_prefix(name) and name[0] not in "BI" for name in names):
-        raise DataError("expected the ids of BIO tags; write the tags of other schemes as text", column=data.label_columns[0])
+        raise DataError(
+            "expected the ids of BIO tags; write the tags of other schemes as text", column=data.label_columns[0]
+        )
     return (*names, *(tag for tag in (*outside, *tags) if tag not in names))  # ids stay those of the source
-
-

@@ -53,7 +53,9 @@ class ConllReader(Reader):
             cells = [cell.strip() for cell in text.split("\t")] if tabs else text.split()
             width = width or len(cells)
             if width < 2:
-                message = "expected a word and its tag, separated by a tab or a space, and a blank line after a sentence"
+                message = (
+                    "expected a word and its tag, separated by a tab or a space, and a blank line after a sentence"
+                )
                 raise problems.fatal(DataError(f"{message}; found {shorten(text)}", file=path, line=lines.number))
             if len(cells) != width or not all(cells):
                 message = f"expected {width} columns, as in the first line; found {len(cells)}: {shorten(text)}"

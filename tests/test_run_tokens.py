@@ -1,0 +1,172 @@
+"""Token classification from rows to spans: learned, resumed, exported and read by plain transformers and peft."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+import peftkit
+from peftkit import Recipe
+from peftkit.data.pipeline import encode_rows
+from peftkit.errors import Interrupted, RunError
+from peftkit.experiments import scores
+from peftkit.export import run_export
+from peftkit.schema.recipe import replace
+from tests import tiny
+
+PEOPLE, PLACES = ("king", "lord", "player", "actor"), ("world", "market", "bank", "team")
+TEXT = "the good king was in the market of the bank"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Two sentences of every kind that one can learn by their words; a folder with three splits."""
+    folder, draw = tmp_path_factory.mktemp("rows"), random.Random(0)
+    for split, count in (("train", 60), ("validation", 12), ("test", 16)):
+        lines = []
+        for _ in range(count):
+            person, place = draw.choice(PEOPLE), draw.choice(PLACES)
+            tokens = [
+                "the",
+                draw.choice(["good", "bad", "new"]),
+                person,
+                "was",
+                "in",
+                "the",
+                place,
+                draw.choice(tiny.WORDS),
+            ]
+            tags = ["O", "O", "B-PER", "O", "O", "B-LOC", "I-LOC", "O"]
+            lines.append(json.dumps({"tokens": tokens, "tags": tags}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def recipe(base, rows, folder, **changes):
+    values = {
+        "name": "tags", "model": {"source": str(base), "dtype": "float32", "dropout": 0.0},
+        "method": {"kind": "lora", "rank": 4}, "task": {"kind": "token_classification"},
+        "data": {"source": str(rows), "text": "tokens", "label": "tags", "max_length": 32, "cleaning": {
+            "duplicates": "off", "near_duplicates": "off", "leakage": "off"}},
+        "training": {"epochs": 4, "batch_size": 8, "learning_rate": 0.02, "threads": 1, "save_every": 4},
+        "tracking": [], "output_dir": str(folder),
+    }  # fmt: skip
+    return replace(Recipe.parse(values), **changes)
+
+
+@pytest.fixture(scope="module")
+def run(bert, rows, tmp_path_factory):
+    return peftkit.train(recipe(bert, rows, tmp_path_factory.mktemp("runs")), quiet=True)
+
+
+def spans(predicted):
+    return [(span.start, span.end, span.label) for span in predicted.spans]
+
+
+def test_it_learns_and_is_compared_with_the_commonest_tag(run):
+    assert run.metrics["test"]["f1"] > 0.9
+    assert run.metrics["test"]["f1_macro"] > 0.9
+    assert run.metrics["frequent_tag"]["f1"] > 0
+    lines = [json.loads(line) for line in (run.path / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert len(lines) == 16
+    assert lines[0]["gold"][2] == "B-PER"
+    assert lines[0]["words"][0] == "the"
+    stored = scores.read(run.path, "test")
+    assert scores.interval([stored], "f1", 0.95)[1] <= 1.0
+    assert stored.stored.statistics(slice(None))["f1"] == pytest.approx(run.metrics["test"]["f1"])
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "By class" in page
+    assert "PER" in page
+
+
+def test_spans_point_into_the_text_and_plain_transformers_finds_the_same(run, tmp_path):
+    loaded = peftkit.load(run.path, merge=False)
+    (predicted,) = loaded.predict(TEXT)
+    assert [TEXT[span.start : span.end] for span in predicted.spans] == [span.text for span in predicted.spans]
+    assert ("king", "PER") in [(span.text, span.label) for span in predicted.spans]
+    assert loaded.predict([]) == []
+    assert loaded.predict(" ")[0].spans == ()
+    with pytest.raises(RunError, match="scores words, not texts"):
+        loaded.logits(TEXT)
+    tagger = pipeline(
+        "token-classification", model=loaded.model, tokenizer=loaded.tokenizer, aggregation_strategy="first",
+        device="cpu",
+    )  # fmt: skip
+    for text in (TEXT, "bad lord, in the world. new player"):
+        (predicted,), theirs = loaded.predict(text), tagger(text)
+        assert spans(predicted) == [(each["start"], each["end"], each["entity_group"]) for each in theirs]
+        assert [span.probability for span in predicted.spans] == pytest.approx(
+            [each["score"] for each in theirs], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("form", ["merged", "onnx"])
+def test_exports_give_the_same_spans(run, tmp_path, form):
+    if form == "onnx":
+        pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
+    run_export(run.path, tmp_path / form, **({"merge": True} if form == "merged" else {"to_format": "onnx"}))
+    again, before = peftkit.load(tmp_path / form), peftkit.load(run.path)
+    assert list(map(spans, again.predict([TEXT]))) == list(map(spans, before.predict([TEXT])))
+
+
+def test_a_long_text_is_read_in_windows_and_joined(run):
+    text = " ".join(["the good king was in the market"] * 12)
+    loaded = peftkit.load(run.path)
+    rows = [loaded.recipe.task.input_row((text,))]
+    split = encode_rows(rows, loaded.tokenizer, loaded.recipe, loaded.info)
+    assert len(split.lengths) > 3
+    assert max(split.lengths) <= 32
+    words = [word for example in split.examples["words"] for word in example if word >= 0]
+    assert sorted(words) == list(range(12 * 7))  # each once, wherever the windows were cut
+    (predicted,) = loaded.predict(text)
+    assert sum(span.label == "PER" for span in predicted.spans) >= 8
+    assert [span.start for span in predicted.spans] == sorted(span.start for span in predicted.spans)
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(run, bert, rows, tmp_path):
+    again = recipe(bert, rows, tmp_path)
+    with pytest.raises(Interrupted):
+        peftkit.train(replace(again, training={"max_time": 1e-6}), quiet=True)
+    resumed = peftkit.train(again, resume=True, quiet=True)
+    name = "adapter/adapter_model.safetensors"
+    assert (resumed.path / name).read_bytes() == (run.path / name).read_bytes()
+    assert resumed.metrics["test"] == run.metrics["test"]
+
+
+@pytest.mark.parametrize("method", ["frozen", "bottleneck", "full", "top_k", "prefix_tuning", "bitfit"])
+def test_other_methods_train_and_export_with_proof(method, bert, rows, tmp_path):
+    fields = {"kind": method, **({"k": 1} if method == "top_k" else {})}
+    small = recipe(bert, rows, tmp_path, method=fields, training={"epochs": 1})
+    made = peftkit.train(small, quiet=True)
+    (proof,) = made.path.glob("*/proof.json")
+    assert json.loads(proof.read_text(encoding="utf-8"))["passed"]
+    assert peftkit.load(made.path).predict([TEXT])
+
+
+def test_batches_and_micro_batches_change_no_gradient(bert, rows, tmp_path):
+    losses = []
+    for micro in (8, 3):
+        small = recipe(bert, rows, tmp_path / str(micro), export={"prove": False}, evaluation={"baselines": []},
+                       training={"max_steps": 3, "micro_batch": micro})  # fmt: skip
+        made = peftkit.train(small, quiet=True)
+        losses.append(made.metrics["validation"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_gradients_are_those_of_plain_transformers(bert):
+    """The summed loss over words equals transformers' mean loss times their number."""
+    from peftkit.heads.token_classification import TokenClassification
+    from peftkit.schema.types import TaskInfo
+
+    labels = ("O", "B-PER", "I-PER")
+    model = AutoModelForTokenClassification.from_pretrained(bert, num_labels=3).eval()
+    encoded = AutoTokenizer.from_pretrained(bert)(
+        ["the king was", "the good world of the king"], padding=True, return_tensors="pt"
+    )
+    gold = torch.full(encoded["input_ids"].shape, -100)
+    gold[:, 1:4] = torch.tensor([0, 1, 2])
+    head = TokenClassification(TaskInfo("token_classification", labels))
+    loss = head.loss(model, {**encoded, "labels": gold}, "own")
+    assert float(loss) == pytest.approx(6 * float(model(**encoded, labels=gold).loss), rel=1e-5)
