@@ -99,13 +99,14 @@ def run_in_turn(
     """Figures of every run, by contestant, with ``wall_seconds`` and ``peak_rss_gb`` of its processes.
 
     Args:
+        contestants: commands, in which "{turn}" becomes the number of the repeat, from 0, as for a seed.
         after: may add figures, once a run is over.
         keep: given all figures so far after every run.
     """
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for turn in range(repeats):
         for name, command in contestants.items():
-            done = processes.run(command, ENVIRONMENT)
+            done = processes.run([word.replace("{turn}", str(turn)) for word in command], ENVIRONMENT)
             if done.code:
                 sys.exit(f"{name} failed ({done.code}):\n{done.errors[-3000:]}")
             found = _last_line(done.output)

@@ -128,6 +128,7 @@ def workspace(tmp_path_factory, bert, llama):
     sources = {
         "classifier": ("own_csv", bert, {"source": "reviews.csv", "text": "review", "label": "stars"}),
         "language": ("style_own_text", llama, {"source": "my_texts", "max_length": 64}),
+        "entities": ("own_entities", bert, {"source": "spans.jsonl", "max_length": 64}),
     }
     runs = {}
     with contextlib.chdir(folder):
@@ -149,6 +150,10 @@ def write_files(folder: Path) -> None:
     for name in ("reviews.csv", "rows.csv", "texts.csv", "more.csv"):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("review", "stars", "text"), *((text, label, text) for text, label in reviews)])
+    lines(folder / "spans.jsonl", [
+        {"text": f"{word} king {n}", "spans": [{"start": len(word) + 1, "end": len(word) + 5, "label": "person"}]}
+        for n, word in enumerate(tiny.WORDS[:30])
+    ])  # fmt: skip
     answers = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(30)]
     lines(folder / "conversations.jsonl", answers)
     lines(folder / "prompts.jsonl", [{"prompt": "the red king"}, {"prompt": "new stars"}])
@@ -170,7 +175,8 @@ def run_folder(word: str, runs: dict[str, Path], *, language: bool = False) -> s
 
     def real(match: re.Match[str]) -> str:
         there = sorted(Path("runs").glob(f"{match[1]}-2*"))
-        return str(there[-1] if there else runs["language" if language or LANGUAGE.search(match[1]) else "classifier"])
+        kind = "language" if language or LANGUAGE.search(match[1]) else "classifier"
+        return str(there[-1] if there else runs["entities" if "entities" in match[1] else kind])
 
     return re.sub(r"runs/([\w-]+?)-…", real, word)
 

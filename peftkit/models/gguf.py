@@ -69,7 +69,20 @@ def _read(path: Path) -> tuple[Any, Any]:
         raise ModelError(
             f"{path}: transformers cannot dequantize this GGUF file ({error}); use the original folder or hub id"
         ) from error
+    _set_special_tokens(path, tokenizer)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+def _set_special_tokens(path: Path, tokenizer: Any) -> None:
+    """Sets the special tokens that the file names; transformers 5.17 takes another EOS."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for name, key in {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}.items():
+        if (field := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            if token is not None and getattr(tokenizer, name) != token:
+                setattr(tokenizer, name, token)

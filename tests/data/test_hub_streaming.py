@@ -6,6 +6,8 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.hub.conftest import folders, hub, python  # noqa: F401
 
 CODE = """
@@ -101,6 +103,7 @@ print(json.dumps([codes, kept, runs.differences(cut, whole)]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_streamed_rows_goes_on_exactly(hub, python, tmp_path, monkeypatch):  # noqa: F811
     """Killed in the middle of the second epoch, after a step that no checkpoint has."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

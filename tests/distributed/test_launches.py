@@ -76,6 +76,7 @@ def test_the_named_configuration_counts_before_the_default_one(config, tmp_path)
     assert requested_processes([*command[:2], "train.py"]) == 5
 
 
+@pytest.mark.slow
 def test_one_process_where_two_were_asked_for_is_told_with_the_line_that_works(tmp_path):
     recipe = replace(runs.encoder(tmp_path), output_dir=str(tmp_path / "runs"), training={"max_steps": 1})
     config = tmp_path / "two.yaml"

@@ -242,6 +242,7 @@ def test_a_field_is_varied_only_for_methods_that_have_it(quick):
     assert kept[0].recipe.training.learning_rate == 0.5
 
 
+@pytest.mark.slow
 def test_a_real_process_that_is_killed_goes_on_from_its_checkpoint(small_recipe, tmp_path):
     """The only test that starts processes: the death of the parent stops the worker, and the same call goes on."""
     recipe = replace(small_recipe, training={"epochs": 60, "save_every": 50, "evaluate_every": 50})

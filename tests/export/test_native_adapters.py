@@ -170,7 +170,9 @@ def test_adapters_are_exchanged_by_name_and_taken_off(bert, tmp_path, method, ot
             run.add_adapter(exported(tmp_path / "three", bert, method=BITFIT, export={"prove": False})[0], "three")
 
 
-@pytest.mark.parametrize("method", [BOTTLENECK, BITFIT], ids=["bottleneck", "bitfit"])
+@pytest.mark.parametrize(
+    "method", [BOTTLENECK, pytest.param(BITFIT, marks=pytest.mark.slow)], ids=["bottleneck", "bitfit"]
+)
 def test_a_whole_run_changes_its_own_parameters_only_and_resumes_to_the_same_bytes(small_recipe, monkeypatch, method):
     from peftkit.training.interruptions import StopRequest
 

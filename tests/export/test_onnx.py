@@ -30,8 +30,10 @@ def installed():
 
 @pytest.mark.parametrize(
     ("maker", "pooling", "method"),
-    [(tiny.tiny_bert, "own", LORA), (tiny.tiny_bert, "mean", {"kind": "frozen"}), (tiny.tiny_distilbert, "cls", LORA),
-     (tiny.tiny_roberta, "own", {"kind": "top_k", "k": 1})],
+    [(tiny.tiny_bert, "own", LORA),
+     pytest.param(tiny.tiny_bert, "mean", {"kind": "frozen"}, marks=pytest.mark.slow),
+     (tiny.tiny_distilbert, "cls", LORA),
+     pytest.param(tiny.tiny_roberta, "own", {"kind": "top_k", "k": 1}, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_runtime_predicts_what_torch_predicts(maker, pooling, method, tmp_path):
     OnnxClassifier = installed()

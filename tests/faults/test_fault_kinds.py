@@ -31,6 +31,7 @@ def check(outcome):
     assert outcome.failures == []
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(folder, whole):
     check(kinds.kills(folder, whole, trials=2))
 
@@ -54,6 +55,7 @@ def test_the_checkpoint_of_the_best_weights_fails_for_a_while(folder, whole):
     assert runs.differences(runs.folder_of(recipe), whole.path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not disks.mountable(), reason="this process may not mount disks")
 def test_a_disk_that_is_full_or_read_only(folder, packed):
     check(kinds_disk.full_disk(folder, packed, trials=1))
@@ -64,6 +66,7 @@ def test_a_disk_that_becomes_read_only(folder, packed):
     check(kinds_disk.read_only(folder, packed, only=(kinds_disk.DURING,)))
 
 
+@pytest.mark.slow
 def test_every_call_of_a_save(folder):
     check(kinds.every_call(folder / "calls"))
 
@@ -111,10 +114,12 @@ def two(folder):
     return kinds_many.reference(folder)
 
 
+@pytest.mark.slow
 def test_signals_at_two_processes(folder, two):
     check(kinds_many.signals(folder, two, trials=2))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed(folder, two):
     check(kinds_many.lost_ranks(folder, two, trials=1))
 
@@ -124,5 +129,6 @@ def test_a_rank_that_is_stopped_out_of_memory_asleep_or_loops(folder, two):
     check(kinds_many.lost_ranks(folder, two, trials=len(kinds_many.LOSSES)))
 
 
+@pytest.mark.slow
 def test_the_ledger_of_rows(folder):
     check(kinds_many.ledger(folder, trials=1))

@@ -31,7 +31,7 @@ def carried(tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "contestant"),
     [
-        ("smollm2-135m", "peftkit"),
+        pytest.param("smollm2-135m", "peftkit", marks=pytest.mark.slow),  # CI runs this one
         pytest.param("roberta-large", "peftkit", marks=pytest.mark.slow),
         pytest.param("roberta-large", "trainer", marks=pytest.mark.slow),
         pytest.param("modernbert-base", "peftkit", marks=pytest.mark.slow),

@@ -15,7 +15,11 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 @pytest.mark.parametrize(
     ("model", "held", "published"),
-    [("mistral-7b", "none", 14.66), ("mistral-7b", "nf4-dq", 4.31), ("llama-2-70b", "nf4-dq", 37.18)],
+    [
+        ("mistral-7b", "none", 14.66),
+        ("mistral-7b", "nf4-dq", 4.31),
+        pytest.param("llama-2-70b", "nf4-dq", 37.18, marks=pytest.mark.slow),
+    ],
 )
 def test_persistent_memory(model, held, published, tmp_path):
     recipe = recipe_of(model, tmp_path, {"rank": 16, "target_modules": ATTENTION})

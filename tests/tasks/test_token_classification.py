@@ -1,5 +1,6 @@
 """Rows of tagged words: both forms, all schemes, what is refused, and windows over long texts."""
 
+import itertools
 import json
 
 import pytest
@@ -12,7 +13,6 @@ from peftkit.data.pipeline import prepare
 from peftkit.errors import DataError, RecipeError
 from peftkit.tasks.token_classification import TokenClassification, windows
 from tests import tiny
-import itertools
 
 NAMES = [(["the", "good", "king", "lord", "of", "world"], ["O", "O", "B-PER", "I-PER", "O", "B-LOC"]),
          (["market", "of", "the", "king"], ["B-LOC", "O", "O", "B-PER"]),
@@ -21,8 +21,9 @@ LABELS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 
 
 def recipe(bert, folder, task=None, **data):
-    fields = {"source": str(folder), "text": "tokens", "label": "tags", "max_length": 32, "validation_size": 1,
-              "test_size": 1, "stratify": False, "cleaning": {"duplicates": "off", "near_duplicates": "off"}}  # fmt: skip
+    fields = {"source": str(folder), "text": "tokens", "label": "tags", "max_length": 32,
+              "validation_size": 1, "test_size": 1, "stratify": False,
+              "cleaning": {"duplicates": "off", "near_duplicates": "off"}}  # fmt: skip
     return Recipe.parse({
         "name": "tags", "model": {"source": str(bert)}, "method": {"kind": "lora"},
         "task": {"kind": "token_classification", **(task or {})}, "data": {**fields, **data},

@@ -134,7 +134,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_learns_the_same(quick, mon
     for mode in (True, "selective"):
         calls.clear()
         again = peftkit.train(replace(quick, training={"gradient_checkpointing": mode}), quiet=True)
-        assert len(calls) >= plain + 8 * 2  # 8 steps, 2 layers
+        assert len(calls) >= plain + 8  # 8 steps; of 2 layers at least one is run again
         assert adapter(once) == adapter(again)
 
 

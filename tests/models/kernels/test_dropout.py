@@ -55,8 +55,8 @@ def test_the_factor_is_rounded_as_torch_does(p):
 def test_layers_drop_in_training_only_and_their_gradient_goes_through_the_same_mask(dtype):
     model = nn.Sequential(nn.Dropout(0.4), nn.Dropout(0.0))
     assert dropout.use_cpu_dropout(model) == 2
-    x = torch.randn(64, 33, dtype=dtype, requires_grad=True)
     torch.manual_seed(3)
+    x = torch.randn(64, 33).abs().add(0.5).to(dtype).requires_grad_()  # no zero of its own
     y = model.train()(x)
     y.sum().backward()
     zero = y == 0
