@@ -12,7 +12,9 @@ its entities by characters. IOB1, BIO, BIOES and BILOU tags are read, and learne
 
 from __future__ import annotations
 
+import ast
 import bisect
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -303,6 +305,11 @@ def _read(row: Row, data: DataConfig, names: Sequence[str] | None) -> TaggedWord
     """The words of a raw row; raises DataError(column=…)."""
     column = data.label_columns[0]
     text, tags = row.get(data.text), row.get(column)
+    if isinstance(text, str) and isinstance(tags, str):  # a table's cells
+        if not tags.lstrip().startswith("["):
+            return from_tokens(text.split(), tags.split(), (data.text, column))
+        tags = _as_list(tags, column)
+        text = _as_list(text, data.text) if tags and isinstance(tags[0], str) else text
     if isinstance(text, str) and isinstance(tags, (list, type(None))):
         return from_spans(text, tags or [], column)
     if text is None or (isinstance(text, list) and not text):
@@ -312,6 +319,18 @@ def _read(row: Row, data: DataConfig, names: Sequence[str] | None) -> TaggedWord
     if not isinstance(tags, list):
         raise DataError(f"expected a list with the tag of each word, found {shorten(tags)}", column=column)
     return from_tokens(text, [_tag(tag, names, column) for tag in tags], (data.text, column))
+
+
+def _as_list(cell: str, column: str) -> list[Any]:
+    """The list that a cell spells in JSON or Python; raises DataError where it spells none."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list):
+            return value
+    raise DataError(f"expected a list in JSON or words with spaces between, found {shorten(cell)}", column=column)
 
 
 def _tag(tag: Any, names: Sequence[str] | None, column: str) -> str:

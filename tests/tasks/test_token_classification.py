@@ -1,5 +1,6 @@
 """Rows of tagged words: both forms, all schemes, what is refused, and windows over long texts."""
 
+import csv
 import itertools
 import json
 
@@ -64,6 +65,10 @@ def test_every_form_and_scheme_is_the_same_task(bert, tmp_path):
     conll = tmp_path / "rows.conll"
     conll.write_text("-DOCSTART- x O\n\n# a comment\n" + "\n\n".join(columns), encoding="utf-8")
     assert tagged(bert, conll) == expected
+    for name, cell in {"words": " ".join, "json": json.dumps, "python": repr}.items():
+        with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("tokens", "tags"), *((cell(words), cell(tags)) for words, tags in NAMES * 4)])
+        assert tagged(bert, tmp_path / f"{name}.csv") == expected, name
     spans = [
         ("the good king lord of world", [(9, 18, "PER"), (22, 27, "LOC")]),
         ("market of the king", [(0, 6, "LOC"), (14, 18, "PER")]), ("the day was new", []),
