@@ -26,7 +26,7 @@ from benchmarks.harness import RESULTS, machine
 
 JSON, TABLE = RESULTS / "faults.json", RESULTS / "faults.md"
 PEER = "Trainer: "
-WRONG = ("could not go on", "went on to another adapter in silence")
+WRONG = ("could not resume", "silently resumed to another adapter")
 Kind = Callable[[Path, Callable[[int], int]], list[Any]]
 
 
@@ -169,7 +169,7 @@ class Book:
 def _table(kinds: dict[str, Any]) -> str:
     """The results as Markdown; beside peftkit's what transformers' Trainer made of the same fault."""
     peers = {held["kind"].removeprefix(PEER): held for held in kinds.get("trainer", {}).get("outcomes", [])}
-    lines = ["| fault | trials | as it should be | target | transformers' Trainer |", "|---|---|---|---|---|"]
+    lines = ["| fault | trials | handled as intended | target | transformers' Trainer |", "|---|---|---|---|---|"]
     for name, kind in kinds.items():
         for held in kind["outcomes"] if name != "trainer" else ():
             start = next((start for start in peers if held["kind"].startswith(start)), None)
@@ -179,7 +179,7 @@ def _table(kinds: dict[str, Any]) -> str:
 
 
 def _beside(held: dict[str, Any]) -> str:
-    """``3 of 20 byte-equal; 9 could not go on, 8 went on …``."""
+    """``3 of 20 byte-equal; 9 could not resume, 8 went on …``."""
     rest = [f"{held['figures'][name]} {name}" for name in WRONG if held["figures"].get(name)]
     return f"{held['passed']} of {held['trials']} byte-equal{'; ' if rest else ''}{', '.join(rest)}"
 

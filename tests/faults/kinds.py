@@ -122,7 +122,7 @@ def finished(recipe: Recipe, whole: Reference, said: Path, world_size: int = 1) 
 
 def kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """SIGKILL at random moments of a whole run, one to three times, then resumed to the end."""
-    outcome = begin(f"kill -9 at random moments: {whole.recipe.name}", "adapter, log and figures byte-equal")
+    outcome = begin(f"kill -9 at random moments: {whole.recipe.name}", "adapter, log and metrics byte-equal")
     for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.trial(folder, f"kill-{trial}")
         moments = [generator.uniform(0, whole.seconds) for _ in range(generator.randint(1, 3))]
@@ -137,7 +137,7 @@ def kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome
 def fresh_kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """The command line in interpreters of their own, killed at random moments and in saves seen from outside."""
     outcome = begin(
-        f"kill -9 of the command line, nothing forked: {whole.recipe.name}", "adapter, log and figures byte-equal"
+        f"kill -9 of the command line, nothing forked: {whole.recipe.name}", "adapter, log and metrics byte-equal"
     )
     seconds = _fresh_seconds(folder, whole) if outcome.trials < trials else 0.0
     for trial, generator in outcome.left(trials, seed):
@@ -182,7 +182,7 @@ def _killed(child: int, moment: float) -> bool:
 
 def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """SIGKILL inside a random save: in turn before a random call of the file system, and from outside at any time."""
-    outcome = begin(f"kill -9 inside a save: {whole.recipe.name}", "adapter, log and figures byte-equal")
+    outcome = begin(f"kill -9 inside a save: {whole.recipe.name}", "adapter, log and metrics byte-equal")
     for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.trial(folder, f"save-{trial}")
         save = generator.randrange(len(whole.phases[aimed.SAVE]))
@@ -202,7 +202,7 @@ def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -
 
 def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """A save of a living run fails by ENOSPC or EIO: it goes on, or stops with one line and is resumed."""
-    outcome = begin(f"full or broken disk in a save: {whole.recipe.name}", "goes on, or stops by one line and resumes")
+    outcome = begin(f"full or broken disk in a save: {whole.recipe.name}", "continues, or stops with one message and resumes")
     for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.trial(folder, f"full-{trial}")
         save, fault = generator.randrange(len(whole.phases[aimed.SAVE])), generator.choice(FAULTS[1:])
@@ -251,7 +251,7 @@ def _save(root: Path, step: int) -> None:
 
 def every_call(folder: Path) -> Outcome:
     """Every call of a save and the pruning after it × kill, ENOSPC, EIO, once and lasting: a checkpoint is left."""
-    outcome = Outcome("every file-system call of one save × kill, ENOSPC, EIO", "a whole checkpoint, newest or before")
+    outcome = Outcome("every file-system call of one save × kill, ENOSPC, EIO", "a complete checkpoint, the newest or the one before")
     start = folder / "start"
     for step in (1, 2, 3):
         _save(start, step)
@@ -302,7 +302,7 @@ def _one_call(root: Path, step: int, at: int, fault: str, lasting: bool) -> list
 
 def damaged(folder: Path, kind: str, trials: int, seed: int = 0) -> Outcome:
     """One file of the newest checkpoint truncated, or one bit of it flipped: it is named, the one before used."""
-    outcome = Outcome(f"{kind} checkpoint files", "detected and named, the one before used")
+    outcome = Outcome(f"{kind} checkpoint files", "detected and named, the previous one used")
     generator, harmless = random.Random(seed), 0
     start = folder / "start"
     for step in (1, 2):
@@ -375,7 +375,7 @@ def _signalled(recipe: Recipe, said: Path, moment: float, number: signal.Signals
 
 
 def _stopped_well(recipe: Recipe, said: Path, code: int, number: signal.Signals) -> list[str]:
-    """What is not as it should be with a run that got a signal: exit code, message, the step that was kept."""
+    """What is not handled as intended with a run that got a signal: exit code, message, the step that was kept."""
     text, run = said.read_text(), runs.folder_of(recipe)
     problems = [f"ended with {code}"] if code not in (0, 128 + number, -number) else []
     problems += ["a traceback was shown"] if "Traceback" in text else []

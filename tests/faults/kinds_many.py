@@ -128,8 +128,8 @@ def _wait_for(mark: Path, children: list[int]) -> bool:
 
 
 def lost_ranks(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
-    """A rank is killed, stopped, out of memory, asleep or looping for ever: the job ends, names it, and is resumed."""
-    kind = "a rank killed, stopped, out of memory, asleep or looping for ever"
+    """A rank is killed, stopped, out of memory, hung or looping: the job ends, names it, and is resumed."""
+    kind = "a rank killed, stopped, out of memory, hung or looping"
     outcome = Outcome(kind, "ends within 60 s, not with 0, rank named, resumed byte-equal")
     generator, slowest = random.Random(seed), dict.fromkeys(LOSSES, 0.0)
     for trial in range(trials):

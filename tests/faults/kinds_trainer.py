@@ -1,7 +1,7 @@
 """transformers' Trainer under the same faults: what its checkpoints and its resuming make of them.
 
 A trial counts as passed where the resumed training ends with the uninterrupted one's adapter, byte for byte. The
-figures tell the rest: runs that could not go on, and those that went on in silence to another adapter.
+figures tell the rest: runs that could not resume, and those that went on in silence to another adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES = (
     "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
     "adapter_config.json",
 )  # fmt: skip
-EQUAL, REFUSED, OTHER = "equal", "could not go on", "went on to another adapter in silence"
+EQUAL, REFUSED, OTHER = "equal", "could not resume", "silently resumed to another adapter"
 
 
 @dataclass
