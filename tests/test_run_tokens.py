@@ -145,6 +145,16 @@ def test_other_methods_train_and_export_with_proof(method, bert, rows, tmp_path)
     assert peftkit.load(made.path).predict([TEXT])
 
 
+@pytest.mark.parametrize("maker", [tiny.tiny_roberta, tiny.tiny_distilbert, tiny.tiny_llama])
+def test_other_architectures_train_and_export_with_proof(maker, rows, tmp_path):
+    small = recipe(maker(tmp_path / "base"), rows, tmp_path / "runs", training={"epochs": 2})
+    made = peftkit.train(small, quiet=True)
+    assert json.loads((made.path / "adapter" / "proof.json").read_text(encoding="utf-8"))["passed"]
+    loaded = peftkit.load(made.path)
+    together, alone = loaded.predict([TEXT, "the king"]), [loaded.predict(text)[0] for text in (TEXT, "the king")]
+    assert list(map(spans, together)) == list(map(spans, alone))
+
+
 def test_batches_and_micro_batches_change_no_gradient(bert, rows, tmp_path):
     losses = []
     for micro in (8, 3):

@@ -202,7 +202,9 @@ def kills_in_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -
 
 def failing_saves(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """A save of a living run fails by ENOSPC or EIO: it goes on, or stops with one line and is resumed."""
-    outcome = begin(f"full or broken disk in a save: {whole.recipe.name}", "continues, or stops with one message and resumes")
+    outcome = begin(
+        f"full or broken disk in a save: {whole.recipe.name}", "continues, or stops with one message and resumes"
+    )
     for trial, generator in outcome.left(trials, seed):
         recipe, said = whole.trial(folder, f"full-{trial}")
         save, fault = generator.randrange(len(whole.phases[aimed.SAVE])), generator.choice(FAULTS[1:])
@@ -251,7 +253,9 @@ def _save(root: Path, step: int) -> None:
 
 def every_call(folder: Path) -> Outcome:
     """Every call of a save and the pruning after it × kill, ENOSPC, EIO, once and lasting: a checkpoint is left."""
-    outcome = Outcome("every file-system call of one save × kill, ENOSPC, EIO", "a complete checkpoint, the newest or the one before")
+    outcome = Outcome(
+        "every file-system call of one save × kill, ENOSPC, EIO", "a complete checkpoint, the newest or the one before"
+    )
     start = folder / "start"
     for step in (1, 2, 3):
         _save(start, step)

@@ -18,7 +18,9 @@ START, RESUMED, DURING = READ_ONLY = ("at the start", "when it is resumed", "dur
 
 def full_disk(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome:
     """A whole run on a disk with less room than it needs: one message, no traceback; with room, resumed to the end."""
-    outcome = begin(f"a disk that is full at any point: {whole.recipe.name}", "stops with one message, resumes byte-equal")
+    outcome = begin(
+        f"a disk that is full at any point: {whole.recipe.name}", "stops with one message, resumes byte-equal"
+    )
     needed = disks.used(Path(whole.recipe.output_dir)) // len(list(Path(whole.recipe.output_dir).glob("*")))
     for trial, generator in outcome.left(trials, seed):
         size = generator.randrange(8, needed)
