@@ -137,7 +137,8 @@ def test_built_in_kinds_follow_the_contract():
         assert issubclass(READERS.get(name), Reader)
         assert all(ending.startswith(".") for ending in READERS.get(name).extensions)
     assert source_forms() == "a hub id, a file or folder or package:NAME"
-    assert {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx", ".xlsm"} == set(readers())
+    tables = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx", ".xlsm"}
+    assert tables | {".conll", ".bio", ".iob", ".iob2"} == set(readers())
     assert issubclass(readers()[".txt"], DocumentReader)
 
 

@@ -15,6 +15,7 @@ FIELDS = "training/test_training_fields.py::"
 WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
 CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_properties.py::"
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
+TOKENS = "tasks/test_token_classification.py::"
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
 BOTTLENECK = "methods/test_bottleneck.py::"
 GENERATION, LANGUAGE = "evaluation/test_generation.py::", "test_run_language.py::"
@@ -58,6 +59,9 @@ TESTS = {
     "method[top_k].k": "methods/test_frozen_top_k_full.py::test_top_k_trains_the_last_blocks_and_what_is_above",
     "task": INSTRUCTION + "test_every_format_is_read_as_the_same_messages",
     "task[classification].problem_type": CLASSIFICATION + "test_whole_numbers_are_a_regression_when_the_recipe_says_so",
+    "task[token_classification].scheme": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
+    "task[token_classification].class_weights": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
+    "task[token_classification].stride": TOKENS + "test_each_word_is_learned_at_its_first_token",
     "task[classification].label_smoothing": CLASSIFICATION + "test_cross_entropy_is_torchs_however_the_batch_is_cut",
     "task[classification].class_weights": CLASSIFICATION + "test_balanced_weights_are_those_of_scikit_learn",
     "task[classification].cosine_temperature": "heads/test_cosine.py::test_a_run_starts_where_its_classes_are",
