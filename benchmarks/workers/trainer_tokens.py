@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -14,13 +15,11 @@ import torch
 
 
 def read(file: Path) -> list[tuple[list[str], list[str]]]:
-    """Sentences of a CoNLL file: the first column, and the last."""
-    sentences = []
-    for block in file.read_text(encoding="utf-8").split("\n\n"):
-        cells = [line.split("\t") for line in block.splitlines() if line.strip()]
-        if cells:
-            sentences.append(([cell[0] for cell in cells], [cell[-1] for cell in cells]))
-    return sentences
+    """Sentences of a CoNLL file: the first column, and the last; a line of tabs alone ends a sentence, too."""
+    with file.open(encoding="utf-8") as lines:
+        blocks = [list(block) for filled, block in itertools.groupby(lines, lambda line: bool(line.strip())) if filled]
+    cells = [[line.rstrip("\n").split("\t") for line in block] for block in blocks]
+    return [([cell[0] for cell in one], [cell[-1] for cell in one]) for one in cells]
 
 
 def f1(gold: list[list[str]], predicted: list[list[str]]) -> float:

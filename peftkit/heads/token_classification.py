@@ -262,6 +262,7 @@ class TokenClassification(Head):
                 seen[row["text"][start:end]][tag] += 1
         number = {label: index for index, label in enumerate(self.info.labels)}
         common = {word: number[tags.most_common(1)[0][0]] for word, tags in seen.items()}
+        other = self._unmarked(sum(seen.values(), Counter()))
         width = max(len(row["starts"]) for row in rows)
         outputs = {name: np.full((len(rows), width), IGNORE) for name in ("gold", "predicted")}
         words, unknown = np.full((len(rows), width), -1), 0
@@ -269,16 +270,23 @@ class TokenClassification(Head):
             count = len(row["starts"])
             texts = [row["text"][start:end] for start, end in zip(row["starts"], row["ends"])]
             outputs["gold"][place, :count] = [number[tag] for tag in row["labels"]]
-            outputs["predicted"][place, :count] = [common.get(word, 0) for word in texts]
+            outputs["predicted"][place, :count] = [common.get(word, other) for word in texts]
             words[place, :count] = range(count)
             unknown += sum(word not in common for word in texts)
         none = np.full((len(rows), 0), -1)
         share = unknown / max(1, int((words >= 0).sum()))
-        note = f"each word's commonest tag in training, '{self.info.labels[0]}' for the {share:.0%} that it lacks"
+        note = f"each word's commonest tag in training, '{self.info.labels[other]}' for the {share:.0%} that it lacks"
         return outputs | {
             "probability": np.ones(words.shape), "words": words, "unread": none, "unread_gold": none,
             "row": np.arange(len(rows)),
         }, note  # fmt: skip
+
+    def _unmarked(self, counts: Mapping[str, int]) -> int:
+        """The id of O, wherever the source lists it; without O, as in parts of speech, of the commonest tag."""
+        from peftkit.evaluation.entities import OUTSIDE
+
+        tag = OUTSIDE if OUTSIDE in self.info.labels else max(self.info.labels, key=lambda label: counts.get(label, 0))
+        return self.info.labels.index(tag)
 
     def class_counts(self, rows: Any) -> dict[str, int]:
         """Words of each type and of O; empty where the rows have no tags."""
