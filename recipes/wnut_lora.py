@@ -4,7 +4,7 @@
 
 Needs: `pip install 'peftkit[demo]'` for the model, 1 GB of memory, no GPU; a folder with train.conll, validation.conll
 and test.conll (3,394, 1,009 and 1,287 posts; a word and its tag per line), from the shared task's page.
-Reached: see docs/token-classification.md.
+Reached: not measured yet; benchmarks/token_classification.py does.
 """
 
 from peftkit import Recipe, get_recipe, main, recipe, replace

@@ -204,6 +204,20 @@ def test_peers_share_their_rows_and_what_they_print(monkeypatch, tmp_path, capsy
     assert peer.accuracy(guesses) == {"accuracy": 0.75}
 
 
+def test_the_peer_of_token_classification_reads_the_sentences_that_peftkit_reads(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "workers"))
+    import trainer_tokens
+
+    from peftkit.data.problems import Problems
+    from peftkit.data.readers.conll import ConllReader
+
+    file = tmp_path / "train.conll"
+    file.write_text("the\tO\nking\tB-PER\n\t\nday\tO\n\n\nof\tO\nAda\tB-PER", encoding="utf-8")
+    ours = [(row["tokens"], row["tags"]) for row in ConllReader().rows(file, Problems())]
+    assert trainer_tokens.read(file) == ours
+    assert [words for words, _ in ours] == [["the", "king"], ["day"], ["of", "Ada"]]
+
+
 @pytest.mark.parametrize(("power", "expected"), [(1, 1.0), (0, 0.0), (2, 2.0)])
 def test_the_slope_of_a_power_is_its_exponent(power, expected):
     import growth

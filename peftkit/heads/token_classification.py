@@ -119,7 +119,7 @@ class TokenClassification(Head):
 
     def metrics(self, outputs: Outputs, evaluation: EvaluationConfig) -> dict[str, float]:
         """``loss`` per word, and those of ``peftkit.evaluation.entities.METRICS`` that the recipe names, or all."""
-        values = self._count(_sentences(outputs)).metrics()
+        values = self._count(self._sentences(outputs)).metrics()
         weight = float(outputs["weight"].sum()) if "loss" in outputs else 0.0
         loss = {"loss": float(outputs["loss"].sum(dtype="float64")) / max(weight, 1e-9)} if "loss" in outputs else {}
         return loss | {name: values[name] for name in self._names(evaluation)}
@@ -154,7 +154,7 @@ class TokenClassification(Head):
         """Of examples: a sentence counts where its first window is drawn."""
         import numpy as np
 
-        sentences = _sentences(outputs)
+        sentences = self._sentences(outputs)
         counts, first = self._count(sentences), np.array([one.example for one in sentences])
         number = np.full(len(outputs["row"]), -1)
         number[first] = np.arange(len(first))
@@ -172,7 +172,7 @@ class TokenClassification(Head):
         from peftkit.evaluation import resampling
         from peftkit.evaluation.entities import OUTSIDE, type_of
 
-        sentences = _sentences(outputs)
+        sentences = self._sentences(outputs)
         kinds = (OUTSIDE, *self._types())
         kind = np.array([kinds.index(type_of(label)) for label in self.info.labels])
         gold, predicted = (np.concatenate([kind[tags] for tags in column] or [kind[:0]]) for column in (
@@ -210,7 +210,7 @@ class TokenClassification(Head):
 
         from peftkit.evaluation import paired_tests
 
-        trained, other = (self._count(_sentences(one)) for one in (outputs, baseline))
+        trained, other = (self._count(self._sentences(one)) for one in (outputs, baseline))
         test = paired_tests.paired(
             [lambda rows: trained.metrics(rows)["f1"]], [lambda rows: other.metrics(rows)["f1"]],
             len(np.asarray(trained.words)), confidence=confidence,
@@ -219,7 +219,7 @@ class TokenClassification(Head):
 
     def prediction_rows(self, outputs: Outputs, rows: Sequence[Row]) -> list[Row]:
         """``file``, ``line``, the words, and their ``gold`` and ``predicted`` tags; a line per sentence."""
-        sentences, labels = _sentences(outputs), self.info.labels
+        sentences, labels = self._sentences(outputs), self.info.labels
         return [
             {
                 "file": row.get("_file"), "line": row.get("_line"),
@@ -244,7 +244,7 @@ class TokenClassification(Head):
         from peftkit.evaluation.entities import entities
 
         tagged = []
-        for one, row in zip(_sentences(outputs, rows=len(rows)), rows, strict=True):
+        for one, row in zip(self._sentences(outputs, rows=len(rows)), rows, strict=True):
             text, starts, ends = row["text"], row["starts"], row["ends"]
             spans = []
             for first, last, kind in entities([self.info.labels[tag] for tag in one.predicted]):
@@ -280,6 +280,9 @@ class TokenClassification(Head):
             "probability": np.ones(words.shape), "words": words, "unread": none, "unread_gold": none,
             "row": np.arange(len(rows)),
         }, note  # fmt: skip
+
+    def _sentences(self, outputs: Outputs, rows: int | None = None) -> list[_Sentence]:
+        return _sentences(outputs, self._unmarked({}), rows)
 
     def _unmarked(self, counts: Mapping[str, int]) -> int:
         """The id of O, wherever the source lists it; without O, as in parts of speech, of the commonest tag."""
@@ -330,8 +333,8 @@ class _Sentence:
     probability: np.ndarray
 
 
-def _sentences(outputs: Outputs, rows: int | None = None) -> list[_Sentence]:
-    """The rows in order; with ``rows`` their number, also those without a word."""
+def _sentences(outputs: Outputs, unmarked: int, rows: int | None) -> list[_Sentence]:
+    """The rows in order; with ``rows`` their number, also those without a word; ``unmarked`` is O by id."""
     import numpy as np
 
     examples: defaultdict[int, list[int]] = defaultdict(list)
@@ -348,7 +351,7 @@ def _sentences(outputs: Outputs, rows: int | None = None) -> list[_Sentence]:
             lost = np.asarray(outputs["unread"][example]).astype(int)
             if (missing := lost >= 0).any():  # the model saw no token of these words, and marks none
                 gold = outputs["unread_gold"][example][missing]
-                parts.append(np.stack([lost[missing], gold, np.zeros(len(gold)), np.ones(len(gold))]))
+                parts.append(np.stack([lost[missing], gold, np.full(len(gold), unmarked), np.ones(len(gold))]))
         joined = np.concatenate(parts, axis=1) if parts else np.zeros((4, 0))
         _, gold, predicted, probability = joined[:, np.argsort(joined[0], kind="stable")]
         first = examples[row][0] if row in examples else -1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,9 @@ from peftkit.data.problems import shorten
 from peftkit.errors import DataError
 from peftkit.evaluation.entities import OUTSIDE, has_prefix
 
-WORD = re.compile(r"\w+|[^\w\s]")
-"""A word of a text that is not divided into words: letters and digits, or a single other character."""
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Kana and Chinese characters, which are written without spaces between words."""
+JOINERS = "\u200c\u200d"
 SPAN_KEYS = ("start", "end", "label")
 
 
@@ -27,9 +30,19 @@ class TaggedWords:
 
 
 def words_of(text: str) -> tuple[list[int], list[int]]:
-    """Starts and ends of the words of a text."""
-    matches = list(WORD.finditer(text))
+    """Starts and ends of the words of a text: letters and digits, one Chinese character or kana, one other character.
+
+    Marks that combine with the character before them, as vowel signs and accents, are of its word.
+    """
+    matches = list(_word().finditer(text))
     return [match.start() for match in matches], [match.end() for match in matches]
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    marks = [chr(code) for code in range(0x10000) if unicodedata.category(chr(code))[0] == "M"]
+    after = f"{''.join(marks)}{JOINERS}"
+    return re.compile(f"[{UNSPACED}][{after}]*|[^\\W{UNSPACED}](?:[^\\W{UNSPACED}]|[{after}])*|[^\\w\\s][{after}]*")
 
 
 def from_tokens(tokens: Sequence[Any], tags: Sequence[Any], columns: tuple[str, str]) -> TaggedWords:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import bisect
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -23,13 +24,13 @@ from pydantic import Field
 
 from peftkit.data.problems import located, require_column, shorten
 from peftkit.errors import DataError, ModelError, RecipeError, did_you_mean
-from peftkit.evaluation.entities import OUTSIDE, STARTS, as_bio, has_prefix, type_of
+from peftkit.evaluation.entities import ENDS, OUTSIDE, STARTS, as_bio, has_prefix, type_of
 from peftkit.models.context import usable_length
 from peftkit.schema.registries import TASKS
 from peftkit.schema.sections import ClassName
 from peftkit.schema.task import Task
 from peftkit.schema.types import Row, TaskInfo
-from peftkit.tasks.control_tokens import warn_of_control_tokens
+from peftkit.tasks.control_tokens import places, warn_of_control_tokens
 from peftkit.tasks.tagged_words import TaggedWords, from_spans, from_tokens, words_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from peftkit.schema.recipe import DataConfig
 
+log = logging.getLogger(__name__)
 HEAD = "token_classification"
 TOKENS = "tokens"
 
@@ -115,7 +117,8 @@ class TokenClassification(Task):
                 continue
             tags = words.tags or []
             for scheme, example in _evidence(tags):
-                evidence.setdefault(scheme, f"{row['_file']}:{row['_line']} ({example})")
+                if scheme not in evidence:
+                    evidence[scheme] = f"{row['_file']}:{row['_line']} ({example})"
             self._check_scheme(evidence, row, data)
             bio = as_bio(tags)
             if known is not None and (unknown := next((tag for tag in bio if type_of(tag) not in known), None)):
@@ -128,13 +131,20 @@ class TokenClassification(Task):
         return counts
 
     def _check_scheme(self, evidence: Mapping[str, str], row: Row, data: DataConfig) -> None:
-        if self.scheme == "auto" and len(evidence) == 2:
+        if self.scheme == "auto" and {"bio", "iob1"} <= evidence.keys():
             message = (
-                f"tags mix two schemes: {evidence['bio']} begins an entity with B-, {evidence['iob1']} with I-; mend "
+                f"tags mix two schemes: {evidence['bio']} begins an entity with B-, {evidence['iob1']} without; mend "
                 "the tags, or set task.scheme=iob1 to begin an entity at both"
             )
         elif self.scheme == "bio" and "iob1" in evidence:
-            message = f"task.scheme=bio begins each entity with B-, and {evidence['iob1']} begins one with I-"
+            message = f"task.scheme=bio begins each entity with B-, and {evidence['iob1']} begins one without"
+        elif {"ended", "open"} <= evidence.keys():
+            message = (
+                f"tags mix two schemes: {evidence['ended']} marks the last word of an entity, as BIOES does, and "
+                f"{evidence['open']} ends one without; mend the tags"
+            )
+        elif {"prefixed", "plain"} <= evidence.keys():
+            message = f"tags mix two schemes: {evidence['prefixed']} has a prefix, {evidence['plain']} has none; mend the tags"
         else:
             return
         raise DataError(message, file=row["_file"], line=row["_line"], column=data.label_columns[0])
@@ -229,11 +239,13 @@ class TokenClassification(Task):
         if with_types:
             columns["token_type_ids"] = []
         tags = rows.get("labels") or [None] * len(rows["text"])
+        lost: list[int] = []
         for row, ids in enumerate(encoded["input_ids"]):
             starts, ends = rows["starts"][row], rows["ends"][row]
             labels = [0] * len(starts) if tags[row] is None else [number[tag] for tag in tags[row]]
             first = _first_tokens(encoded["offset_mapping"][row], rows["text"][row], starts, ends)
             unread = [word for word in range(len(starts)) if word not in first]
+            lost += [row] * sum(tags[row] is not None and tags[row][word] != OUTSIDE for word in unread)
             at = {token: word for word, token in first.items()}
             for begin, end, scored in windows(len(ids), room, stride):
                 words = [at.get(token, -1) if token in scored else -1 for token in range(begin, end)]
@@ -248,6 +260,11 @@ class TokenClassification(Task):
                 if with_types:
                     columns["token_type_ids"].append([0] * len(words))
                 unread = []
+        if lost:
+            log.warning(
+                "%d words with a tag have no token of their own, and count as not marked: this tokenizer leaves them out, "
+                "or joins them to the word before%s", len(lost), places(rows, sorted(set(lost))),
+            )  # fmt: skip
         return columns
 
 
@@ -348,15 +365,26 @@ def _tag(tag: Any, names: Sequence[str] | None, column: str) -> str:
 
 
 def _evidence(tags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Which scheme each beginning of an entity shows that only one of BIO and IOB1 has, with its tags."""
+    """What each tag shows of the scheme, with the tags that show it.
+
+    ``bio`` and ``iob1`` begin an entity with B- or without; ``ended`` and ``open`` mark its last word, as BIOES and
+    BILOU do, or not; ``prefixed`` and ``plain`` have prefixes or not. Data have one of each pair.
+    """
     before = OUTSIDE
-    for tag in tags:
-        if has_prefix(tag):
-            follows = has_prefix(before) and type_of(before) == type_of(tag)
-            if tag[0] == "I" and not follows:
-                yield "iob1", f"{before} {tag}"
-            elif tag[0] in STARTS and not follows:
-                yield "bio", f"{before} {tag}"
+    for tag, after in zip(tags, [*tags[1:], OUTSIDE]):
+        if not has_prefix(tag):
+            if tag != OUTSIDE:
+                yield "plain", tag
+        else:
+            yield "prefixed", tag
+            follows = has_prefix(before) and before[0] not in ENDS and type_of(before) == type_of(tag)
+            if not follows:
+                yield ("bio" if tag[0] in STARTS else "iob1"), f"{before} {tag}"
+            goes_on = has_prefix(after) and after[0] not in STARTS and type_of(after) == type_of(tag)
+            if tag[0] in ENDS:
+                yield "ended", tag
+            elif not goes_on:
+                yield "open", f"{tag} {after}"
         before = tag
 
 

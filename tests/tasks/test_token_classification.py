@@ -12,6 +12,7 @@ from peftkit import Recipe
 from peftkit.data.batching import IGNORE
 from peftkit.data.pipeline import prepare
 from peftkit.errors import DataError, RecipeError
+from peftkit.tasks.tagged_words import from_spans, words_of
 from peftkit.tasks.token_classification import TokenClassification, windows
 from tests import tiny
 
@@ -111,6 +112,36 @@ def test_wrong_rows_are_one_message_with_their_place(bert, tmp_path, rows, messa
     assert message in refused(bert, write(tmp_path / "rows.jsonl", rows))
 
 
+@pytest.mark.parametrize(("tags", "message"), [
+    (["O", "E-PER"], "rows.jsonl:1 (O B-PER) begins an entity with B-, {} (O E-PER) without"),
+    (["S-PER", "I-PER"], "rows.jsonl:1 (O B-PER) begins an entity with B-, {} (S-PER I-PER) without"),
+    (["B-PER", "O"], "rows.jsonl:1 (E-PER) marks the last word of an entity, as BIOES does, and {} (B-PER O) ends one"),
+    (["B-PER", "B-PER"], "and {} (B-PER B-PER) ends one without"),
+    (["S-PER", "PER"], "rows.jsonl:1 (B-PER) has a prefix, {} (PER) has none"),
+])  # fmt: skip
+def test_an_inconsistent_sequence_is_one_message_with_its_place(bert, tmp_path, tags, message):
+    rows = [([good, "king"], ["B-PER", "E-PER"]) for good in ("good", "bad", "new", "the")]
+    assert tagged(bert, write(tmp_path / "good.jsonl", rows))[1] == ("O", "B-PER", "I-PER")  # without it all is well
+    write(tmp_path / "rows.jsonl", [*rows, (["a", "king"], tags)])
+    text = refused(bert, tmp_path / "rows.jsonl", validation_size=0, test_size=0)
+    assert message.format("rows.jsonl:5") in text.replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("Ada's cat_2, ok", ["Ada", "'", "s", "cat_2", ",", "ok"]), ("Jose\u0301 was", ["Jose\u0301", "was"]),
+    ("दिल्ली में", ["दिल्ली", "में"]), ("กรุงเทพ", ["กรุงเทพ"]),
+    ("北京タx1", ["北", "京", "タ", "x1"]), ("❤\ufe0f!", ["❤\ufe0f", "!"]),
+])  # fmt: skip
+def test_words_keep_their_marks_and_chinese_characters_are_words(text, words):
+    starts, ends = words_of(text)
+    assert [text[start:end] for start, end in zip(starts, ends)] == words
+
+
+def test_spans_of_chinese_are_read():
+    read = from_spans("我在北京工作", [{"start": 2, "end": 4, "label": "LOC"}], "spans")
+    assert read.tags == ["O", "O", "B-LOC", "I-LOC", "O", "O"]
+
+
 @pytest.mark.parametrize(("span", "message"), [
     ((4, 12, "PER"), "cuts a word of 'good king'"), ((4, 40, "PER"), "is not within the text, which has 18 characters"),
     ((4, 4, "PER"), "is not within the text"), ((0, 8, "O"), "expected entities such as"),
@@ -191,12 +222,17 @@ def prepare_info():
     return TaskInfo("token_classification", LABELS)
 
 
-def test_a_word_without_a_token_counts_as_not_marked(bert):
+def test_a_word_without_a_token_is_warned_of_where_it_has_a_tag(bert, caplog):
     tokenizer = AutoTokenizer.from_pretrained(bert)
     text = "king \u200d day"
     row = {"text": [text], "starts": [[0, 5, 7]], "ends": [[4, 6, 10]], "labels": [["B-PER", "B-LOC", "O"]]}
-    columns = TokenClassification().encode(row, tokenizer, recipe("base", "rows").data, prepare_info())
+    data = recipe("base", "rows").data
+    columns = TokenClassification().encode(row, tokenizer, data, prepare_info())
     read = {word for word in columns["words"][0] if word >= 0}
     lost = set(columns["unread"][0])
     assert read | lost == {0, 1, 2}
     assert not read & lost
+    assert "1 words with a tag have no token of their own" in caplog.text
+    caplog.clear()
+    TokenClassification().encode(row | {"labels": [["B-PER", "O", "O"]]}, tokenizer, data, prepare_info())
+    assert not caplog.text

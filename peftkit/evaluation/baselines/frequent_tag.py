@@ -1,4 +1,4 @@
-"""The commonest tag of each word in training, and O for words that training lacks."""
+"""The commonest tag of each word in training; for words that training lacks O, or without it the commonest tag."""
 
 from __future__ import annotations
 
