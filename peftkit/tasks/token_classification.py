@@ -144,7 +144,8 @@ class TokenClassification(Task):
                 f"{evidence['open']} ends one without; mend the tags"
             )
         elif {"prefixed", "plain"} <= evidence.keys():
-            message = f"tags mix two schemes: {evidence['prefixed']} has a prefix, {evidence['plain']} has none; mend the tags"
+            both = f"{evidence['prefixed']} has a prefix, {evidence['plain']} has none"
+            message = f"tags mix two schemes: {both}; mend the tags"
         else:
             return
         raise DataError(message, file=row["_file"], line=row["_line"], column=data.label_columns[0])
@@ -262,8 +263,8 @@ class TokenClassification(Task):
                 unread = []
         if lost:
             log.warning(
-                "%d words with a tag have no token of their own, and count as not marked: this tokenizer leaves them out, "
-                "or joins them to the word before%s", len(lost), places(rows, sorted(set(lost))),
+                "%d words with a tag have no token of their own, and count as not marked: this tokenizer leaves them "
+                "out, or joins them to the word before%s", len(lost), places(rows, sorted(set(lost))),
             )  # fmt: skip
         return columns
 

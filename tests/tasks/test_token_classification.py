@@ -123,7 +123,7 @@ def test_an_inconsistent_sequence_is_one_message_with_its_place(bert, tmp_path, 
     rows = [([good, "king"], ["B-PER", "E-PER"]) for good in ("good", "bad", "new", "the")]
     assert tagged(bert, write(tmp_path / "good.jsonl", rows))[1] == ("O", "B-PER", "I-PER")  # without it all is well
     write(tmp_path / "rows.jsonl", [*rows, (["a", "king"], tags)])
-    text = refused(bert, tmp_path / "rows.jsonl", validation_size=0, test_size=0)
+    text = refused(bert, tmp_path / "rows.jsonl")
     assert message.format("rows.jsonl:5") in text.replace(f"{tmp_path}/", "")
 
 
