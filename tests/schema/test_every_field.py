@@ -61,7 +61,7 @@ TESTS = {
     "task[classification].problem_type": CLASSIFICATION + "test_whole_numbers_are_a_regression_when_the_recipe_says_so",
     "task[token_classification].scheme": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
     "task[token_classification].class_weights": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
-    "task[token_classification].stride": TOKENS + "test_each_word_is_learned_at_its_first_token",
+    "task[token_classification].stride": TOKENS + "test_stride_is_what_the_windows_of_a_text_share",
     "task[classification].label_smoothing": CLASSIFICATION + "test_cross_entropy_is_torchs_however_the_batch_is_cut",
     "task[classification].class_weights": CLASSIFICATION + "test_balanced_weights_are_those_of_scikit_learn",
     "task[classification].cosine_temperature": "heads/test_cosine.py::test_a_run_starts_where_its_classes_are",

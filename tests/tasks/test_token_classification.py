@@ -216,6 +216,19 @@ def test_each_word_is_learned_at_its_first_token(kind, tmp_path):
         assert tokens[word].startswith(tokenizer.decode([token]).strip().removeprefix("##"))
 
 
+def test_stride_is_what_the_windows_of_a_text_share(bert):
+    tokenizer, data = AutoTokenizer.from_pretrained(bert), recipe("base", "rows", max_length=14).data
+    row = TokenClassification().input_row((" ".join(["king"] * 36),))
+    rows = {name: [value] for name, value in row.items()}
+    cut = {}
+    for stride in (0, 3, 6, None):
+        ids = TokenClassification(stride=stride).encode(rows, tokenizer, data, prepare_info())["input_ids"]
+        cut[stride] = [len(each) - 2 for each in ids]
+    assert cut == {0: [12] * 3, 3: [12, 12, 12, 9], 6: [12] * 5, None: cut[3]}  # None is a quarter of 12
+    with pytest.raises(RecipeError, match=r"task\.stride=12 leaves nothing of a window of 12 tokens"):
+        TokenClassification(stride=12).encode(rows, tokenizer, data, prepare_info())
+
+
 def prepare_info():
     from peftkit.schema.types import TaskInfo
 
