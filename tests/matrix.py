@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "matrix"
 PAGE = ROOT / "docs" / "compatibility.md"
 UV = WORK / "uv" / "bin" / "uv"
-EXTRAS = ("demo", "dev", "excel", "gguf", "onnx", "quantization")
+EXTRAS = ("demo", "dev", "excel", "gguf", "onnx", "quantization", "serve")
 SHOWN = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "bitsandbytes")
 TESTS = """
     cli/test_cli.py data/test_pipeline_caches.py data/test_source_kinds.py data/test_table_formats.py
