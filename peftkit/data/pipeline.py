@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ class PreparedData:
     steps: tuple[CleaningStep, ...]
     fingerprint: str
     """SHA-256 over the rows of every split and the task's info, wherever the files are."""
+    rows_fingerprint: str
+    """The same without class weights: equal where runs can be compared."""
     sources: tuple[str, ...]
 
 
@@ -123,12 +125,16 @@ def _prepare(sources: list[Source], recipe: Recipe, folder: Path) -> None:
     strata = {name: _strata(rows, index) for name, index in splits.items()}
     steps += [CleaningStep(name, split, "reported", *what) for name, split, *what in task.review(strata, info)]
     copies = _augment(rows.data.select(splits["train"]), recipe, folder, steps)
-    digest = hashlib.sha256(json.dumps(asdict(info), sort_keys=True).encode())
+    known = (info, replace(info, class_weights=None))
+    digests = [hashlib.sha256(json.dumps(asdict(one), sort_keys=True).encode()) for one in known]
     for split, index in splits.items():
         np.save(folder / f"{split}.npy", index, allow_pickle=False)
-        digest.update(f"{split} {len(index)}".encode() + rows.digest[index].tobytes())
-    digest.update(copies.encode())
-    summary = {"info": asdict(info), "steps": [asdict(step) for step in steps], "fingerprint": digest.hexdigest()}
+        for digest in digests:
+            digest.update(f"{split} {len(index)}".encode() + rows.digest[index].tobytes())
+    for digest in digests:
+        digest.update(copies.encode())
+    fingerprints = dict(zip(("fingerprint", "rows_fingerprint"), [digest.hexdigest() for digest in digests]))
+    summary = {"info": asdict(info), "steps": [asdict(step) for step in steps], **fingerprints}
     (folder / "prepared.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
@@ -185,7 +191,8 @@ def _open_prepared(folder: Path, sources: tuple[str, ...]) -> PreparedData:
         copies = open_table(folder / "augmented.arrow")
         splits["train"] = concatenate_datasets([splits["train"], copies.cast(rows.features)])
     steps = tuple(CleaningStep(**_with_tuples(step)) for step in summary["steps"])
-    return PreparedData(splits, TaskInfo(**_with_tuples(summary["info"])), steps, summary["fingerprint"], sources)
+    info = TaskInfo(**_with_tuples(summary["info"]))
+    return PreparedData(splits, info, steps, summary["fingerprint"], summary["rows_fingerprint"], sources)
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

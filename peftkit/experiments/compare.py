@@ -230,7 +230,7 @@ def _refuse_other_rows(variants: Sequence[Variant]) -> None:
     for variant, recipe in zip(variants, plain):
         key = recipe.data.model_dump_json() + recipe.task.model_dump_json()
         if key not in fingerprints:
-            fingerprints[key] = prepare(recipe).fingerprint
+            fingerprints[key] = prepare(recipe).rows_fingerprint
         if len(set(fingerprints.values())) > 1:
             raise RecipeError(
                 f"'{variant.label}' would use other rows than '{variants[0].label}'"
@@ -267,7 +267,8 @@ def _groups_of(runs: Sequence[Path]) -> list[Group]:
 
 def _data_of(run: Path) -> str:
     about = run / "about.json"
-    fingerprint = json.loads(about.read_text(encoding="utf-8")).get("data") if about.is_file() else None
+    known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    fingerprint = known.get("rows") or known.get("data")
     if not fingerprint:
         raise RunError(f"{run}: expected the fingerprint of its data in about.json; train it again")
     return str(fingerprint)

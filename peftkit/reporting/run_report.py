@@ -34,6 +34,7 @@ class ConsoleReporter:
             "summary": summary(recipe),
             "where": session.describe(),
             "data": prepared.fingerprint,
+            "rows": prepared.rows_fingerprint,
             "splits": split_rows(encoded, recipe, session.device.type),
             "cleaning": [asdict(step) for step in prepared.steps if step.rows],
             "trainable": [asdict(part) for part in trainable_table(loaded.model)],

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 import peftkit
 from peftkit import replace
+from peftkit.data.pipeline import prepare
 from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs
 from peftkit.experiments.jobs import InProcessRunner, Outcome
@@ -200,6 +201,15 @@ def test_language_models_are_compared_by_their_loss_row_by_row(llama, tmp_path):
     assert other["difference"] == pytest.approx(other["value"] - rank[found.table["best"]]["value"], abs=1e-5)
     assert other["difference"] > 0
     assert found["zero shot"]["p_value"] < 0.01
+
+
+def test_class_weights_leave_the_rows_the_same(quick):
+    weighted = replace(quick, task={"class_weights": "balanced"})
+    plain, other = prepare(quick), prepare(weighted)
+    assert other.info.class_weights
+    assert (plain.rows_fingerprint == other.rows_fingerprint, plain.fingerprint == other.fingerprint) == (True, False)
+    fewer = prepare(replace(quick, data={"limit": 30}))
+    assert fewer.rows_fingerprint != plain.rows_fingerprint
 
 
 def test_variants_that_would_not_see_the_same_rows_are_refused(quick, compared, tmp_path):
