@@ -71,25 +71,32 @@ def shard_batch(
     world_size: int,
     micro_batch: int | None = None,
     micro_tokens: int | None = None,
+    unpadded: bool = False,
 ) -> list[MicroBatch]:
     """One process's micro-batches of a global batch; every process gets the same number of them.
 
     Rows are dealt out in turn, ordered by length, so that the processes have similar amounts of work. A micro-batch has
-    at most ``micro_batch`` rows and ``micro_tokens`` padded tokens, or a single row.
+    at most ``micro_batch`` rows and ``micro_tokens`` padded tokens, or a single row; ``unpadded`` ones have rows of one
+    length.
     """
     order = batch[np.argsort(lengths[batch], kind="stable")]
     dealt = [order[each::world_size] for each in range(world_size)]
-    shards = [split_by_budget(rows, lengths, micro_batch, micro_tokens) for rows in dealt]
+    shards = [split_by_budget(rows, lengths, micro_batch, micro_tokens, unpadded=unpadded) for rows in dealt]
     micro_batches = [MicroBatch(rows) for rows in shards[rank]]
     return micro_batches + [MicroBatch(order[:1], counts=False)] * (max(map(len, shards)) - len(micro_batches))
 
 
-def split_by_budget(rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None) -> list[np.ndarray]:
-    """Splits an ordered list of rows into batches of at most ``most`` rows and ``tokens`` padded tokens, or one row."""
+def split_by_budget(
+    rows: np.ndarray, lengths: np.ndarray, most: int | None, tokens: int | None, *, unpadded: bool = False
+) -> list[np.ndarray]:
+    """Splits an ordered list of rows into batches of at most ``most`` rows and ``tokens`` padded tokens, or one row.
+
+    With ``unpadded``, a batch has rows of one length.
+    """
     batches, start, longest = [], 0, 0
     for end, length in enumerate(lengths[rows].tolist()):
-        longest, many = max(longest, length), end + 1 - start
-        if many > 1 and ((most and many > most) or (tokens and longest * many > tokens)):
+        other, longest, many = unpadded and length != longest, max(longest, length), end + 1 - start
+        if many > 1 and (other or (most and many > most) or (tokens and longest * many > tokens)):
             batches.append(rows[start:end])
             start, longest = end, length
     return [*batches, rows[start:]] if len(rows) else []
@@ -100,9 +107,15 @@ def pass_tokens(training: TrainingConfig, device: str) -> int:
     return training.micro_batch_tokens or PASS_TOKENS.get(device, OTHER_PASS_TOKENS)
 
 
-def by_length(lengths: np.ndarray, size: int | None = None, tokens: int | None = None) -> list[np.ndarray]:
-    """Batches of at most ``size`` rows and ``tokens`` padded tokens, longest first: too large a batch fails at once."""
-    return split_by_budget(np.argsort(-lengths, kind="stable"), lengths, size or EVALUATION_ROWS, tokens)
+def by_length(
+    lengths: np.ndarray, size: int | None = None, tokens: int | None = None, *, unpadded: bool = False
+) -> list[np.ndarray]:
+    """Batches of at most ``size`` rows and ``tokens`` padded tokens, longest first: too large a batch fails at once.
+
+    ``unpadded`` ones have rows of one length.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    return split_by_budget(order, lengths, size or EVALUATION_ROWS, tokens, unpadded=unpadded)
 
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:

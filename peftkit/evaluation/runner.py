@@ -25,6 +25,7 @@ def predict(
     device: torch.device,
     batch_size: int | None = None,
     tokens: int | None = None,
+    unpadded: bool = False,
     autocast: Callable[[], Any] | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -36,6 +37,7 @@ def predict(
     Args:
         forward: a TaskModule in eval mode.
         batch_size, tokens: most rows and padded tokens per batch; batches are cut by length, longest first.
+        unpadded: whether a batch has rows of one length.
         autocast: returns a context for each forward pass.
         rank, world_size: this process's share; the results of all are gathered on every process.
         progress: called with the number of rows done.
@@ -45,7 +47,7 @@ def predict(
     Returns:
         Arrays whose first dimension is the examples, in the split's order.
     """
-    batches = by_length(split.lengths, batch_size, tokens)
+    batches = by_length(split.lengths, batch_size, tokens, unpadded=unpadded)
     parts: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for number in range(0, len(batches), world_size):
         if should_stop and should_stop():

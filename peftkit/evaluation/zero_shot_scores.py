@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.models.architectures import check_pools
+from peftkit.models.architectures import check_pools, reads_padding
 from peftkit.models.blocks import text_encoder
 from peftkit.models.context import usable_length
 from peftkit.models.packing import eval_modules
@@ -63,6 +63,7 @@ def _embed(model: Any, tokenizer: Any, texts: Sequence[str], limit: int, batch_s
     model = text_encoder(model)
     order = np.argsort([-len(text) for text in texts], kind="stable")
     vectors: dict[int, np.ndarray] = {}
+    batch_size = 1 if reads_padding(model) else batch_size
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         batch = tokenizer(

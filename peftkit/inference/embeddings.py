@@ -19,7 +19,7 @@ from peftkit.errors import ModelError, RunError
 from peftkit.export.loading import LoadedExport
 from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes, pooled_logits
-from peftkit.models.architectures import check_pools
+from peftkit.models.architectures import check_pools, reads_padding
 from peftkit.models.blocks import text_encoder, unwrap
 from peftkit.models.context import usable_length
 from peftkit.models.loading import sentence_pooling, writes_text
@@ -69,7 +69,7 @@ class Embedder:
             columns["token_type_ids"] = encoded["token_type_ids"]
         lengths = np.array([len(ids) for ids in rows], dtype=np.int32)
         device = next(self.model.parameters()).device
-        batches = by_length(lengths, batch_size, self.tokens)
+        batches = by_length(lengths, batch_size, self.tokens, unpadded=reads_padding(self.model))
         pooled = [
             self._pooled({name: [values[row] for row in batch] for name, values in columns.items()}, device)
             for batch in batches

@@ -126,9 +126,10 @@ class LoadedRun(LoadedExport):
         self.merge()
         device = next(self.model.parameters()).device
         dtype = dtypes.dtype_for(self.recipe.model, device)
+        module = TaskModule(self.loaded, self.head)
         return runner.predict(
-            TaskModule(self.loaded, self.head), split, self.tokenizer, device=device,
-            batch_size=batch_size, tokens=pass_tokens(self.recipe.training, device.type),
+            module, split, self.tokenizer, device=device, batch_size=batch_size,
+            tokens=pass_tokens(self.recipe.training, device.type), unpadded=module.unpadded,
             autocast=lambda: dtypes.autocast(dtype, device),
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ModelError
 
@@ -90,12 +90,17 @@ def reads_ahead(config: PreTrainedConfig) -> bool:
     return can_read_ahead and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False)
 
 
+def reads_padding(model: Any) -> bool:
+    """Whether a row's scores depend on the padding of its batch, so that micro-batches must have rows of one length."""
+    return getattr(getattr(model, "config", None), "model_type", None) in READS_PADDING
+
+
 def padding_note(config: PreTrainedConfig) -> str | None:
     """A note for the user where the scores of a row depend on the padding of its batch."""
     reason = READS_PADDING.get(config.model_type)
     if reason is None:
         return None
     return (
-        f"{config.model_type} reads padding through {reason}: the scores of a row shift with the longest row of its "
-        "batch; batches of one row avoid it"
+        f"{config.model_type} reads padding through {reason}: micro-batches have rows of one length, which is slower; "
+        "where other libraries pad, the scores of a row shift with its batch"
     )

@@ -9,9 +9,10 @@ import psutil
 import torch
 
 from peftkit.models import dtypes
+from peftkit.models.architectures import READS_PADDING
 from peftkit.models.inventory import TablePart, trainable_table
 from peftkit.models.meta_model import build_meta_model, weight_file_bytes
-from peftkit.models.sources import folder_of, resolve
+from peftkit.models.sources import check_config, folder_of, resolve
 from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
@@ -90,6 +91,8 @@ class PlanInputs:
     machine: Machine
     loader_bytes: int
     file_bytes: int
+    unpadded: bool = False
+    """Whether micro-batches have rows of one length."""
 
 
 def collect_inputs(recipe: Recipe, device: Device) -> PlanInputs:
@@ -104,11 +107,12 @@ def collect_inputs(recipe: Recipe, device: Device) -> PlanInputs:
     prepared = prepare(recipe)
     encoded = encode(prepared, tokenizer, recipe)
     loader = max(0, psutil.Process().memory_info().rss - before)
-    files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
+    folder = folder_of(resolve(recipe.model), weights=False)
+    files, unpadded = weight_file_bytes(folder), check_config(folder).get("model_type") in READS_PADDING
     decoder = head_of(prepared.info, recipe.task).writes_text
     threads = recipe.training.threads or cores()
     machine = machines.for_device(on_gpu=device.gpu, threads=threads, decoder=decoder)
-    return PlanInputs(tokenizer, prepared.info, encoded, machine, loader, files)
+    return PlanInputs(tokenizer, prepared.info, encoded, machine, loader, files, unpadded)
 
 
 def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs | None = None) -> Plan:
@@ -120,7 +124,7 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
     silence_libraries()
     device = device or local_device()
     inputs = inputs or collect_inputs(recipe, device)
-    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu")
+    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu", unpadded=inputs.unpadded)
     return plan_workload(recipe, device, inputs, workload)
 
 

@@ -69,15 +69,17 @@ def _plan(
     recipe: Recipe, info: TaskInfo, tokenizer: Any, encoded: EncodedData, metrics: Mapping[str, Any], device: Any,
     world_size: int, machine: Machine,
 ) -> Plan:  # fmt: skip
+    from peftkit.models.architectures import READS_PADDING
     from peftkit.models.meta_model import weight_file_bytes
-    from peftkit.models.sources import folder_of, resolve
+    from peftkit.models.sources import check_config, folder_of, resolve
     from peftkit.planning.devices import local_device
     from peftkit.planning.plan import PlanInputs, plan_workload
     from peftkit.planning.workload import data_workload
 
     recipe = replace(recipe, training={"micro_batch": metrics.get("micro_batch")})
     tables = sum(int(split.examples.data.nbytes) for split in encoded.splits.values())
-    files = weight_file_bytes(folder_of(resolve(recipe.model), weights=False))
-    inputs = PlanInputs(tokenizer, info, encoded, machine, tables, files)
-    workload = data_workload(recipe, encoded, device.type, world_size=world_size)
+    folder = folder_of(resolve(recipe.model), weights=False)
+    files, unpadded = weight_file_bytes(folder), check_config(folder).get("model_type") in READS_PADDING
+    inputs = PlanInputs(tokenizer, info, encoded, machine, tables, files, unpadded)
+    workload = data_workload(recipe, encoded, device.type, world_size=world_size, unpadded=unpadded)
     return plan_workload(recipe, local_device(gpu=device.type == "cuda"), inputs, workload)

@@ -38,8 +38,13 @@ class Workload:
         return max(self.evaluation, key=Shape.size)
 
 
-def data_workload(recipe: Recipe, encoded: Any, device: str, *, world_size: int = 1) -> Workload:
-    """The workload of a recipe on its encoded data; of several processes, the first one's."""
+def data_workload(
+    recipe: Recipe, encoded: Any, device: str, *, world_size: int = 1, unpadded: bool = False
+) -> Workload:
+    """The workload of a recipe on its encoded data; of several processes, the first one's.
+
+    ``unpadded``: whether micro-batches have rows of one length.
+    """
     training, train = recipe.training, encoded.splits["train"]
     lengths = np.minimum(train.lengths, recipe.data.max_length)  # a smaller limit may be planned than was encoded with
     tokens, packed = pass_tokens(training, device), "position_ids" in train.examples.column_names
@@ -53,12 +58,14 @@ def data_workload(recipe: Recipe, encoded: Any, device: str, *, world_size: int 
 
     shapes, accumulates = [], False
     for batch in epoch_batches(lengths, training, 0):
-        shard = shard_batch(batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens)
+        shard = shard_batch(
+            batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens, unpadded=unpadded
+        )
         accumulates = accumulates or len(shard) > 1
         shapes += [shape(micro_batch.rows, lengths, train.weights) for micro_batch in shard]
     validation = encoded.splits["validation"]
     validation_lengths = np.minimum(validation.lengths, recipe.data.max_length)
-    batches = by_length(validation_lengths, recipe.evaluation.batch_size, tokens)
+    batches = by_length(validation_lengths, recipe.evaluation.batch_size, tokens, unpadded=unpadded)
     per_epoch = steps_per_epoch(lengths, training)
     steps = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
     evaluation = tuple(shape(batch, validation_lengths, validation.weights) for batch in batches)

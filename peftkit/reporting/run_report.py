@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from peftkit.data.batching import epoch_batches, padding_share, pass_tokens, shard_batch
+from peftkit.models.architectures import reads_padding
 from peftkit.models.inventory import trainable_table
 from peftkit.planning import prediction
 from peftkit.reporting import html, tables
@@ -35,7 +36,7 @@ class ConsoleReporter:
             "where": session.describe(),
             "data": prepared.fingerprint,
             "rows": prepared.rows_fingerprint,
-            "splits": split_rows(encoded, recipe, session.device.type),
+            "splits": split_rows(encoded, recipe, session.device.type, unpadded=reads_padding(loaded.model)),
             "cleaning": [asdict(step) for step in prepared.steps if step.rows],
             "trainable": [asdict(part) for part in trainable_table(loaded.model)],
             "notes": [*session.notes, *loaded.notes],
@@ -75,7 +76,7 @@ def summary(recipe: Recipe) -> str:
     return f"{recipe.method.kind} on {recipe.model.source}{storage}, {recipe.task.kind} of {source}"
 
 
-def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]]:
+def split_rows(encoded: Any, recipe: Recipe, device: str, *, unpadded: bool = False) -> list[dict[str, Any]]:
     """One row per split: examples, tokens, longest, truncated, and the padding of one process's micro-batches."""
     rows = []
     for name, split in encoded.splits.items():
@@ -97,6 +98,7 @@ def split_rows(encoded: Any, recipe: Recipe, device: str) -> list[dict[str, Any]
                 for micro in shard_batch(
                     batch, split.lengths, rank=0, world_size=1, micro_tokens=pass_tokens(training, device),
                     micro_batch=training.micro_batch if isinstance(training.micro_batch, int) else None,
+                    unpadded=unpadded,
                 )
             ]  # fmt: skip
             row["padding"] = f"{padding_share(split.lengths, micro_batches):.1%} in {len(batches)} batches"

@@ -92,7 +92,7 @@ class FeaturePlan:
         out = np.lib.format.open_memmap(file, mode="w+", dtype=store.STORED[self.dtype], shape=shape)
         tokens = pass_tokens(self.recipe.training, self.session.device.type)
         with progress_bar(f"features of {name}", len(split.lengths), shown=self.session.is_main) as advance:
-            for batch in by_length(split.lengths, BATCH_ROWS, tokens):
+            for batch in by_length(split.lengths, BATCH_ROWS, tokens, unpadded=self.module.unpadded):
                 hidden, mask = self._capture(split, batch)
                 if self.trunk.per_row:
                     out[batch] = store.as_array(hidden)
@@ -117,7 +117,7 @@ class FeaturePlan:
 
     def _is_correct(self, split: EncodedSplit, path: Path) -> bool:
         """Whether a few rows, computed again, have the stored features."""
-        rows = probe_rows(split)
+        rows = probe_rows(split)[-1:] if self.module.unpadded else probe_rows(split)
         hidden, mask = self._capture(split, rows)
         stored = self._open(split, path).batch(rows, self.tokenizer)[FEATURES]
         if not self.trunk.per_row:

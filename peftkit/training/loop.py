@@ -231,7 +231,7 @@ class Loop:
         trim_heap()  # its batches have other shapes than training's, which fragments the heap
         outputs = predict(
             self.module, split, self.tokenizer, device=self.session.device,
-            batch_size=self.recipe.evaluation.batch_size,
+            batch_size=self.recipe.evaluation.batch_size, unpadded=self.stepper.unwrapped.unpadded,
             tokens=pass_tokens(self.recipe.training, self.session.device.type),
             autocast=self.session.accelerator.autocast, rank=self.session.rank, world_size=self.session.world_size,
             progress=lambda _: self.session.watchdog.report_progress(),

@@ -15,6 +15,7 @@ from peftkit.data.batching import MicroBatch, pass_tokens, shard_batch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
+from peftkit.models.architectures import reads_padding
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
@@ -30,6 +31,8 @@ class TaskModule(torch.nn.Module):
         self.head, self.pooling = head, loaded.pooling
         # block classes, each sharded on its own by FSDP
         self._no_split_modules = list(getattr(loaded.model, "_no_split_modules", None) or [])
+        self.unpadded = reads_padding(loaded.model)
+        """Whether batches must have rows of one length."""
         self.trunk: FrozenTrunk | None = None
         """The frozen lower part of the model; it stays in evaluation mode."""
         self._mode: bool | None = None  # set by ``train``
@@ -104,9 +107,15 @@ class Stepper:
         """Maximum rows per micro-batch."""
 
     @functools.cached_property
+    def unwrapped(self) -> TaskModule:
+        """The module without Accelerate's wrappers; cached, since unwrapping searches all of its modules."""
+        module: TaskModule = self.session.accelerator.unwrap_model(self.module)
+        return module
+
+    @property
     def model(self) -> Any:
-        """The model that the method built; cached, since unwrapping searches all of its modules."""
-        return self.session.accelerator.unwrap_model(self.module).model
+        """The model that the method built."""
+        return self.unwrapped.model
 
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """Run one optimizer step on a global batch of row numbers."""
@@ -134,7 +143,7 @@ class Stepper:
         session = self.session
         return shard_batch(
             batch, self.split.lengths, rank=session.rank, world_size=session.world_size, micro_batch=self.micro_batch,
-            micro_tokens=pass_tokens(self.recipe.training, session.device.type),
+            micro_tokens=pass_tokens(self.recipe.training, session.device.type), unpadded=self.unwrapped.unpadded,
         )  # fmt: skip
 
     def accumulate(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:

@@ -295,7 +295,7 @@ def cell(case: Case, found: SimpleNamespace) -> str:
         notes.append(f"no gradient reaches {shown}" + (", …" if len(modules) > SHOWN else ""))
     if found.alone >= 1e-4:
         notes.append(
-            f"scores shift with the padding of a batch, which it reads through {READS_PADDING[case.model_type]}"
+            f"reads padding through {READS_PADDING[case.model_type]}, so micro-batches have rows of one length"
         )
     if reason := PEFT_LOSES.get(case.model_type):
         return "; ".join([f"trained, but not exported: {reason}", *notes])

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+import peftkit
+from peftkit import replace
+from peftkit.data.pipeline import EncodedSplit
 from peftkit.errors import ModelError
 from peftkit.evaluation import zero_shot_scores
 from peftkit.evaluation.baselines.zero_shot import ZeroShot
@@ -103,7 +107,34 @@ def test_funnel_is_skipped_by_the_zero_shot_baseline_with_a_note(tmp_path):
     result = ZeroShot().compute(inputs)
     assert not result.metrics
     assert result.note.startswith("skipped: funnel gives ")
-    assert "batches of one row" in padding_note(classifier.config)
+    assert "rows of one length" in padding_note(classifier.config)
+
+
+@pytest.mark.parametrize("layers", ["all", 1])
+def test_a_model_that_reads_padding_never_sees_any(base, small_recipe, layers, monkeypatch):
+    recipe = replace(
+        small_recipe, model={"source": str(base("fnet"))}, training={"epochs": 1},
+        method={"target_modules": ["dense"], "layers": None if layers == "all" else [1]},
+    )  # fmt: skip
+    batches = []
+    collate = EncodedSplit.batch
+    monkeypatch.setattr(EncodedSplit, "batch", lambda split, rows, tokenizer: batches.append(
+        [len(split.examples[int(row)]["input_ids"]) for row in rows]) or collate(split, rows, tokenizer))  # fmt: skip
+    run = peftkit.train(recipe, quiet=True)
+    assert max(map(len, batches)) > 1
+    model = peftkit.load(run.path)
+    texts = ["a good film", "the bank and the price of oil", "play the game", "the team and the player won the match"]
+    together, vectors = model.logits(texts), model.embed(texts)
+    alone = np.concatenate([model.logits(text) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(vectors, np.concatenate([model.embed(text) for text in texts]), atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "adapter")
+    padded = model.model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.detach().numpy()
+    assert np.abs(padded - alone).max() > 1e-4, "padding would change its scores"
+    lengths = {length for batch in batches for length in batch}
+    assert len(lengths) > 1
+    probes = [batch for batch in batches if len(set(batch)) > 1]
+    assert len(probes) <= 1, "but for the probe that looks for a frozen trunk"
 
 
 def test_xlnet_pads_on_the_left_and_others_on_the_right(base, bert):
