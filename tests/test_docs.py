@@ -116,6 +116,10 @@ def _one_core():
     os.sched_setaffinity(0, cores)
 
 
+OTHER_RUNS = {"entities": "entities", "pairs": "similarity", "retrieval": "similarity"}
+"""Which tiny run a word in a documented run's name stands for."""
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, bert, llama):
     """The files that docs name, and one tiny run of each kind."""
@@ -129,6 +133,7 @@ def workspace(tmp_path_factory, bert, llama):
         "classifier": ("own_csv", bert, {"source": "reviews.csv", "text": "review", "label": "stars"}),
         "language": ("style_own_text", llama, {"source": "my_texts", "max_length": 64}),
         "entities": ("own_entities", bert, {"source": "spans.jsonl", "max_length": 64}),
+        "similarity": ("own_retrieval", bert, {"source": "pairs.csv", "max_length": 64}),
     }
     runs = {}
     with contextlib.chdir(folder):
@@ -150,6 +155,12 @@ def write_files(folder: Path) -> None:
     for name in ("reviews.csv", "rows.csv", "texts.csv", "more.csv"):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("review", "stars", "text"), *((text, label, text) for text, label in reviews)])
+    for name in ("pairs.csv", "passages.csv"):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            header = ("question", "passage", "text", "text_pair", "label")
+            rows = [(f"{word} {n}", f"the {word} of {n}", f"{word} a{n}", f"{word} b{n}", n % 5)
+                    for n, word in enumerate(tiny.WORDS[:40])]  # fmt: skip
+            csv.writer(file).writerows([header, *rows])
     lines(folder / "spans.jsonl", [
         {"text": f"{word} king {n}", "spans": [{"start": len(word) + 1, "end": len(word) + 5, "label": "person"}]}
         for n, word in enumerate(tiny.WORDS[:30])
@@ -176,7 +187,9 @@ def run_folder(word: str, runs: dict[str, Path], *, language: bool = False) -> s
     def real(match: re.Match[str]) -> str:
         there = sorted(Path("runs").glob(f"{match[1]}-2*"))
         kind = "language" if language or LANGUAGE.search(match[1]) else "classifier"
-        return str(there[-1] if there else runs["entities" if "entities" in match[1] else kind])
+        return str(
+            there[-1] if there else runs[next((name for word, name in OTHER_RUNS.items() if word in match[1]), kind)]
+        )
 
     return re.sub(r"runs/([\w-]+?)-…", real, word)
 

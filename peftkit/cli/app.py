@@ -54,6 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": experiments.tune,
     "predict": inference.predict,
     "embed": inference.embed,
+    "search": inference.search,
     "generate": inference.generate,
     "chat": inference.chat,
     "export": models.export,

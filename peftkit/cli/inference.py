@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ``predict``, ``embed``, ``generate``, ``chat``."""
+"""Commands that use a trained model: ``predict``, ``embed``, ``search``, ``generate``, ``chat``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peftkit.cli.commands import Delimiter, Merge, RunFolder, given, report
+from peftkit.cli.commands import AsJson, Delimiter, Merge, RunFolder, given, report
 from peftkit.errors import RunError
 
 Texts = Annotated[
@@ -61,6 +61,30 @@ def embed(
     count = embed_file.embed_file(source, file=file, column=column, out=out, normalize=normalize, pair=pair)
     if out:
         report(f"wrote {count} vectors to {out}")
+
+
+def search(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, or a base: hub id, ./folder or package:NAME."),
+    ],
+    corpus: Annotated[Path, typer.Option(help="Texts to search: csv, tsv, jsonl, xlsx, txt and others.")],
+    query: Annotated[
+        list[str] | None, typer.Option(help="What to search for; may be repeated. Default: one per line from stdin.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Show this many texts for each query.")] = 5,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of the texts. Default: the recipe's second text, or its text."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the texts of a file that are most like a query, by the cosine of their vectors."""
+    from peftkit.inference import search as searching
+
+    queries = query or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    answers = searching.search_file(source, corpus=corpus, queries=queries, top=top, column=column)
+    searching.show(queries, answers, as_json=as_json)
 
 
 def generate(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ExportError
-from peftkit.export import card, manifest, native_adapters, proof
+from peftkit.export import card, library_files, manifest, native_adapters, proof
 from peftkit.export.folder import open_export
 from peftkit.export.formats.merged import Merged
 from peftkit.export.manifest import Manifest
@@ -76,8 +76,11 @@ def save(folder: Path, loaded: LoadedModel, recipe: Recipe, contents: Manifest, 
         del config.quantization_config  # the adapter fits the unquantized base as well; the card reports the training
     if contents.saves == "model":
         config.dtype = "float32"
-    config.save_pretrained(folder)
+    if contents.saves == "model" or not contents.head.embeds:
+        config.save_pretrained(folder)
+    # else the base's config serves: with one of its own, sentence-transformers would take the folder for a whole model
     loaded.tokenizer.save_pretrained(folder)
+    library_files.write(folder, contents, model.config, loaded.tokenizer)
     manifest.write(folder, contents)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / "metrics.json", metrics)

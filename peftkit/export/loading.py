@@ -125,7 +125,8 @@ def check_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: expected peft's adapter configuration, found no peft_type in it")
     if config.get("auto_mapping"):
         raise ModelError(f"{file}: auto_mapping names a class to import, which peftkit never does; remove it")
-    check_config(folder)
+    if (folder / "config.json").is_file():  # exports of embedding models use the base's
+        check_config(folder)
     return config
 
 

@@ -50,7 +50,7 @@ class Manifest:
     """adapter, model, or the name of another export format."""
     task: str
     info: Annotated[TaskInfo, AfterValidator(_check_head)]
-    pooling: Literal["own", "mean", "cls"]
+    pooling: Literal["own", "mean", "cls", "last"]
     heads: tuple[str, ...]
     auto_class: str
     """The class of transformers that loads the base."""

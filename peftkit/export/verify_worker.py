@@ -51,7 +51,8 @@ def load_transformers(job, folder):
 
 def load_base(job, auto, dtype):
     """The base in the precision in which the adapter was trained over it."""
-    arguments = {"config": transformers.AutoConfig.from_pretrained(job["folder"])}
+    own = (Path(job["folder"]) / "config.json").is_file()
+    arguments = {"config": transformers.AutoConfig.from_pretrained(job["folder"] if own else job["base"])}
     if job["revision"]:
         arguments["revision"] = job["revision"]
     quantization = job["quantization"] or {}
@@ -81,8 +82,9 @@ def cast_unpacked(base, dtype):
 
 
 def logits(model, inputs, pooling):
-    """[rows, labels] of a classifier, [tokens, vocabulary] of a language model."""
-    scores = torch.as_tensor(model(**inputs).logits).float()
+    """[rows, labels] of a classifier, [rows, width] of an embedding model, [tokens, vocabulary] of a language model."""
+    outputs = model(**inputs)
+    scores = torch.as_tensor(outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state).float()
     mask = inputs["attention_mask"]
     if scores.dim() == 2:
         return scores
@@ -91,6 +93,8 @@ def logits(model, inputs, pooling):
         return (scores * weights).sum(1) / weights.sum(1)
     if pooling == "cls":
         return scores[torch.arange(len(scores)), mask.int().argmax(1)]
+    if pooling == "last":
+        return scores[torch.arange(len(scores)), (torch.arange(mask.shape[1]) * mask).argmax(1)]
     # the logits of a learned prompt come before those of the row's own tokens
     return scores[:, -mask.shape[1] :][mask.bool()]
 

@@ -47,18 +47,18 @@ def embed_file(
     """
     with process_group.init_process_group() as group:
         group.run_on_main(lambda: texts.check_files(file, out, WRITERS))
-        run = group.run_collectively(lambda: _open_run(source))
+        run = group.run_collectively(lambda: open_run(source))
         data = run.recipe.data if run else None
-        pair = pair or (data.text_pair if data else None)
+        pair = pair or (run.recipe.data.text_pair if run and run.recipe.task.joins_pair else None)
         columns = [column or (data.text if data else "text"), *([pair] if pair else [])]
         rows = texts.InputTexts(file, columns, data)
         group.run_on_main(rows.check)
-        model = group.main_first(lambda: _embedder(run or source, group.device))
+        model = group.main_first(lambda: embedder(run or source, group.device))
         chunks = _embed(model, group, group.chunks(iter(rows), CHUNK), columns, normalize)
         return _write(chunks, out) if group.is_main else sum(len(rows) for rows, _ in chunks)
 
 
-def _open_run(source: str) -> ExportFolder | None:
+def open_run(source: str) -> ExportFolder | None:
     """The run that ``source`` names; None for a base model."""
     folder = Path(source)
     try:
@@ -70,7 +70,8 @@ def _open_run(source: str) -> ExportFolder | None:
     return open_export(folder)
 
 
-def _embedder(source: ExportFolder | str, device: str | None) -> Embedder:
+def embedder(source: ExportFolder | str, device: str | None) -> Embedder:
+    """What embeds texts, from a run or a base model."""
     if isinstance(source, str):
         return embeddings.of_model(source, device=device)
     return embeddings.of_run(load_exported(source, device=device))

@@ -83,11 +83,7 @@ class Embedder:
             hidden = self.model(**batch).last_hidden_state
         mask = batch["attention_mask"]
         check_pools(self.model.config, hidden.shape[1], mask.shape[1])
-        if self.pooling == "last":
-            last = (torch.arange(mask.shape[1], device=device) * mask).argmax(-1)
-            pooled = hidden[torch.arange(len(hidden), device=device), last]
-        else:
-            pooled = pooled_logits.pool(hidden, mask, self.pooling)
+        pooled = pooled_logits.pool(hidden, mask, self.pooling)
         return pooled.float().cpu().numpy()
 
 
@@ -103,7 +99,7 @@ def of_run(run: LoadedExport) -> Embedder:
                 f"{run.path}: method '{run.manifest.method}' puts learned tokens before a text, and cannot embed it"
             )
     model = unwrap(run.model)
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = model.base_model
     pooling = run.loaded.pooling
     if pooling == "own":
         pooling = _own_pooling(folder_of(resolve(run.recipe.model)), backbone.config)  # type: ignore[assignment]

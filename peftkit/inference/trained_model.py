@@ -127,11 +127,12 @@ class LoadedRun(LoadedExport):
         device = next(self.model.parameters()).device
         dtype = dtypes.dtype_for(self.recipe.model, device)
         module = TaskModule(self.loaded, self.head)
-        return runner.predict(
+        outputs = runner.predict(
             module, split, self.tokenizer, device=device, batch_size=batch_size,
             tokens=pass_tokens(self.recipe.training, device.type), unpadded=module.unpadded,
             autocast=lambda: dtypes.autocast(dtype, device),
         )  # fmt: skip
+        return dict(self.head.complete(outputs))
 
     def embed(
         self, texts: Text | Sequence[Text], *, normalize: bool = False, batch_size: int | None = None

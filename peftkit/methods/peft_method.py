@@ -73,5 +73,6 @@ class LinearLayerMethod(PeftMethod):
 
 def task_type(loaded: LoadedModel) -> str | None:
     """peft's name for what the model does; None where it has no wrapper of its own for it."""
-    kinds = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
-    return kinds.get(loaded.auto_class.removeprefix("AutoModelFor"))
+    kinds = {"AutoModel": "FEATURE_EXTRACTION", "AutoModelForCausalLM": "CAUSAL_LM"}
+    kinds |= {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS"}
+    return kinds.get(loaded.auto_class)

@@ -154,7 +154,12 @@ class PrefixTuning(LearnedPrompt):
 
 
 def check_pooling(kind: str, recipe: Recipe) -> None:
-    """Raises MethodError for a classifier that pools over tokens."""
+    """Raises MethodError for a classifier that pools over tokens, and for sentence embeddings."""
+    if any(head.embeds for head in possible_heads(recipe.task)):
+        raise MethodError(
+            f"method.kind={kind} puts a learned prompt before the tokens, which an embedding of the text would mix "
+            "with them; use method.kind=lora"
+        )
     if recipe.model.pooling in {"mean", "cls"} and any(head.pools for head in possible_heads(recipe.task)):
         raise MethodError(
             f"method.kind={kind} puts a learned prompt before the tokens, which model.pooling={recipe.model.pooling} "

@@ -96,6 +96,7 @@ def linear_names(model: nn.Module, head_names: Collection[str] = ()) -> list[str
         if isinstance(module, (nn.Linear, Conv1D)) or all(hasattr(module, attribute) for attribute in packed)
         if module is not output and not in_head(name, head_names) and not _computes_more(module)
         if bypassed is None or not name.endswith(bypassed)
+        if not name.startswith("pooler.")  # of a backbone without a head, whose hidden states are read instead
     ]
 
 

@@ -55,10 +55,11 @@ def plain_logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) ->
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """[rows, tokens, width] → [rows, width]: the mean of the unmasked tokens ("mean") or the first of them ("cls")."""
-    if pooling == "cls":
-        first = mask.int().argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    """[rows, tokens, width] → [rows, width]: the mean of the unmasked tokens, or the first ("cls") or last of them."""
+    if pooling in ("cls", "last"):
+        places = torch.arange(mask.shape[1], device=mask.device)
+        one = mask.int().argmax(dim=1) if pooling == "cls" else (places * mask).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), one]
     weights = mask.to(torch.float32).unsqueeze(-1)
     return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 

@@ -46,7 +46,8 @@ def data_workload(
     ``unpadded``: whether micro-batches have rows of one length.
     """
     training, train = recipe.training, encoded.splits["train"]
-    lengths = np.minimum(train.lengths, recipe.data.max_length)  # a smaller limit may be planned than was encoded with
+    longest = recipe.data.max_length * recipe.task.texts_per_row(recipe.data)
+    lengths = np.minimum(train.lengths, longest)  # a smaller limit may be planned than was encoded with
     tokens, packed = pass_tokens(training, device), "position_ids" in train.examples.column_names
     rows = training.micro_batch if isinstance(training.micro_batch, int) else None
     counts_tokens = all(head.scores_tokens for head in possible_heads(recipe.task))
@@ -64,7 +65,7 @@ def data_workload(
         accumulates = accumulates or len(shard) > 1
         shapes += [shape(micro_batch.rows, lengths, train.weights) for micro_batch in shard]
     validation = encoded.splits["validation"]
-    validation_lengths = np.minimum(validation.lengths, recipe.data.max_length)
+    validation_lengths = np.minimum(validation.lengths, longest)
     batches = by_length(validation_lengths, recipe.evaluation.batch_size, tokens, unpadded=unpadded)
     per_epoch = steps_per_epoch(lengths, training)
     steps = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)

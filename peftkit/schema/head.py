@@ -54,6 +54,10 @@ class Head(ABC):
     """Whether new layers on top of the base are trained, and saved in full; else the base's own output is used."""
     pools: ClassVar[bool] = False
     """Whether the tokens of a row become one vector, as ``model.pooling`` says."""
+    embeds: ClassVar[bool] = False
+    """Whether that vector is the answer itself, so that it is pooled as the base's own sentence embeddings are."""
+    compares_rows: ClassVar[bool] = False
+    """Whether the loss compares the rows of a global batch with each other: see ``vectors`` and ``batch_loss``."""
     scores_tokens: ClassVar[bool] = False
     """Whether the loss is over tokens, so that an example's ``weight`` counts its scored tokens."""
     writes_text: ClassVar[bool] = False
@@ -104,6 +108,28 @@ class Head(ABC):
     @abstractmethod
     def outputs(self, model: torch.nn.Module, batch: Batch, pooling: str) -> dict[str, torch.Tensor]:
         """What evaluation needs of each row, first dimension = rows; always ``loss`` and ``weight`` [rows] fp32."""
+
+    def vectors(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
+        """[texts, width] fp32: what ``batch_loss`` compares; for a head that ``compares_rows``.
+
+        A global batch of several micro-batches is embedded twice: first without gradients, so that the loss of the
+        whole batch and its gradient by these vectors are known, then each micro-batch with it (GradCache, Gao et al.
+        2021, arXiv:2101.06983). The gradient of the weights is that of the whole batch at once.
+        """
+        raise NotImplementedError
+
+    def batch_loss(self, vectors: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The loss of a global batch from its vectors, × the sum of its weights (a scalar).
+
+        Args:
+            vectors: [texts, width], of all micro-batches one after the other.
+            batch: what ``collate`` made of each row besides the model's inputs.
+        """
+        raise NotImplementedError
+
+    def complete(self, outputs: Outputs) -> Outputs:
+        """Outputs of all rows of a split, with what depends on more than one of them."""
+        return outputs
 
     @abstractmethod
     def plain_logits(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
@@ -228,6 +254,10 @@ class Head(ABC):
     def peftkit_code(self) -> list[str]:
         """Python lines that use ``model``, a run loaded by ``peftkit.load``, and print an answer."""
         return ['for one in model.predict(["a text", "another text"]):', "    print(one.label, one.probability)"]
+
+    def library_files(self, pooling: str, width: int, max_length: int) -> dict[str, Any]:
+        """JSON files that another library needs next to an export: path → content; ``width`` of the hidden states."""
+        return {}
 
     def onnx_code(self) -> list[str]:
         """Python lines that print an answer from ``logits``, a numpy array, where ``onnx`` is true."""

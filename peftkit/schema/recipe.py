@@ -49,7 +49,7 @@ class ModelConfig(ConfigSection):
     """Hub id, ./folder, file.gguf, or package:NAME for a model inside an installed distribution."""
     revision: str | None = None
     """Hub commit, tag or branch; pin a commit to make a recipe reproducible."""
-    pooling: Literal["auto", "own", "mean", "cls"] = "auto"
+    pooling: Literal["auto", "own", "mean", "cls", "last"] = "auto"
     """How a classifier pools the tokens: the architecture's own way, their mean, or the first. auto: a sentence
     encoder's own pooling where the backbone is frozen or lightly tuned, else the architecture's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

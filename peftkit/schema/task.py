@@ -29,7 +29,14 @@ class Task(ConfigSection):
     json_rows: ClassVar[bool] = False
     """Whether rows hold lists and objects, each of which keeps its own keys and types: raw rows are stored as JSON."""
 
+    joins_pair: ClassVar[bool] = True
+    """Whether the two texts of a pair are read together, as one sequence."""
+
     kind: str
+
+    def texts_per_row(self, data: DataConfig) -> int:
+        """Sequences that a row has, of up to ``data.max_length`` tokens each."""
+        return 1
 
     def head_options(self, info: TaskInfo) -> dict[str, Any]:
         """Options of the head that ``info`` names, by the names of the head's fields."""

@@ -84,8 +84,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    pooling: Literal["own", "mean", "cls"] = "own"
-    """How a classifier turns tokens into one vector: the architecture's own way, or over per-token logits."""
+    pooling: Literal["own", "mean", "cls", "last"] = "own"
+    """How tokens become one vector: the architecture's own way, or over per-token logits or hidden states."""
     head_names: tuple[str, ...] = ()
     """Names of the modules on top of the backbone that a classifier trains in full; empty for language models."""
     fingerprint: str = ""

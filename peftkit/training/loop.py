@@ -239,7 +239,7 @@ class Loop:
         )  # fmt: skip
         trim_heap()
         self.session.watchdog.disarm()
-        return outputs
+        return dict(self.module.head.complete(outputs))
 
     def _validate(self) -> bool:
         """Validate; returns whether this is the best model so far."""

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftkit.data.batching import MicroBatch, pass_tokens, shard_batch
+from peftkit.data.batching import MODEL_INPUTS, MicroBatch, pass_tokens, shard_batch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
+from peftkit.errors import RecipeError
 from peftkit.models.architectures import reads_padding
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
@@ -37,12 +38,14 @@ class TaskModule(torch.nn.Module):
         """The frozen lower part of the model; it stays in evaluation mode."""
         self._mode: bool | None = None  # set by ``train``
 
-    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
+    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False, vectors: bool = False) -> Any:
         """The summed loss (a scalar), or with ``outputs`` the tensors that evaluation needs, one row per example.
+
+        With ``vectors``, those of each text, for a head that compares rows.
 
         A batch with ``features`` (see ``training.features``) enters the model above its frozen trunk.
         """
-        use = self.head.outputs if outputs else self.head.loss
+        use = self.head.outputs if outputs else self.head.vectors if vectors else self.head.loss
         features = batch.get(FEATURES)
         if features is None or self.trunk is None:
             return use(self.model, batch, self.pooling)
@@ -105,6 +108,11 @@ class Stepper:
         rows = self.recipe.training.micro_batch
         self.micro_batch: int | None = rows if isinstance(rows, int) else None
         """Maximum rows per micro-batch."""
+        if self.session.world_size > 1 and self.unwrapped.head.compares_rows:
+            raise RecipeError(
+                f"task.kind={self.recipe.task.kind} compares the rows of a batch with each other and runs in one "
+                f"process, but the launcher started {self.session.world_size}"
+            )
 
     @functools.cached_property
     def unwrapped(self) -> TaskModule:
@@ -151,6 +159,8 @@ class Stepper:
         session = self.session
         total = torch.zeros((), device=session.device)
         micro_batches = self.micro_batches(batch)
+        if len(micro_batches) > 1 and self.unwrapped.head.compares_rows:
+            return self._accumulate_together(micro_batches, weight, step)
         for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
             last = number == len(micro_batches) - 1
@@ -162,6 +172,36 @@ class Stepper:
                 total += unshard(loss)
             session.watchdog.report_progress()
         return total
+
+    def _accumulate_together(self, micro_batches: list[MicroBatch], weight: float, step: int) -> torch.Tensor:
+        """``accumulate`` where the loss compares rows of different micro-batches; see ``Head.vectors``."""
+        session, seed, head = self.session, self.recipe.training.seed, self.unwrapped.head
+        batches, parts = [], []
+        for number, micro_batch in enumerate(micro_batches):
+            seed_micro_batch(seed, step, number, session.rank)
+            batches.append(self.collate(micro_batch.rows))
+            with torch.no_grad(), session.accelerator.autocast():
+                parts.append(self.module(batches[-1], vectors=True))
+            session.watchdog.report_progress()
+        cached = torch.cat(parts).requires_grad_()
+        rows = {
+            name: torch.cat([batch[name] for batch in batches])
+            for name in batches[0] if name not in (*MODEL_INPUTS, "attention_mask")
+        }  # fmt: skip
+        total = head.batch_loss(cached, rows)
+        (total / weight if weight else total * 0.0).backward()
+        assert cached.grad is not None
+        for number, (collated, gradient) in enumerate(zip(batches, cached.grad.split([len(part) for part in parts]))):
+            seed_micro_batch(seed, step, number, session.rank)  # the same dropout as above
+            with session.accelerator.autocast():
+                vectors = self.module(collated, vectors=True)
+            last = number == len(batches) - 1
+            objective = (vectors * gradient).sum()
+            if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
+                objective = objective + penalty
+            session.backward(objective, last=last)
+            session.watchdog.report_progress()
+        return total.detach()
 
     def _forward_backward(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
         """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return."""

@@ -15,6 +15,7 @@ FIELDS = "training/test_training_fields.py::"
 WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
 CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_properties.py::"
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
+SIMILARITY = "test_run_similarity.py::"
 TOKENS = "tasks/test_token_classification.py::"
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
 BOTTLENECK = "methods/test_bottleneck.py::"
@@ -62,6 +63,11 @@ TESTS = {
     "task[token_classification].scheme": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
     "task[token_classification].class_weights": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
     "task[token_classification].stride": TOKENS + "test_stride_is_what_the_windows_of_a_text_share",
+    "task[similarity].loss": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
+    "task[similarity].scale": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
+    "task[similarity].symmetric": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
+    "task[similarity].negatives": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
+    "task[similarity].dimensions": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[classification].label_smoothing": CLASSIFICATION + "test_cross_entropy_is_torchs_however_the_batch_is_cut",
     "task[classification].class_weights": CLASSIFICATION + "test_balanced_weights_are_those_of_scikit_learn",
     "task[classification].cosine_temperature": "heads/test_cosine.py::test_a_run_starts_where_its_classes_are",

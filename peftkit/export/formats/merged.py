@@ -39,7 +39,7 @@ class Merged(Exporter):
 
     def write(self, source: ExportFolder, folder: Path, *, tolerance: float | None) -> None:
         """``export`` with another tolerance than the recipe's; None skips the proof."""
-        from peftkit.export import proof
+        from peftkit.export import library_files, proof
         from peftkit.export.loading import load_exported
         from peftkit.export.merging import unwrap_heads
         from peftkit.export.native_adapters import native_adapters
@@ -56,5 +56,6 @@ class Merged(Exporter):
             raise MethodError(f"{source.path}: method '{method}' cannot be merged into the base ({error})") from error
         merged.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
+        library_files.write(folder, contents, merged.config, loaded.tokenizer)
         proven = None if tolerance is None else proof.prove_batch(folder, contents, batch, logits, tolerance)
         self.finish(source, folder, proven, **changes)
