@@ -24,6 +24,7 @@ LAYERS = [
     {"training"},
     {"export", "quantize"},
     {"inference"},
+    {"serving"},
     {"reporting"},
     {"run"},
     {"experiments"},

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
-from peftkit.cli import data, experiments, inference, launch, models, recipes, training
+from peftkit.cli import data, experiments, inference, launch, models, recipes, serving, training
 from peftkit.cli.commands import guarded
 from peftkit.system.cores import limit_spinning
 
@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": inference.search,
     "generate": inference.generate,
     "chat": inference.chat,
+    "serve": serving.serve,
     "export": models.export,
     "quantize": models.quantize,
     "doctor": recipes.doctor,

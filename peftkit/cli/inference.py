@@ -130,11 +130,12 @@ def chat(
     options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     export = generate_file.open_language_run(run)
     prompts.generation_config(export.recipe, options)  # reports a wrong option before the model is loaded
-    model = trained_model.load(export, adapters=_adapters(adapter or []), **given(merge=merge))
+    model = trained_model.load(export, adapters=adapters_by_name(adapter or []), **given(merge=merge))
     Chat(model.configured(**options), sys.stdin, sys.stdout, sys.stderr, system).run()
 
 
-def _adapters(texts: list[str]) -> dict[str, str]:
+def adapters_by_name(texts: list[str]) -> dict[str, str]:
+    """NAME=RUN options as a mapping; raises RunError for another spelling or a name given twice."""
     adapters: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")

@@ -151,7 +151,7 @@ def _batch(
 ) -> list[str]:
     width = max(len(ids) for ids in rows)
     out = _run(model, tokenizer, rows, numbers, config)[:, width:].tolist()
-    stops = set(_stop_ids(model, tokenizer))
+    stops = set(stop_ids(model, tokenizer))
     texts = []
     for ids in out:
         end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
@@ -170,7 +170,7 @@ def _run(
     stop: threading.Event | None = None,
 ) -> Tensor:
     """transformers' greedy search over left-padded rows; sampling enters through the scores."""
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     base = unwrap(model)
     embedding = base.get_input_embeddings().weight
@@ -187,18 +187,24 @@ def _run(
     with torch.no_grad(), packing.eval_modules(model), precision:
         return model.generate(
             input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer,
-            logits_processor=_processors(config, numbers, fill), stopping_criteria=criteria,
+            logits_processor=processors(config, numbers, fill), stopping_criteria=criteria,
         )  # fmt: skip
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The template's end of turn, the tokenizer's end of text, and what the model itself calls an end."""
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: the template's end of turn, the tokenizer's end of text, and the model's own."""
     own = getattr(unwrap(model).generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [] if own is None else [own]
     return list(dict.fromkeys([*chat_template.stop_ids(tokenizer), *own]))
 
 
-def _processors(config: GenerationConfig, numbers: list[int], fill: list[int]) -> LogitsProcessorList:
+def processors(config: GenerationConfig, numbers: list[int], fill: list[int]) -> LogitsProcessorList:
+    """What changes the scores of rows before the largest is taken: penalty, temperature, cuts, and noise.
+
+    Args:
+        numbers: of the rows, by which their noise is drawn.
+        fill: padding on the left of each row.
+    """
     processors: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:
         processors.append(_Repetition(config.repetition_penalty, fill))

@@ -30,6 +30,7 @@ TEXT_CHARACTERS = 300
 class TokenClassification(Head):
     """Gives each word one of the tags; scored by entities, see ``peftkit.evaluation.entities``."""
 
+    marks_words: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ("frequent_tag",)
     best_metric: ClassVar[str] = "f1"
     onnx: ClassVar[bool] = True

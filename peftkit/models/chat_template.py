@@ -102,23 +102,34 @@ def fold_system(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = FOLD_SYSTEM + template
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generate: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
     """The conversation as the template renders it; ``generate`` opens the next assistant turn.
+
+    Args:
+        tools: definitions of functions that the answer may call, as JSON schemas.
 
     The text contains every special token, including one BOS (a second one is removed): tokenize it without adding more.
     Raises ModelError where there is no template, or it fails on these messages (its error is quoted).
     """
-    text = _rendered(tokenizer, messages, generate)
+    text = _rendered(tokenizer, messages, generate, tools)
     return text.removeprefix(str(tokenizer.bos_token)) if _doubles_bos(tokenizer, text) else text
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool, tools: Sequence[Any] = ()
+) -> str:
     from jinja2 import TemplateError
 
     _template_of(tokenizer)
     conversation = [dict(message) for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        return str(
+            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate, **options)
+        )
     except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f" (line {line} of the template)" if line else ""

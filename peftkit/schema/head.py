@@ -62,6 +62,8 @@ class Head(ABC):
     """Whether the loss is over tokens, so that an example's ``weight`` counts its scored tokens."""
     writes_text: ClassVar[bool] = False
     """Whether the model generates text, rather than predicting something about its input."""
+    marks_words: ClassVar[bool] = False
+    """Whether its answers are spans of the text."""
     baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
     """Baselines that results are compared with where the recipe names none."""
     best_metric: ClassVar[str] = "loss"

@@ -81,7 +81,7 @@ def test_sampling_depends_on_the_seed_and_the_row_but_not_on_the_batch(llama):
 def test_sampled_tokens_follow_the_softmax():
     """Total variation between 3,000 sampled first tokens and the tempered softmax, against what chance allows."""
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
-    processor = generation._processors(GenerationConfig(temperature=0.7, seed=1), list(range(3000)), [0] * 3000)
+    processor = generation.processors(GenerationConfig(temperature=0.7, seed=1), list(range(3000)), [0] * 3000)
     drawn = processor(torch.zeros(3000, 1, dtype=torch.long), scores.repeat(3000, 1)).argmax(-1)
     share = torch.bincount(drawn, minlength=5) / 3000
     assert (share - torch.softmax(scores / 0.7, 0)).abs().sum() / 2 < 0.03
@@ -94,7 +94,7 @@ def test_top_k_and_top_p_shut_tokens_out():
         (GenerationConfig(temperature=5.0, top_k=2), {0, 1}),
         (GenerationConfig(temperature=1.0, top_p=0.6), {0}),
     ]:
-        drawn = generation._processors(config, list(range(500)), [0] * 500)(ids, scores).argmax(-1)
+        drawn = generation.processors(config, list(range(500)), [0] * 500)(ids, scores).argmax(-1)
         assert set(Counter(drawn.tolist())) == allowed
 
 
@@ -112,7 +112,7 @@ def test_text_ends_at_the_stop_token_without_it(llama, monkeypatch):
     model, tokenizer = llama
     free = generation.generate(model, tokenizer, ["the king"], GenerationConfig(max_new_tokens=12))[0]
     ids = tokenizer(free, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(generation, "_stop_ids", lambda *_: [ids[3]])
+    monkeypatch.setattr(generation, "stop_ids", lambda *_: [ids[3]])
     cut = generation.generate(model, tokenizer, ["the king", "one"], GenerationConfig(max_new_tokens=12))[0]
     assert cut == tokenizer.decode(ids[: ids.index(ids[3])])
 
@@ -133,7 +133,7 @@ def test_an_error_in_the_thread_reaches_the_reader(llama, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(generation, "_processors", fail)
+    monkeypatch.setattr(generation, "processors", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         list(generation.stream(model, tokenizer, CHATS[0], GenerationConfig(max_new_tokens=5)))
 

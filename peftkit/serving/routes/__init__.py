@@ -1,0 +1,1 @@
+"""What the server answers, one file per route; see ``peftkit.serving.route``."""

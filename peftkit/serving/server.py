@@ -1,0 +1,52 @@
+"""Runs the server until a signal ends it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftkit.errors import RunError
+
+KEY = "PEFTKIT_API_KEY"
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+GRACE = 60
+"""Seconds that requests have to end after a signal."""
+
+
+def serve(
+    run: Path, *, adapters: Mapping[str, str], name: str, host: str, port: int, base: bool, log_requests: bool,
+    queue: int, batch: int, max_tokens: int, timeout: float,
+) -> None:  # fmt: skip
+    """Loads a run and answers requests; returns when a signal has ended it and the requests in flight are done.
+
+    Raises:
+        RunError: not a finished run; an address that others reach, without a key; a package is missing.
+    """
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RunError(f"the server needs {', '.join(missing)}; run `pip install 'peftkit[serve]'`")
+    import uvicorn
+
+    from peftkit.inference import trained_model
+    from peftkit.serving.app import LOOPBACK, build_app
+    from peftkit.serving.service import Limits, Service
+
+    key = os.environ.get(KEY) or None
+    if host not in LOOPBACK and key is None:
+        raise RunError(f"--host {host}: others could use the server; set {KEY} in the environment, or leave --host out")
+    loaded = trained_model.load(run, adapters=adapters)
+    limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
+    service = Service(loaded, name, limits, with_base=base)
+    app = build_app(service, key=key, hosts=LOOPBACK if host in LOOPBACK else None, log_requests=log_requests)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE,
+        server_header=False,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {', '.join(service.names)} on http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+    server.run()
+    if not server.started:
+        raise RunError(f"cannot listen on {host}:{port}; is another server running there? choose another --port")
