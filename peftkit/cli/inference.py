@@ -110,7 +110,12 @@ def generate(
 
 
 def chat(
-    run: RunFolder,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Folder of a finished run, such as runs/NAME-….")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Chat with a server instead of a run; its key is PEFTKIT_API_KEY.")
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=RUN", help="Add another run on the same base; /adapter NAME switches to it."),
@@ -127,6 +132,17 @@ def chat(
     from peftkit.inference import generate_file, prompts, trained_model
     from peftkit.inference.chat import Chat
 
+    if (run is None) == (url is None):
+        raise RunError("expected a run or --url ADDRESS, one of the two")
+    if url is not None:
+        if adapter or merge is not None:
+            raise RunError("--adapter and --merge belong to a run; the server's models are switched with /adapter")
+        from peftkit.inference.remote import RemoteModel
+
+        fields = given(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        Chat(RemoteModel(url, fields), sys.stdin, sys.stdout, sys.stderr, system).run()
+        return
+    assert run is not None
     options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     export = generate_file.open_language_run(run)
     prompts.generation_config(export.recipe, options)  # reports a wrong option before the model is loaded

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from peftkit.errors import PeftkitError, did_you_mean
 
 if TYPE_CHECKING:
+    from peftkit.inference.remote import RemoteModel
     from peftkit.inference.trained_model import LoadedRun
 
 
@@ -29,7 +30,7 @@ class Chat:
     output holds only the answers.
     """
 
-    model: LoadedRun
+    model: LoadedRun | RemoteModel
     source: TextIO
     output: TextIO
     notices: TextIO

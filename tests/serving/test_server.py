@@ -6,7 +6,10 @@ import base64
 import contextlib
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +19,11 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from typer.testing import CliRunner
 
 import peftkit
 from peftkit import Recipe
+from peftkit.cli import app
 from peftkit.errors import RunError
 from peftkit.evaluation.generation import encode
 from peftkit.serving import server
@@ -149,7 +154,9 @@ def test_stop_strings_choices_and_log_probabilities(chat, expected):
     assert cut.choices[0].finish_reason == "stop"
     streamed = client.chat.completions.create(**options, stop=[stop], stream=True)
     assert "".join(one.choices[0].delta.content or "" for one in streamed) == text[: text.index(stop)]
-    several = client.chat.completions.create(**options | {"temperature": 1.0}, n=3, seed=1, logprobs=True, top_logprobs=2)
+    several = client.chat.completions.create(
+        **options | {"temperature": 1.0}, n=3, seed=1, logprobs=True, top_logprobs=2
+    )
     assert len({choice.message.content for choice in several.choices}) > 1
     entries = several.choices[0].logprobs.content
     assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in entries)
@@ -243,7 +250,9 @@ def test_keys_hosts_and_sizes_are_checked(language):
 def test_a_full_server_says_when_to_come_back(language):
     with served(language[0], limits=Limits(queue=1, tokens=64)) as (_, address):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        stream = client.chat.completions.create(model="tiny", messages=CHAT, temperature=1.8, max_tokens=60, stream=True)
+        stream = client.chat.completions.create(
+            model="tiny", messages=CHAT, temperature=1.8, max_tokens=60, stream=True
+        )
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as error:
             client.chat.completions.create(model="tiny", messages=CHAT)
@@ -270,8 +279,8 @@ def test_classes_spans_and_vectors(bert, topics_csv, tmp_path, small_recipe):
         vectors = client.embeddings.create(model="tiny", input=texts[:3])  # asks for base64 by itself
         expected = model.embed(texts[:3], normalize=True)
         np.testing.assert_allclose([one.embedding for one in vectors.data], expected, atol=1e-5)
-        plain = httpx.post(f"{address}/v1/embeddings", json={
-            "input": texts[0], "encoding_format": "base64", "dimensions": 4}).json()["data"][0]["embedding"]  # fmt: skip
+        body = {"input": texts[0], "encoding_format": "base64", "dimensions": 4}
+        plain = httpx.post(f"{address}/v1/embeddings", json=body).json()["data"][0]["embedding"]
         short = np.frombuffer(base64.b64decode(plain), "<f4")
         np.testing.assert_allclose(short, expected[0, :4] / np.linalg.norm(expected[0, :4]), atol=1e-5)
         metrics = httpx.get(f"{address}/metrics").text
@@ -302,3 +311,35 @@ def test_another_address_needs_a_key_and_a_learned_prompt_is_refused(language, m
     with pytest.raises(RunError, match="PEFTKIT_API_KEY"):
         server.serve(language[0], host="0.0.0.0", **options)
     assert os.environ.get(server.KEY) is None
+
+
+def test_chat_speaks_to_a_server(chat, expected):
+    lines = "the red king\n/adapter other\nthe red king\n/adapter none\n"
+    arguments = ["chat", "--url", chat[2], "--temperature", "0", "--max-new-tokens", "12"]
+    result = CliRunner().invoke(app.app, arguments, input=lines)
+    assert result.exit_code == 0, result.output
+    answers = result.stdout.splitlines()
+    assert answers[0] == expected.generate([CHAT], max_new_tokens=12)[0]
+    assert "switched to adapter 'other'" in result.stderr
+    assert "no adapter is called 'none'" in result.stderr
+    assert CliRunner().invoke(app.app, ["chat", "--url", "http://127.0.0.1:9"]).exit_code == 2
+    assert CliRunner().invoke(app.app, ["chat"]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_signal_lets_requests_end(language, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    command = [sys.executable, "-m", "peftkit", "serve", str(language[0]), "--port", str(port), "--log"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "serving chat on http://127.0.0.1" in process.stdout.readline()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
+    stream = client.chat.completions.create(model="chat", messages=CHAT, temperature=1.9, max_tokens=200, stream=True)
+    pieces = [next(iter(stream))]
+    process.send_signal(signal.SIGTERM)
+    pieces += list(stream)
+    assert pieces[-1].choices[0].finish_reason in ("stop", "length")
+    _, log = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert json.loads(log.splitlines()[-1])["route"] == "/v1/chat/completions"
+    assert "red king" not in log
