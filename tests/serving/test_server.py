@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +16,6 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 import peftkit
@@ -27,30 +24,11 @@ from peftkit.cli import app
 from peftkit.errors import RunError
 from peftkit.evaluation.generation import encode
 from peftkit.serving import server
-from peftkit.serving.app import build_app
-from peftkit.serving.service import Limits, Service
+from peftkit.serving.service import Limits
 from tests import tiny
+from tests.serving.running import served
 
 CHAT = [{"role": "user", "content": "the red king"}]
-
-
-@contextlib.contextmanager
-def served(run, **options):
-    """A server in a thread; yields the service and its address."""
-    limits = options.pop("limits", Limits(queue=32, tokens=64))
-    service = Service(peftkit.load(run, adapters=options.pop("adapters", None)), "tiny", limits,
-                      with_base=options.pop("base", False))  # fmt: skip
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(service, **options), log_level="error", timeout_graceful_shutdown=5)
-    instance = uvicorn.Server(config)
-    thread = threading.Thread(target=instance.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    try:
-        yield service, f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        instance.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -162,16 +162,16 @@ class Generation(Route):
 
     async def _unless_gone(self, request: Request, writing: Any) -> Any:
         """What is written, unless the client leaves meanwhile."""
-        task = asyncio.ensure_future(writing)
+        writer = asyncio.ensure_future(writing)
         try:
             while True:
-                done, _ = await asyncio.wait({task}, timeout=0.5)
+                done, _ = await asyncio.wait({writer}, timeout=0.5)
                 if done:
-                    return task.result()
+                    return writer.result()
                 if await request.is_disconnected():
                     raise RequestError("the client has left", status=499)
         finally:
-            task.cancel()
+            writer.cancel()
 
     async def _events(
         self,
@@ -195,7 +195,7 @@ class Generation(Route):
             except Exception as error:
                 queue.put_nowait(error)
 
-        tasks = [asyncio.create_task(follow(number, text)) for number, text in enumerate(choices)]
+        writers = [asyncio.create_task(follow(number, text)) for number, text in enumerate(choices)]
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         extra = {"usage": None} if with_usage else {}
         try:
@@ -221,8 +221,8 @@ class Generation(Route):
                 yield _event({**about, "object": self.chunk_object, "choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
         finally:
-            for task in tasks:
-                task.cancel()
+            for writer in writers:
+                writer.cancel()
             for text in choices:
                 text.cancelled.set()
 
