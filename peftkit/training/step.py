@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,18 +37,19 @@ class TaskModule(torch.nn.Module):
         """The frozen lower part of the model; it stays in evaluation mode."""
         self._mode: bool | None = None  # set by ``train``
 
-    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False) -> Any:
+    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False, use: str | None = None) -> Any:
         """The summed loss (a scalar), or with ``outputs`` the tensors that evaluation needs, one row per example.
 
-        A batch with ``features`` (see ``training.features``) enters the model above its frozen trunk.
+        ``use`` names another of the head's forward passes: loss_and_measures, batch_sums, reference_outputs. A batch
+        with ``features`` (see ``training.features``) enters the model above its frozen trunk.
         """
-        use = self.head.outputs if outputs else self.head.loss
+        forward = getattr(self.head, use or ("outputs" if outputs else "loss"))
         features = batch.get(FEATURES)
         if features is None or self.trunk is None:
-            return use(self.model, batch, self.pooling)
+            return forward(self.model, batch, self.pooling)
         with self.trunk.replay(features):
             rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
-            return use(self.model, rest, self.pooling)
+            return forward(self.model, rest, self.pooling)
 
     def freeze_trunk(self, trunk: FrozenTrunk) -> None:
         """Keep a trunk in evaluation mode from now on."""
@@ -75,6 +76,8 @@ class StepResult:
     grad_norm: float
     rows: int
     tokens: int
+    measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The head's measures by name: a sum over the global batch, and what divides it."""
 
     @property
     def finite(self) -> bool:
@@ -117,6 +120,12 @@ class Stepper:
         """The model that the method built."""
         return self.unwrapped.model
 
+    @functools.cached_property
+    def head(self) -> Head:
+        """The head of the model."""
+        head: Head = self.session.accelerator.unwrap_model(self.module).head
+        return head
+
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """Run one optimizer step on a global batch of row numbers."""
         weight = float(self.split.weights[batch].sum())
@@ -128,8 +137,11 @@ class Stepper:
         norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)  # None with DeepSpeed
         if self.session.world_size > 1:
             total = self.session.accelerator.reduce(total, "sum")
-        loss = float(total) / weight if weight else 0.0
-        result = StepResult(loss, weight, 0.0 if norm is None else float(unshard(norm)), len(batch), tokens)
+        summed, *rest = total.flatten().tolist()
+        loss = summed / weight if weight else 0.0
+        measures = dict(zip(self.head.measures, zip(rest[::2], rest[1::2], strict=True), strict=True))
+        length = 0.0 if norm is None else float(unshard(norm))
+        result = StepResult(loss, weight, length, len(batch), tokens, measures)
         if result.finite:
             self.on_gradients()
             self.optimizer.step()
@@ -147,32 +159,58 @@ class Stepper:
         )  # fmt: skip
 
     def accumulate(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
-        """Accumulate the gradients of this process's micro-batches; returns their summed loss."""
+        """Accumulate the gradients of this process's micro-batches; returns their summed loss.
+
+        Where the head has ``measures``, the sums and divisors of these follow the loss.
+        """
         session = self.session
-        total = torch.zeros((), device=session.device)
+        measures = self.head.measures
+        total = torch.zeros(1 + 2 * len(measures) if measures else (), device=session.device)
         micro_batches = self.micro_batches(batch)
+        shared = self._batch_sums(micro_batches, step) if self.head.sums_batches else {}
         for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
             last = number == len(micro_batches) - 1
             # DDP averages gradients over processes, but the sum over the global batch is needed
             scale = session.world_size / weight if micro_batch.counts and weight else 0.0
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
-                loss = self._forward_backward(self.collate(micro_batch.rows), scale, last=last)
+                loss = self._forward_backward(self.collate(micro_batch.rows) | shared, scale, last=last)
             if micro_batch.counts:
                 total += unshard(loss)
             session.watchdog.report_progress()
         return total
 
+    @torch.no_grad()
+    def _batch_sums(self, micro_batches: list[MicroBatch], step: int) -> dict[str, torch.Tensor]:
+        """The head's sums over the global batch, which every micro-batch is given."""
+        session, totals = self.session, []
+        for number, micro_batch in enumerate(micro_batches):
+            seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
+            with session.accelerator.autocast():
+                sums = self.module(self.collate(micro_batch.rows), use="batch_sums")
+            totals.append(sums if micro_batch.counts else torch.zeros_like(sums))
+            session.watchdog.report_progress()
+        total = torch.stack(totals).sum(0)
+        return {"batch_sums": session.accelerator.reduce(total, "sum") if session.world_size > 1 else total}
+
     def _forward_backward(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
-        """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return."""
+        """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return.
+
+        The head's measures, where it has any, follow the loss.
+        """
+        measures = None
         with self.session.accelerator.autocast():
-            loss: torch.Tensor = self.module(batch)
+            if self.head.measures:
+                loss, measures = self.module(batch, use="loss_and_measures")
+            else:
+                loss = self.module(batch)
         self.session.watchdog.report_progress()
         objective = loss * scale
         if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
             objective = objective + penalty  # equal on all processes, so DDP's average leaves it as it is
         self.session.backward(objective, last=last)
-        return loss.detach()
+        loss = loss.detach()
+        return loss if measures is None else torch.cat([unshard(loss)[None], measures.flatten().to(torch.float32)])
 
     def collate(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows as padded tensors on this process's device."""
