@@ -316,7 +316,7 @@ class PreferenceMarks(Preference):
         return torch.stack([ratios.sum(), paired.sum()])
 
     def _mismatched_ratios(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """log π − log π₀ of other rows' answers, 0 where a row has none; and 1 where it has one, else 0: [rows] each."""
+        """log π − log π₀ of other rows' answers, 0 where there is none; and 1 where there is one, else 0: [rows]."""
         logps, tokens = _mismatched(model, batch)
         reference = batch["mismatched_reference"].to(logps) if "mismatched_reference" in batch else logps
         return logps - reference, (tokens > 0).to(logps)

@@ -27,6 +27,7 @@ from peftkit.models.loading import load_language_model
 from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
+from peftkit.schema.recipe import replace as replace_fields
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.training import reference
 from peftkit.training.step import TaskModule
@@ -151,7 +152,9 @@ class LoadedRun(LoadedExport):
                 module = TaskModule(self.loaded, self.head)
                 stored = reference.reference_outputs(module, split, self.tokenizer, **options)
         else:
-            base = replace(self.loaded, model=load_language_model(self.recipe, options["device"]))
+            trained_on = {"source": self.manifest.source, "revision": self.manifest.revision}
+            recipe = replace_fields(self.recipe, model=trained_on)
+            base = replace(self.loaded, model=load_language_model(recipe, options["device"]))
             stored = reference.reference_outputs(TaskModule(base, self.head), split, self.tokenizer, **options)
         return reference.ReferenceSplit.with_outputs(split, stored)
 

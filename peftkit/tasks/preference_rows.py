@@ -109,6 +109,8 @@ class _Reader(RowReader):
         names = [self._column(name) for name in (CHOSEN, REJECTED)]
         asked, column = self._asked(row)
         start = len(asked)
+        # one turn may stand for a list of one
+        row = {**row, **{name: [row[name]] for name in names if isinstance(row.get(name), Mapping)}}
         answers = [self._text_or_turns(row, name, "assistant", start) for name in names]
         if all(turns[0].role != "assistant" for turns in answers):
             shared = _shared(*answers)
