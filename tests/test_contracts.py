@@ -128,9 +128,10 @@ def test_a_head_answers_all_that_is_asked_without_data(name):
     head = HEADS.get(name)(TaskInfo(name, ("a", "b")))
     assert head.summary()
     assert all(isinstance(line, str) for line in [*head.usage_code("own", 8), *head.peftkit_code(), *head.onnx_code()])
-    batch = head.example_batch(2, 3)
-    assert batch["input_ids"].shape == (2, 3)
-    assert len(batch["labels"]) == len(batch["weight"]) == 2
+    batch = head.example_batch(2, 4)
+    assert batch["input_ids"].shape == (2 * head.sequences, 4 // head.sequences)
+    assert len(batch["labels"]) == len(batch["input_ids"])
+    assert len(batch["weight"]) == 2
     assert head.best_metric in head.metric_names(peftkit.schema.recipe.EvaluationConfig())
     assert all(baseline in BASELINES for baseline in head.baselines)
 

@@ -3,7 +3,7 @@
 python benchmarks/workers/trl_preferences.py --data ROWS.json --model FOLDER --out FOLDER [--kto] [--tuned] …
 
 ROWS.json is a list of prompt_ids, chosen_ids and rejected_ids, or of prompt_ids, completion_ids and label: the tokens
-that peftkit made, so that both learn from the same. ``--adapter`` starts from a stored one, ``--steps`` prints the losses
+that peftkit made, so that both learn from the same. ``--adapter`` starts from a stored one, ``--steps`` prints losses
 and rewards of the first steps in fp32 besides.
 """
 

@@ -133,7 +133,8 @@ class LoadedRun(LoadedExport):
         if self.head.reference_splits() and len(split.lengths):
             split = self._with_reference(split, batch_size)
         self.merge()
-        return runner.predict(TaskModule(self.loaded, self.head), split, self.tokenizer, **self._passes(batch_size))
+        module = TaskModule(self.loaded, self.head)
+        return runner.predict(module, split, self.tokenizer, unpadded=module.unpadded, **self._passes(batch_size))
 
     def _passes(self, batch_size: int | None) -> dict[str, Any]:
         """Options of ``runner.predict``."""

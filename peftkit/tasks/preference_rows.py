@@ -223,5 +223,5 @@ def _mark(value: Any, column: str) -> bool:
     text = str(int(value)) if isinstance(value, float) and value in (0.0, 1.0) else str(value)
     if (known := MARKS.get(text.strip().lower())) is not None:
         return known
-    found = "nothing (null)" if value is None else repr(value)
-    raise DataError(f"expected true or false, good or bad, 1 or 0, found {found}", column=column)
+    shown = "nothing (null)" if value is None else repr(value)
+    raise DataError(f"expected true or false, good or bad, 1 or 0, found {shown}", column=column)

@@ -125,7 +125,7 @@ def reference_outputs(module: TaskModule, split: EncodedSplit, tokenizer: Any, *
         return result
 
     module.eval()
-    return predict(forward, split, tokenizer, fill=np.nan, **options)
+    return predict(forward, split, tokenizer, fill=np.nan, unpadded=module.unpadded, **options)
 
 
 def write(path: Path, outputs: Mapping[str, np.ndarray]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
 from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
+
+ForwardPass = Literal["loss", "outputs", "loss_and_measures", "batch_sums", "reference_outputs"]
+"""The forward passes of a head, by the name of its method."""
 
 
 class TaskModule(torch.nn.Module):
@@ -37,13 +40,18 @@ class TaskModule(torch.nn.Module):
         """The frozen lower part of the model; it stays in evaluation mode."""
         self._mode: bool | None = None  # set by ``train``
 
-    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False, use: str | None = None) -> Any:
+    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False, use: ForwardPass = "loss") -> Any:
         """The summed loss (a scalar), or with ``outputs`` the tensors that evaluation needs, one row per example.
 
-        ``use`` names another of the head's forward passes: loss_and_measures, batch_sums, reference_outputs. A batch
-        with ``features`` (see ``training.features``) enters the model above its frozen trunk.
+        ``use`` names another of the head's forward passes. A batch with ``features`` (see ``training.features``) enters
+        the model above its frozen trunk.
         """
-        forward = getattr(self.head, use or ("outputs" if outputs else "loss"))
+        head = self.head
+        passes: dict[str, Callable[..., Any]] = {
+            "loss": head.loss, "outputs": head.outputs, "loss_and_measures": head.loss_and_measures,
+            "batch_sums": head.batch_sums, "reference_outputs": head.reference_outputs,
+        }  # fmt: skip
+        forward = passes["outputs" if outputs else use]
         features = batch.get(FEATURES)
         if features is None or self.trunk is None:
             return forward(self.model, batch, self.pooling)
@@ -123,8 +131,7 @@ class Stepper:
     @functools.cached_property
     def head(self) -> Head:
         """The head of the model."""
-        head: Head = self.session.accelerator.unwrap_model(self.module).head
-        return head
+        return self.unwrapped.head
 
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """Run one optimizer step on a global batch of row numbers."""
