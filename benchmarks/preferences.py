@@ -88,8 +88,11 @@ def check(args: argparse.Namespace, python: str, model: str) -> None:
         batch = rows = STEPS * BATCH if args.loss == "kto" else BATCH
         rows = rows if args.loss == "kto" else STEPS * BATCH
         laid_out = lay_out(args.data, folder, rows, args.loss, shortest=True)
-        changes = [*overrides(args.loss, laid_out, folder), f"model.source={model}", "model.dtype=float32", "training.scheduler=constant",
-                   f"training.batch_size={batch}", f"training.max_steps={STEPS}", f"training.epochs={STEPS}"]  # fmt: skip
+        changes = [
+            *overrides(args.loss, laid_out, folder), f"model.source={model}", "model.dtype=float32",
+            "training.scheduler=constant", f"training.batch_size={batch}", f"training.max_steps={STEPS}",
+            f"training.epochs={STEPS}",
+        ]  # fmt: skip
         recipe = apply(peftkit.get_recipe("preferences_dpo"), changes)
         split = encode(prepare(recipe), load_tokenizer(recipe.model), recipe).splits["train"]
         plan = (
