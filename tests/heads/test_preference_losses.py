@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftkit.errors import RecipeError
+from peftkit.evaluation.direction import greater_is_better
 from peftkit.heads.preference_losses import LOSSES, MARKS, PAIRS
 from peftkit.schema.recipe import DataConfig, EvaluationConfig
 from peftkit.schema.registries import HEADS
@@ -260,6 +261,11 @@ def test_a_wrong_loss_is_one_message(loss, said):
     with pytest.raises(RecipeError) as refused:
         tiny_recipe("m", task={"kind": "preference", "loss": loss})
     assert said in str(refused.value)
+
+
+def test_what_should_fall_is_better_smaller():
+    names = ("kl_per_token", "rejected_reward", "chosen_reward", "reward_margin")
+    assert [greater_is_better(name) for name in names] == [False, False, True, True]
 
 
 def test_every_loss_says_what_it_is():
