@@ -30,6 +30,7 @@ from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
 from peftkit.training.loop import Loop, ValidationCallback
 from peftkit.training.optimizer import check_device_support
+from peftkit.training.reference import Reference
 from peftkit.training.step import TaskModule
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def train(
             world_size=session.world_size,
         )  # fmt: skip
         features_or_tokens = frozen.run(final=final)
+        features_or_tokens = Reference(model, module, recipe, tokenizer, session).add(features_or_tokens, final=final)
         loop = Loop(
             recipe, session, module, tokenizer, features_or_tokens, folder, fingerprints, on_validation,
             prepared.splits["train"],

@@ -143,7 +143,7 @@ def test_both_passes_over_a_micro_batch_have_the_same_dropout(bert, files, tmp_p
 
 def vectors_of(batch, module):
     with torch.no_grad():
-        return module(batch, vectors=True)
+        return module(batch, use="vectors")
 
 
 class Fixed(torch.nn.Module):

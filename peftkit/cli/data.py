@@ -24,10 +24,13 @@ def inspect(
         typer.Option(metavar="FILE", help="Reviewed generations; those marked good are written to --out."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Training rows (.jsonl) from --marked.")] = None,
+    bad: Annotated[
+        bool, typer.Option("--bad", help="With --marked, keep those marked bad too, with a label for task.loss=kto.")
+    ] = False,
 ) -> None:
     """Show the data as the model will see it, without training."""
-    if marked or out:
-        _keep_marked(marked, out, recipe)
+    if marked or out or bad:
+        _keep_marked(marked, out, recipe, bad=bad)
         return
     if recipe is None:
         raise RecipeError("expected a recipe (`peftkit list` shows them), or --marked FILE --out FILE")
@@ -66,14 +69,15 @@ def plan(
     print(planning.plan_command(chosen, table=table, gpu=gpu, as_json=as_json, apply=apply), end="")
 
 
-def _keep_marked(marked: Path | None, out: Path | None, recipe: str | None) -> None:
+def _keep_marked(marked: Path | None, out: Path | None, recipe: str | None, *, bad: bool) -> None:
     if marked is None or out is None or recipe is not None:
         raise RecipeError("--marked FILE needs --out FILE and takes no recipe")
     from peftkit.review import generations
     from peftkit.system import files
 
     files.check_output(out, marked)
-    rows = generations.marked_to_training_rows(marked)
+    rows = generations.marked_to_training_rows(marked, bad=bad)
     with files.open_atomic(out) as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    report(f"wrote {len(rows)} of {len(generations.read(marked))} generations (those marked good) to {out}")
+    which = "good or bad, with a label" if bad else "good"
+    report(f"wrote {len(rows)} of {len(generations.read(marked))} generations (those marked {which}) to {out}")

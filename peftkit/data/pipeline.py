@@ -75,6 +75,15 @@ class EncodedSplit:
         lengths = pc.list_value_length(columns["input_ids"]).to_numpy().astype(np.int32)
         return cls(examples, lengths, columns["weight"].to_numpy().astype(np.float32), head=head)
 
+    @property
+    def scored(self) -> np.ndarray | None:
+        """Tokens of each example that reach the output layer: the column of that name, or ``weight`` where the head
+        counts tokens by it; None for a head that scores no tokens."""
+        if "scored" in self.examples.column_names:
+            columns: Any = self.examples.with_format("arrow")["scored"]
+            return np.asarray(columns, dtype=np.float64)
+        return self.weights if self.head is not None and self.head.scores_tokens else None
+
     def select(self, rows: np.ndarray) -> EncodedSplit:
         return EncodedSplit(self.examples.select(rows), self.lengths[rows], self.weights[rows], head=self.head)
 

@@ -31,6 +31,7 @@ def predict(
     world_size: int = 1,
     progress: Callable[[int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    fill: float = IGNORE,
 ) -> dict[str, np.ndarray]:
     """Runs a module's ``forward(batch, outputs=True)`` over a split.
 
@@ -43,6 +44,7 @@ def predict(
         progress: called with the number of rows done.
         should_stop: called before every forward pass, equally often on every process, on which it must return the
             same; Stopped is raised when it returns True.
+        fill: what pads rows whose outputs are as long as their batch.
 
     Returns:
         Arrays whose first dimension is the examples, in the split's order.
@@ -69,26 +71,28 @@ def predict(
         from accelerate.utils import gather_object
 
         parts = gather_object(parts)
-    return in_order(parts, len(split.lengths))
+    return in_order(parts, len(split.lengths), fill)
 
 
-def in_order(parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int) -> dict[str, np.ndarray]:
+def in_order(
+    parts: list[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int, fill: float = IGNORE
+) -> dict[str, np.ndarray]:
     """Outputs of all rows from those of some, each with the rows' numbers.
 
-    Where the second dimension follows the length of a batch, it becomes that of the longest, filled with IGNORE.
+    Where the second dimension follows the length of a batch, it becomes that of the longest, filled with ``fill``.
     """
     if not parts:
         return {}
     order = np.concatenate([index for index, _ in parts])
     assert len(order) == rows == len(np.unique(order)), "every row once"
     place = np.argsort(order)
-    return {name: _concatenate([outputs[name] for _, outputs in parts])[place] for name in parts[0][1]}
+    return {name: _concatenate([outputs[name] for _, outputs in parts], fill)[place] for name in parts[0][1]}
 
 
-def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray], fill: float) -> np.ndarray:
     width = max(array.shape[1] for array in arrays) if arrays[0].ndim == 2 else 0
     ragged = any(array.ndim == 2 and array.shape[1] != width for array in arrays)
     if ragged:
         padding = [((0, 0), (0, width - array.shape[1])) for array in arrays]
-        arrays = [np.pad(array, pad, constant_values=IGNORE) for array, pad in zip(arrays, padding)]
+        arrays = [np.pad(array, pad, constant_values=fill) for array, pad in zip(arrays, padding)]
     return np.concatenate(arrays)

@@ -95,4 +95,5 @@ def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str
     mine = np.arange(group.rank, len(split.lengths), group.world_size)
     part = split.select(mine) if group.world_size > 1 else split
     shards = group.gather(lambda: (mine, model.outputs(part, model.recipe.evaluation.batch_size)))
-    return in_order([shard for shard in shards if len(shard[0])], len(split.lengths))
+    outputs = in_order([shard for shard in shards if len(shard[0])], len(split.lengths))
+    return dict(model.head.complete(outputs))

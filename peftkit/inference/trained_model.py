@@ -23,10 +23,13 @@ from peftkit.inference import embeddings
 from peftkit.inference.prompts import Conversation, as_prompt, as_prompts, generation_config
 from peftkit.inference.texts import Text, as_texts
 from peftkit.models import dtypes
+from peftkit.models.loading import load_language_model
 from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
+from peftkit.schema.recipe import replace as replace_fields
 from peftkit.schema.types import Row, TaskInfo
+from peftkit.training import reference
 from peftkit.training.step import TaskModule
 
 
@@ -122,17 +125,41 @@ class LoadedRun(LoadedExport):
         return self.outputs(encode_rows(rows, self.tokenizer, self._recipe, self.info), batch_size)
 
     def outputs(self, split: EncodedSplit, batch_size: int | None) -> dict[str, np.ndarray]:
-        """The head's outputs, by name, for each example of an encoded split."""
+        """The head's outputs, by name, for each example of an encoded split.
+
+        A head that compares with the untrained model gets that one's outputs first: from the base with the adapter off,
+        or, where the method trained the base itself, from the base loaded once more.
+        """
+        if self.head.reference_splits() and len(split.lengths):
+            split = self._with_reference(split, batch_size)
         self.merge()
+        module = TaskModule(self.loaded, self.head)
+        options = self._passes(batch_size)
+        outputs = runner.predict(module, split, self.tokenizer, unpadded=module.unpadded, **options)
+        return dict(self.head.complete(outputs))
+
+    def _passes(self, batch_size: int | None) -> dict[str, Any]:
+        """Options of ``runner.predict``."""
         device = next(self.model.parameters()).device
         dtype = dtypes.dtype_for(self.recipe.model, device)
-        module = TaskModule(self.loaded, self.head)
-        outputs = runner.predict(
-            module, split, self.tokenizer, device=device, batch_size=batch_size,
-            tokens=pass_tokens(self.recipe.training, device.type), unpadded=module.unpadded,
-            autocast=lambda: dtypes.autocast(dtype, device),
-        )  # fmt: skip
-        return dict(self.head.complete(outputs))
+        return {
+            "device": device, "batch_size": batch_size, "tokens": pass_tokens(self.recipe.training, device.type),
+            "autocast": lambda: dtypes.autocast(dtype, device),
+        }  # fmt: skip
+
+    def _with_reference(self, split: EncodedSplit, batch_size: int | None) -> EncodedSplit:
+        """The split with what the untrained model makes of it."""
+        options = self._passes(batch_size)
+        if self.adapters:
+            with self.base():
+                module = TaskModule(self.loaded, self.head)
+                stored = reference.reference_outputs(module, split, self.tokenizer, **options)
+        else:
+            trained_on = {"source": self.manifest.source, "revision": self.manifest.revision}
+            recipe = replace_fields(self.recipe, model=trained_on)
+            base = replace(self.loaded, model=load_language_model(recipe, options["device"]))
+            stored = reference.reference_outputs(TaskModule(base, self.head), split, self.tokenizer, **options)
+        return reference.ReferenceSplit.with_outputs(split, stored)
 
     def embed(
         self, texts: Text | Sequence[Text], *, normalize: bool = False, batch_size: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded example; ``label`` is its class, or empty if every token has its own."""
+    """A sequence of an encoded example; ``label`` is its class, or empty if every token has its own."""
 
     place: str
     label: str
     tokens: tuple[Token, ...]
     truncated: int
+    part: str = ""
+    """Which of several sequences of an example it is: chosen or rejected."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _view_split(
         padding=_padding(lengths, recipe, recipe.training.batching),
         padding_unsorted=_padding(lengths, recipe, "random"),
         supervised=_supervised_share(encoded),
-        shown=tuple(_example(example, rows, head, tokenizer) for example in shown),
+        shown=tuple(one for example in shown for one in _examples(example, rows, head, tokenizer)),
     )
 
 
@@ -176,14 +178,19 @@ def _per_token(example: dict[str, Any]) -> bool:
     return per_token and all(isinstance(label, int) for label in labels)
 
 
-def _example(example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _examples(
+    example: dict[str, Any], rows: Dataset, head: Head, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Example]:
+    """Every sequence of an encoded example; what was cut off is counted with the first."""
     row, ids, special = rows[example["row"]], example["input_ids"], set(tokenizer.all_special_ids)
     per_token = _per_token(example)
     supervised = [label != IGNORE for label in example["labels"]] if per_token else [False] * len(ids)
     texts = zip(ids, token_texts(ids, tokenizer), supervised)
     tokens = tuple(Token(text, token in special, learned) for token, text, learned in texts)
     label = "" if per_token else head.label_text(example["labels"])
-    return Example(f"{row['_file']}:{row['_line']}", label, tokens, int(example.get("truncated") or 0))
+    truncated = int(example.get("truncated") or 0)
+    for number, (name, part) in enumerate(head.parts(example)):
+        yield Example(f"{row['_file']}:{row['_line']}", label, tokens[part], 0 if number else truncated, name)
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

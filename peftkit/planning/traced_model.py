@@ -88,7 +88,9 @@ class TracedModel:
         model = self.loaded.model
         model.train(micro_batches > 0)
         batch = self.head.example_batch(shape.rows, shape.tokens, packed=shape.packed)
-        tracer = Tracer(vocabulary=self._vocabulary, scored=(shape.rows * (shape.tokens - 1), shape.scored))
+        positions = batch["labels"].shape  # of a head with several sequences in an example, other than the shape's
+        count = positions[0] * (positions[1] - 1) if len(positions) == 2 else shape.rows * (shape.tokens - 1)
+        tracer = Tracer(vocabulary=self._vocabulary, scored=(count, min(shape.scored, count)))
         tracer.ignore([*model.parameters(), *model.buffers()])
         with tracer, as_on_a_gpu() if self.gpu else contextlib.nullcontext():
             if micro_batches == 0:

@@ -46,28 +46,28 @@ def data_workload(
     ``unpadded``: whether micro-batches have rows of one length.
     """
     training, train = recipe.training, encoded.splits["train"]
-    longest = recipe.data.max_length * recipe.task.texts_per_row(recipe.data)
+    sequences = (recipe.task.texts_per_row(recipe.data), *(head.sequences for head in possible_heads(recipe.task)))
+    longest = recipe.data.max_length * max(sequences)
     lengths = np.minimum(train.lengths, longest)  # a smaller limit may be planned than was encoded with
     tokens, packed = pass_tokens(training, device), "position_ids" in train.examples.column_names
     rows = training.micro_batch if isinstance(training.micro_batch, int) else None
-    counts_tokens = all(head.scores_tokens for head in possible_heads(recipe.task))
 
-    def shape(index: np.ndarray, of: np.ndarray, weights: np.ndarray) -> Shape:
+    def shape(index: np.ndarray, of: np.ndarray, tokens_scored: np.ndarray | None) -> Shape:
         width = int(of[index].max())
-        scored = int(weights[index].sum()) if counts_tokens else 0
+        scored = 0 if tokens_scored is None else int(tokens_scored[index].sum())
         return Shape(len(index), width, min(scored, len(index) * (width - 1)), packed)
 
-    shapes, accumulates = [], False
+    train_scored, shapes, accumulates = train.scored, [], False
     for batch in epoch_batches(lengths, training, 0):
         shard = shard_batch(
             batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens, unpadded=unpadded
         )
         accumulates = accumulates or len(shard) > 1
-        shapes += [shape(micro_batch.rows, lengths, train.weights) for micro_batch in shard]
+        shapes += [shape(micro_batch.rows, lengths, train_scored) for micro_batch in shard]
     validation = encoded.splits["validation"]
-    validation_lengths = np.minimum(validation.lengths, longest)
+    validation_lengths, validation_scored = np.minimum(validation.lengths, longest), validation.scored
     batches = by_length(validation_lengths, recipe.evaluation.batch_size, tokens, unpadded=unpadded)
     per_epoch = steps_per_epoch(lengths, training)
     steps = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
-    evaluation = tuple(shape(batch, validation_lengths, validation.weights) for batch in batches)
+    evaluation = tuple(shape(batch, validation_lengths, validation_scored) for batch in batches)
     return Workload(tuple(shapes), evaluation, steps, steps / per_epoch, accumulates)

@@ -107,6 +107,7 @@ def _histogram(split: SplitView) -> Text:
 
 def _example(example: Example) -> Text:
     text = Text(f"\n{example.place}", style="")
+    text.append(f"  {example.part}" if example.part else "", style="bold")
     text.append(f"  label: {example.label}" if example.label else "", style="bold")
     text.append(f"  ({example.truncated} tokens truncated)\n" if example.truncated else "\n", style="yellow")
     for token in example.tokens:
@@ -123,7 +124,8 @@ def example_html(example: Example) -> str:
         f'<span style="{styles[token.supervised]}">{escape_html(token.text.translate(_VISIBLE))}</span>'
         for token in example.tokens
     )
-    return f"<p>{escape_html(example.place)}</p><pre style='white-space: pre-wrap'>{tokens}</pre>"
+    place = f"{example.place} {example.part}".rstrip()
+    return f"<p>{escape_html(place)}</p><pre style='white-space: pre-wrap'>{tokens}</pre>"
 
 
 def write_html(inspection: Inspection, path: Path) -> None:

@@ -85,19 +85,27 @@ def read(path: str | Path) -> list[GenerationRow]:
     return rows
 
 
-def marked_to_training_rows(path: str | Path) -> list[dict[str, Any]]:
+def marked_to_training_rows(path: str | Path, *, bad: bool = False) -> list[dict[str, Any]]:
     """The rows marked good, as rows to train on.
 
     A chat becomes ``messages``. A text becomes ``text``, for another run of style, and ``prompt`` and ``completion``,
     which instruction tuning reads.
 
+    Args:
+        bad: keep the rows marked bad as well; every row has a ``label`` then, true for a good one, with which
+            ``task.kind=preference task.loss=kto`` reads them.
+
     Raises:
-        DataError: the file is not in the page's format, or no row is marked good.
+        DataError: the file is not in the page's format, or no row is marked good (with ``bad``: or none is marked bad).
     """
-    rows = [_training_row(row) for row in read(path) if row.mark == "good"]
-    if not rows:
-        raise DataError("no row is marked good; mark rows on the generations page and save them first", file=path)
-    return rows
+    marked = [row for row in read(path) if row.mark is not None]
+    for mark in MARKS if bad else MARKS[:1]:
+        if all(row.mark != mark for row in marked):
+            message = f"no row is marked {mark}; mark rows on the generations page and save them first"
+            raise DataError(message, file=path)
+    if bad:
+        return [{**_training_row(row), "label": row.mark == "good"} for row in marked]
+    return [_training_row(row) for row in marked if row.mark == "good"]
 
 
 def _training_row(row: GenerationRow) -> dict[str, Any]:

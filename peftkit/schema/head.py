@@ -66,6 +66,12 @@ class Head(ABC):
     """Whether its answers are spans of the text."""
     baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
     """Baselines that results are compared with where the recipe names none."""
+    sequences: ClassVar[int] = 1
+    """Sequences of at most ``data.max_length`` tokens that an example may hold, each of them a row of the batch."""
+    measures: ClassVar[tuple[str, ...]] = ()
+    """What ``loss_and_measures`` reports of training besides the loss, for the log."""
+    sums_batches: ClassVar[bool] = False
+    """Whether the loss of a row needs a number of its whole global batch; see ``batch_sums``."""
     best_metric: ClassVar[str] = "loss"
     """The validation metric by which the best checkpoint is chosen where the recipe names none."""
     model_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "token_type_ids", "attention_mask")
@@ -107,6 +113,26 @@ class Head(ABC):
     def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """The loss summed over the batch's scored examples or tokens (a scalar; the caller divides once)."""
 
+    def loss_and_measures(
+        self, model: torch.nn.Module, batch: Batch, pooling: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``loss``, and for each of ``measures`` a sum and what divides it, [measures, 2], without gradient.
+
+        Both are added up over the global batch and divided once.
+        """
+        import torch
+
+        loss = self.loss(model, batch, pooling)
+        return loss, torch.zeros(0, 2, device=loss.device)
+
+    def batch_sums(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
+        """Sums over the rows, [n], where ``sums_batches``: called without gradient before a step's backward passes.
+
+        Those of the whole global batch are then ``batch["batch_sums"]`` of every micro-batch, so that accumulation and
+        the number of processes do not change the loss.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sums nothing over a batch")
+
     @abstractmethod
     def outputs(self, model: torch.nn.Module, batch: Batch, pooling: str) -> dict[str, torch.Tensor]:
         """What evaluation needs of each row, first dimension = rows; always ``loss`` and ``weight`` [rows] fp32."""
@@ -133,6 +159,19 @@ class Head(ABC):
         """Outputs of all rows of a split, with what depends on more than one of them."""
         return outputs
 
+    # -- a reference: the model as it is before training ------------------------------------------------------------
+
+    def reference_splits(self) -> tuple[str, ...]:
+        """Splits whose batches need ``reference_outputs``, computed before the first step; none by default."""
+        return ()
+
+    def reference_outputs(self, model: torch.nn.Module, batch: Batch, pooling: str) -> dict[str, torch.Tensor]:
+        """What the untrained model makes of each row: [rows], or [rows, most of a row] padded with NaN.
+
+        They become columns of the split's batches, by the names that they have here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no reference")
+
     @abstractmethod
     def plain_logits(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """[rows, labels] or [real tokens, labels]: the logits that the code in the model card gives."""
@@ -150,6 +189,10 @@ class Head(ABC):
         Raises:
             RecipeError, HubError: ``evaluation.metrics`` names one that is unknown or does not fit.
         """
+
+    def warnings(self, metrics: Mapping[str, float]) -> Sequence[tuple[str, str]]:
+        """(event, message) of what a user should know of a validation's metrics while the run goes on."""
+        return ()
 
     def metric_names(self, evaluation: EvaluationConfig) -> tuple[str, ...]:
         """Names that ``metrics`` will return, as far as they are known beforehand."""
@@ -242,6 +285,10 @@ class Head(ABC):
     def label_text(self, label: Any) -> str:
         """An example's label in words."""
         return str(label)
+
+    def parts(self, example: Row) -> Sequence[tuple[str, slice]]:
+        """The sequences of an encoded example, each with its name, in words, and its tokens; names may be empty."""
+        return (("", slice(None)),)
 
     # -- the model card --------------------------------------------------------------------------------------------
 

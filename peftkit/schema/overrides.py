@@ -52,7 +52,7 @@ def is_swap(path: str) -> bool:
 
 def _goes_first(override: str) -> bool:
     path = override.partition("=")[0].strip()
-    return is_swap(path) or path.endswith(".source")
+    return is_swap(path) or path.endswith((".source", ".kind"))
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any, override: str, recipe: Recipe) -> None:

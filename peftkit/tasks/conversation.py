@@ -86,7 +86,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
     role: str
     content: str
     learned: bool | None = None
@@ -145,7 +145,7 @@ def check_columns(names: Iterable[str], columns: Mapping[str, str]) -> None:
 
 def read_row(row: Mapping[str, Any], kind: str, data: DataConfig) -> Conversation:
     """One row of the given format, checked; raises DataError that names the column and the turn, counted from 1."""
-    return _Reader(data).read_row(row, kind)
+    return RowReader(data).read_row(row, kind)
 
 
 def read_open(value: Any, column: str, data: DataConfig) -> list[Message]:
@@ -153,8 +153,8 @@ def read_open(value: Any, column: str, data: DataConfig) -> list[Message]:
 
     Raises DataError that names the turn, counted from 1.
     """
-    reader = _Reader(data)
-    return _messages(reader.with_system(_check_open(reader.turns(value, column), column), {}))
+    reader = RowReader(data)
+    return messages_of(reader.with_system(check_open(reader.turns(value, column), column), {}))
 
 
 def read_prompt(row: Mapping[str, Any], data: DataConfig) -> str | list[Message]:
@@ -165,10 +165,10 @@ def read_prompt(row: Mapping[str, Any], data: DataConfig) -> str | list[Message]
     Raises:
         DataError: none of these columns is there, or what it holds is wrong; names the column and the turn.
     """
-    return _Reader(data.model_copy(update={"system": None})).read_prompt(row)
+    return RowReader(data.model_copy(update={"system": None})).read_prompt(row)
 
 
-class _Reader:
+class RowReader:
     """Reads one row under a recipe's ``data`` section, and collects remarks on it."""
 
     def __init__(self, data: DataConfig) -> None:
@@ -179,14 +179,14 @@ class _Reader:
         row, column = self._without_ignored(row), self._column(COLUMNS[kind][0])
         if kind == "alpaca":
             answer = self._text(row, self._column("output"))
-            turns = [*self._question(row), _Turn("assistant", answer)]
+            turns = [*self._question(row), Turn("assistant", answer)]
         elif kind == "prompt_completion":
             turns = self._history(row)
             for name, role in (("prompt", "user"), ("completion", "assistant")):
                 turns += self._text_or_turns(row, self._column(name), role, len(turns))
         else:
             turns = self.turns(row.get(column), column)
-        _check_order(turns, column)
+        check_order(turns, column)
         if all(turn.role != "assistant" for turn in turns):
             raise DataError("the conversation has no assistant turn, so nothing can be learned from it", column=column)
         if turns[-1].role != "assistant":
@@ -196,7 +196,7 @@ class _Reader:
             problem = "the assistant's, so there is nothing that it answers; begin with the user's, or set data.system"
             raise DataError(f"turn 1: {problem}", column=column)
         self._remark_on_unread(row, kind)
-        return Conversation(_messages(turns), [turn.learned for turn in turns], list(dict.fromkeys(self.remarks)))
+        return Conversation(messages_of(turns), [turn.learned for turn in turns], list(dict.fromkeys(self.remarks)))
 
     def read_prompt(self, row: Mapping[str, Any]) -> str | list[Message]:
         row = self._without_ignored(row)
@@ -205,19 +205,19 @@ class _Reader:
             if row.get(column) is not None:
                 turns = self.turns(row[column], column)
                 turns = turns[:-1] if len(turns) > 1 and turns[-1].role == "assistant" else turns
-                return _messages(self.with_system(_check_open(turns, column), row))
+                return messages_of(self.with_system(check_open(turns, column), row))
         if row.get(self._column("instruction")) is not None:
-            return _messages(self.with_system(self._question(row), row))
+            return messages_of(self.with_system(self._question(row), row))
         for column in (self._column("prompt"), self.data.text):
             if row.get(column) is not None:
                 history = self._history(row)
                 turns = [*history, *self._text_or_turns(row, column, "user", len(history))]
-                asked = self.with_system(_check_open(turns, column), row)
-                is_text = isinstance(row[column], str) and asked == [_Turn("user", row[column])]
-                return row[column] if is_text else _messages(asked)
+                asked = self.with_system(check_open(turns, column), row)
+                is_text = isinstance(row[column], str) and asked == [Turn("user", row[column])]
+                return row[column] if is_text else messages_of(asked)
         raise DataError(f"expected prompt, messages, or instruction (and input), found {_listed(row) or 'nothing'}")
 
-    def turns(self, value: Any, column: str, start: int = 0) -> list[_Turn]:
+    def turns(self, value: Any, column: str, start: int = 0) -> list[Turn]:
         """A list of turns, or the text of one; ``start`` turns stand before it."""
         value = _parsed(value) if isinstance(value, str) else value
         if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
@@ -226,7 +226,7 @@ class _Reader:
             raise DataError("the conversation is empty; give it a user's and an assistant's turn", column=column)
         return [self._turn(item, number, column) for number, item in enumerate(value, start + 1)]
 
-    def with_system(self, turns: list[_Turn], row: Mapping[str, Any]) -> list[_Turn]:
+    def with_system(self, turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:
         """The turns with the row's system prompt before them, or the recipe's, where they have none of their own."""
         column = self._column("system")
         system = self._optional_text(row, column)
@@ -237,8 +237,8 @@ class _Reader:
         if has_own:
             return turns
         if system.strip():
-            return [_Turn("system", system), *turns]
-        return turns if self.data.system is None else [_Turn("system", self.data.system), *turns]
+            return [Turn("system", system), *turns]
+        return turns if self.data.system is None else [Turn("system", self.data.system), *turns]
 
     def _column(self, name: str) -> str:
         return self.data.columns.get(name, name)
@@ -246,14 +246,14 @@ class _Reader:
     def _without_ignored(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         return {name: value for name, value in row.items() if name not in self.data.ignore}
 
-    def _question(self, row: Mapping[str, Any]) -> list[_Turn]:
+    def _question(self, row: Mapping[str, Any]) -> list[Turn]:
         """The turns before Alpaca's answer, without the system prompt."""
         instruction = self._text(row, self._column("instruction"))
         extra = self._optional_text(row, self._column("input"))
         asked = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
-        return [*self._history(row), _Turn("user", asked)]
+        return [*self._history(row), Turn("user", asked)]
 
-    def _history(self, row: Mapping[str, Any]) -> list[_Turn]:
+    def _history(self, row: Mapping[str, Any]) -> list[Turn]:
         """Earlier questions and answers: pairs of texts, or turns."""
         column = self._column("history")
         value = row.get(column)
@@ -269,20 +269,20 @@ class _Reader:
             is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
             if not is_pair or not all(isinstance(text, str) for text in pair):
                 raise DataError(f"pair {number}: expected [question, answer], found {_named(pair)}", column=column)
-            turns += [_Turn(role, _checked(text, column)) for role, text in zip(("user", "assistant"), pair)]
+            turns += [Turn(role, _checked(text, column)) for role, text in zip(("user", "assistant"), pair)]
         return turns
 
-    def _text_or_turns(self, row: Mapping[str, Any], column: str, role: str, start: int) -> list[_Turn]:
+    def _text_or_turns(self, row: Mapping[str, Any], column: str, role: str, start: int) -> list[Turn]:
         """A text as a turn of ``role``, or turns; also those that were written as text into a table's cell."""
         value = row.get(column)
         if isinstance(value, str) and _are_turns(parsed := _parsed(value)):
             self.remarks.append(("turns_in_text", column))
             value = parsed
         if value is None or isinstance(value, (str, int, float)):
-            return [_Turn(role, self._text(row, column))]
+            return [Turn(role, self._text(row, column))]
         return self.turns(value, column, start)
 
-    def _turn(self, item: Any, number: int, column: str) -> _Turn:
+    def _turn(self, item: Any, number: int, column: str) -> Turn:
         if not isinstance(item, Mapping):
             message = f"turn {number}: expected a mapping with role and content, found {_named(item)}"
             raise DataError(message, column=column)
@@ -300,7 +300,7 @@ class _Reader:
                 self.remarks.append(("not_used", f"{column}[].{key}"))
         role = self._role(present[keys[0]], number, column)
         content = self._content(present[keys[1]], number, column)
-        return _Turn(role, content, _flag(present, number, column))
+        return Turn(role, content, _flag(present, number, column))
 
     def _role(self, role: Any, number: int, column: str) -> str:
         name = role.strip().lower() if isinstance(role, str) else ""
@@ -359,7 +359,7 @@ class _Reader:
             self.remarks.append(("not_used", f"{name}{hint}"))
 
 
-def _messages(turns: Iterable[_Turn]) -> list[Message]:
+def messages_of(turns: Iterable[Turn]) -> list[Message]:
     return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
@@ -376,7 +376,7 @@ def _flag(turn: Mapping[str, Any], number: int, column: str) -> bool | None:
     return values.pop() if values else None
 
 
-def _check_order(turns: Sequence[_Turn], column: str) -> None:
+def check_order(turns: Sequence[Turn], column: str) -> None:
     roles = [turn.role for turn in turns]
     for number, (before, role) in enumerate(pairwise(roles), 1):
         if role == before:
@@ -386,9 +386,9 @@ def _check_order(turns: Sequence[_Turn], column: str) -> None:
             raise DataError(f"turn {number + 1}: the system prompt must be the first turn", column=column)
 
 
-def _check_open(turns: list[_Turn], column: str) -> list[_Turn]:
+def check_open(turns: list[Turn], column: str) -> list[Turn]:
     """The turns; raises DataError where they do not await an answer."""
-    _check_order(turns, column)
+    check_order(turns, column)
     if turns[-1].role != "user":
         problem = f"the {turns[-1].role}'s; the last turn must be the user's, to be answered"
         raise DataError(f"turn {len(turns)}: {problem}", column=column)

@@ -101,7 +101,8 @@ class AutoStepper(Stepper):
         _, tokens = self._size(micro_batch)
         rows = wanted = len(micro_batch.rows)
         free = int(psutil.virtual_memory().available)
-        scored = self.split.weights[micro_batch.rows].mean() if module.head.scores_tokens else 0.0
+        tokens_scored = self.split.scored
+        scored = 0.0 if tokens_scored is None else float(tokens_scored[micro_batch.rows].mean())
         while rows > 1:
             shape = Shape(rows, tokens, min(int(scored * rows), rows * (tokens - 1)))
             if micro_batch_bytes(self.recipe, module.head.info, self.tokenizer, self.session.dtype, shape) <= free:

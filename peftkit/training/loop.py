@@ -178,6 +178,8 @@ class Loop:
         window = self.state.window
         values = {"loss": result.loss * result.weight, "weight": result.weight, "rows": result.rows,
                   "tokens": result.tokens, "seconds": seconds, "steps": 1}  # fmt: skip
+        for name, (summed, divisor) in result.measures.items():
+            values |= {f"{name}/sum": summed, f"{name}/count": divisor}
         for name, value in values.items():
             if math.isfinite(value):
                 window[name] = window.get(name, 0.0) + value
@@ -190,6 +192,9 @@ class Loop:
                 "rows_per_second": window["rows"] / window["seconds"],
                 "tokens_per_second": window["tokens"] / window["seconds"],
             }
+            for name in result.measures:
+                if count := window.get(f"{name}/count"):
+                    metrics[name] = window[f"{name}/sum"] / count
             window.clear()
             self.log.train(self.state.step, self.state.step / self.per_epoch, metrics)
 
@@ -253,6 +258,8 @@ class Loop:
         metrics = self.module.head.metrics(outputs, self.recipe.evaluation)
         state.evaluated = state.step
         self.log.evaluation(state.step, state.step / self.per_epoch, "validation", metrics)
+        for event, message in self.module.head.warnings(metrics):
+            self.log.event(state.step, event, message)
         if self.on_validation:
             self.on_validation(state.step, metrics)
         value, sign = metrics[self.metric], 1 if greater_is_better(self.metric) else -1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
 from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
+
+ForwardPass = Literal["loss", "outputs", "loss_and_measures", "batch_sums", "reference_outputs", "vectors"]
+"""The forward passes of a head, by the name of its method."""
 
 
 class TaskModule(torch.nn.Module):
@@ -38,20 +41,25 @@ class TaskModule(torch.nn.Module):
         """The frozen lower part of the model; it stays in evaluation mode."""
         self._mode: bool | None = None  # set by ``train``
 
-    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False, vectors: bool = False) -> Any:
+    def forward(self, batch: dict[str, torch.Tensor], *, outputs: bool = False, use: ForwardPass = "loss") -> Any:
         """The summed loss (a scalar), or with ``outputs`` the tensors that evaluation needs, one row per example.
 
-        With ``vectors``, those of each text, for a head that compares rows.
-
-        A batch with ``features`` (see ``training.features``) enters the model above its frozen trunk.
+        ``use`` names another of the head's forward passes. A batch with ``features`` (see ``training.features``) enters
+        the model above its frozen trunk.
         """
-        use = self.head.outputs if outputs else self.head.vectors if vectors else self.head.loss
+        head = self.head
+        passes: dict[str, Callable[..., Any]] = {
+            "loss": head.loss, "outputs": head.outputs, "loss_and_measures": head.loss_and_measures,
+            "batch_sums": head.batch_sums, "reference_outputs": head.reference_outputs,
+            "vectors": head.vectors,
+        }  # fmt: skip
+        forward = passes["outputs" if outputs else use]
         features = batch.get(FEATURES)
         if features is None or self.trunk is None:
-            return use(self.model, batch, self.pooling)
+            return forward(self.model, batch, self.pooling)
         with self.trunk.replay(features):
             rest = {name: tensor for name, tensor in batch.items() if name != FEATURES}
-            return use(self.model, rest, self.pooling)
+            return forward(self.model, rest, self.pooling)
 
     def freeze_trunk(self, trunk: FrozenTrunk) -> None:
         """Keep a trunk in evaluation mode from now on."""
@@ -78,6 +86,8 @@ class StepResult:
     grad_norm: float
     rows: int
     tokens: int
+    measures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The head's measures by name: a sum over the global batch, and what divides it."""
 
     @property
     def finite(self) -> bool:
@@ -125,6 +135,11 @@ class Stepper:
         """The model that the method built."""
         return self.unwrapped.model
 
+    @functools.cached_property
+    def head(self) -> Head:
+        """The head of the model."""
+        return self.unwrapped.head
+
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """Run one optimizer step on a global batch of row numbers."""
         weight = float(self.split.weights[batch].sum())
@@ -136,8 +151,11 @@ class Stepper:
         norm = self.session.accelerator.clip_grad_norm_(self._parameters, limit)  # None with DeepSpeed
         if self.session.world_size > 1:
             total = self.session.accelerator.reduce(total, "sum")
-        loss = float(total) / weight if weight else 0.0
-        result = StepResult(loss, weight, 0.0 if norm is None else float(unshard(norm)), len(batch), tokens)
+        summed, *rest = total.flatten().tolist()
+        loss = summed / weight if weight else 0.0
+        measures = dict(zip(self.head.measures, zip(rest[::2], rest[1::2], strict=True), strict=True))
+        length = 0.0 if norm is None else float(unshard(norm))
+        result = StepResult(loss, weight, length, len(batch), tokens, measures)
         if result.finite:
             self.on_gradients()
             self.optimizer.step()
@@ -155,19 +173,24 @@ class Stepper:
         )  # fmt: skip
 
     def accumulate(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
-        """Accumulate the gradients of this process's micro-batches; returns their summed loss."""
+        """Accumulate the gradients of this process's micro-batches; returns their summed loss.
+
+        Where the head has ``measures``, the sums and divisors of these follow the loss.
+        """
         session = self.session
-        total = torch.zeros((), device=session.device)
+        measures = self.head.measures
+        total = torch.zeros(1 + 2 * len(measures) if measures else (), device=session.device)
         micro_batches = self.micro_batches(batch)
-        if len(micro_batches) > 1 and self.unwrapped.head.compares_rows:
+        if len(micro_batches) > 1 and self.head.compares_rows:
             return self._accumulate_together(micro_batches, weight, step)
+        shared = self._batch_sums(micro_batches, step) if self.head.sums_batches else {}
         for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
             last = number == len(micro_batches) - 1
             # DDP averages gradients over processes, but the sum over the global batch is needed
             scale = session.world_size / weight if micro_batch.counts and weight else 0.0
             with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
-                loss = self._forward_backward(self.collate(micro_batch.rows), scale, last=last)
+                loss = self._forward_backward(self.collate(micro_batch.rows) | shared, scale, last=last)
             if micro_batch.counts:
                 total += unshard(loss)
             session.watchdog.report_progress()
@@ -175,13 +198,13 @@ class Stepper:
 
     def _accumulate_together(self, micro_batches: list[MicroBatch], weight: float, step: int) -> torch.Tensor:
         """``accumulate`` where the loss compares rows of different micro-batches; see ``Head.vectors``."""
-        session, seed, head = self.session, self.recipe.training.seed, self.unwrapped.head
+        session, seed, head = self.session, self.recipe.training.seed, self.head
         batches, parts = [], []
         for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(seed, step, number, session.rank)
             batches.append(self.collate(micro_batch.rows))
             with torch.no_grad(), session.accelerator.autocast():
-                parts.append(self.module(batches[-1], vectors=True))
+                parts.append(self.module(batches[-1], use="vectors"))
             session.watchdog.report_progress()
         cached = torch.cat(parts).requires_grad_()
         rows = {
@@ -194,7 +217,7 @@ class Stepper:
         for number, (collated, gradient) in enumerate(zip(batches, cached.grad.split([len(part) for part in parts]))):
             seed_micro_batch(seed, step, number, session.rank)  # the same dropout as above
             with session.accelerator.autocast():
-                vectors = self.module(collated, vectors=True)
+                vectors = self.module(collated, use="vectors")
             last = number == len(batches) - 1
             objective = (vectors * gradient).sum()
             if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
@@ -203,16 +226,37 @@ class Stepper:
             session.watchdog.report_progress()
         return total.detach()
 
+    @torch.no_grad()
+    def _batch_sums(self, micro_batches: list[MicroBatch], step: int) -> dict[str, torch.Tensor]:
+        """The head's sums over the global batch, which every micro-batch is given."""
+        session, totals = self.session, []
+        for number, micro_batch in enumerate(micro_batches):
+            seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
+            with session.accelerator.autocast():
+                sums = self.module(self.collate(micro_batch.rows), use="batch_sums")
+            totals.append(sums if micro_batch.counts else torch.zeros_like(sums))
+            session.watchdog.report_progress()
+        total = torch.stack(totals).sum(0)
+        return {"batch_sums": session.accelerator.reduce(total, "sum") if session.world_size > 1 else total}
+
     def _forward_backward(self, batch: dict[str, torch.Tensor], scale: float, *, last: bool) -> torch.Tensor:
-        """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return."""
+        """The detached loss: its graph, and with it what bitsandbytes' INT8 layers saved, is freed on return.
+
+        The head's measures, where it has any, follow the loss.
+        """
+        measures = None
         with self.session.accelerator.autocast():
-            loss: torch.Tensor = self.module(batch)
+            if self.head.measures:
+                loss, measures = self.module(batch, use="loss_and_measures")
+            else:
+                loss = self.module(batch)
         self.session.watchdog.report_progress()
         objective = loss * scale
         if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
             objective = objective + penalty  # equal on all processes, so DDP's average leaves it as it is
         self.session.backward(objective, last=last)
-        return loss.detach()
+        loss = loss.detach()
+        return loss if measures is None else torch.cat([unshard(loss)[None], measures.flatten().to(torch.float32)])
 
     def collate(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows as padded tensors on this process's device."""

@@ -314,6 +314,8 @@ def test_marks_that_are_missing_or_files_that_would_be_overwritten(chat_run, cal
         (["--marked", marked, "--out", tmp_path / "o.jsonl"], "no row is marked good"),
         (["--marked", marked, "--out", marked], "is the input file"),
         (["--marked", marked], "--marked FILE needs --out FILE"),
+        (["--bad"], "--marked FILE needs --out FILE"),
+        (["--marked", marked, "--bad", "--out", tmp_path / "o.jsonl"], "no row is marked good"),
         (["own_csv", "--marked", marked, "--out", tmp_path / "o.jsonl"], "takes no recipe"),
         ([], "expected a recipe"),
     ):

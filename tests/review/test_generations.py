@@ -9,6 +9,8 @@ import pytest
 
 from peftkit.errors import DataError
 from peftkit.review.generations import GenerationRow, html, marked_to_training_rows, read, write
+from peftkit.schema.recipe import DataConfig
+from peftkit.tasks.preference import Preference
 
 CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2 + 2?"}]
 ROWS = [
@@ -79,3 +81,21 @@ def test_nothing_marked_good_and_no_file(tmp_path):
         marked_to_training_rows(write(tmp_path, ROWS)[0])
     with pytest.raises(DataError, match=r"none\.jsonl"):
         read(tmp_path / "none.jsonl")
+
+
+def test_bad_marks_are_kept_with_a_label_that_kto_reads(tmp_path):
+    asked = [{"role": "user", "content": "Hi"}]
+    rows = [
+        GenerationRow(asked, "ref", "base", "Hello", mark="good"),
+        GenerationRow(asked, "ref", "base", "What", mark="bad"),
+        GenerationRow(asked, "ref", "base", "Hm"),
+    ]
+    path, _ = write(tmp_path, rows)
+    kept = marked_to_training_rows(path, bad=True)
+    assert [row["label"] for row in kept] == [True, False]
+    task, data = Preference(loss="kto"), DataConfig(source="unused")
+    read_back = [task.canonical(row, data, None) for row in kept]
+    assert [(row["answer"][0]["content"], row["desirable"]) for row in read_back] == [("Hello", True), ("What", False)]
+    only, _ = write(tmp_path, rows[:1])
+    with pytest.raises(DataError, match="no row is marked bad"):
+        marked_to_training_rows(only, bad=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from peftkit.heads.preference_losses import LOSSES
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS, QUANTIZATIONS, TASKS
 from peftkit.schema.sections import ConfigSection
@@ -17,6 +18,7 @@ CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_prop
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
 SIMILARITY = "test_run_similarity.py::"
 TOKENS = "tasks/test_token_classification.py::"
+PREFERENCE, PREFERENCE_LOSSES = "tasks/test_preference.py::", "heads/test_preference_losses.py::"
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
 BOTTLENECK = "methods/test_bottleneck.py::"
 GENERATION, LANGUAGE = "evaluation/test_generation.py::", "test_run_language.py::"
@@ -75,6 +77,25 @@ TESTS = {
     "task[instruction].train_on": INSTRUCTION + "test_train_on_chooses_the_scored_turns",
     "task[instruction].packing": INSTRUCTION + "test_packed_windows_hold_every_example_and_score_the_same",
     "task[instruction].too_long": INSTRUCTION + "test_a_prompt_that_fills_the_window_is_an_error_on_demand",
+    "task[preference].loss": PREFERENCE + "test_every_format_of_marks_is_read_as_the_same",
+    "task[preference].too_long": PREFERENCE + "test_long_answers_are_cut_and_prompts_without_room_left_out_or_refused",
+    **{
+        f"task.loss[{kind}].{name}": PREFERENCE_LOSSES + "test_a_loss_over_pairs_is_its_formula"
+        for kind, names in {
+            "cpo": ("beta", "label_smoothing", "nll_weight"),
+            "dpo": ("beta", "label_smoothing", "nll_weight"),
+            "hinge": ("beta", "nll_weight"),
+            "ipo": ("beta", "nll_weight"),
+            "orpo": ("beta", "nll_weight"),
+            "simpo": ("beta", "gamma", "label_smoothing", "nll_weight"),
+        }.items()
+        for name in names
+    },
+    **{
+        f"task.loss[kto].{name}": PREFERENCE_LOSSES
+        + "test_kto_is_its_formula_with_the_other_rows_answers_as_reference_point"
+        for name in ("beta", "desirable_weight", "undesirable_weight")
+    },
     "task[style].packing": STYLE + "test_without_packing_a_window_holds_one_document",
     "task[style].prompt_words": STYLE + "test_the_prompt_is_the_documents_first_words_as_they_stand",
     **{
@@ -217,6 +238,8 @@ def all_fields() -> list[str]:
     for part, registry in (("method", METHODS), ("task", TASKS), ("quantization", QUANTIZATIONS)):
         for kind in registry.names():
             names += [f"{part}[{kind}].{name}" for name in registry.get(kind).model_fields if name != "kind"]
+    for kind in LOSSES.names():
+        names += [f"task.loss[{kind}].{name}" for name in LOSSES.get(kind).model_fields if name != "kind"]
     return names
 
 

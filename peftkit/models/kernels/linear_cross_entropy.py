@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peftkit.models import packing
 from peftkit.models.blocks import unwrap
@@ -90,6 +91,22 @@ def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return _at_output(model, batch, keep, lambda hidden_SH, output: _sum(hidden_SH, targets_S, output))
 
 
+def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of every scored token, with its gradient, and the row that each belongs to.
+
+    For losses that weigh rows by what the model gives their tokens: the gradient of a token's loss by its hidden state
+    is computed chunk by chunk as in ``loss``, and scaled in the backward pass by what the row's loss asks for.
+
+    Returns:
+        [S] in the dtype of the softmax, and [S] int64; row by row, in each from left to right.
+    """
+    targets_S, keep = _scored(batch)
+    rows_S = keep // (batch["labels"].shape[1] - 1)
+    if _shaping(model, batch["input_ids"]) is None:
+        return F.cross_entropy(_wide(_full_logits(model, batch, keep)), targets_S, reduction="none"), rows_S
+    return _at_output(model, batch, keep, lambda hidden_SH, output: _each(hidden_SH, targets_S, output)), rows_S
+
+
 def row_outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each row's summed ``loss``, ``weight`` (scored tokens) and ``correct`` (label was the argmax): [rows] fp32."""
     targets_S, keep = _scored(batch)
@@ -153,16 +170,43 @@ def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
     """Summed cross-entropy, by the fastest way that the output layer allows."""
     if not torch.is_grad_enabled():
         return _chunked_scores(hidden_SH, targets_S, output)[0].sum()
-    trained = [parameter for parameter in output.module.parameters() if parameter.requires_grad]
-    # a weight that can be used directly: no adapter around it, not quantized, not offloaded
-    plain = type(output.module) is nn.Linear and output.module.weight.is_floating_point()
-    if trained or not plain or hasattr(output.module, "_hf_hook"):
+    if (frozen := _frozen_matrix(hidden_SH, output)) is None:
+        trained = _trained(output)
         return _AnyOutputLayer.apply(hidden_SH, targets_S, output, *trained)  # type: ignore[no-any-return]
+    return _FrozenMatrix.apply(hidden_SH, *frozen, targets_S, output)  # type: ignore[no-any-return]
+
+
+def _each(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
+    """The cross-entropy of every scored token, [S], by the fastest way that the output layer allows."""
+    if not torch.is_grad_enabled():
+        return _chunked_scores(hidden_SH, targets_S, output)[0]
+    if (frozen := _frozen_matrix(hidden_SH, output)) is None:
+        return torch.cat([hidden_SH.new_zeros(0, dtype=_wide(hidden_SH[:0]).dtype), *(
+            checkpoint(_any_chunk, hidden, targets, output, use_reentrant=False)
+            for hidden, targets in zip(*(one.split(output.rows(hidden_SH.device)) for one in (hidden_SH, targets_S)))
+        )])  # fmt: skip
+    return _FrozenMatrixEach.apply(hidden_SH, *frozen, targets_S, output)  # type: ignore[no-any-return]
+
+
+def _any_chunk(hidden: Tensor, targets: Tensor, output: OutputLayer) -> Tensor:
+    return F.cross_entropy(output(hidden), targets, reduction="none")
+
+
+def _trained(output: OutputLayer) -> list[nn.Parameter]:
+    return [parameter for parameter in output.module.parameters() if parameter.requires_grad]
+
+
+def _frozen_matrix(hidden_SH: Tensor, output: OutputLayer) -> tuple[Tensor, Tensor | None] | None:
+    """Weight, in the dtype of the matmul, and bias of an output layer that can be used directly; else None."""
+    # no adapter around it, not quantized, not offloaded
+    plain = type(output.module) is nn.Linear and output.module.weight.is_floating_point()
+    if _trained(output) or not plain or hasattr(output.module, "_hf_hook"):
+        return None
     weight: Tensor = output.module.weight  # type: ignore[assignment]
     bias, device, dtype = output.module.bias, hidden_SH.device.type, weight.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return _FrozenMatrix.apply(hidden_SH, weight.to(dtype), bias, targets_S, output)  # type: ignore[no-any-return]
+    return weight.to(dtype), bias  # type: ignore[return-value]
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -209,19 +253,8 @@ class _FrozenMatrix(torch.autograd.Function):
         ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_S: Tensor, output: OutputLayer
     ) -> Tensor:
         total = hidden_SH.new_zeros((), dtype=_wide(weight_VH[:0]).dtype)
-        needs_grad = ctx.needs_input_grad[0]
-        grad_SH = torch.empty_like(hidden_SH) if needs_grad else None
-        rows = min(max(1, len(targets_S)), output.rows(hidden_SH.device, weight_VH.itemsize))
-        # one buffer for all chunks: allocating 32 MB from the system takes as long as a softmax
-        logits_SV = weight_VH.new_empty((rows, len(weight_VH)))
-        with torch.autocast(hidden_SH.device.type, enabled=False):
-            for hidden, targets, start in zip(hidden_SH.split(rows), targets_S.split(rows), count(0, rows)):
-                chunk = logits_SV[: len(targets)]
-                torch.mm(hidden.to(weight_VH.dtype), weight_VH.T, out=chunk)
-                total += _loss_and_grad(chunk, bias_V, targets, output.shaping, needs_grad)
-                if grad_SH is not None:
-                    grad_SH[start : start + rows] = chunk @ weight_VH
-        ctx.save_for_backward(grad_SH)
+        for losses in _frozen_chunks(ctx, hidden_SH, weight_VH, bias_V, targets_S, output):
+            total += losses
         return total
 
     @staticmethod
@@ -230,8 +263,53 @@ class _FrozenMatrix(torch.autograd.Function):
         return grad_SH * grad_output.to(grad_SH.dtype), None, None, None, None
 
 
-def _loss_and_grad(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, needs_grad: bool) -> Tensor:
-    """Summed loss of a chunk of unshaped logits, which are overwritten by their gradient if ``needs_grad``."""
+class _FrozenMatrixEach(torch.autograd.Function):
+    """``_FrozenMatrix`` for the loss of every token: a token's loss depends on its own hidden state alone, so that the
+    gradient that the forward pass computed only needs a factor for each token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_S: Tensor, output: OutputLayer
+    ) -> Tensor:
+        each_S = hidden_SH.new_empty(len(targets_S), dtype=_wide(weight_VH[:0]).dtype)
+        for _ in _frozen_chunks(ctx, hidden_SH, weight_VH, bias_V, targets_S, output, each_S):
+            pass
+        return each_S
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_SH,) = ctx.saved_tensors
+        return grad_SH * grad_output[:, None].to(grad_SH.dtype), None, None, None, None
+
+
+def _frozen_chunks(
+    ctx: Any, hidden_SH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_S: Tensor, output: OutputLayer,
+    each_S: Tensor | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The summed loss of every chunk; saves the gradient by the hidden states, fills ``each_S`` with each loss."""
+    needs_grad = ctx.needs_input_grad[0]
+    grad_SH = torch.empty_like(hidden_SH) if needs_grad else None
+    rows = min(max(1, len(targets_S)), output.rows(hidden_SH.device, weight_VH.itemsize))
+    # one buffer for all chunks: allocating 32 MB from the system takes as long as a softmax
+    logits_SV = weight_VH.new_empty((rows, len(weight_VH)))
+    with torch.autocast(hidden_SH.device.type, enabled=False):
+        for hidden, targets, start in zip(hidden_SH.split(rows), targets_S.split(rows), count(0, rows)):
+            chunk = logits_SV[: len(targets)]
+            torch.mm(hidden.to(weight_VH.dtype), weight_VH.T, out=chunk)
+            each = None if each_S is None else each_S[start : start + rows]
+            yield _loss_and_grad(chunk, bias_V, targets, output.shaping, needs_grad, each)
+            if grad_SH is not None:
+                grad_SH[start : start + rows] = chunk @ weight_VH
+    ctx.save_for_backward(grad_SH)
+
+
+def _loss_and_grad(
+    chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping: Shaping, needs_grad: bool, each: Tensor | None = None
+) -> Tensor:
+    """Summed loss of a chunk of unshaped logits, which are overwritten by their gradient if ``needs_grad``.
+
+    ``each`` is filled with the loss of every token.
+    """
     total = chunk.new_zeros((), dtype=_wide(chunk[:0]).dtype)
     for part in _slices(chunk):
         logits, column, derivative = _wide(chunk[part]), targets[part][:, None], None
@@ -246,7 +324,10 @@ def _loss_and_grad(chunk: Tensor, bias: Tensor | None, targets: Tensor, shaping:
         grad = logits.softmax(-1)
         # logsumexp from the softmax's largest entry, which is never small: saves a pass over the slice
         normalizer = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
-        total += (normalizer - logits.gather(1, column)).sum()
+        losses = normalizer - logits.gather(1, column)
+        total += losses.sum()
+        if each is not None:
+            each[part] = losses.squeeze(1)
         if needs_grad:
             grad.scatter_add_(1, column, grad.new_full(column.shape, -1.0))
             if derivative is not None:

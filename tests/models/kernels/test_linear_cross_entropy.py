@@ -97,6 +97,33 @@ def test_every_architecture(monkeypatch, name, frozen):
     torch.testing.assert_close(model(input_ids=batch["input_ids"]).logits.shape[-1], VOCABULARY)  # the head is back
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2-capped", "granite-scaled"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen-head", "trained-head"])
+def test_each_token_s_loss_equals_cross_entropy_with_any_weights(monkeypatch, name, frozen):
+    """A loss that is not linear in the rows' sums, as those over preferences are not."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
+    monkeypatch.setattr(linear_cross_entropy, "SLICE_BYTES", 2 * 4 * VOCABULARY)
+    model, batch = make(name), batch_of()
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+
+    def of_rows(losses, rows):
+        return losses.new_zeros(3).index_add(0, rows, losses).mul(torch.tensor([0.1, -0.2, 0.05])).sigmoid().log().sum()
+
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    targets = batch["labels"][:, 1:]
+    every = F.cross_entropy(logits, targets.flatten(), reduction="none", ignore_index=-100)
+    keep = targets.flatten() != -100
+    wanted = gradients(model, of_rows(every[keep], torch.arange(3).repeat_interleave(11)[keep]))
+    losses, rows = linear_cross_entropy.token_losses(model, batch)
+    torch.testing.assert_close(losses, every[keep], rtol=1e-12, atol=1e-12)
+    found = gradients(model, of_rows(losses, rows))
+    assert found.keys() == wanted.keys()
+    for parameter in wanted:
+        torch.testing.assert_close(found[parameter], wanted[parameter], rtol=1e-8, atol=1e-12, msg=parameter)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy.token_losses(model, batch)[0], every[keep])
+
+
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen-head", "trained-head"])
