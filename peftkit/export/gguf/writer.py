@@ -90,7 +90,8 @@ def write_adapter(file: Path, adapter: Mapping[str, Tensor], config: Any, archit
 def unsupported_adapter(names: Sequence[str] | Mapping[str, Any], config: Any) -> str:
     """Why a peft adapter cannot be a GGUF adapter; empty if it can."""
     if config.peft_type != "LORA":
-        return f"{LORA_ONLY}, and this is {config.peft_type}: export it with --format lora first, or as content=merged"
+        kind = config.peft_type.value
+        return f"{LORA_ONLY}, and this is {kind}: export it with --format lora first, or as content=merged"
     if config.use_dora:
         return f"{LORA_ONLY}, and this adapter has DoRA's magnitudes; use content=merged"
     init = str(config.init_lora_weights)
