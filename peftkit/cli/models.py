@@ -18,7 +18,14 @@ To = Annotated[Path, typer.Option(metavar="FOLDER", help="A new or empty folder.
 
 
 class ExportCommand(TyperCommand):
-    """Lists the formats in the help of `peftkit export`; they are imported only when it is shown."""
+    """Takes a format's options as `--type q8_0` as well, and lists the formats in the help of `peftkit export`.
+
+    The formats are imported only when that help is shown.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        return super().parse_args(ctx, _with_options_as_values(args, {*known, *ctx.help_option_names}))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for parameter in self.params:
@@ -26,6 +33,21 @@ class ExportCommand(TyperCommand):
                 names = ", ".join(EXPORTERS)
                 parameter.help = f"{names}; `peftkit list --formats` describes them."  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
+
+
+def _with_options_as_values(args: list[str], known: set[str]) -> list[str]:
+    """Spells every option that is not the command's own, `--name value` or `--name`, as `name=value` or `name=true`."""
+    values, pending = [], list(args)
+    while pending:
+        arg = pending.pop(0)
+        name, sign, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or f"--{name}" in known or not name:
+            values.append(arg)
+            continue
+        if not sign:
+            value = pending.pop(0) if pending and not pending[0].startswith("-") else "true"
+        values.append(f"{name.replace('-', '_')}={value}")
+    return values
 
 
 def export(
@@ -36,7 +58,8 @@ def export(
         str, typer.Option("--format", metavar="FORMAT", autocompletion=lambda: list(EXPORTERS))
     ] = "peft",
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[option=value]...", help="Options of the format.")
+        list[str] | None,
+        typer.Argument(metavar="[option=value]...", help="Options of the format; --option value is the same."),
     ] = None,
 ) -> None:
     """Export a run for other libraries, with a proof of equal outputs."""

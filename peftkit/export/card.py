@@ -48,6 +48,8 @@ class Usage:
     """What loaded the export for its proof, at the beginning of a sentence."""
     limits: tuple[str, ...] = ()
     """What users should know about the format."""
+    loads_in_peftkit: bool = True
+    """Whether ``peftkit.load`` loads it."""
 
 
 def usage(manifest: Manifest) -> Usage:

@@ -28,7 +28,7 @@ from peftkit.system.files import atomic_folder
 
 if TYPE_CHECKING:
     from peftkit.export.card import Usage
-    from peftkit.export.proof import Proof
+    from peftkit.export.proof import ExportProof
 
 
 class Exporter(ConfigSection):
@@ -51,11 +51,12 @@ class Exporter(ConfigSection):
             ExportError: the export does not reproduce the trained model.
         """
 
-    def finish(self, source: ExportFolder, folder: Path, proof: Proof | None, **changes: Any) -> None:
+    def finish(self, source: ExportFolder, folder: Path, proof: ExportProof | None, **changes: Any) -> None:
         """Writes what every export has: peftkit.json, recipe.yaml, metrics.json, proof.json and the card.
 
         Args:
-            proof: of this export; None if it was not proven.
+            proof: of this export; None if it was not proven. Where proof.json has a ``summary``, a sentence without its
+                full stop, reports and the card quote it.
             changes: fields of the manifest that differ from those of ``source``; ``saves`` is the format's name.
 
         Raises:
@@ -117,7 +118,9 @@ def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_forma
     wrote = f"wrote {to} (format {to_format}{', merged' if merge else ''})"
     values = proof.read(to)
     if values is None:
-        return f"{wrote}; nothing was proven (export.prove=false)"
+        return f"{wrote}; nothing was proven (prove=false)"
+    if "summary" in values:
+        return f"{wrote}; {values['summary']}"
     return (
         f"{wrote}; its logits differ from the trained model's by {values['relative']:.1g} of their standard deviation "
         f"({values['tolerance']:g} allowed)"

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,9 +43,19 @@ TEXTS = (SAMPLE, SAMPLE.upper(), f"{SAMPLE} {SAMPLE}", "?")
 CPU = torch.device("cpu")
 
 
+class ExportProof(Protocol):
+    """What an export is proven by; ``Proof`` compares logits."""
+
+    def write(self, folder: Path) -> None:
+        """Writes proof.json into a folder."""
+
+    def check(self, what: str) -> None:
+        """Raises ExportError unless the proof passed."""
+
+
 @dataclass(frozen=True)
 class Proof:
-    """The contents of proof.json."""
+    """The contents of proof.json of an export whose logits were compared."""
 
     passed: bool
     relative: float

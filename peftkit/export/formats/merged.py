@@ -5,11 +5,9 @@ Merged and saved in fp32, so that the model gives the adapter's outputs; it can 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from peftkit.errors import MethodError
 from peftkit.export.exporter import Exporter
 from peftkit.export.folder import ExportFolder
 from peftkit.schema.registries import EXPORTERS
@@ -40,22 +38,13 @@ class Merged(Exporter):
     def write(self, source: ExportFolder, folder: Path, *, tolerance: float | None) -> None:
         """``export`` with another tolerance than the recipe's; None skips the proof."""
         from peftkit.export import library_files, proof
-        from peftkit.export.loading import load_exported
-        from peftkit.export.merging import unwrap_heads
-        from peftkit.export.native_adapters import native_adapters
+        from peftkit.export.merged_model import merge_export
 
-        loaded = load_exported(source, device="cpu", dtype="float32", quantized=False).loaded
-        changes: dict[str, Any] = {"saves": "model", "quantization": None, "dtype": "float32"}
-        contents = replace(source.manifest, **changes)
-        batch = proof.sample_batch(loaded.tokenizer, contents)
-        logits = proof.trained_logits(loaded, contents, batch)
-        try:
-            merged = loaded.model if native_adapters(loaded.model) else unwrap_heads(loaded.model.merge_and_unload())
-        except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
-            method = source.manifest.method
-            raise MethodError(f"{source.path}: method '{method}' cannot be merged into the base ({error})") from error
-        merged.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-        library_files.write(folder, contents, merged.config, loaded.tokenizer)
-        proven = None if tolerance is None else proof.prove_batch(folder, contents, batch, logits, tolerance)
-        self.finish(source, folder, proven, **changes)
+        merged = merge_export(source)
+        merged.model.save_pretrained(folder)
+        merged.loaded.tokenizer.save_pretrained(folder)
+        library_files.write(folder, merged.contents, merged.model.config, merged.loaded.tokenizer)
+        proven = None
+        if tolerance is not None:
+            proven = proof.prove_batch(folder, merged.contents, merged.batch, merged.logits, tolerance)
+        self.finish(source, folder, proven, saves="model", quantization=None, dtype="float32")

@@ -1,0 +1,1 @@
+"""GGUF files for llama.cpp and Ollama: weights, vocabulary, and the proof in llama.cpp itself."""

@@ -1,0 +1,1 @@
+"""One family of model architectures per file; see ``peftkit.export.gguf.architecture``."""
