@@ -136,9 +136,10 @@ def main() -> None:
     parser = options(__doc__, name="preferences", rows=48, repeats=3)
     parser.add_argument("--loss", choices=("dpo", "kto"), default="dpo")
     parser.add_argument("--check", action="store_true", help="compare the first steps instead")
+    parser.add_argument("--model", help="folder of another base, in place of SmolLM2")
     parser.add_argument("--peer", help="an interpreter with trl, in place of an environment of its own")
     args = parser.parse_args()
-    python, model = args.peer or python_of("trl"), base_model()
+    python, model = args.peer or python_of("trl"), args.model or base_model()
     if args.check:
         check(args, python, model)
         return

