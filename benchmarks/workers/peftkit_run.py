@@ -55,6 +55,7 @@ def main() -> None:
                 "eval_rows_per_second": training["test_rows_per_second"],
                 "accuracy": test.get("accuracy"),
                 "f1": test.get("f1"),
+                "spearmanr": test.get("spearmanr"),
                 "loss": test.get("loss"),
                 "train_loss": mean_training_loss(run.path),
                 "train_seconds": training["seconds"],
