@@ -1,6 +1,6 @@
 """An environment of its own for each peer, built from PyPI under ``benchmarks/.envs`` on first use.
 
-    python benchmarks/environments.py [trl setfit adapters llamafactory]
+    python benchmarks/environments.py [trl setfit adapters llamafactory transformers_serve]
 
 builds those named (all, where none is) ahead of the measurements. torch is installed first and held, so that no peer
 pulls in another build.
@@ -27,6 +27,7 @@ PACKAGES = {
         "datasets==5.0.1",
     ],
     "llamafactory": ["llamafactory==0.9.5"],
+    "transformers_serve": ["transformers[serving]==5.23.0", "accelerate==1.15.0"],
 }
 """What is asked of pip, in one command, for each peer."""
 

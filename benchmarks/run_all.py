@@ -28,11 +28,13 @@ CLASSIFICATION: dict[str, list[str]] = {
     "growth": ["growth.py"],
     "runtimes": ["runtimes.py"],
     "batching_curves": ["batching_curves.py"],
+    "serving_classify": ["serving.py", "--work", "classify"],
 }
 INSTRUCTIONS: dict[str, list[str]] = {
     "startup": ["startup.py"],
     "instruction_lora": ["instruction_lora.py"],
     "llamafactory_lora": ["llamafactory_lora.py"],
+    "serving_chat": ["serving.py", "--work", "chat"],
 }
 
 

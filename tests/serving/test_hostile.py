@@ -14,7 +14,7 @@ import peftkit
 from peftkit import Recipe
 from peftkit.serving.service import Limits
 from tests import tiny
-from tests.serving.test_server import served
+from tests.serving.running import served
 
 KEY = "a-key-that-no-one-guesses"
 CHAT = "/v1/chat/completions"
