@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from peftkit.cli.commands import AsJson, Overrides, RecipeName, RunFolder, load_recipe, report
+from peftkit.errors import RecipeError
 from peftkit.schema import overrides
 from peftkit.schema.registries import EXPORTERS
 
@@ -54,6 +55,9 @@ def export(
     run: RunFolder,
     to: To,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
+    as_lora: Annotated[
+        bool, typer.Option("--as-lora", help="Write any method's change of weights as a plain LoRA: --format lora.")
+    ] = False,
     to_format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", autocompletion=lambda: list(EXPORTERS))
     ] = "peft",
@@ -65,6 +69,10 @@ def export(
     """Export a run for other libraries, with a proof of equal outputs."""
     from peftkit.export import run_export
 
+    if as_lora:
+        if merge or to_format not in ("peft", "lora"):
+            raise RecipeError("--as-lora is --format lora; leave --merge and other formats out")
+        to_format = "lora"
     values = {".".join(path): value for path, value in map(overrides.parse, options or ())}
     report(run_export(run, to, merge=merge, to_format=to_format, **values))
 

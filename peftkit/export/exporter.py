@@ -29,6 +29,7 @@ from peftkit.system.files import atomic_folder
 if TYPE_CHECKING:
     from peftkit.export.card import Usage
     from peftkit.export.proof import ExportProof
+    from peftkit.schema.recipe import Recipe
 
 
 class Exporter(ConfigSection):
@@ -51,12 +52,16 @@ class Exporter(ConfigSection):
             ExportError: the export does not reproduce the trained model.
         """
 
-    def finish(self, source: ExportFolder, folder: Path, proof: ExportProof | None, **changes: Any) -> None:
+    def finish(
+        self, source: ExportFolder, folder: Path, proof: ExportProof | None, *, recipe: Recipe | None = None,
+        **changes: Any,
+    ) -> None:  # fmt: skip
         """Writes what every export has: peftkit.json, recipe.yaml, metrics.json, proof.json and the card.
 
         Args:
             proof: of this export; None if it was not proven. Where proof.json has a ``summary``, a sentence without its
                 full stop, reports and the card quote it.
+            recipe: by which the export is loaded, where that is not the run's.
             changes: fields of the manifest that differ from those of ``source``; ``saves`` is the format's name.
 
         Raises:
@@ -73,8 +78,10 @@ class Exporter(ConfigSection):
         manifest.write(folder, contents)
         for name in COPIED:
             shutil.copy2(source.path / name, folder / name)
+        if recipe is not None:
+            (folder / COPIED[0]).write_text(recipe.to_yaml(), encoding="utf-8")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        card.write(folder, contents, source.recipe, metrics, self.usage(contents))
+        card.write(folder, contents, recipe or source.recipe, metrics, self.usage(contents))
 
     def usage(self, contents: Manifest) -> Usage:
         """How the card says to load the export, and with what."""

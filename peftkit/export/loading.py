@@ -82,6 +82,25 @@ def load_exported(
     return LoadedExport(folder, contents, recipe, loaded)
 
 
+def load_base_of(export: ExportFolder) -> LoadedModel:
+    """The untrained base of an export with its head, unquantized in fp32 on the CPU.
+
+    Raises:
+        ModelError: the base is not the one trained on.
+    """
+    contents = export.manifest
+    model = {
+        "pooling": contents.pooling, "dtype": "float32", "source": _source(export.recipe.model.source, contents),
+        "revision": contents.revision or export.recipe.model.revision,
+    }  # fmt: skip
+    recipe = replace(_recipe(export, "float32", False), model=model)
+    loaded = load_base(recipe, contents.info, tokenizer_in(export.path), "cpu")
+    loaded.pooling = contents.pooling  # type: ignore[assignment]
+    _check_fingerprint(loaded, contents)
+    loaded.model.float().requires_grad_(False).eval()
+    return loaded
+
+
 def check_head(weights: Path, contents: Manifest) -> list[str]:
     """Names of the adapter's weights; raises ModelError if they cannot be read or the head has other labels."""
     if not weights.is_file():
@@ -164,12 +183,7 @@ def _source(source: str, contents: Manifest) -> str:
 
 def _load_adapter(loaded: LoadedModel, folder: Path, contents: Manifest) -> None:
     """Puts the adapter on its base and marks its weights as trained, so that they stay in fp32."""
-    if loaded.fingerprint != contents.fingerprint:
-        raise ModelError(
-            f"this adapter was trained on {contents.source} (fingerprint {contents.fingerprint[:12]}), and the base at "
-            f"{loaded.model.name_or_path} is another one ({loaded.fingerprint[:12]}): its files have changed, or "
-            "recipe.yaml in the export names another model"
-        )
+    _check_fingerprint(loaded, contents)
     names = check_head(folder / ADAPTER_WEIGHTS, contents)
     config = check_adapter_config(folder)
     if config["peft_type"] == native_adapters.TYPE:
@@ -181,6 +195,15 @@ def _load_adapter(loaded: LoadedModel, folder: Path, contents: Manifest) -> None
     for name, parameter in loaded.model.named_parameters():
         if "default" in name.split("."):
             parameter.requires_grad_(True)
+
+
+def _check_fingerprint(loaded: LoadedModel, contents: Manifest) -> None:
+    if loaded.fingerprint != contents.fingerprint:
+        raise ModelError(
+            f"this adapter was trained on {contents.source} (fingerprint {contents.fingerprint[:12]}), and the base at "
+            f"{loaded.model.name_or_path} is another one ({loaded.fingerprint[:12]}): its files have changed, or "
+            "recipe.yaml in the export names another model"
+        )
 
 
 def _load_peft(base: Any, folder: Path, names: list[str], config: dict[str, Any]) -> Any:
