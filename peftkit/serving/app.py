@@ -6,6 +6,7 @@ route answers it, and it is counted and logged.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -17,8 +18,9 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
+from starlette.types import Receive, Scope, Send
 
 from peftkit.errors import UserError
 from peftkit.serving.errors import RequestError
@@ -28,6 +30,8 @@ from peftkit.serving.service import Service
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+BODY_SECONDS = 30.0
+"""Until the whole of a request must have arrived."""
 
 
 def build_app(
@@ -69,7 +73,7 @@ async def _unknown(request: Request, error: Any) -> Response:
 def _guarded(
     route: Route, service: Service, key: str | None, hosts: Sequence[str] | None, log_requests: bool
 ) -> Callable[[Request], Any]:
-    async def endpoint(request: Request) -> Response:
+    async def endpoint(request: Request) -> _Reported:
         started = time.perf_counter()
         request.state.record = {}
 
@@ -92,7 +96,7 @@ def _guarded(
                 entered = True
             response = await route.answer(request)
         except ClientDisconnect:
-            response = Response(status_code=499)
+            response = RequestError("the client has left", status=499).response()
         except RequestError as error:
             response = error.response()
         except UserError as error:
@@ -100,24 +104,23 @@ def _guarded(
         except Exception:
             log.exception("a request to %s failed", route.path)
             response = RequestError("the server failed on this request", status=500).response()
-        if isinstance(response, StreamingResponse):
-            response.body_iterator = _until_done(response.body_iterator, response.status_code, done)
-        else:
-            done(response.status_code)
-        return response
+        return _Reported(response, done)
 
     return endpoint
 
 
-async def _until_done(chunks: Any, status: int, done: Callable[[int], None]) -> AsyncIterator[Any]:
-    """A stream's chunks; the request ends with them, or when the client leaves."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        if hasattr(chunks, "aclose"):
-            await chunks.aclose()
-        done(status)
+class _Reported(Response):
+    """A response after which ``done`` is called with its status, even if the client left before it began."""
+
+    def __init__(self, response: Response, done: Callable[[int], None]) -> None:
+        super().__init__(status_code=response.status_code)
+        self.response, self.done = response, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.response(scope, receive, send)
+        finally:
+            self.done(self.status_code)
 
 
 def _check_key(request: Request, key: str | None) -> None:
@@ -147,11 +150,15 @@ async def _check_size(request: Request, limit: int) -> None:
     if declared.isdecimal() and int(declared[:18]) > limit:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise RequestError(f"the request did not arrive in {BODY_SECONDS:g} seconds", status=408) from None
     request._body = b"".join(parts)
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from peftkit.evaluation.generation import processors, stop_ids
 from peftkit.models import dtypes, packing
-from peftkit.models.blocks import unwrap
+from peftkit.models.blocks import forward_parameters, unwrap
 from peftkit.schema.recipe import GenerationConfig
 
 
@@ -30,8 +30,8 @@ class Piece:
     """What one step adds to a text."""
 
     token: int
-    logprob: float
-    """Of the token, before temperature and penalties."""
+    logprob: float | None
+    """Of the token, before temperature and penalties; None where it was not asked for."""
     top: tuple[tuple[int, float], ...]
     """The likeliest tokens with theirs, as many as were asked for."""
     finish: str | None
@@ -49,8 +49,8 @@ class Sequence:
     """Called from the decoder's thread for every token, or once with the error that ended it."""
     number: int = 0
     """Of the choice, by which its noise is drawn."""
-    top: int = 0
-    """How many of the likeliest tokens to report."""
+    top: int | None = None
+    """How many of the likeliest tokens to report next to each token's log-probability; None reports neither."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     ids: list[int] = field(default_factory=list)
     _processors: Any = None
@@ -59,8 +59,8 @@ class Sequence:
         """[words] after penalties, temperature and noise."""
         if self._processors is None:
             self._processors = processors(self.config, [self.number], [0])
-        every = torch.tensor([[*self.prompt, *self.ids]], device=raw.device)
-        adjusted: Tensor = self._processors(every, raw[None].float())
+        read = [*self.prompt, *self.ids] if self.config.repetition_penalty != 1.0 else []  # nothing else needs them
+        adjusted: Tensor = self._processors(torch.tensor([read], dtype=torch.long, device=raw.device), raw[None])
         return adjusted[0]
 
 
@@ -111,6 +111,7 @@ class Decoder:
         self.activate, self.tokenizer, self.lock, self.most = activate, tokenizer, lock, most
         self._waiting: queue.Queue[Sequence | None] = queue.Queue()
         self._groups: dict[str, Group] = {}
+        self._stops: set[int] | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="peftkit-decoder", daemon=True)
         self._thread.start()
@@ -181,8 +182,9 @@ class Decoder:
         ids = torch.tensor([[0] * pad + row.prompt for pad, row in zip(fill, rows)], device=device)
         mask = torch.tensor([[0] * pad + [1] * len(row.prompt) for pad, row in zip(fill, rows)], device=device)
         cache = DynamicCache(config=unwrap(model).config)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
         output = model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **_positions(model, mask)
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **last, **_positions(model, mask)
         )
         group.join(rows, output.past_key_values, mask)
         self._write(model, group, output.logits[:, -1])
@@ -198,16 +200,15 @@ class Decoder:
 
     def _write(self, model: Any, group: Group, logits: Tensor) -> None:
         """Chooses a token for each row, sends it, and takes out the rows that end."""
-        stops, alive = set(stop_ids(model, self.tokenizer)), []
+        if self._stops is None:  # the template is rendered for this, which takes longer than a step
+            self._stops = set(stop_ids(model, self.tokenizer))
+        alive = []
         for number, (row, raw) in enumerate(zip(group.rows, logits.float())):
             token = int(row.scores(raw).argmax())
             row.ids.append(token)
-            normal = raw.log_softmax(-1)
-            top = normal.topk(row.top) if row.top else None
-            finish = "stop" if token in stops else "length" if len(row.ids) >= row.config.max_new_tokens else None
-            likeliest = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist()))
-            row.send(Piece(token, float(normal[token]), likeliest, finish))
-            if finish is None and not row.cancelled.is_set():
+            ended = "stop" if token in self._stops else "length" if len(row.ids) >= row.config.max_new_tokens else None
+            row.send(_piece(token, raw, row.top, ended))
+            if ended is None and not row.cancelled.is_set():
                 alive.append(number)
         group.keep(alive)
 
@@ -220,10 +221,17 @@ def joins(model: Any) -> bool:
     return plain and bool(layers) and packing.learned_tokens(model) == 0
 
 
+def _piece(token: int, raw: Tensor, top: int | None, finish: str | None) -> Piece:
+    if top is None:
+        return Piece(token, None, (), finish)
+    logprobs = raw.log_softmax(-1)
+    likeliest = logprobs.topk(top)
+    entries = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist()))
+    return Piece(token, float(logprobs[token]), entries, finish)
+
+
 def _positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
     """Position ids [rows, tokens] by the mask, where the model takes them."""
-    from peftkit.models.blocks import forward_parameters
-
     if "position_ids" not in forward_parameters(model):
         return {}
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}

@@ -10,7 +10,7 @@ KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 
 
 class RequestError(Exception):
-    """A request that cannot be answered; ``status`` is 4xx, for what the client can change, or 503."""
+    """A request that cannot be answered; ``status`` is 4xx, for what the client can change."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None,

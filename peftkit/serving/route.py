@@ -44,10 +44,14 @@ class Route(ABC):
         """The response; raises RequestError for a request that cannot be answered."""
 
 
-class Body(BaseModel):
-    """The fields of a request; unknown ones are refused."""
+class Fields(BaseModel):
+    """Fields of a request, or of a part of one; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Fields):
+    """The fields that all requests share."""
 
     model: str | None = None
     user: str | None = None

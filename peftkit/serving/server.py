@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def serve(
     """Loads a run and answers requests; returns when a signal has ended it and the requests in flight are done.
 
     Raises:
-        RunError: not a finished run; an address that others reach, without a key; a package is missing.
+        RunError: not a finished run; an address that others reach, without a key; a port in use; a package is missing.
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
@@ -36,17 +37,25 @@ def serve(
     key = os.environ.get(KEY) or None
     if host not in LOOPBACK and key is None:
         raise RunError(f"--host {host}: others could use the server; set {KEY} in the environment, or leave --host out")
+    listening = _listen(host, port)
     loaded = trained_model.load(run, adapters=adapters)
     limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
     service = Service(loaded, name, limits, with_base=base)
     app = build_app(service, key=key, hosts=LOOPBACK if host in LOOPBACK else None, log_requests=log_requests)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE,
-        server_header=False,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
+    )
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving {', '.join(service.names)} on http://{shown}:{port} (Ctrl-C ends it)", flush=True)
-    server.run()
-    if not server.started:
-        raise RunError(f"cannot listen on {host}:{port}; is another server running there? choose another --port")
+    address = f"http://{shown}:{listening.getsockname()[1]}"
+    print(f"serving {', '.join(service.names)} on {address} (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before a model is loaded; port 0 takes a free one."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None

@@ -60,7 +60,8 @@ class Service:
         self.created = int(time.time())
         self.lock = threading.Lock()
         self.metrics = Metrics()
-        self.in_flight, self.closing = 0, False
+        self.in_flight = 0
+        self._check_names()
         if self.with_base and not self.run.adapters:
             method = self.run.manifest.method
             raise RunError(f"{self.run.path}: method '{method}' trained the base itself; leave --base out")
@@ -76,6 +77,14 @@ class Service:
                 )
             most = self.limits.batch if joins(self.run.model) else 1
             self.decoder = Decoder(self.activate, self.run.tokenizer, self.lock, most)
+
+    def _check_names(self) -> None:
+        given = [self.name, *self.run.others, *([BASE] if self.with_base else [])]
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            raise RunError(
+                f"two models would be called '{twice}'; give the run another name with --name, or the adapter with "
+                "--adapter NAME=RUN"
+            )
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -145,9 +154,7 @@ class Service:
             text.cancelled.set()
 
     def enter(self) -> None:
-        """Counts a request in; raises RequestError where the server is full, or about to end."""
-        if self.closing:
-            raise RequestError("the server is shutting down", status=503, headers={"Retry-After": "5"})
+        """Counts a request in; raises RequestError where the server is full."""
         if self.in_flight >= self.limits.queue:
             message = f"{self.in_flight} requests are waiting; try again later"
             raise RequestError(message, status=429, code="queue_full", headers={"Retry-After": "1"})
@@ -170,7 +177,6 @@ class Service:
 
     def close(self) -> None:
         """Ends the threads when what they have begun is done."""
-        self.closing = True
         if self.decoder is not None:
             self.decoder.close()
         self.batcher.close()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -23,8 +23,10 @@ from peftkit import Recipe
 from peftkit.cli import app
 from peftkit.errors import RunError
 from peftkit.evaluation.generation import encode
+from peftkit.models import chat_template
 from peftkit.serving import server
-from peftkit.serving.service import Limits
+from peftkit.serving.app import build_app
+from peftkit.serving.service import Limits, Service
 from tests import tiny
 from tests.serving.running import served
 
@@ -152,6 +154,44 @@ def test_leaving_a_stream_frees_its_place(chat):
     assert (service.decoder.active, service.in_flight) == (0, 0)
 
 
+def test_a_client_that_left_before_its_stream_began_frees_its_place(chat):
+    service, _, _address = chat
+    body = json.dumps({"messages": CHAT, "stream": True, "max_tokens": 40}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
+        "headers": [(b"host", b"localhost")], "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
+    }  # fmt: skip
+    asyncio.run(build_app(service)(scope, receive, send))
+    assert service.in_flight == 0
+
+
+def test_the_stop_tokens_are_looked_up_once(chat, monkeypatch):
+    reads = []
+    read = chat_template.read
+    monkeypatch.setattr(chat_template, "read", lambda tokenizer: reads.append(1) or read(tokenizer))
+    for _ in range(2):
+        chat[1].chat.completions.create(model="tiny", messages=CHAT, temperature=1.8, max_tokens=30)
+    assert len(reads) <= 2
+
+
+def test_a_request_that_never_ends_is_given_up(language, monkeypatch):
+    monkeypatch.setattr("peftkit.serving.app.BODY_SECONDS", 0.2)
+    with served(language[0]) as (service, address):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+            assert client.recv(200).startswith(b"HTTP/1.1 408 ")
+        assert service.in_flight == 0
+
+
 BAD = [
     ("/v1/chat/completions", b"", 400),
     ("/v1/chat/completions", b"[]", 400),
@@ -167,6 +207,8 @@ BAD = [
     ("/v1/chat/completions", {"messages": CHAT, "logit_bias": {"1": 100}}, 400),
     ("/v1/chat/completions", {"messages": CHAT, "seed": -1}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "model": "y"}]}, 400),
+    ("/v1/chat/completions", {"messages": CHAT, "stream_options": {"include_obfuscation": True}}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 9000}]}, 400),
@@ -282,13 +324,18 @@ def test_what_is_answered_is_observed(language):
     assert records[1].usage["completion"] <= 3
 
 
-def test_another_address_needs_a_key_and_a_learned_prompt_is_refused(language, monkeypatch):
+def test_addresses_and_names_that_cannot_be_served_are_refused(language, monkeypatch):
     monkeypatch.delenv(server.KEY, raising=False)
     options = {"adapters": {}, "name": "x", "port": 0, "base": False, "log_requests": False, "queue": 1, "batch": 1,
                "max_tokens": 8, "timeout": 5.0}  # fmt: skip
     with pytest.raises(RunError, match="PEFTKIT_API_KEY"):
         server.serve(language[0], host="0.0.0.0", **options)
-    assert os.environ.get(server.KEY) is None
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options["port"] = taken.getsockname()[1]
+        with pytest.raises(RunError, match=r"cannot listen on 127.0.0.1:\d+: Address already in use"):
+            server.serve(language[0], host="127.0.0.1", **options)
+    with pytest.raises(RunError, match="two models would be called 'x'"):
+        Service(peftkit.load(language[0], adapters={"x": language[1]}), "x")
 
 
 def test_chat_speaks_to_a_server(chat, expected):

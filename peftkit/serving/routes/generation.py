@@ -23,18 +23,18 @@ from peftkit.models import chat_template
 from peftkit.serving.decoder import Piece
 from peftkit.serving.decoder import Sequence as Text
 from peftkit.serving.errors import RequestError
-from peftkit.serving.route import ROUTES, Body, Route, read
+from peftkit.serving.route import ROUTES, Body, Fields, Route, read
 from peftkit.serving.text_stream import TextStream
 from peftkit.serving.text_stream import read as read_text
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
-class StreamOptions(Body):
+class StreamOptions(Fields):
     """OpenAI's options of a stream."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class GenerationBody(Body):
@@ -61,19 +61,18 @@ class GenerationBody(Body):
         return given
 
 
-class Part(Body):
+class Part(Fields):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
+class Message(Fields):
     """A turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: str | None = None
 
     def turn(self) -> dict[str, str]:
         """As runs are trained on it."""
@@ -125,7 +124,7 @@ class Generation(Route):
         pieces = await self._unless_gone(request, writing)
         self._count(request, usage, sum(map(len, pieces)))
         answers = [
-            self.choice(number, stream.text, stream.finish, [self._logprob(piece) for piece in some], body)
+            self.choice(number, stream.text, stream.finish, self._logprobs(some), body)
             for number, (stream, some) in enumerate(zip(streams, pieces))
         ]
         return JSONResponse({**about, "object": self.object, "choices": answers, "usage": usage})
@@ -214,7 +213,7 @@ class Generation(Route):
                     return
                 number, piece, new, finish = item
                 written += 1
-                chunk = self.chunk(number, new, finish, [self._logprob(piece)], body)
+                chunk = self.chunk(number, new, finish, self._logprobs([piece]), body)
                 yield _event({**about, "object": self.chunk_object, "choices": [chunk], **extra})
             self._count(request, usage, written)
             if with_usage:
@@ -230,16 +229,22 @@ class Generation(Route):
         usage |= {"completion_tokens": written, "total_tokens": usage["prompt_tokens"] + written}
         request.state.record |= {"usage": {"prompt": usage["prompt_tokens"], "completion": written}}
 
-    def _logprob(self, piece: Piece) -> dict[str, Any]:
+    def _logprobs(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        """Tokens with their log-probabilities; none where these were not asked for."""
+
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.service.run.tokenizer.decode([token])
             return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
 
-        return {**entry(piece.token, piece.logprob), "top_logprobs": [entry(*one) for one in piece.top]}
+        return [
+            {**entry(piece.token, piece.logprob), "top_logprobs": [entry(*one) for one in piece.top]}
+            for piece in pieces
+            if piece.logprob is not None
+        ]
 
     @abstractmethod
-    def top(self, body: Any) -> int:
-        """How many likely tokens are reported at each place."""
+    def top(self, body: Any) -> int | None:
+        """How many likely tokens are reported at each place; None for no log-probabilities."""
 
     @abstractmethod
     def choice(self, number: int, text: str, finish: str | None, logprobs: list[Any], body: Any) -> dict[str, Any]:
@@ -277,8 +282,8 @@ class ChatCompletions(Generation):
             prompt = encode(run.tokenizer, messages)
         return await self.run(request, body, prompt, [turn["content"] for turn in turns])
 
-    def top(self, body: ChatBody) -> int:
-        return body.top_logprobs if body.logprobs else 0
+    def top(self, body: ChatBody) -> int | None:
+        return body.top_logprobs if body.logprobs else None
 
     def choice(self, number: int, text: str, finish: str | None, logprobs: list[Any], body: ChatBody) -> dict[str, Any]:
         return {
@@ -309,8 +314,8 @@ class Completions(Generation):
         body = await read(request, CompletionBody)
         return await self.run(request, body, encode(self.service.run.tokenizer, body.prompt), [body.prompt])
 
-    def top(self, body: CompletionBody) -> int:
-        return body.logprobs or 0
+    def top(self, body: CompletionBody) -> int | None:
+        return body.logprobs
 
     def choice(
         self, number: int, text: str, finish: str | None, logprobs: list[Any], body: CompletionBody

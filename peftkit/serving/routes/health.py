@@ -31,8 +31,7 @@ class Readiness(Route):
     open: ClassVar[bool] = True
 
     async def answer(self, request: Request) -> Response:
-        service = self.service
-        ready = not service.closing and service.in_flight < service.limits.queue
+        ready = self.service.in_flight < self.service.limits.queue
         return JSONResponse({"status": "ready" if ready else "busy"}, 200 if ready else 503)
 
 
