@@ -61,6 +61,16 @@ def _no_plots():
         yield real
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_resamples():
+    """Intervals of tiny runs come from few resamples; tests of intervals ask for as many as they need."""
+    from peftkit.evaluation import intervals
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(intervals.bootstrap.__kwdefaults__, "resamples", 40)
+        yield
+
+
 @pytest.fixture
 def drawn_plots(_no_plots, monkeypatch):
     """Reports of this test have their plots."""

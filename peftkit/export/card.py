@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peftkit.export.manifest import Manifest
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS
+from peftkit.system.versions import version
 
 FILE = "README.md"
 SOFTWARE = ("peftkit", "torch", "transformers", "peft")
@@ -68,11 +69,16 @@ def usage(manifest: Manifest) -> Usage:
     return Usage(reader, "\n".join(code), f"In a fresh process, {reader.replace(' alone', '')}", limits)
 
 
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
 def write(
     folder: Path, manifest: Manifest, recipe: Recipe, metrics: Mapping[str, Mapping[str, Any]], usage: Usage
 ) -> None:
     """Writes README.md into an exported folder; reads the proof from it."""
-    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
     method = recipe.method.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
     source, local_base = recipe.data.source, Path(manifest.base).is_absolute()
     metadata = {
@@ -82,7 +88,7 @@ def write(
         "tags": ["peftkit", manifest.method],
     }
     columns, results = _results(metrics)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = _template().render(
         columns=columns,
         learning_rate=recipe.learning_rate,
         local_base=local_base,

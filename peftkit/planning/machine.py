@@ -8,11 +8,11 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from peftkit.errors import PeftkitError
 from peftkit.system import cache, files
+from peftkit.system.versions import version
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 CUDA_BYTES = 500_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,7 @@ def main_assessment(report: Report) -> Mapping[str, Any] | None:
     return report.assessments.get("test") or list(report.assessments.values())[-1]
 
 
+@functools.cache
 def environment() -> Environment:
     """The Jinja environment of the templates: texts are escaped, a missing value is an error."""
     jinja = Environment(

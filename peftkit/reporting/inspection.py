@@ -130,10 +130,8 @@ def example_html(example: Example) -> str:
 
 def write_html(inspection: Inspection, path: Path) -> None:
     """Writes the inspection as a self-contained page; every text is escaped."""
-    environment = html.environment()
-    environment.filters["visible"] = lambda text: text.translate(_VISIBLE)
-    template = environment.get_template("inspection.html")
+    template = html.environment().get_template("inspection.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     task = f"{inspection.task} ({inspection.problem_type})"
-    page = template.render(inspection=inspection, task=task, supervised=_has_supervised(inspection))
+    page = template.render(inspection=inspection, task=task, supervised=_has_supervised(inspection), visible=_VISIBLE)
     path.write_text(page, encoding="utf-8")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import sys
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from peftkit.distributed.session import Session
 from peftkit.system.cores import cores
+from peftkit.system.versions import installed_versions
 
 ENVIRONMENT = "environment.json"
 PACKAGES = (
@@ -38,15 +36,6 @@ def environment(session: Session) -> dict[str, Any]:
         "dtype": str(session.dtype).removeprefix("torch."),
         "versions": installed_versions(PACKAGES),
     }
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The version of every package that is installed."""
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def environment_changes(folder: Path, session: Session) -> list[str]:

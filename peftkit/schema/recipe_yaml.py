@@ -29,7 +29,10 @@ PLAIN = {
 }  # fmt: skip
 
 
-class Loader(yaml.SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML was built with it
+
+
+class Loader(_SafeLoader):
     """YAML 1.2's plain values: ``1e-3`` is a number, ``no``, ``on`` and ``2024-01-01`` are words."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012

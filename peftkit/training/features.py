@@ -23,10 +23,10 @@ from peftkit.data.batching import by_length, pass_tokens, steps_per_epoch
 from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.models.blocks import unwrap
-from peftkit.runs.environment import installed_versions
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
 from peftkit.system.cache import cache_folder, entry_lock, is_intact, new_entry
+from peftkit.system.versions import installed_versions
 from peftkit.training import feature_store as store
 from peftkit.training.feature_store import FeatureSplit
 from peftkit.training.frozen_trunk import FEATURES, HALF_TOLERANCE, TOLERANCE, FrozenTrunk, find_frozen_trunk

@@ -23,10 +23,10 @@ from peftkit.data.pipeline import EncodedData, EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.evaluation.runner import predict
 from peftkit.models.blocks import unwrap
-from peftkit.runs.environment import installed_versions
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
 from peftkit.system.cache import cache_folder, entry_lock, is_intact, new_entry
+from peftkit.system.versions import installed_versions
 from peftkit.training import feature_store
 from peftkit.training.log import progress_bar
 from peftkit.training.step import TaskModule

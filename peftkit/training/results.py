@@ -32,12 +32,13 @@ from peftkit.planning import prediction
 from peftkit.review.generations import GenerationRow
 from peftkit.review.generations import write as write_generations
 from peftkit.runs import folder as folders
-from peftkit.runs.environment import installed_versions, peak_memory
+from peftkit.runs.environment import peak_memory
 from peftkit.schema.baseline import BaselineInputs, BaselineResult
 from peftkit.schema.registries import BASELINES
 from peftkit.schema.types import LoadedModel
 from peftkit.system import files
 from peftkit.system.cache import cached_array
+from peftkit.system.versions import installed_versions
 from peftkit.training import feature_store, flops
 from peftkit.training.loop import Loop
 
