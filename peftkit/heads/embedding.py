@@ -221,7 +221,7 @@ class Embedding(Head):
         lines_of = {
             "mean": 'mask = inputs["attention_mask"].unsqueeze(-1)\nvectors = (hidden * mask).sum(1) / mask.sum(1)',
             "cls": "vectors = hidden[:, 0]  # the first token",
-            "last": 'last = inputs["attention_mask"].sum(1) - 1  # padded on the right\n'
+            "last": 'mask = inputs["attention_mask"]\nlast = (mask * torch.arange(mask.shape[1])).argmax(1)\n'
             "vectors = hidden[torch.arange(len(hidden)), last]",
         }
         pooled = lines_of.get(pooling, lines_of["mean"])

@@ -38,6 +38,9 @@ class Preference(CausalLM):
 
     scores_tokens: ClassVar[bool] = False
 
+    sequences: ClassVar[int] = 1
+    """Rows of a batch for one example."""
+
     objective: PreferenceLoss = DEFAULT
 
     # -- a reference -----------------------------------------------------------------------------------------------

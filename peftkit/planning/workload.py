@@ -10,7 +10,6 @@ import numpy as np
 
 from peftkit.data.batching import by_length, epoch_batches, pass_tokens, shard_batch, steps_per_epoch
 from peftkit.planning.traced_model import Shape
-from peftkit.schema.head import possible_heads
 from peftkit.schema.recipe import Recipe
 
 
@@ -46,8 +45,7 @@ def data_workload(
     ``unpadded``: whether micro-batches have rows of one length.
     """
     training, train = recipe.training, encoded.splits["train"]
-    sequences = (recipe.task.texts_per_row(recipe.data), *(head.sequences for head in possible_heads(recipe.task)))
-    longest = recipe.data.max_length * max(sequences)
+    longest = recipe.data.max_length * recipe.task.texts_per_row(recipe.data)
     lengths = np.minimum(train.lengths, longest)  # a smaller limit may be planned than was encoded with
     tokens, packed = pass_tokens(training, device), "position_ids" in train.examples.column_names
     rows = training.micro_batch if isinstance(training.micro_batch, int) else None

@@ -66,8 +66,6 @@ class Head(ABC):
     """Whether its answers are spans of the text."""
     baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
     """Baselines that results are compared with where the recipe names none."""
-    sequences: ClassVar[int] = 1
-    """Sequences of at most ``data.max_length`` tokens that an example may hold, each of them a row of the batch."""
     measures: ClassVar[tuple[str, ...]] = ()
     """What ``loss_and_measures`` reports of training besides the loss, for the log."""
     sums_batches: ClassVar[bool] = False

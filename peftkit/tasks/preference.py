@@ -58,9 +58,9 @@ class Preference(LanguageTask):
     def head_options(self, info: TaskInfo) -> dict[str, Any]:
         return {"objective": self.loss}
 
-    @classmethod
-    def example_info(cls, *, decoder: bool) -> TaskInfo | None:
-        return None
+    def texts_per_row(self, data: DataConfig) -> int:
+        """The chosen and the rejected conversation of a pair."""
+        return 2 if self._pairs else 1
 
     @property
     def packs(self) -> bool:

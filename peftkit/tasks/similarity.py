@@ -138,10 +138,6 @@ class Similarity(Task):
             _classes().describe_file(splits, data, replace(info, problem_type=SINGLE))
         return info
 
-    @classmethod
-    def example_info(cls, *, decoder: bool) -> TaskInfo | None:
-        return None
-
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """``text``, ``text_pair`` where there are pairs, ``negatives``, and ``label``: a score or a class id."""
         texts = [_text(row, column) for column, _ in self._text_columns(data)]
