@@ -52,12 +52,13 @@ def _warm_proofs():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_plots():
-    """Reports have no plots, which take longer than a tiny run; gives what draws them."""
-    from peftkit.reporting import html
+    """Reports and comparisons have no plots, which take longer than a tiny run; gives what draws them."""
+    from peftkit.reporting import experiment, html
 
-    real = html.plots_of
+    real = {html: html.plots_of, experiment: experiment.plots_of}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html, "plots_of", lambda report: {})
+        for module in real:
+            patch.setattr(module, "plots_of", lambda shown: {})
         yield real
 
 
@@ -73,8 +74,9 @@ def _few_resamples():
 
 @pytest.fixture
 def drawn_plots(_no_plots, monkeypatch):
-    """Reports of this test have their plots."""
-    monkeypatch.setattr("peftkit.reporting.html.plots_of", _no_plots)
+    """Reports and comparisons of this test have their plots."""
+    for module, draw in _no_plots.items():
+        monkeypatch.setattr(module, "plots_of", draw)
 
 
 @pytest.fixture

@@ -50,19 +50,30 @@ def markdown(page: Page) -> str:
     return "\n".join([*lines, "", *(f"{_cell(sentence)}\n" for sentence in page.sentences)])
 
 
-def render(page: Page, *, standalone: bool = True) -> str:
-    """The page, or its body for a notebook; self-contained, without scripts, every text escaped."""
-    images = [(html.data_uri(plots.png(figure)), caption) for figure, caption in page.images.values()]
-    return html.environment().get_template("experiment.html").render(page=page, images=images, standalone=standalone)
+def plots_of(page: Page) -> dict[str, bytes]:
+    """PNG plots by file name."""
+    return {file: plots.png(figure) for file, (figure, _) in page.images.items()}
+
+
+def render(page: Page, images: Mapping[str, bytes] | None = None, *, standalone: bool = True) -> str:
+    """The page, or its body for a notebook; self-contained, without scripts, every text escaped.
+
+    ``images`` are those of ``plots_of``, if drawn already.
+    """
+    drawn = plots_of(page) if images is None else images
+    captioned = [(html.data_uri(image), page.images[file][1]) for file, image in drawn.items()]
+    template = html.environment().get_template("experiment.html")
+    return template.render(page=page, images=captioned, standalone=standalone)
 
 
 def write(folder: Path, name: str, table: Mapping[str, Any], page: Page) -> None:
     """Writes NAME.json (the table that the page shows), NAME.md, NAME.html and the plots."""
     write_json(folder / f"{name}.json", table)
     (folder / f"{name}.md").write_text(markdown(page), encoding="utf-8")
-    (folder / f"{name}.html").write_text(render(page), encoding="utf-8")
-    for file, (figure, _) in page.images.items():
-        plots.save(figure, folder / file)
+    images = plots_of(page)
+    (folder / f"{name}.html").write_text(render(page, images), encoding="utf-8")
+    for file, image in images.items():
+        (folder / file).write_bytes(image)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,11 +1,10 @@
-"""Plots of a run as matplotlib figures, without pyplot or a display; ``save`` writes one as PNG."""
+"""Plots of a run as matplotlib figures, without pyplot or a display."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,6 @@ BLUE, ORANGE, GREEN, RED = "#2563eb", "#d97706", "#059669", "#dc2626"
 BLUES = LinearSegmentedColormap.from_list("counts", ["#ffffff", "#c7dbfb", "#5b8def", "#123a8c"])
 NUMBERED_CLASSES = 20
 """Largest number of classes whose counts are written into the confusion matrix."""
-
-
-def save(figure: Figure, path: str | Path) -> Path:
-    """Writes a figure as PNG, creating its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(figure))
-    return path
 
 
 def png(figure: Figure) -> bytes:

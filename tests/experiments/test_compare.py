@@ -20,6 +20,7 @@ from peftkit.errors import Interrupted, RecipeError, RunError
 from peftkit.experiments import jobs
 from peftkit.experiments.jobs import InProcessRunner, Outcome
 from peftkit.experiments.variants import parse_vary, variants
+from peftkit.reporting import experiment
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def lines(run, split="test"):
 
 
 @pytest.fixture(scope="module")
-def compared(bert, topics_csv, tmp_path_factory):
-    """Two methods with two seeds each."""
+def compared(bert, topics_csv, tmp_path_factory, _no_plots):
+    """Two methods with two seeds each, and a plot."""
     out = tmp_path_factory.mktemp("compared")
     recipe = peftkit.Recipe.parse(
         {
@@ -51,7 +52,9 @@ def compared(bert, topics_csv, tmp_path_factory):
             "tracking": [],
         }
     )
-    return peftkit.compare(recipe, methods=["lora", "frozen"], seeds=2, out=out, isolated=False, quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "plots_of", _no_plots[experiment])
+        return peftkit.compare(recipe, methods=["lora", "frozen"], seeds=2, out=out, isolated=False, quiet=True)
 
 
 def test_the_table_holds_the_runs_own_figures(compared):

@@ -32,7 +32,7 @@ def installed():
     ("maker", "pooling", "method"),
     [(tiny.tiny_bert, "own", LORA),
      pytest.param(tiny.tiny_bert, "mean", {"kind": "frozen"}, marks=pytest.mark.slow),
-     (tiny.tiny_distilbert, "cls", LORA),
+     pytest.param(tiny.tiny_distilbert, "cls", LORA, marks=pytest.mark.slow),
      pytest.param(tiny.tiny_roberta, "own", {"kind": "top_k", "k": 1}, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_runtime_predicts_what_torch_predicts(maker, pooling, method, tmp_path):
@@ -91,6 +91,7 @@ def test_int8_is_a_smaller_file_with_the_same_answers_and_a_head_in_fp32(bert, t
     assert "rounded to 8 bits" not in (tmp_path / "onnx" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_int8_that_went_wrong_is_not_written(bert, tmp_path, monkeypatch):
     installed()
     folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)
