@@ -22,6 +22,7 @@ from peftkit.distributed.session import open_session
 from peftkit.errors import DataError, Interrupted, ModelError, RecipeError
 from peftkit.experiments import scores
 from peftkit.export import run_export
+from peftkit.inference import negatives
 from peftkit.models.loading import build
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.devices import local_device
@@ -247,6 +248,65 @@ def test_retrieval_metrics_are_those_of_sentence_transformers(runs, files):
              "ndcg": "ndcg@10", "map": "map@100"}  # fmt: skip
     for ours, theirs in names.items():
         assert metrics[ours] == pytest.approx(expected[f"cosine_{theirs}"], abs=1e-6), ours
+
+
+def test_mined_negatives_are_those_of_sentence_transformers(runs, bert, files, tmp_path):
+    from datasets import Dataset
+
+    run = runs["text_pairs"]
+    lines = list(csv.DictReader(files["text_pairs"].open(encoding="utf-8")))
+    model = SentenceTransformer(str(run.path / "adapter"), device="cpu")
+    pairs = Dataset.from_dict({name: [line[name] for line in lines] for name in ("a", "b")})
+    wanted = util.mine_hard_negatives(
+        pairs,
+        model,
+        num_negatives=2,
+        range_max=len(lines),
+        relative_margin=0.05,
+        output_format="n-tuple",
+        verbose=False,
+    )
+    out = tmp_path / "mined.csv"
+    command = ["mine", str(run.path), "--file", str(files["text_pairs"]), "--out", str(out), "--count", "2"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    mined = list(csv.DictReader(out.open(encoding="utf-8")))
+    ours = {(row["a"], row["b"]): (row["negative_1"], row["negative_2"]) for row in mined}
+    assert ours == {(row["a"], row["b"]): (row["negative_1"], row["negative_2"]) for row in wanted}
+    assert 0 < len(ours) < len(lines)
+    assert f"{len(lines) - len(ours)} have too few texts" in done.output
+    assert [row["wrong"] for row in mined] == [line["wrong"] for line in lines if (line["a"], line["b"]) in ours]
+    trained = replace(
+        recipe(bert, {"text_pairs": out}, "text_pairs", tmp_path), task={"negatives": ("negative_1", "negative_2")}
+    )
+    assert peftkit.train(replace(trained, training={"max_steps": 1}), quiet=True).metrics["training"]["steps"] == 1
+
+
+def test_no_first_text_is_a_negative_and_nothing_that_belongs_to_it():
+    firsts, seconds = ["x", "x", "p"], ["p", "q", "r"]
+    queries = np.eye(4, dtype=np.float32)[[0, 0, 1]]
+    documents = np.array([[0.9, 0.1, 0, 0], [0.8, 0, 0, 0], [0.5, 0.9, 0, 0]], dtype=np.float32)
+    assert list(negatives.hardest(firsts, seconds, queries, documents, count=2, margin=0.0)) == [["r"], ["r"], ["q"]]
+    assert list(negatives.hardest(firsts, seconds, queries, documents, count=1, margin=0.5)) == [[], [], ["q"]]
+
+
+def test_mining_that_cannot_work_is_one_message(runs, files, tmp_path):
+    run, file = runs["text_pairs"].path, files["text_pairs"]
+
+    def mine(file, out, *options):
+        done = CliRunner().invoke(app, ["mine", str(run), "--file", str(file), "--out", str(tmp_path / out), *options])
+        return done.exit_code, done.output
+
+    for out, options, message in (
+        ("x.npy", [], "must end in .jsonl, .csv, .tsv"),
+        ("x.csv", ["--text", "ax"], "ax"),
+        ("x.csv", ["--margin", "1"], "no row has 1 texts of other rows"),
+    ):
+        code, shown = mine(file, out, *options)
+        assert (code != 0, message in shown, (tmp_path / out).exists()) == (True, True, False), shown
+    assert mine(file, "mined.jsonl")[0] == 0
+    code, shown = mine(tmp_path / "mined.jsonl", "again.csv")
+    assert (code != 0, "has this column already" in shown, (tmp_path / "again.csv").exists()) == (True, True, False)
 
 
 @pytest.mark.parametrize("kind", FIELDS)

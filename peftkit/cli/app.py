@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": inference.predict,
     "embed": inference.embed,
     "search": inference.search,
+    "mine": inference.mine,
     "generate": inference.generate,
     "chat": inference.chat,
     "serve": serving.serve,

@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ``predict``, ``embed``, ``search``, ``generate``, ``chat``."""
+"""Commands that use a trained model: ``predict``, ``embed``, ``search``, ``mine``, ``generate``, ``chat``."""
 
 from __future__ import annotations
 
@@ -85,6 +85,36 @@ def search(
     queries = query or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     answers = searching.search_file(source, corpus=corpus, queries=queries, top=top, column=column)
     searching.show(queries, answers, as_json=as_json)
+
+
+def mine(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, or a base: hub id, ./folder or package:NAME."),
+    ],
+    file: Annotated[Path, typer.Option(help="Pairs: csv, tsv, jsonl, xlsx and others.")],
+    out: Annotated[Path, typer.Option(help="Write csv, tsv or jsonl: the pairs with their negatives.")],
+    text: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="First text. Default: the recipe's, or `text` for a base.")
+    ] = None,
+    text_pair: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Second text. Default: the recipe's, or `text_pair`.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Negatives per pair.")] = 1,
+    margin: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Take texts whose cosine is smaller than the pair's by this share, or more."),
+    ] = 0.05,
+) -> None:
+    """Find hard negatives for pairs of texts: what a model takes for alike and no pair holds."""
+    from peftkit.inference import negatives
+
+    written, left_out = negatives.mine_file(
+        source, file=file, out=out, text=text, text_pair=text_pair, count=count, margin=margin
+    )
+    note = f"; {left_out} have too few texts below the margin and are left out" if left_out else ""
+    names = "[negative]" if count == 1 else f"[{', '.join(f'negative_{n}' for n in range(1, count + 1))}]"
+    report(f"wrote {written} pairs to {out}{note}; train on them with task.negatives={names}")
 
 
 def generate(
