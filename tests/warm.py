@@ -10,6 +10,7 @@ itself, or of variables that libraries read when they are imported, calls ``subp
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -24,16 +25,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LIBRARIES = (
     "accelerate", "datasets", "jinja2", "matplotlib.pyplot", "pandas", "peft", "pydantic", "rich.console",
     "scipy.stats", "sklearn.metrics", "torch", "torch._dynamo", "transformers",
     "transformers.models.auto.modeling_auto",
-    "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "typer",
+    "transformers.models.bert.modeling_bert", "transformers.models.distilbert.modeling_distilbert",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
+    "transformers.models.roberta.modeling_roberta", "typer",
 )  # fmt: skip
 SOCKET = "PEFTKIT_WARM_SOCKET"
 """The variable that tells warm processes where to ask for others."""
@@ -227,8 +232,48 @@ def become(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
-if __name__ == "__main__":
+def end(run: Callable[[], None]) -> NoReturn:
+    """Runs it and ends the process as Python would, but for taking apart every object that was imported.
+
+    That would copy all memory that forked processes share, and cost several times what a small test does.
+    """
+    code: Any = 0
+    try:
+        run()
+    except SystemExit as stop:
+        code = stop.code
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if code is signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit((code or 0) & 0xFF)
+
+
+def prepare() -> None:
+    """Imports the libraries, and compiles the 900 patterns that transformers needs to load any model."""
     for library in LIBRARIES:
         importlib.import_module(library)
+    with contextlib.suppress(ImportError, AttributeError):  # an older transformers has none
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("bert")
+
+
+if __name__ == "__main__":
+    prepare()
     gc.freeze()
-    become(**serve(sys.argv[1]))
+    wanted = serve(sys.argv[1])
+    end(lambda: become(**wanted))
