@@ -108,7 +108,7 @@ def test_a_broken_download_leaves_nothing_half_and_the_next_run_mends_it(hub, py
     assert [int(wanted.rstrip("-")) > 0 for wanted in ranges] == [True]
 
 
-@pytest.mark.parametrize("offline", [False, True], ids=["unreachable", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize("offline", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unreachable", "offline"])
 def test_without_a_hub_one_message_says_how_to_run_all_the_same(offline, python, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

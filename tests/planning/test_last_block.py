@@ -31,7 +31,7 @@ def found(folder, pooling):
         return subject.train(SHAPE), subject.evaluate(SHAPE)
 
 
-@pytest.mark.parametrize("pooling", ["own", "mean"])
+@pytest.mark.parametrize("pooling", [pytest.param("own", marks=pytest.mark.slow), "mean"])
 def test_a_shortened_stack_continued_is_the_whole_one(pooling, eight_blocks, monkeypatch):
     continued = found(eight_blocks, pooling)
     monkeypatch.setattr(traced_model, "MORE", 99)  # long enough to be run whole

@@ -39,8 +39,10 @@ def known_of(recipe):
     return PlanInputs(tokenizer, prepared.info, encode(prepared, tokenizer, recipe), MACHINE, 0, 0)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "frozen", {"kind": "top_k", "k": 1}])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("lora", "adamw"), ("full", "adafactor"), ("frozen", "sgd"), ({"kind": "top_k", "k": 1}, "adamw")],
+)
 def test_weights_gradients_and_states_are_those_of_the_real_model(small_recipe, method, optimizer):
     recipe = replace(small_recipe, method=method, training={"optimizer": optimizer})
     known = known_of(recipe)
@@ -82,11 +84,13 @@ def test_checkpointing_longer_rows_and_smaller_passes_change_the_peak(small_reci
         plan = make_plan(replace(recipe, training=training), device, known)
         return next(phase for phase in plan.phases if phase.name == "forward and backward").total
 
-    assert peak(gradient_checkpointing="full") < peak()
-    assert peak(micro_batch=4) < peak(micro_batch=16) < peak()
-    assert make_plan(replace(recipe, data={"max_length": 8}), device, known).peak.total < peak()
+    whole = peak()
+    assert peak(gradient_checkpointing="full") < whole
+    assert peak(micro_batch=4) < whole
+    assert make_plan(replace(recipe, data={"max_length": 8}), device, known).peak.total < whole
 
 
+@pytest.mark.slow
 def test_the_fewest_changes_that_fit_and_the_recipe_they_make(small_recipe):
     recipe = replace(small_recipe, training={"batch_size": 32, "micro_batch_tokens": 100_000})
     known = known_of(recipe)

@@ -31,7 +31,11 @@ def test_persistent_memory(model, held, published, tmp_path):
 
 PEAKS = {"phi-1.5": (1044, (4.82, 3.78, 3.72)), "llama-2-7b": (1304, (21.30, 14.14, 13.84)),
          "llama-2-13b": (1304, (38.12, 23.14, 22.55))}  # fmt: skip
-CASES = [(model, number) for model in PEAKS for number in range(3)]
+QUICK = {("phi-1.5", 0), ("llama-2-13b", 2)}
+CASES = [
+    pytest.param(model, number, marks=() if (model, number) in QUICK else pytest.mark.slow)
+    for model in PEAKS for number in range(3)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "number"), CASES)

@@ -55,7 +55,12 @@ BASES = {
 }
 
 
-@pytest.fixture(scope="module", params=BASES)
+LATE = ("gpt2", "llama that classifies")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in LATE else ()) for name in BASES]
+)
 def made(request, tmp_path_factory):
     """(recipe, folder, figures) of a base that was quantized."""
     build, task = BASES[request.param]
@@ -121,6 +126,7 @@ def test_the_command_prints_what_was_lost_and_how_to_go_on(llama, tmp_path, caps
     assert held["bnb_4bit_use_double_quant"] is False
 
 
+@pytest.mark.slow
 def test_smaller_blocks_take_more_bytes_and_lose_less(llama, tmp_path):
     wide, narrow = (quantize(llama, tmp_path / str(size), rows=40, block_size=size) for size in (64, 32))
     assert narrow["lost"]["calibrated nf4"]["error"] < wide["lost"]["calibrated nf4"]["error"]

@@ -48,7 +48,7 @@ def test_curves_of_nothing_and_of_figures_that_are_missing():
     plots.png(plots.learning_curves([{"step": 1, "split": "validation", "loss": None, "f1": None}]))
 
 
-@pytest.mark.parametrize("classes", [2, 7, 20, 50])
+@pytest.mark.parametrize("classes", [2, 20])
 def test_a_confusion_matrix_of_any_size_is_a_picture(classes, tmp_path):
     counts = np.random.default_rng(0).integers(0, 2000, (classes, classes))
     figure = plots.confusion_matrix(counts, [f"class {number}" for number in range(classes)])
