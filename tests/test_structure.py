@@ -24,6 +24,7 @@ LAYERS = [
     {"training"},
     {"export", "quantize"},
     {"inference"},
+    {"monitoring"},
     {"serving"},
     {"reporting"},
     {"run"},

@@ -59,6 +59,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": inference.generate,
     "chat": inference.chat,
     "serve": serving.serve,
+    "monitor": serving.monitor,
     "export": models.export,
     "quantize": models.quantize,
     "doctor": recipes.doctor,

@@ -29,11 +29,21 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Write csv, tsv or jsonl. Default: JSON lines on stdout.")] = None,
     delimiter: Delimiter = None,
     merge: Merge = None,
+    monitor: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Log length, answer and confidence of every text for `peftkit monitor`."),
+    ] = None,
 ) -> None:
     """Classify texts, with the probability of every label."""
     from peftkit.inference import predict_file
 
-    count = predict_file.predict_file(run, file=file, column=column, out=out, **given(merge=merge, delimiter=delimiter))
+    observe = None
+    if monitor:
+        from peftkit.monitoring.predictions import recorder
+
+        observe = recorder(monitor)
+    options = given(merge=merge, delimiter=delimiter, observe=observe)
+    count = predict_file.predict_file(run, file=file, column=column, out=out, **options)
     if out:
         report(f"wrote {count} rows to {out}")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
@@ -20,17 +21,19 @@ if TYPE_CHECKING:
 CHUNK = 512
 """Rows in memory at a time, per process."""
 WRITERS = (*texts.TABLES, ".jsonl")
+Observer = Callable[["LoadedRun", list[Any], Sequence[Any], float], None]
 
 
 def predict_file(
     run: Path, *, file: Path | None, column: str | None, out: Path | None, merge: MergeMode = "auto",
-    delimiter: str | None = None,
+    delimiter: str | None = None, observe: Observer | None = None,
 ) -> int:  # fmt: skip
     """Predicts the rows of ``file`` (or lines of stdin) into ``out`` (or as JSON lines to stdout); returns how many.
 
     The whole file is checked before the model is loaded, and ``out`` appears only when it is complete. ``merge`` is as
     for ``peftkit.load``, ``delimiter`` as for ``texts.data_options``. Processes that a launcher started share the rows;
-    the main one reads and writes.
+    the main one reads and writes, and calls ``observe`` with the model, texts, their predictions and the seconds that
+    they took.
 
     Raises:
         RunError: ``run`` is not a finished run, or one of a language model.
@@ -46,7 +49,8 @@ def predict_file(
         rows = texts.InputTexts(file, columns, texts.data_options(export.recipe, delimiter))
         names = group.run_on_main(rows.check)
         model = group.main_first(lambda: trained_model.load(export, merge=merge, device=group.device))
-        answers = _answers(model, group, group.chunks(iter(rows), CHUNK), columns, set(names))
+        observe = observe if group.is_main else None
+        answers = _answers(model, group, group.chunks(iter(rows), CHUNK), columns, set(names), observe)
         return texts.write_rows(answers, out, names) if group.is_main else sum(1 for _ in answers)
 
 
@@ -58,11 +62,15 @@ def _open(run: Path) -> ExportFolder:
 
 
 def _answers(
-    model: LoadedRun, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], taken: set[str]
-) -> Iterator[Row]:
+    model: LoadedRun, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], taken: set[str],
+    observe: Observer | None,
+) -> Iterator[Row]:  # fmt: skip
     """The rows with their predictions as columns; a name that the input has already gets the prefix ``predicted_``."""
     for chunk in chunks:
-        predictions = group.map_sharded([texts.text_of(row, columns) for row in chunk], model.predict)
+        started, inputs = time.perf_counter(), [texts.text_of(row, columns) for row in chunk]
+        predictions = group.map_sharded(inputs, model.predict)
+        if observe is not None:
+            observe(model, inputs, predictions, time.perf_counter() - started)
         for row, prediction in zip(chunk, predictions, strict=True):
             answer = prediction.columns().items()
             yield row | {f"predicted_{name}" if name in taken else name: value for name, value in answer}

@@ -56,6 +56,20 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], metric: str | None = None
     return figure
 
 
+def effects(days: Sequence[str], series: Mapping[str, Sequence[float | None]], limit: float) -> Figure:
+    """The size of each measure's difference by day, and the limit from which it counts."""
+    figure, (axis,) = panels(1)
+    for name, values in series.items():
+        axis.plot(days, [np.nan if value is None else value for value in values], "-o", markersize=4, label=name)
+    axis.axhline(limit, color=FAINT, linestyle="--", linewidth=1)
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.tick_params(axis="x", rotation=30)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    dress(axis, "effect", "day (UTC)")
+    return figure
+
+
 _NOT_METRICS = frozenset({"step", "epoch", "split", "loss", "event", "message"})
 
 

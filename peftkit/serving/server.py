@@ -18,29 +18,42 @@ GRACE = 60
 
 def serve(
     run: Path, *, adapters: Mapping[str, str], name: str, host: str, port: int, base: bool, log_requests: bool,
-    queue: int, batch: int, max_tokens: int, timeout: float,
+    queue: int, batch: int, max_tokens: int, timeout: float, monitor: Path | None = None, monitor_texts: bool = False,
+    monitor_embeddings: bool = False,
 ) -> None:  # fmt: skip
     """Loads a run and answers requests; returns when a signal has ended it and the requests in flight are done.
 
+    ``monitor`` is a folder for a log of what is served: see ``peftkit.monitoring``.
+
     Raises:
         RunError: not a finished run; an address that others reach, without a key; a port in use; a package is missing.
+        DataError: the log's folder cannot be written.
     """
+    if (monitor_texts or monitor_embeddings) and monitor is None:
+        raise RunError("--monitor-texts and --monitor-embeddings belong to --monitor FOLDER")
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise RunError(f"the server needs {', '.join(missing)}; run `pip install 'peftkit[serve]'`")
     import uvicorn
 
     from peftkit.inference import trained_model
+    from peftkit.monitoring.log import ServingLog
     from peftkit.serving.app import LOOPBACK, build_app
+    from peftkit.serving.recorder import Recorder
     from peftkit.serving.service import Limits, Service
 
     key = os.environ.get(KEY) or None
     if host not in LOOPBACK and key is None:
         raise RunError(f"--host {host}: others could use the server; set {KEY} in the environment, or leave --host out")
+    folder = ServingLog(monitor) if monitor else None
     listening = _listen(host, port)
     loaded = trained_model.load(run, adapters=adapters)
     limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
     service = Service(loaded, name, limits, with_base=base)
+    recorder = None
+    if folder:
+        recorder = Recorder(folder, service, texts=monitor_texts, embeddings=monitor_embeddings)
+        service.observers.append(recorder)
     app = build_app(service, key=key, hosts=LOOPBACK if host in LOOPBACK else None, log_requests=log_requests)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
@@ -48,7 +61,11 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
     print(f"serving {', '.join(service.names)} on {address} (Ctrl-C ends it)", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        if recorder:
+            recorder.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
