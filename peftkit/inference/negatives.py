@@ -56,7 +56,7 @@ def mine_file(
     firsts, seconds = ([str(row[column]) for row in rows] for column in columns)
     queries, documents = (_vectors(model, side) for side in (firsts, seconds))
     chosen = hardest(firsts, seconds, queries, documents, count=count, margin=margin)
-    complete = [row | dict(zip(added, found)) for row, found in zip(rows, chosen) if len(found) == count]
+    complete = [row | dict(zip(added, hard)) for row, hard in zip(rows, chosen) if len(hard) == count]
     if not complete:
         raise DataError(
             f"no row has {count} texts of other rows that are less alike by the margin of {margin:g}; set a smaller "

@@ -113,8 +113,9 @@ def test_what_differs_is_an_alarm_by_day_with_a_page(run, alike, unlike, tmp_pat
     assert "<script" not in page
     code, *_ = invoke("monitor", run, tmp_path / "log", "--until", "2026-02-01")
     assert code == 0
-    code, *_ = invoke("monitor", run, tmp_path / "log", "--since", "2026-02-02", "--effect", "1")
-    assert code == 0, "an effect that is never reached"
+    _, shown, _ = invoke("monitor", run, tmp_path / "log", "--since", "2026-02-02", "--effect", "1", "--json")
+    measures = [one for day in json.loads(shown)["days"] for one in day["measures"]]
+    assert {one["drift"] for one in measures if one["effect"] is not None and one["effect"] < 1} == {False}
     code, *_ = invoke("monitor", run, tmp_path / "log", "--since", "2026-02-02", "--level", "0.000001")
     assert code == 3
     code, *_ = invoke("monitor", run, tmp_path / "log", "--since", "2026-02-02", "--reference",
