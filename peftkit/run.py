@@ -54,7 +54,7 @@ class Run:
         """The exported folder: ``adapter/``, or ``model/`` for a method that trains the base itself."""
         return self.path / self.recipe.method.saves
 
-    def predict(self, texts: Any, **options: Any) -> Any:
+    def predict(self, texts: Any = None, **options: Any) -> Any:
         """Predictions of the trained model; see ``peftkit.load``."""
         from peftkit.inference.trained_model import load
 
@@ -127,7 +127,7 @@ def train(
                 results.write(folder, scores)
             if session.is_main and final:
                 files.write_json(folder / run_report.ABOUT, overview)
-                export_run(folder, unsharded, recipe, prepared, encoded, scores.metrics)
+                export_run(folder, unsharded, recipe, prepared, encoded, scores.metrics, scores.tuned)
                 run_report.write(folder)
             session.accelerator.wait_for_everyone()
             session.accelerator.end_training()

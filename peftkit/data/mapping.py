@@ -111,7 +111,7 @@ class _Mapper:
             if self._is_empty(row, error.column):
                 self._add_empty(row, split, error.column)
             else:
-                self.problems.add(located(error, row["_file"], row["_line"]))
+                self.problems.add(located(error, row["_file"], row["_line"], path=row.get("_path")))
             return None
         action = self.data.cleaning.control_characters
         if action != "off" and (changed := self.task.with_text(canonical, clean_text)) != canonical:
@@ -178,7 +178,8 @@ class _Mapper:
             return
         value = "null" if column and row.get(column) is None else "an empty text"
         message = f"expected text, found {value}; fill or remove the row, or set data.cleaning.empty=drop"
-        self.problems.add(DataError(message, file=row["_file"], line=row["_line"], column=column))
+        error = DataError(message, column=column)
+        self.problems.add(located(error, row["_file"], row["_line"], path=row.get("_path")))
 
     def _append(self, row: Row, source: int, split: int) -> None:
         stratum = self.task.stratum(row)

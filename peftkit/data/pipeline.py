@@ -234,10 +234,12 @@ def _encode_split(
         release_mapped_pages()
         return columns
 
+    skip = split == "train" and recipe.task.skips_unscored
+
     def examples() -> Iterator[Row]:
         workers = share_of_cores(recipe.training.threads)
         for start, columns in zip(starts, parallel.in_order(encode_chunk, starts, workers)):
-            yield from _examples(columns, start)
+            yield from (example for example in _examples(columns, start) if example["weight"] or not skip)
 
     if write_rows(examples(), folder, split) is None:
         first: Any = rows[0]

@@ -57,11 +57,12 @@ class Problems:
         return error
 
 
-def located(error: DataError, file: Any, line: Any) -> DataError:
-    """The error with file and line, where it has none of its own."""
+def located(error: DataError, file: Any, line: Any, *, path: str | None = None) -> DataError:
+    """The error with file and line, where it has none of its own; ``path``: of the record among nested ones."""
     if error.file is not None:
         return error
-    return DataError(error.message, file=file, line=error.line or line, column=error.column)
+    column = error.column if path is None else ".".join(filter(None, (path, error.column)))
+    return DataError(error.message, file=file, line=error.line or line, column=column)
 
 
 def missing_column(column: str, columns: Iterable[str], *, field: str, file: Any = None) -> DataError:

@@ -29,7 +29,7 @@ ALIASES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 """What splits are called in sources → their name here."""
-PLACE = ("_file", "_line", "_document")
+PLACE = ("_file", "_line", "_document", "_path")
 """Columns that say where a row comes from."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ExportError
-from peftkit.export import card, library_files, manifest, native_adapters, proof
+from peftkit.export import card, library_files, manifest, native_adapters, peft_files, proof
 from peftkit.export.folder import open_export
 from peftkit.export.formats.merged import Merged
 from peftkit.export.manifest import Manifest
@@ -28,7 +28,10 @@ from peftkit.system.files import atomic_folder, write_json
 Metrics = Mapping[str, Mapping[str, float]]
 
 
-def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, encoded: Any, metrics: Metrics) -> Path:
+def export_run(
+    path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, encoded: Any, metrics: Metrics,
+    tuned: Mapping[str, float] | None = None,
+) -> Path:  # fmt: skip
     """Writes a run's ``adapter/`` (or ``model/``), and ``merged/`` if the recipe asks for it.
 
     Args:
@@ -36,12 +39,13 @@ def export_run(path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, e
         loaded: the trained model.
         prepared, encoded: the data; the proof uses a few held-out rows.
         metrics: final metrics by split, for the card.
+        tuned: options of the head that were chosen on validation rows.
 
     Raises:
         ExportError: reloaded in a fresh process, the export gives other outputs. It is kept as ``adapter-unproven``.
     """
     dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
-    contents = manifest.build_manifest(loaded, recipe, prepared.info, dtype)
+    contents = manifest.build_manifest(loaded, recipe, prepared.info, dtype, tuned)
     target = path / contents.saves
     with atomic_folder(target) as folder:
         save(folder, loaded, recipe, contents, metrics)
@@ -67,8 +71,7 @@ def save(folder: Path, loaded: LoadedModel, recipe: Recipe, contents: Manifest, 
     elif hasattr(loaded.model, "peft_config"):
         for peft_config in loaded.model.peft_config.values():
             peft_config.base_model_name_or_path, peft_config.revision = contents.base, contents.revision
-        # by default peft asks the hub whether the base's embeddings were resized
-        loaded.model.save_pretrained(folder, save_embedding_layers=False)
+        peft_files.save(loaded.model, folder)
     else:
         native_adapters.save(folder, loaded.model, contents.method, contents.base, contents.revision)
     config = copy.deepcopy(model.config)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.export import manifest, proof
+from peftkit.export import manifest, peft_files, proof
 from peftkit.export.folder import ExportFolder
 from peftkit.export.proof import FILE, Proof
 from peftkit.models.blocks import unwrap
@@ -61,7 +61,7 @@ def save(
     contents = replace(source.manifest, **changes)
     for peft_config in loaded.model.peft_config.values():
         peft_config.base_model_name_or_path, peft_config.revision = contents.base, contents.revision
-    loaded.model.save_pretrained(folder, save_embedding_layers=False)
+    peft_files.save(loaded.model, folder)
     unwrap(loaded.model).config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     batch = proof.sample_batch(loaded.tokenizer, contents)

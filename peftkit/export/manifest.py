@@ -5,7 +5,8 @@ The task's labels, how tokens are pooled, which base, and its fingerprint. Readi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,15 +67,19 @@ class Manifest:
     quantization: dict[str, Any] | None
     """The recipe's quantization of the base, or {kind: gptq} for a base whose checkpoint is quantized."""
     max_length: Annotated[int, Field(gt=0, lt=10**8)]
+    tuned: dict[str, float] = field(default_factory=dict)
+    """Options of the head that were chosen on validation rows, see ``Head.tune``."""
     format: int = FORMAT
 
     @property
     def head(self) -> Head:
         """The head, with its own defaults in place of the task's options."""
-        return head_of(self.info)
+        return head_of(self.info, tuned=self.tuned)
 
 
-def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str) -> Manifest:
+def build_manifest(
+    loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: str, tuned: Mapping[str, float] | None = None
+) -> Manifest:
     from peftkit.models.blocks import unwrap
 
     source = resolve(recipe.model)
@@ -99,6 +104,7 @@ def build_manifest(loaded: LoadedModel, recipe: Recipe, info: TaskInfo, dtype: s
         dtype=dtype,
         quantization=quantization,
         max_length=usable_length(loaded.tokenizer, recipe.data.max_length),
+        tuned=dict(tuned or {}),
     )
 
 

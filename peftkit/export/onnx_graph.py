@@ -27,6 +27,8 @@ from peftkit.models.kernels.first_token import reading_first_token
 
 TEXTS = [*PROOF_TEXTS, "a market of stock and oil"]
 """Texts of the proof: other numbers and lengths than those traced."""
+UNLIMITED = 10**9
+"""What a tokenizer without a limit says is its limit, at least."""
 
 
 class ClassifierGraph(nn.Module):
@@ -50,7 +52,8 @@ class ClassifierGraph(nn.Module):
     def inputs(self, tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
         """A batch of texts, as pairs with each other where the model reads pairs."""
         second = [texts[::-1]] if self.pairs else []
-        encoded = tokenizer(texts, *second, padding=True, return_tensors="pt")
+        truncation = tokenizer.model_max_length < UNLIMITED
+        encoded = tokenizer(texts, *second, padding=True, truncation=truncation, return_tensors="pt")
         names = ("input_ids", "attention_mask", *(["token_type_ids"] if self.pairs else []))
         return {name: encoded[name] for name in names if name in encoded}
 

@@ -82,9 +82,15 @@ def cast_unpacked(base, dtype):
 
 
 def logits(model, inputs, pooling):
-    """[rows, labels] of a classifier, [rows, width] of an embedding model, [tokens, vocabulary] of a language model."""
+    """[rows, labels] of a classifier, [rows, width] of an embedding model, [tokens, vocabulary] of a language model.
+
+    Of a model for questions [tokens, 2], of the first and the last token of an answer.
+    """
     outputs = model(**inputs)
-    scores = torch.as_tensor(outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state).float()
+    if hasattr(outputs, "start_logits"):
+        scores = torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float()
+    else:
+        scores = torch.as_tensor(outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state).float()
     mask = inputs["attention_mask"]
     if scores.dim() == 2:
         return scores

@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +43,29 @@ def as_texts(texts: Text | Iterable[Text], lengths: Container[int] = (2,)) -> li
             raise DataError(f"text {number}: texts and (text, text pair) tuples are mixed; give one kind per call")
         checked.append(text)
     return checked
+
+
+def texts_of_columns(
+    columns: Mapping[str, str | Sequence[str]], names: Sequence[str], texts: object = None
+) -> list[Text]:
+    """Texts, or tuples of them, from one text or a list of texts for each column.
+
+    Args:
+        names: the columns that are needed, in order.
+        texts: what was given besides, which must be nothing.
+
+    Raises:
+        DataError: other columns, or columns of different lengths.
+    """
+    if texts is not None or {*columns} != {*names}:
+        also = " besides the texts" if texts is not None else ""
+        raise DataError(f"expected {' and '.join(names)}, found {', '.join(columns) or 'nothing'}{also}")
+    lists = {name: [value] if isinstance(value, str) else list(value) for name, value in columns.items()}
+    if len({len(values) for values in lists.values()}) > 1:
+        lengths = ", ".join(f"{len(values)} of {name}" for name, values in lists.items())
+        raise DataError(f"expected as many texts in each column, found {lengths}")
+    rows = zip(*(lists[name] for name in names))
+    return [row[0] if len(row) == 1 else row for row in rows]
 
 
 def data_options(recipe: Recipe, delimiter: str | None) -> DataConfig:
@@ -116,6 +139,7 @@ class InputTexts:
         """The rows; one without a text in one of the columns is a problem."""
         for row in read_rows(self.file, self.columns[0], problems, self.data):
             place = {"file": row.pop("_file"), "line": row.pop("_line")}
+            row.pop("_path", None)
             for column in self.columns:
                 if column not in row:
                     raise missing_column(column, row, field="--column", file=self.file)

@@ -21,7 +21,7 @@ from peftkit.export.merging import MergeMode, MergeState
 from peftkit.export.multi_adapter import AddedAdapter
 from peftkit.inference import embeddings
 from peftkit.inference.prompts import Conversation, as_prompt, as_prompts, generation_config
-from peftkit.inference.texts import Text, as_texts
+from peftkit.inference.texts import Text, as_texts, texts_of_columns
 from peftkit.models import dtypes
 from peftkit.models.loading import load_language_model
 from peftkit.models.sources import read_json
@@ -74,7 +74,7 @@ class LoadedRun(LoadedExport):
     @property
     def head(self) -> Head:
         """The head, with the task's options."""
-        return head_of(self.info, self.recipe.task)
+        return head_of(self.info, self.recipe.task, self.manifest.tuned)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -82,19 +82,25 @@ class LoadedRun(LoadedExport):
         return self.info.labels
 
     def predict(
-        self, texts: Text | Sequence[Text], *, batch_size: int | None = None, threshold: float | None = None
-    ) -> list[Any]:
-        """A ``Prediction`` for each text in order, or a ``Tagged`` with its spans from a run of token classification.
+        self, texts: Text | Sequence[Text] | None = None, *, batch_size: int | None = None,
+        threshold: float | None = None, **columns: str | Sequence[str],
+    ) -> list[Any]:  # fmt: skip
+        """A ``Prediction`` for each text in order; a ``Tagged`` from token classification, an ``Answer`` to a question.
 
         Args:
             texts: texts, or (text, text pair) tuples; a single text is a list of one.
             batch_size: texts per batch, grouped by length; None takes ``data.batching.EVALUATION_ROWS``.
-            threshold: probability from which a multi-label task predicts a label; None takes the task's own.
+            threshold: probability from which a multi-label task predicts a label, and over which a question has no
+                answer; None takes the task's own.
+            columns: in place of ``texts``, a text or texts for each column that the recipe reads:
+                ``predict(question="Who was born?", context="Ada was born in London.")``.
 
         Raises:
             RunError: the run is a language model.
-            DataError: something that is not a text.
+            DataError: something that is not a text; columns that the recipe does not read, or not all of them.
         """
+        if columns or texts is None:
+            texts = texts_of_columns(columns, self._recipe.task.input_columns(self._recipe.data), texts)
         rows = self._input_rows(texts)
         return list(self.head.answers(self._outputs(rows, batch_size), rows, threshold)) if rows else []
 

@@ -165,7 +165,7 @@ class Peft(PeftMethod):
                 self._check_known_targets(loaded.model.config.model_type)
         if "modules_to_save" in fields:
             values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *loaded.head_names] or None
-        return self._config_class()(task_type=task_type(loaded), **values)
+        return self._config_class()(task_type=task_type(loaded, prompt=self._learns_prompt()), **values)
 
     def missed(self, loaded: LoadedModel) -> list[str]:
         """Those of every method, and where linear layers are adapted, on weights that their names cannot select."""

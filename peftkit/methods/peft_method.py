@@ -71,8 +71,13 @@ class LinearLayerMethod(PeftMethod):
         return [*super().missed(loaded), *missed.unselectable_weights(*chosen, self.layers), *everywhere]
 
 
-def task_type(loaded: LoadedModel) -> str | None:
-    """peft's name for what the model does; None where it has no wrapper of its own for it."""
+def task_type(loaded: LoadedModel, *, prompt: bool = False) -> str | None:
+    """peft's name for what the model does; None where it has no wrapper of its own for it.
+
+    Its wrapper for questions leaves out token types and positions, which tell the question from the text, so only a
+    learned ``prompt``, which needs one, gets it.
+    """
     kinds = {"AutoModel": "FEATURE_EXTRACTION", "AutoModelForCausalLM": "CAUSAL_LM"}
     kinds |= {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS"}
+    kinds |= {"AutoModelForQuestionAnswering": "QUESTION_ANS"} if prompt else {}
     return kinds.get(loaded.auto_class)

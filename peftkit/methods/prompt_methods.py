@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods.peft_method import PeftMethod
+from peftkit.methods.peft_method import PeftMethod, task_type
 from peftkit.methods.targets import Fraction
 from peftkit.models.context import positions
 from peftkit.schema.head import possible_heads
@@ -49,7 +49,8 @@ class LearnedPrompt(PeftMethod):
 
     def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
         """Those of every method, and the length of the prompt."""
-        return {**super().shared_arguments(loaded), "num_virtual_tokens": self.virtual_tokens}
+        shared = {**super().shared_arguments(loaded), "task_type": task_type(loaded, prompt=True)}
+        return {**shared, "num_virtual_tokens": self.virtual_tokens}
 
 
 @METHODS.register("prompt_tuning")

@@ -50,8 +50,14 @@ def plain_logits(model: nn.Module, batch: Mapping[str, Tensor], pooling: str) ->
 
     In fp32 this equals ``logits`` up to rounding; in bf16 the head's matmul rounds every token.
     """
-    scores = model(**model_inputs(model, batch)).logits.float()
+    scores = scores_of(model(**model_inputs(model, batch))).float()
     return scores if pooling == "own" else pool(scores, batch["attention_mask"], pooling)
+
+
+def scores_of(outputs: Any) -> Tensor:
+    """The logits of a model's outputs; those of the first and the last token of an answer as [rows, tokens, 2]."""
+    start = getattr(outputs, "start_logits", None)
+    return outputs.logits if start is None else torch.stack([start, outputs.end_logits], dim=-1)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

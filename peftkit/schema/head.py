@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.registries import HEADS
-from peftkit.schema.types import Batch, LoadedModel, Prediction, Row, Tagged, TaskInfo
+from peftkit.schema.types import Answer, Batch, LoadedModel, Prediction, Row, Tagged, TaskInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,6 +157,13 @@ class Head(ABC):
         """Outputs of all rows of a split, with what depends on more than one of them."""
         return outputs
 
+    def tune(self, outputs: Outputs) -> dict[str, float]:
+        """Options of the head, by the names of its fields, that are chosen on the validation split after training.
+
+        They are stored with the run, and hold for the scores of all splits and for predictions.
+        """
+        return {}
+
     # -- a reference: the model as it is before training ------------------------------------------------------------
 
     def reference_splits(self) -> tuple[str, ...]:
@@ -242,7 +249,7 @@ class Head(ABC):
 
     def answers(
         self, outputs: Outputs, rows: Sequence[Row], threshold: float | None = None
-    ) -> Sequence[Prediction | Tagged]:
+    ) -> Sequence[Prediction | Tagged | Answer]:
         """``predictions`` for canonical rows, for a head that points into their texts."""
         return self.predictions(outputs, threshold)
 
@@ -267,6 +274,17 @@ class Head(ABC):
 
         Returns:
             None for a head that does not answer word by word.
+        """
+        return None
+
+    def overlap_outputs(self, rows: Any) -> tuple[dict[str, np.ndarray], str] | None:
+        """Outputs that answer each row with the sentence that shares most words with its question, and a note on them.
+
+        Args:
+            rows: canonical rows by column (``datasets.Dataset``).
+
+        Returns:
+            None for a head that answers no questions.
         """
         return None
 
@@ -311,13 +329,17 @@ class Head(ABC):
         return ["print(logits.tolist())"]
 
 
-def head_of(info: TaskInfo, task: Task | None = None) -> Head:
+def head_of(info: TaskInfo, task: Task | None = None, tuned: Mapping[str, float] | None = None) -> Head:
     """The head of a task's rows, with the task's options; without a task, with the head's own defaults.
+
+    Args:
+        tuned: what ``Head.tune`` chose after training.
 
     Raises:
         RecipeError: no head of that name is registered.
     """
-    return HEADS.get(info.problem_type)(info, **(task.head_options(info) if task is not None else {}))
+    options = task.head_options(info) if task is not None else {}
+    return HEADS.get(info.problem_type)(info, **{**options, **(tuned or {})})
 
 
 def possible_heads(task: Task) -> tuple[type[Head], ...]:

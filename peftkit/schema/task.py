@@ -29,6 +29,9 @@ class Task(ConfigSection):
     json_rows: ClassVar[bool] = False
     """Whether rows hold lists and objects, each of which keeps its own keys and types: raw rows are stored as JSON."""
 
+    skips_unscored: ClassVar[bool] = False
+    """Whether examples of weight 0, which add nothing to the loss, are left out of training."""
+
     joins_pair: ClassVar[bool] = True
     """Whether the two texts of a pair are read together, as one sequence."""
 

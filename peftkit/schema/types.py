@@ -19,7 +19,7 @@ class TaskInfo:
 
     problem_type: str
     """Name of the head in ``HEADS``: single_label_classification, multi_label_classification, regression, causal_lm,
-    token_classification."""
+    token_classification, question_answering."""
     labels: tuple[str, ...] = ()
     """Class names by id; empty for language models, one name for a regression."""
     class_weights: tuple[float, ...] | None = None
@@ -72,6 +72,30 @@ class Tagged:
     def columns(self) -> Row:
         """The prediction as a column of a file: ``spans``, a list with ``start``, ``end``, ``text``, … of each."""
         return {"spans": [{**asdict(span), "probability": round(span.probability, 6)} for span in self.spans]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The part of a text that answers a question."""
+
+    text: str
+    """The empty string where the model finds no answer."""
+    start: int | None
+    """Its first character; None without an answer."""
+    end: int | None
+    """The character after its last."""
+    score: float
+    """Probability of its first token times that of its last, in the window of the text that it is in; without an
+    answer, of the best one that there would have been."""
+    no_answer_probability: float | None
+    """That the text has no answer, against its best one; None from a model that learned to answer every question."""
+
+    def columns(self) -> Row:
+        """The answer as columns of a file: ``answer``, ``start``, ``end``, ``score``, ``no_answer_probability``."""
+        columns: Row = {"answer": self.text, "start": self.start, "end": self.end, "score": round(self.score, 6)}
+        if self.no_answer_probability is not None:
+            columns["no_answer_probability"] = round(self.no_answer_probability, 6)
+        return columns
 
 
 @dataclass

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.data.problems import located, require_column, shorten
-from peftkit.errors import DataError, ModelError, RecipeError, did_you_mean
+from peftkit.errors import DataError, RecipeError, did_you_mean
 from peftkit.evaluation.entities import ENDS, OUTSIDE, STARTS, as_bio, has_prefix, type_of
 from peftkit.models.context import usable_length
 from peftkit.schema.registries import TASKS
@@ -31,6 +31,7 @@ from peftkit.schema.sections import ClassName
 from peftkit.schema.task import Task
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.control_tokens import places, warn_of_control_tokens
+from peftkit.tasks.long_texts import require_offsets, special_tokens, windows
 from peftkit.tasks.tagged_words import TaggedWords, from_spans, from_tokens, words_of
 
 if TYPE_CHECKING:
@@ -216,12 +217,9 @@ class TokenClassification(Task):
         """
         from peftkit.data.batching import IGNORE
 
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"task.kind={self.kind} needs a fast tokenizer, which knows where its tokens are in the text"
-            )
+        require_offsets(tokenizer, self.kind)
         warn_of_control_tokens([(text,) for text in rows["text"]], rows, tokenizer)
-        opening, closing = _special_tokens(tokenizer)
+        opening, closing = special_tokens(tokenizer)
         room = usable_length(tokenizer, data.max_length) - len(opening) - len(closing)
         stride = room // 4 if self.stride is None else self.stride
         if room <= stride:
@@ -269,19 +267,6 @@ class TokenClassification(Task):
         return columns
 
 
-def windows(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int, range]]:
-    """(first, last, tokens that are scored there) of each window over a text; every token is scored once."""
-    begin, scored = 0, 0
-    while True:
-        end = min(begin + room, tokens)
-        last = end == tokens
-        until = tokens if last else end - stride // 2
-        yield begin, end, range(scored, until)
-        if last:
-            return
-        begin, scored = end - stride, until
-
-
 def _first_tokens(
     offsets: Sequence[tuple[int, int]], text: str, starts: Sequence[int], ends: Sequence[int]
 ) -> dict[int, int]:
@@ -294,16 +279,6 @@ def _first_tokens(
         if begin < end and word >= 0 and begin < ends[word]:
             first.setdefault(word, token)
     return first
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and after a text."""
-    plain: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: Any = tokenizer("a")["input_ids"]
-    for place in range(len(whole) - len(plain) + 1):
-        if whole[place : place + len(plain)] == plain:
-            return list(whole[:place]), list(whole[place + len(plain) :])
-    return [], []
 
 
 def _iterate(rows: Any) -> Iterator[Row]:

@@ -34,6 +34,7 @@ from peftkit.review.generations import write as write_generations
 from peftkit.runs import folder as folders
 from peftkit.runs.environment import peak_memory
 from peftkit.schema.baseline import BaselineInputs, BaselineResult
+from peftkit.schema.head import head_of
 from peftkit.schema.registries import BASELINES
 from peftkit.schema.types import LoadedModel
 from peftkit.system import files
@@ -52,6 +53,8 @@ class Results:
     baselines: list[dict[str, Any]] = field(default_factory=list)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     generations: list[GenerationRow] = field(default_factory=list)
+    tuned: dict[str, float] = field(default_factory=dict)
+    """Options of the head that were chosen on validation rows."""
     plan: dict[str, Any] = field(default_factory=dict)
     """See ``planning.prediction``; empty where the run was not finished, or another process makes it."""
 
@@ -148,6 +151,9 @@ def after_training(
         started = time.perf_counter()
         outputs = loop.evaluate(encoded)
         seconds[split] = time.perf_counter() - started
+        if split == "validation":
+            results.tuned = head.tune(outputs)
+            head = head_of(prepared.info, recipe.task, results.tuned) if results.tuned else head
         rows, index = prepared.splits[split], encoded.examples["row"]
         rows = rows if len(index) == len(rows) else rows.select(index)  # the rows of the examples, in their order
         assessment = assess(head, outputs, rows, recipe.evaluation, split=split)

@@ -17,6 +17,7 @@ WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
 CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_properties.py::"
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
 SIMILARITY = "test_run_similarity.py::"
+QUESTIONS = "tasks/test_question_answering.py::"
 TOKENS = "tasks/test_token_classification.py::"
 PREFERENCE, PREFERENCE_LOSSES = "tasks/test_preference.py::", "heads/test_preference_losses.py::"
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
@@ -65,6 +66,12 @@ TESTS = {
     "task[token_classification].scheme": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
     "task[token_classification].class_weights": TOKENS + "test_scheme_labels_and_weights_change_what_is_learned",
     "task[token_classification].stride": TOKENS + "test_stride_is_what_the_windows_of_a_text_share",
+    "task[question_answering].stride": QUESTIONS + "test_windows_share_the_stride_and_learn_where_the_answer_is",
+    "task[question_answering].unanswered_windows": QUESTIONS
+    + "test_windows_without_the_answer_can_be_left_out_of_training",
+    "task[question_answering].max_answer_length": "test_run_questions.py::test_the_length_of_an_answer_is_limited",
+    "task[question_answering].no_answer_threshold": "test_run_questions.py::"
+    "test_the_threshold_is_chosen_on_validation_rows_and_stored",
     "task[similarity].loss": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[similarity].scale": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[similarity].symmetric": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",

@@ -12,8 +12,9 @@ from peftkit import Recipe
 from peftkit.data.batching import IGNORE
 from peftkit.data.pipeline import prepare
 from peftkit.errors import DataError, RecipeError
+from peftkit.tasks.long_texts import windows
 from peftkit.tasks.tagged_words import from_spans, words_of
-from peftkit.tasks.token_classification import TokenClassification, windows
+from peftkit.tasks.token_classification import TokenClassification
 from tests import tiny
 
 NAMES = [(["the", "good", "king", "lord", "of", "world"], ["O", "O", "B-PER", "I-PER", "O", "B-LOC"]),

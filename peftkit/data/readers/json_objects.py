@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkit.data import squad_file
 from peftkit.data.decoding import Lines, decode_file, detect
 from peftkit.data.problems import Problems, shorten
 from peftkit.data.reader import Reader
@@ -76,7 +77,7 @@ class JsonReader(Reader):
     """JSON files: a list of objects, JSON Lines, or one object that holds the rows.
 
     The object may be what pandas writes with any ``orient``, or have the list under ``data``, under its only key with
-    a list of objects, or under the one that ``data.subset`` names.
+    a list of objects, or under the one that ``data.subset`` names; or be a file of SQuAD, whose rows are its questions.
     """
 
     extensions = (".json",)
@@ -182,6 +183,9 @@ class _Document:
         elif isinstance(values.get("columns"), list) and isinstance(values.get("data"), list):
             self.problems.note(self.path, "read as columns and data (pandas' orient='split')")
             yield from self._split_rows(values["columns"], values["data"], places["data"])
+        elif isinstance(values.get("data"), list) and squad_file.is_squad(values["data"]):
+            self.problems.note(self.path, "read as SQuAD: articles, paragraphs and questions")
+            yield from squad_file.rows(values["data"], text=self.text, path=self.path, problems=self.problems)
         elif isinstance(values.get("data"), list) and not are_columns:
             if others := [name for name in values if name not in ("data", "schema")]:
                 self.problems.note(self.path, f"the rows are those under 'data'; left out: {', '.join(others[:8])}")

@@ -86,7 +86,7 @@ class Classify(Answers):
 
 @ROUTES.register("tag")
 class Tag(Answers):
-    """The spans of each text."""
+    """The spans of each text, or the answer to each pair of a question and a context."""
 
     path: ClassVar[str] = "/v1/tag"
 
