@@ -121,7 +121,10 @@ def _one_core():
     os.sched_setaffinity(0, cores)
 
 
-OTHER_RUNS = {"entities": "entities", "pairs": "similarity", "retrieval": "similarity", "questions": "questions"}
+OTHER_RUNS = {
+    "entities": "entities", "pairs": "similarity", "retrieval": "similarity", "questions": "questions",
+    "domain": "masked",
+}  # fmt: skip
 """Which tiny run a word in a documented run's name stands for."""
 
 
@@ -139,6 +142,7 @@ def workspace(tmp_path_factory, bert, llama):
         "language": ("style_own_text", llama, {"source": "my_texts", "max_length": 64}),
         "entities": ("own_entities", bert, {"source": "spans.jsonl", "max_length": 64}),
         "questions": ("own_questions", bert, {"source": "squad.json", "max_length": 64}),
+        "masked": ("domain_mlm", bert, {"source": "my_texts", "max_length": 64}),
         "similarity": ("own_retrieval", bert, {"source": "pairs.csv", "max_length": 64}),
     }
     runs = {}
@@ -176,6 +180,7 @@ def write_files(folder: Path) -> None:
             {"text": "king", "answer_start": len(word) + 1}]}]} for n, word in enumerate(tiny.WORDS[:30])
     ]  # fmt: skip
     (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+    (folder / "masked.csv").write_text("text\nthe [MASK] of the match\n", encoding="utf-8")
     answers = [{"instruction": f"Say {n}.", "output": f"It is {n}."} for n in range(30)]
     lines(folder / "conversations.jsonl", answers)
     lines(folder / "prompts.jsonl", [{"prompt": "the red king"}, {"prompt": "new stars"}])

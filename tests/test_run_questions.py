@@ -192,7 +192,7 @@ def test_the_length_of_an_answer_is_limited(run):
     for most, text in ((30, CONTEXT), (1, "the")):
         head = with_fields(loaded.head, max_answer_length=most)
         outputs = {name: value.numpy() for name, value in head.outputs(Spread(), batch, "own").items()}
-        assert head.answers(outputs, rows, threshold=1.0)[0].text == text
+        assert head.answers(outputs, rows, None, threshold=1.0)[0].text == text
     short = replace(loaded.recipe, task={"max_answer_length": 3})
     assert peftkit.schema.head.head_of(loaded.info, short.task).max_answer_length == 3
 

@@ -87,6 +87,17 @@ class EncodedSplit:
     def select(self, rows: np.ndarray) -> EncodedSplit:
         return EncodedSplit(self.examples.select(rows), self.lengths[rows], self.weights[rows], head=self.head)
 
+    def for_epoch(self, seed: int, epoch: int) -> EncodedSplit:
+        """The split as training reads it in an epoch; see ``Head.for_epoch``."""
+        head = self.head.for_epoch(seed, epoch) if self.head is not None else None
+        return self if head is self.head else replace(self, head=head)
+
+    def weight(self, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> float:
+        """What the rows together add to the loss's denominator."""
+        if self.head is None or type(self.head).row_weights is Head.row_weights:
+            return float(self.weights[rows].sum())
+        return float(sum(self.head.row_weights(self.examples[rows.tolist()], tokenizer)))
+
     def batch(self, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Batch:
         """The rows as padded tensors, collated by the head or by ``batching.collate``."""
         columns = self.examples[rows.tolist()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 SMALLER_IS_BETTER = frozenset(
     {
         "loss", "mse", "rmse", "mae", "mape", "hamming_loss", "calibration_error", "perplexity", "bits_per_byte",
-        "wer", "cer", "ter", "brier_score", "repetition", "kl", "kl_per_token", "rejected_reward", "rejected_logprob",
-        "rejected_change",
+        "pseudo_perplexity", "wer", "cer", "ter", "brier_score", "repetition", "kl", "kl_per_token", "rejected_reward",
+        "rejected_logprob", "rejected_change",
     }
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from peftkit.models.sources import check_config, read_json
 from peftkit.models.tokenizer import tokenizer_in
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.registries import EXPORTERS
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, in_head
 
 MAX_RANK = 1 << 14
 
@@ -111,9 +111,9 @@ def check_head(weights: Path, contents: Manifest) -> list[str]:
             shapes = {name: file.get_slice(name).get_shape() for name in names}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{weights}: not a readable safetensors file ({error}); export the run again") from None
-    if not contents.heads:
+    if not contents.heads or contents.head.completes:
         return names
-    rows = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and contents.heads[-1] in name.split(".")}
+    rows = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and in_head(name, contents.heads[-1:])}
     expected = contents.head.width
     if expected not in rows:
         raise ModelError(

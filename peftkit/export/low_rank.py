@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import MethodError
+from peftkit.schema.types import in_head
 
 EXACT = 1024
 """Largest smaller dimension that is decomposed exactly."""
@@ -93,7 +94,7 @@ def differences(base: nn.Module, trained: nn.Module, heads: tuple[str, ...]) -> 
     transposed = {f"{name}.weight": flipped for name, _, flipped in linear_layers(trained)}
     deltas, others = {}, []
     for name, parameter in trained.named_parameters():
-        if set(name.split(".")) & set(heads) or torch.equal(parameter, before[name]):
+        if in_head(name, heads) or torch.equal(parameter, before[name]):
             continue
         if name in transposed:
             delta = parameter - before[name]
@@ -111,7 +112,7 @@ def copy_heads(base: nn.Module, trained: nn.Module, heads: tuple[str, ...]) -> N
     """Gives the base the trained heads, which a LoRA saves in full."""
     weights = dict(trained.named_parameters())
     for name, parameter in base.named_parameters():
-        if set(name.split(".")) & set(heads):
+        if in_head(name, heads):
             parameter.copy_(weights[name])
 
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from peftkit.data.batching import collate
 from peftkit.errors import ExportError
@@ -29,6 +30,7 @@ from peftkit.export.manifest import Manifest
 from peftkit.methods.layers.fast_lora import use_peft_forward
 from peftkit.models import dtypes
 from peftkit.models.kernels.attention import torch_attention
+from peftkit.models.loading import never_quantized
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.head import Head
 from peftkit.schema.registries import QUANTIZATIONS
@@ -206,7 +208,7 @@ def compare_logits(
 
 def job_for(manifest: Manifest, folder: Path, device: torch.device) -> dict[str, Any]:
     """What the fresh process is given: the manifest, and the machine's settings."""
-    quantization = _quantization(manifest)
+    quantization = _quantization(manifest, folder)
     return {
         **asdict(manifest),
         "folder": str(folder.resolve()),
@@ -254,13 +256,16 @@ def _in_fp32(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = parameter.data.to(before[name])
 
 
-def _quantization(manifest: Manifest) -> dict[str, Any] | None:
-    """The recipe's quantization as arguments of transformers' BitsAndBytesConfig."""
+def _quantization(manifest: Manifest, folder: Path | None = None) -> dict[str, Any] | None:
+    """The recipe's quantization as arguments of transformers' BitsAndBytesConfig; ``folder`` is the adapter's."""
     if manifest.quantization is None or manifest.saves == "model":
         return None
     kind = manifest.quantization["kind"]
     if kind in KERNELS:
         return {"checkpoint": kind}
     heads = [*manifest.heads, ".*pooler"] if manifest.heads else ["lm_head"]  # as in models.loading.never_quantized
+    if manifest.head.completes and folder is not None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        heads = list(never_quantized(config, "own", manifest.head, folder))
     quantization = QUANTIZATIONS.get(kind).model_validate(manifest.quantization)
     return dict(quantization.config_arguments(manifest.dtype, heads))

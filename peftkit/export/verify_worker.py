@@ -46,6 +46,7 @@ def load_transformers(job, folder):
 
         return load_onto(base, folder)
     base.load_state_dict(load_file(folder / "adapter_model.safetensors"), strict=False, assign=True)
+    base.tie_weights()  # assigned tensors replace parameters that others may share
     return base
 
 
@@ -64,7 +65,7 @@ def load_base(job, auto, dtype):
     if "checkpoint" in quantization:
         cast_unpacked(base, dtype)
     for name, module in base.named_modules():
-        if name.split(".")[-1] in job["heads"]:
+        if any(f".{name}".endswith(f".{head}") for head in job["heads"]):
             module.float()  # heads were trained in fp32; in half precision they would be rounded on loading
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # the same kernels as in training

@@ -301,7 +301,9 @@ class QuestionAnswering(Head):
     def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
         return []
 
-    def answers(self, outputs: Outputs, rows: Sequence[Row], threshold: float | None = None) -> list[Answer]:
+    def answers(
+        self, outputs: Outputs, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, threshold: float | None = None
+    ) -> list[Answer]:
         """The answer to each question; ``threshold``: no-answer probability over which there is none."""
         import math
 

@@ -241,7 +241,9 @@ class TokenClassification(Head):
     def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
         return []
 
-    def answers(self, outputs: Outputs, rows: Sequence[Row], threshold: float | None = None) -> list[Tagged]:
+    def answers(
+        self, outputs: Outputs, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, threshold: float | None = None
+    ) -> list[Tagged]:
         from peftkit.evaluation.entities import entities
 
         tagged = []

@@ -85,7 +85,9 @@ class LoadedRun(LoadedExport):
         self, texts: Text | Sequence[Text] | None = None, *, batch_size: int | None = None,
         threshold: float | None = None, **columns: str | Sequence[str],
     ) -> list[Any]:  # fmt: skip
-        """A ``Prediction`` for each text in order; a ``Tagged`` from token classification, an ``Answer`` to a question.
+        """A ``Prediction`` for each text in order.
+
+        Or a ``Tagged`` from token classification, an ``Answer`` to a question, a ``Filled`` with tokens for each mask.
 
         Args:
             texts: texts, or (text, text pair) tuples; a single text is a list of one.
@@ -102,7 +104,7 @@ class LoadedRun(LoadedExport):
         if columns or texts is None:
             texts = texts_of_columns(columns, self._recipe.task.input_columns(self._recipe.data), texts)
         rows = self._input_rows(texts)
-        return list(self.head.answers(self._outputs(rows, batch_size), rows, threshold)) if rows else []
+        return list(self.head.answers(self._outputs(rows, batch_size), rows, self.tokenizer, threshold)) if rows else []
 
     def logits(self, texts: Text | Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``.

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
 from peftkit.methods import missed
-from peftkit.methods.targets import in_head
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, in_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError, ModelError
-from peftkit.methods.targets import BlockNumbers, Fraction, choose_blocks, in_head
+from peftkit.methods.targets import BlockNumbers, Fraction, choose_blocks
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, in_head
 
 if TYPE_CHECKING:
     from torch import nn

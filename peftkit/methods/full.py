@@ -10,10 +10,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError
-from peftkit.methods.targets import in_head
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, in_head
 
 
 @METHODS.register("full")

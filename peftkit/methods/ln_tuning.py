@@ -6,9 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from peftkit.errors import MethodError
 from peftkit.methods.peft_method import PeftMethod
-from peftkit.methods.targets import in_head
 from peftkit.schema.registries import METHODS
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, in_head
 
 
 @METHODS.register("ln_tuning")

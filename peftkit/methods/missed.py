@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from peftkit.methods.targets import ALL_LINEAR, BlockNumbers, Patterns, choose_blocks, in_head, linear_names, matches
+from peftkit.methods.targets import ALL_LINEAR, BlockNumbers, Patterns, choose_blocks, linear_names, matches
+from peftkit.schema.types import in_head
 
 if TYPE_CHECKING:
     from torch import nn

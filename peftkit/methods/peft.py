@@ -165,6 +165,11 @@ class Peft(PeftMethod):
                 self._check_known_targets(loaded.model.config.model_type)
         if "modules_to_save" in fields:
             values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *loaded.head_names] or None
+        elif loaded.head_names:
+            raise MethodError(
+                f"method.peft_type={self._name()}: peft neither trains nor saves new layers under this type, and the "
+                f"base lacks {', '.join(loaded.head_names)}; use {self._alternative()}"
+            )
         return self._config_class()(task_type=task_type(loaded, prompt=self._learns_prompt()), **values)
 
     def missed(self, loaded: LoadedModel) -> list[str]:

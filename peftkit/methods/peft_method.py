@@ -78,6 +78,7 @@ def task_type(loaded: LoadedModel, *, prompt: bool = False) -> str | None:
     learned ``prompt``, which needs one, gets it.
     """
     kinds = {"AutoModel": "FEATURE_EXTRACTION", "AutoModelForCausalLM": "CAUSAL_LM"}
+    kinds |= {"AutoModelForMaskedLM": "FEATURE_EXTRACTION"}  # peft has none of its own; this one passes everything on
     kinds |= {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS"}
     kinds |= {"AutoModelForQuestionAnswering": "QUESTION_ANS"} if prompt else {}
     return kinds.get(loaded.auto_class)

@@ -155,7 +155,12 @@ class PrefixTuning(LearnedPrompt):
 
 
 def check_pooling(kind: str, recipe: Recipe) -> None:
-    """Raises MethodError for a classifier that pools over tokens, and for sentence embeddings."""
+    """Raises MethodError for a classifier that pools over tokens, sentence embeddings, and masked language models."""
+    if any(head.fills_masks for head in possible_heads(recipe.task)):
+        raise MethodError(
+            f"method.kind={kind} changes no weight of the encoder, so that nothing of what task.kind="
+            f"{recipe.task.kind} learns could be used by another task; use method.kind=lora"
+        )
     if any(head.embeds for head in possible_heads(recipe.task)):
         raise MethodError(
             f"method.kind={kind} puts a learned prompt before the tokens, which an embedding of the text would mix "

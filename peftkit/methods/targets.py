@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, Field
 
 from peftkit.errors import MethodError, did_you_mean
+from peftkit.schema.types import in_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +36,6 @@ ModuleNames = Annotated[Patterns, AfterValidator(_check_names)]
 """all-linear, names of modules, or one regular expression that matches full module names."""
 BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]  # numbers of blocks from 0, or -2 for the last two
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-def in_head(name: str, head_names: Collection[str]) -> bool:
-    """Whether a module or parameter of that full name belongs to the head."""
-    return not set(head_names).isdisjoint(name.split("."))
 
 
 def choose_targets(

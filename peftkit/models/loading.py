@@ -23,7 +23,7 @@ from peftkit.models.training_options import prepare_for_training
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import ModelConfig, Recipe
 from peftkit.schema.registries import HEADS
-from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.schema.types import LoadedModel, TaskInfo, in_head
 
 Pooling = Literal["own", "mean", "cls", "last"]
 
@@ -174,6 +174,7 @@ def never_quantized(config: PreTrainedConfig, pooling: Pooling, head: Head, fold
     others = [name for name, module in model.named_modules() if module is output and output is not None]
     heads = head_modules(head, model)
     others += [f"{model.base_model_prefix}.pooler"] if head.adds_layers else []
+    others += top_modules(model) if head.completes else []
     if checkpoint.quantized_with(config) == "bitsandbytes":
         others += config.quantization_config.get("llm_int8_skip_modules") or ()
         return stored.never_packed(model, heads, others, folder)
@@ -248,7 +249,7 @@ def _from_pretrained(
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
     heads = head_modules(head, model, report["missing_keys"])
-    return model, heads, _check_report(report, heads, folder, model)
+    return model, heads, _check_report(report, heads, folder, model, head)
 
 
 def auto_class(head: Head, pooling: Pooling) -> Any:
@@ -258,22 +259,58 @@ def auto_class(head: Head, pooling: Pooling) -> Any:
 
 def head_modules(head: Head, model: PreTrainedModel, missing_keys: Iterable[str] = ()) -> tuple[str, ...]:
     """Names of the modules that the head adds on top of the backbone, and of a pooler that the checkpoint lacks."""
+    if head.completes:
+        return _missing_layers(model, missing_keys)
     if not head.adds_layers:
         return ()
-    top = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
-    names = [name for name, child in top if any(True for _ in child.parameters())]
+    names = top_modules(model)
     return (*names, "pooler") if any(".pooler." in key for key in missing_keys) else tuple(names)
 
 
-def _check_report(report: dict[str, Any], heads: tuple[str, ...], folder: Path, model: PreTrainedModel) -> list[str]:
-    """Raises ModelError if weights outside the heads are missing; returns a note on heads that were reused."""
+def top_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules with weights on top of the backbone."""
+    top = [(name, child) for name, child in model.named_children() if name != model.base_model_prefix]
+    return [name for name, child in top if any(True for _ in child.parameters())]
+
+
+def _missing_layers(model: PreTrainedModel, missing_keys: Iterable[str]) -> tuple[str, ...]:
+    """Full names of the layers on top of the backbone that a checkpoint lacks.
+
+    An output layer that shares the embeddings' weight is there without weights of its own; its bias starts at zero.
+    """
+    missing, output = set(missing_keys), model.get_output_embeddings()
+    layers = {key.rpartition(".")[0] for key in missing if not key.startswith(f"{model.base_model_prefix}.")}
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if name in layers and not any(True for _ in module.children())
+        if module is not output or f"{name}.weight" in missing
+    )
+
+
+def _check_report(
+    report: dict[str, Any], heads: tuple[str, ...], folder: Path, model: PreTrainedModel, head: Head
+) -> list[str]:
+    """Raises ModelError if weights outside the heads are missing; returns a note on heads that are reused, or new."""
     fresh = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
     unused = set(heads) if heads else {"pooler"}  # which many checkpoints lack, and nothing but a classifier reads
-    missing = sorted(key for key in fresh if not set(key.split(".")) & unused)
+    missing = sorted(key for key in fresh if not in_head(key, unused))
+    if head.completes:
+        missing = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if missing:
         raise ModelError(
             f"{folder}: the checkpoint lacks {len(missing)} of the weights of {type(model).__name__}, such as "
             f"{missing[0]}: it is incomplete, or belongs to another architecture"
         )
+    if head.completes:
+        return [_new_layers_note(heads)] if heads else []
     reused = [name for name in heads if not any(name in key.split(".") for key in fresh)]
     return [f"the base's own head was kept ({', '.join(reused)}): its shape fits the task"] if reused else []
+
+
+def _new_layers_note(names: tuple[str, ...]) -> str:
+    """What the user should know of output layers that a checkpoint lacks."""
+    return (
+        f"the checkpoint lacks the layers of this task's output: {', '.join(names)} are new and trained in full, under "
+        "the base's own token embeddings, and its scores before training mean nothing"
+    )

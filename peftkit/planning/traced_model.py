@@ -62,6 +62,7 @@ class TracedModel:
         self._vocabulary = int(base.config.get_text_config().vocab_size)
         if self.head.writes_text:  # what is otherwise tried on real weights
             packing.assume_supported(base)
+        if self.head.writes_text or self.head.scores_tokens:
             linear_cross_entropy.assume_declared_shaping(base)
 
     def evaluate(self, shape: Shape) -> Trace:
@@ -89,7 +90,9 @@ class TracedModel:
         model.train(micro_batches > 0)
         batch = self.head.example_batch(shape.rows, shape.tokens, packed=shape.packed)
         positions = batch["labels"].shape  # of a head with several sequences in an example, other than the shape's
-        count = positions[0] * (positions[1] - 1) if len(positions) == 2 else shape.rows * (shape.tokens - 1)
+        unscored = int(self.head.predicts_next)  # positions of a row that predict no token of it
+        size = positions if len(positions) == 2 else (shape.rows, shape.tokens)
+        count = size[0] * (size[1] - unscored)
         tracer = Tracer(vocabulary=self._vocabulary, scored=(count, min(shape.scored, count)))
         tracer.ignore([*model.parameters(), *model.buffers()])
         with tracer, as_on_a_gpu() if self.gpu else contextlib.nullcontext():

@@ -34,6 +34,8 @@ class BaselineInputs:
     """Loads the base as a language model; None for an encoder."""
     cached: Callable[[str, Sequence[Any], Callable[[], np.ndarray]], np.ndarray]
     """``cached(kind, values, compute)`` computes an array once for the same base and the same JSON-able values."""
+    new_layers: tuple[str, ...] = ()
+    """Layers of the head that the base lacks, and that are untrained as yet."""
     sharded: bool = False
     """Whether the model is spread over several processes."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.registries import HEADS
-from peftkit.schema.types import Answer, Batch, LoadedModel, Prediction, Row, Tagged, TaskInfo
+from peftkit.schema.types import Answer, Batch, Filled, LoadedModel, Prediction, Row, Tagged, TaskInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,8 +64,14 @@ class Head(ABC):
     """Whether the model generates text, rather than predicting something about its input."""
     marks_words: ClassVar[bool] = False
     """Whether its answers are spans of the text."""
+    fills_masks: ClassVar[bool] = False
+    """Whether its answers are tokens for the masked places of the text."""
     baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
     """Baselines that results are compared with where the recipe names none."""
+    completes: ClassVar[bool] = False
+    """Whether output layers that the checkpoint lacks are added, trained and saved in full, rather than an error."""
+    predicts_next: ClassVar[bool] = True
+    """Of a loss over tokens: whether a token is predicted at the position before it, rather than at its own."""
     measures: ClassVar[tuple[str, ...]] = ()
     """What ``loss_and_measures`` reports of training besides the loss, for the log."""
     sums_batches: ClassVar[bool] = False
@@ -106,6 +112,17 @@ class Head(ABC):
     def collate(self, columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> Batch | None:
         """Columns of examples → padded tensors; None leaves it to ``data.batching.collate``."""
         return None
+
+    def for_epoch(self, seed: int, epoch: int) -> Head:
+        """The head that collates the training batches of an epoch: another one where they differ by epoch.
+
+        What is drawn must be a pure function of seed, epoch and row, so that a resumed run draws the same.
+        """
+        return self
+
+    def row_weights(self, columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> Sequence[float]:
+        """What each row adds to the loss's denominator, where that depends on the epoch; else its ``weight``."""
+        return list(columns["weight"])
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
@@ -248,9 +265,9 @@ class Head(ABC):
         """
 
     def answers(
-        self, outputs: Outputs, rows: Sequence[Row], threshold: float | None = None
-    ) -> Sequence[Prediction | Tagged | Answer]:
-        """``predictions`` for canonical rows, for a head that points into their texts."""
+        self, outputs: Outputs, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, threshold: float | None = None
+    ) -> Sequence[Prediction | Tagged | Answer | Filled]:
+        """``predictions`` for canonical rows, for a head that points into their texts, or that answers by tokens."""
         return self.predictions(outputs, threshold)
 
     # -- baselines -------------------------------------------------------------------------------------------------

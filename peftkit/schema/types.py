@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,6 +99,32 @@ class Answer:
         return columns
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A token that fits a masked place."""
+
+    token: str
+    """As text; of a tokenizer that keeps the space before a word in its token, with that space."""
+    probability: float
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What the model predicts for the masked places of one row."""
+
+    masks: tuple[tuple[Candidate, ...], ...]
+    """For each mask, in the order of the text, the likeliest tokens, the likeliest first."""
+
+    def columns(self) -> Row:
+        """The prediction as a column of a file: ``masks``, a list of candidates for each."""
+        return {
+            "masks": [
+                [{"token": one.token, "probability": round(one.probability, 6)} for one in candidates]
+                for candidates in self.masks
+            ]
+        }
+
+
 @dataclass
 class LoadedModel:
     """A model with its head and tokenizer, on the way from the base model to the trainable one.
@@ -111,10 +138,17 @@ class LoadedModel:
     pooling: Literal["own", "mean", "cls", "last"] = "own"
     """How tokens become one vector: the architecture's own way, or over per-token logits or hidden states."""
     head_names: tuple[str, ...] = ()
-    """Names of the modules on top of the backbone that a classifier trains in full; empty for language models."""
+    """Names of the modules on top of the backbone that are trained and saved in full: a classifier's, or what a
+    checkpoint lacks of a language model's output; empty where the base's own output is used. A name may have several
+    parts, as in ``lm_head.dense``."""
     fingerprint: str = ""
     """SHA-256 over config, weights' file digests or commit, and vocabulary of the base."""
     notes: list[str] = field(default_factory=list)
     """What was decided and why, in words for the user (dtype fallback, pad token, …)."""
     auto_class: str = "AutoModelForCausalLM"
     """Name of the transformers class that loaded base and head."""
+
+
+def in_head(name: str, head_names: Collection[str]) -> bool:
+    """Whether a module or parameter of that full name belongs to one of the named modules of the head."""
+    return any(f".{head}." in f".{name}." for head in head_names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, ClassVar
 
-from peftkit.errors import RecipeError
+from peftkit.errors import DataError, RecipeError
 from peftkit.heads.causal_lm import NAME as CAUSAL_LM
 from peftkit.models.context import usable_length
 from peftkit.schema.task import Task
@@ -37,6 +37,14 @@ class LanguageTask(Task):
 
     def without_packing(self) -> LanguageTask:
         return self.model_copy(update={"packing": False})
+
+
+def document(row: Row, data: DataConfig) -> Row:
+    """A source's row as ``text``; raises DataError when it is not text. A null is an empty document."""
+    text = row.get(data.text)
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"expected text, found {type(text).__name__} {str(text)[:40]!r}", column=data.text)
+    return {"text": text or ""}
 
 
 def refuse_augmentation(data: DataConfig) -> None:

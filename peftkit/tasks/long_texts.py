@@ -31,16 +31,6 @@ def windows(tokens: int, room: int, stride: int) -> Iterator[tuple[int, int, ran
         begin, scored = end - stride, until
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and after a text."""
-    plain: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: Any = tokenizer("a")["input_ids"]
-    for place in range(len(whole) - len(plain) + 1):
-        if whole[place : place + len(plain)] == plain:
-            return list(whole[:place]), list(whole[place + len(plain) :])
-    return [], []
-
-
 @dataclass(frozen=True)
 class PairForm:
     """What a tokenizer puts around and between the texts of a pair."""

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from peftkit.data.problems import require_column
-from peftkit.errors import DataError, ModelError
+from peftkit.errors import ModelError
 from peftkit.schema.registries import TASKS
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.control_tokens import warn_of_control_tokens
-from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, refuse_augmentation
+from peftkit.tasks.language import CAUSAL_LM, LanguageTask, check_window, document, refuse_augmentation
 from peftkit.tasks.windows import Stretch, stream, to_columns
 
 if TYPE_CHECKING:
@@ -53,10 +53,7 @@ class Style(LanguageTask):
 
     def canonical(self, row: Row, data: DataConfig, info: TaskInfo) -> Row:
         """The document as ``text``; raises DataError when it is not text. A null is an empty document."""
-        text = row.get(data.text)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"expected text, found {type(text).__name__} {str(text)[:40]!r}", column=data.text)
-        return {"text": text or ""}
+        return document(row, data)
 
     def text_of(self, row: Row) -> str:
         return row["text"]
@@ -72,7 +69,7 @@ class Style(LanguageTask):
         warn_of_control_tokens([(text,) for text in rows["text"]], rows, tokenizer)
         documents = list(enumerate(tokens_of(rows["text"], tokenizer)))
         windows: list[list[Stretch]] = []
-        for group in [documents] if self.packing else [[document] for document in documents]:
+        for group in [documents] if self.packing else [[one] for one in documents]:
             windows += stream(group, data.max_length)
         return to_columns(windows, positions=self.packing)
 

@@ -31,8 +31,9 @@ from peftkit.schema.sections import ClassName
 from peftkit.schema.task import Task
 from peftkit.schema.types import Row, TaskInfo
 from peftkit.tasks.control_tokens import places, warn_of_control_tokens
-from peftkit.tasks.long_texts import require_offsets, special_tokens, windows
+from peftkit.tasks.long_texts import require_offsets, windows
 from peftkit.tasks.tagged_words import TaggedWords, from_spans, from_tokens, words_of
+from peftkit.tasks.tokens import surrounding_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +220,7 @@ class TokenClassification(Task):
 
         require_offsets(tokenizer, self.kind)
         warn_of_control_tokens([(text,) for text in rows["text"]], rows, tokenizer)
-        opening, closing = special_tokens(tokenizer)
+        opening, closing = surrounding_tokens(tokenizer)
         room = usable_length(tokenizer, data.max_length) - len(opening) - len(closing)
         stride = room // 4 if self.stride is None else self.stride
         if room <= stride:

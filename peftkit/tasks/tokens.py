@@ -30,3 +30,13 @@ def tokenize(
             for key in encoded:
                 encoded[key][position] = cut[key][row]
     return encoded, truncated
+
+
+def surrounding_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    plain: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: Any = tokenizer("a")["input_ids"]
+    for place in range(len(whole) - len(plain) + 1):
+        if whole[place : place + len(plain)] == plain:
+            return list(whole[:place]), list(whole[place + len(plain) :])
+    return [], []

@@ -143,6 +143,7 @@ class Loop:
         """Run the rest of the current epoch, or as much of it as the run still needs."""
         state = self.state
         batches = epoch_batches(self.train_split.lengths, self.recipe.training, state.epoch)
+        self.stepper.split = self.train_split.for_epoch(self.recipe.training.seed, state.epoch)
         for number in range(state.batch, len(batches)):
             self._step(batches[number], last=number + 1 == len(batches))
             self._stop_if_requested()

@@ -114,6 +114,7 @@ def _baseline_inputs(loop: Loop, loaded: LoadedModel, prepared: PreparedData, sp
         backbone=backbone,
         language_model=language_model if writes_text(backbone.config) else None,
         cached=cached,
+        new_layers=loaded.head_names,
         sharded=session.sharded,
     )
 

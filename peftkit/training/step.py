@@ -142,7 +142,7 @@ class Stepper:
 
     def run(self, batch: np.ndarray, step: int) -> StepResult:
         """Run one optimizer step on a global batch of row numbers."""
-        weight = float(self.split.weights[batch].sum())
+        weight = self.split.weight(batch, self.tokenizer)
         tokens = int(self.split.lengths[batch].sum())
         self.module.train()
         self.session.watchdog.arm()

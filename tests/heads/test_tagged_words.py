@@ -40,7 +40,7 @@ def test_words_without_a_token_are_outside_wherever_o_is_listed(labels):
     outputs = {"row": [0], "words": [[0]], "gold": [[labels.index("O")]], "predicted": [[labels.index("B-PER")]],
                "probability": [[0.9]], "unread": [[1]], "unread_gold": [[labels.index("O")]]}  # fmt: skip
     row = {"text": "king \u200d", "starts": [0, 5], "ends": [4, 6]}
-    (tagged,) = head(*labels).answers({name: np.array(values) for name, values in outputs.items()}, [row])
+    (tagged,) = head(*labels).answers({name: np.array(values) for name, values in outputs.items()}, [row], None)
     assert [(span.text, span.label) for span in tagged.spans] == [("king", "PER")]
 
 

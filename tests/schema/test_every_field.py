@@ -18,6 +18,7 @@ CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_prop
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
 SIMILARITY = "test_run_similarity.py::"
 QUESTIONS = "tasks/test_question_answering.py::"
+MASKED_LM = "test_run_masked_lm.py::"
 TOKENS = "tasks/test_token_classification.py::"
 PREFERENCE, PREFERENCE_LOSSES = "tasks/test_preference.py::", "heads/test_preference_losses.py::"
 INSTRUCTION, STYLE = "tasks/test_instruction.py::", "tasks/test_style.py::"
@@ -72,6 +73,10 @@ TESTS = {
     "task[question_answering].max_answer_length": "test_run_questions.py::test_the_length_of_an_answer_is_limited",
     "task[question_answering].no_answer_threshold": "test_run_questions.py::"
     "test_the_threshold_is_chosen_on_validation_rows_and_stored",
+    "task[masked_lm].mask_probability": MASKED_LM + "test_fields_change_what_is_learned",
+    "task[masked_lm].whole_word": MASKED_LM + "test_fields_change_what_is_learned",
+    "task[masked_lm].replacement_shares": MASKED_LM + "test_fields_change_what_is_learned",
+    "task[masked_lm].candidates": MASKED_LM + "test_candidates_says_how_many_are_given",
     "task[similarity].loss": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[similarity].scale": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[similarity].symmetric": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",

@@ -32,7 +32,8 @@ class ZeroShot(Baseline):
         if not head.adds_layers:
             outputs = inputs.base_outputs()
             metrics = head.metrics(outputs, inputs.recipe.evaluation)
-            return BaselineResult(metrics, outputs, note="the base model before training")
+            untrained = ", under new output layers that know nothing yet" if inputs.new_layers else ""
+            return BaselineResult(metrics, outputs, note=f"the base model before training{untrained}")
         if inputs.sharded:
             return None
         if reason := _inapplicable(head.class_names()):

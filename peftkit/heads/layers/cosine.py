@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftkit.errors import RecipeError
 from peftkit.models import pooled_logits
 from peftkit.models.blocks import unwrap
-from peftkit.schema.types import Batch, LoadedModel, TaskInfo
+from peftkit.schema.types import Batch, LoadedModel, TaskInfo, in_head
 
 
 def start(loaded: LoadedModel, batches: Sequence[Batch], info: TaskInfo, temperature: float) -> None:
@@ -57,7 +57,7 @@ def _head(loaded: LoadedModel, classes: int) -> nn.Linear:
     layers = [
         module
         for name, module in loaded.model.named_modules()
-        if isinstance(module, nn.Linear) and set(name.split(".")) & set(loaded.head_names)
+        if isinstance(module, nn.Linear) and in_head(name, loaded.head_names)
         if module.weight.requires_grad and module.bias is not None and module.out_features == classes
     ]
     if not layers:

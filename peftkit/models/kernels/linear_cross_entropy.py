@@ -2,6 +2,8 @@
 
     loss = − Σ_t log softmax(f(W h_t + b))[target_t],   t: scored tokens
 
+A causal model predicts at position t the label of position t + 1, a masked one (``next_token=False``) its own.
+
 f is the architecture's scaling and soft-capping of logits. The model runs unchanged except for the forward of its
 output layer. That is replaced by a function that takes the hidden states [rows, tokens, width], selects the scored
 ones, and computes loss *and gradient* chunk by chunk, so that [tokens, vocabulary] is never allocated (compare Wijmans
@@ -29,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from peftkit.models import packing
 from peftkit.models.blocks import unwrap
 from peftkit.models.patching import replaced_forward
+from peftkit.models.pooled_logits import model_inputs
 
 IGNORE = -100
 CHUNK_BYTES = 32 * 2**20  # bound on a chunk of logits on a CPU, where one is alive at a time
@@ -76,19 +79,19 @@ class OutputLayer:
 _SHAPING: WeakKeyDictionary[nn.Module, Shaping | None] = WeakKeyDictionary()
 
 
-def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def loss(model: Any, batch: dict[str, Tensor], *, next_token: bool = True) -> Tensor:
     """The cross-entropy summed over the batch's scored tokens: a scalar in fp32 (fp64 for a model in fp64).
 
     Args:
-        model: a causal language model of transformers, bare or wrapped by peft or for distribution.
-        batch: ``input_ids`` and ``labels`` [rows, tokens] (position t predicts label t + 1; -100 is not scored), and
-            the model's other inputs. Where ``position_ids`` restart at 0, documents are isolated and the first token of
-            a document is not scored.
+        model: a language model of transformers, bare or wrapped by peft or for distribution.
+        batch: ``input_ids`` and ``labels`` [rows, tokens] (-100 is not scored), and the model's other inputs. Where
+            ``position_ids`` restart at 0, documents are isolated and the first token of a document is not scored.
+        next_token: whether position t predicts label t + 1, as in a causal model; else label t, as in a masked one.
     """
-    targets_S, keep = _scored(batch)
+    targets_S, keep = _scored(batch, next_token)
     if _shaping(model, batch["input_ids"]) is None:
-        return F.cross_entropy(_wide(_full_logits(model, batch, keep)), targets_S, reduction="sum")
-    return _at_output(model, batch, keep, lambda hidden_SH, output: _sum(hidden_SH, targets_S, output))
+        return F.cross_entropy(_wide(_full_logits(model, batch, keep, next_token)), targets_S, reduction="sum")
+    return _at_output(model, batch, keep, lambda hidden_SH, output: _sum(hidden_SH, targets_S, output), next_token)
 
 
 def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -107,20 +110,48 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return _at_output(model, batch, keep, lambda hidden_SH, output: _each(hidden_SH, targets_S, output)), rows_S
 
 
-def row_outputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def row_outputs(model: Any, batch: dict[str, Tensor], *, next_token: bool = True) -> dict[str, Tensor]:
     """Each row's summed ``loss``, ``weight`` (scored tokens) and ``correct`` (label was the argmax): [rows] fp32."""
-    targets_S, keep = _scored(batch)
+    targets_S, keep = _scored(batch, next_token)
     with torch.no_grad():
         if _shaping(model, batch["input_ids"]) is None:
-            losses, correct = _token_scores([_full_logits(model, batch, keep)], targets_S, Shaping())
+            losses, correct = _token_scores([_full_logits(model, batch, keep, next_token)], targets_S, Shaping())
         else:
-            losses, correct = _at_output(model, batch, keep, lambda h, output: _chunked_scores(h, targets_S, output))
+            losses, correct = _at_output(
+                model, batch, keep, lambda h, output: _chunked_scores(h, targets_S, output), next_token
+            )
     count, tokens = batch["labels"].shape
-    rows = keep // (tokens - 1)
+    rows = keep // (tokens - next_token)
     return {
         name: torch.zeros(count, device=rows.device).index_add_(0, rows, values.float())
         for name, values in {"loss": losses, "weight": torch.ones_like(losses), "correct": correct}.items()
     }
+
+
+@torch.no_grad()
+def likeliest(
+    model: Any, batch: dict[str, Tensor], count: int, *, next_token: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that the model finds likeliest at every scored position, the likeliest first.
+
+    Returns:
+        Their probabilities [S, count], their ids [S, count], and the row of each position [S].
+    """
+
+    def best(chunks: Iterable[Tensor], shaping: Shaping) -> tuple[Tensor, Tensor]:
+        top = [shaping(_wide(chunk)).softmax(-1).topk(count) for chunk in chunks]
+        return torch.cat([one.values for one in top]), torch.cat([one.indices for one in top])
+
+    def at_output(hidden_SH: Tensor, output: OutputLayer) -> tuple[Tensor, Tensor]:
+        chunks = hidden_SH.split(output.rows(hidden_SH.device))
+        return best((output.forward(hidden) for hidden in chunks), output.shaping)
+
+    _, keep = _scored(batch, next_token)
+    if _shaping(model, batch["input_ids"]) is None:
+        values, ids = best([_full_logits(model, batch, keep, next_token)], Shaping())
+    else:
+        values, ids = _at_output(model, batch, keep, at_output, next_token)
+    return values, ids, keep // (batch["labels"].shape[1] - next_token)
 
 
 def scored(batch: dict[str, Tensor]) -> Tensor:
@@ -130,9 +161,12 @@ def scored(batch: dict[str, Tensor]) -> Tensor:
     return targets if positions is None else targets.masked_fill(positions[:, 1:] == 0, IGNORE)
 
 
-def _scored(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Labels of the scored positions, and their indices among all rows' positions but the last: [S], [S]."""
-    targets = scored(batch).flatten()
+def _scored(batch: dict[str, Tensor], next_token: bool = True) -> tuple[Tensor, Tensor]:
+    """Labels of the scored positions, and their indices among all rows' predicting positions: [S], [S].
+
+    Of a causal model, these are all positions but the last.
+    """
+    targets = scored(batch).flatten() if next_token else batch["labels"].flatten()
     keep = (targets != IGNORE).nonzero().squeeze(1)
     return targets[keep], keep
 
@@ -143,17 +177,24 @@ def assume_declared_shaping(model: Any) -> None:
     _SHAPING[base] = _declared(base.config.get_text_config())[-1]
 
 
-def _at_output(model: Any, batch: dict[str, Tensor], keep: Tensor, compute: Callable[..., Any]) -> Any:
+def _arguments(model: Any, batch: dict[str, Tensor], next_token: bool) -> dict[str, Any]:
+    """Those of the model's ``forward``; one that reads in both directions needs the mask of its padding."""
+    return packing.inputs(batch, model) | packing.no_cache(model) if next_token else model_inputs(model, batch)
+
+
+def _at_output(
+    model: Any, batch: dict[str, Tensor], keep: Tensor, compute: Callable[..., Any], next_token: bool = True
+) -> Any:
     """Runs the model with ``compute(scored hidden states, output layer)`` as its output layer's ``forward``."""
     base, results = unwrap(model), []
     module = base.get_output_embeddings()
     output = OutputLayer(module, module.forward, _SHAPING[base] or Shaping(), base.config.get_text_config().vocab_size)
     tokens = batch["labels"].shape[1]
-    arguments = packing.inputs(batch, model) | packing.no_cache(model)  # may run trials, which need the output layer
+    arguments = _arguments(model, batch, next_token)  # may run trials, which need the output layer
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         own = hidden[:, -tokens:]  # without the vectors of a learned prompt
-        results.append(compute(own[:, :-1].flatten(0, 1).index_select(0, keep), output))
+        results.append(compute(own[:, : tokens - next_token].flatten(0, 1).index_select(0, keep), output))
         return hidden[..., :1]
 
     with replaced_forward({module: forward}):
@@ -161,9 +202,19 @@ def _at_output(model: Any, batch: dict[str, Tensor], keep: Tensor, compute: Call
     return results[0]
 
 
-def _full_logits(model: Any, batch: dict[str, Tensor], keep: Tensor) -> Tensor:
-    logits = model(**packing.inputs(batch, model), **packing.no_cache(model)).logits[:, -batch["labels"].shape[1] :]
-    return logits[:, :-1].flatten(0, 1).index_select(0, keep)
+def _full_logits(model: Any, batch: dict[str, Tensor], keep: Tensor, next_token: bool = True) -> Tensor:
+    """[S, V]; above a masked language model's backbone, only the scored positions are computed."""
+    tokens, arguments = batch["labels"].shape[1], _arguments(model, batch, next_token)
+    if next_token:
+        logits: Tensor = model(**arguments).logits[:, -tokens:]
+        return logits[:, :-1].flatten(0, 1).index_select(0, keep)
+
+    def select(_: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, keep)[None]
+        return output
+
+    with unwrap(model).base_model.register_forward_hook(select):
+        return model(**arguments).logits[0]  # type: ignore[no-any-return]
 
 
 def _sum(hidden_SH: Tensor, targets_S: Tensor, output: OutputLayer) -> Tensor:
@@ -373,7 +424,7 @@ def _shaping(model: Any, input_ids: Tensor) -> Shaping | None:
         _SHAPING[base] = _find_shaping(model, base, input_ids[:1, :4])
         if _SHAPING[base] is None:
             log.warning(
-                "%s changes its logits in a way unknown to peftkit: full logits are computed, which takes more memory",
+                "%s computes its logits in a way unknown to peftkit: not in chunks, which takes more memory",
                 base.config.model_type,
             )
     return _SHAPING[base]
