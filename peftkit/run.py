@@ -103,7 +103,7 @@ def train(
         folder = session.folder = folders.open_folder(recipe, session, resume)
         fingerprints = resuming.fingerprints(
             recipe, data=encoded.fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), base=model.fingerprint,
-            world_size=session.world_size,
+            world_size=session.world_size, adapter=model.adapter,
         )  # fmt: skip
         features_or_tokens = frozen.run(final=final)
         features_or_tokens = Reference(model, module, recipe, tokenizer, session).add(features_or_tokens, final=final)

@@ -14,12 +14,13 @@ from peftkit.export import manifest, native_adapters
 from peftkit.export.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ExportFolder, open_export
 from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
+from peftkit.models.json_files import read_json
 from peftkit.models.kernels import first_token
 from peftkit.models.loading import cast_parameters, load_base
 from peftkit.models.quantization.checkpoint import KERNELS
-from peftkit.models.sources import check_config, read_json
+from peftkit.models.sources import check_config
 from peftkit.models.tokenizer import tokenizer_in
-from peftkit.schema.recipe import Recipe, replace
+from peftkit.schema.recipe import ModelConfig, Recipe, replace
 from peftkit.schema.registries import EXPORTERS
 from peftkit.schema.types import LoadedModel, in_head
 
@@ -89,10 +90,7 @@ def load_base_of(export: ExportFolder) -> LoadedModel:
         ModelError: the base is not the one trained on.
     """
     contents = export.manifest
-    model = {
-        "pooling": contents.pooling, "dtype": "float32", "source": _source(export.recipe.model.source, contents),
-        "revision": contents.revision or export.recipe.model.revision,
-    }  # fmt: skip
+    model = {"pooling": contents.pooling, "dtype": "float32", **_source(export.recipe.model, contents)}
     recipe = replace(_recipe(export, "float32", False), model=model)
     loaded = load_base(recipe, contents.info, tokenizer_in(export.path), "cpu")
     loaded.pooling = contents.pooling  # type: ignore[assignment]
@@ -156,13 +154,13 @@ def _recipe(export: ExportFolder, dtype: str | None, quantized: bool) -> Recipe:
     if dtype is not None:
         changes["model"]["dtype"] = dtype
     if contents.saves == "model":
-        changes["model"] |= {"source": str(export.path.resolve()), "revision": None}
+        own = {"source": str(export.path.resolve()), "revision": None, "adapter": None, "adapter_use": None}
+        changes["model"] |= own
         if recipe.method.saves == "adapter":
             changes["method"] = {"kind": "full"}  # it is merged
         quantized = False
     else:
-        changes["model"]["source"] = _source(recipe.model.source, contents)
-        changes["model"]["revision"] = contents.revision or recipe.model.revision
+        changes["model"] |= _source(recipe.model, contents)
     if not quantized:
         if contents.saves == "adapter" and contents.quantization and contents.quantization["kind"] in KERNELS:
             raise ModelError(
@@ -173,7 +171,17 @@ def _recipe(export: ExportFolder, dtype: str | None, quantized: bool) -> Recipe:
     return replace(recipe, **changes)
 
 
-def _source(source: str, contents: Manifest) -> str:
+def _source(model: ModelConfig, contents: Manifest) -> dict[str, Any]:
+    """Fields of the recipe's base. A model that was merged for the run is taken from the cache while it is there."""
+    source, plain = model.source, {"adapter": None, "adapter_use": None}
+    if any(stage.use == "merged" for stage in contents.stages) and Path(contents.base).is_dir():
+        return {**plain, "source": contents.base, "revision": None}
+    if model.adapter_use == "merge":
+        return {"source": source, "revision": model.revision}
+    return {**plain, "source": _moved(source, contents), "revision": contents.revision or model.revision}
+
+
+def _moved(source: str, contents: Manifest) -> str:
     """The recipe's base; if it is a relative path that does not exist here, the folder where training read it."""
     is_path = source.startswith((".", "/", "~")) or source.endswith(".gguf")
     if is_path and not Path(source).expanduser().exists() and Path(contents.base).is_dir():

@@ -14,16 +14,17 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from peftkit.errors import ModelError, RunError
 from peftkit.models.context import usable_length
+from peftkit.models.json_files import read_json
 from peftkit.models.quantization.checkpoint import quantized_with
-from peftkit.models.sources import read_json, resolve
+from peftkit.models.sources import resolve
+from peftkit.models.stages import CONTENTS as FILE
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import EXPORTERS, HEADS
-from peftkit.schema.types import LoadedModel, TaskInfo
+from peftkit.schema.types import LoadedModel, Stage, TaskInfo
 from peftkit.schema.validation import describe
 from peftkit.system.files import write_json
 
-FILE = "peftkit.json"
 FORMAT = 1
 SAVES = ("adapter", "model")
 
@@ -70,6 +71,8 @@ class Manifest:
     tuned: dict[str, float] = field(default_factory=dict)
     """Options of the head that were chosen on validation rows, see ``Head.tune``."""
     format: int = FORMAT
+    stages: tuple[Stage, ...] = ()
+    """The earlier trainings that it stands on, the first one first."""
 
     @property
     def head(self) -> Head:
@@ -105,6 +108,7 @@ def build_manifest(
         quantization=quantization,
         max_length=usable_length(loaded.tokenizer, recipe.data.max_length),
         tuned=dict(tuned or {}),
+        stages=loaded.stages,
     )
 
 

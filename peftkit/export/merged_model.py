@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,8 @@ from peftkit.export.manifest import Manifest
 from peftkit.export.merging import unwrap_heads
 from peftkit.export.native_adapters import native_adapters
 from peftkit.schema.types import LoadedModel
+
+POOLING = "1_Pooling/config.json"
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,11 @@ def merge_export(source: ExportFolder) -> MergedModel:
             method = source.manifest.method
             raise MethodError(f"{source.path}: method '{method}' cannot be merged into the base ({error})") from error
     return MergedModel(loaded, contents, batch, logits)
+
+
+def copy_pooling(source: ExportFolder, folder: Path) -> None:
+    """Adds a sentence encoder's declaration of its pooling, which its merged model keeps, to a merged folder."""
+    base, target = Path(source.manifest.base) / POOLING, folder / POOLING
+    if base.is_file() and not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy2(base, target)

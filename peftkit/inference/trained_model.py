@@ -23,8 +23,8 @@ from peftkit.inference import embeddings
 from peftkit.inference.prompts import Conversation, as_prompt, as_prompts, generation_config
 from peftkit.inference.texts import Text, as_texts, texts_of_columns
 from peftkit.models import dtypes
+from peftkit.models.json_files import read_json
 from peftkit.models.loading import load_language_model
-from peftkit.models.sources import read_json
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
 from peftkit.schema.recipe import replace as replace_fields

@@ -29,6 +29,8 @@ class AdaLora(LinearLayerMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.10512"
     default_learning_rate: ClassVar[float] = 2e-3
     quantized_checkpoints: ClassVar[tuple[str, ...] | None] = ("bitsandbytes", "gptq")
+    continues: ClassVar[bool] = False
+    """Its schedule starts from full ranks, and a trained adapter's are pruned."""
 
     kind: Literal["adalora"] = "adalora"
     target_r: Annotated[int, Field(ge=1)] = 8

@@ -14,6 +14,8 @@ from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel, in_head
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig
 
     from peftkit.schema.recipe import Recipe
@@ -47,6 +49,12 @@ class BitFit(Method):
         for name, parameter in loaded.model.named_parameters():
             parameter.requires_grad_(name in names or in_head(name, loaded.head_names))
         loaded.notes += missed.fused_biases(loaded.model, loaded.head_names)
+
+    def load_adapter(self, loaded: LoadedModel, folder: Path) -> None:
+        """Loads the biases and the head of an earlier run."""
+        from peftkit.methods import continuing
+
+        continuing.load_native(self, loaded, folder)
 
 
 def bias_names(model: Any, head_names: tuple[str, ...] = ()) -> set[str]:

@@ -8,6 +8,7 @@ post-norm models Pfeiffer's adapter reads the feed-forward branch before the nor
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -19,6 +20,8 @@ from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel, in_head
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from peftkit.methods.layers.bottleneck_adapter import AdapterShape
@@ -67,6 +70,14 @@ class Bottleneck(Method):
         for name, parameter in model.named_parameters():
             if in_head(name, loaded.head_names):
                 parameter.requires_grad_(True)
+
+    def load_adapter(self, loaded: LoadedModel, folder: Path) -> None:
+        """Loads the adapters and the head of an earlier run."""
+        from peftkit.methods import continuing
+        from peftkit.methods.layers import bottleneck_adapter
+
+        shapes = [asdict(adapter.shape) for adapter in bottleneck_adapter.adapters(loaded.model)]
+        continuing.load_native(self, loaded, folder, shapes)
 
     def adapter_shapes(self, model: nn.Module) -> list[AdapterShape]:
         """The shapes of the adapters; raises MethodError where a block has no such branch."""

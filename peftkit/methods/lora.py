@@ -86,6 +86,11 @@ class Lora(LinearLayerMethod):
                 f"method.init_lora_weights={init} is computed from unquantized weights, and the recipe sets "
                 f"quantization.kind={quantization}; use default, gaussian or eva"
             )
+        if recipe.model.continues and init in ("loftq", "eva", "gaussian", "orthogonal"):
+            raise MethodError(
+                f"method.init_lora_weights={init} is for a new adapter, and model.adapter_use=continue starts from a "
+                "trained one; set method.init_lora_weights=default"
+            )
         if quantization == "int8" and self.use_dora:
             raise MethodError(
                 "method.use_dora needs the norms of the base's weights at every step, which INT8 layers do not "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peftkit.errors import MethodError
@@ -34,6 +35,12 @@ class PeftMethod(Method):
             name = type(loaded.model).__name__
             raise MethodError(f"method.kind={self.kind} cannot be applied to {name}: {reason}") from error
         loaded.notes += self.missed(loaded)
+
+    def load_adapter(self, loaded: LoadedModel, folder: Path) -> None:
+        """Loads the weights of a peft adapter of the same configuration."""
+        from peftkit.methods import continuing
+
+        continuing.load_peft(self, loaded, folder)
 
     def missed(self, loaded: LoadedModel) -> list[str]:
         """Remarks on what stays as it is in the adapted model although its kind was meant to be adapted."""

@@ -100,6 +100,9 @@ class PTuning(LearnedPrompt):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.10385"
 
+    continues: ClassVar[bool] = False
+    """Only the prompt that its network makes is saved, and not the network."""
+
     kind: Literal["p_tuning"] = "p_tuning"
     encoder: Literal["mlp", "lstm"] = "mlp"
     """The network: an MLP with two hidden layers, or an LSTM followed by two layers."""
@@ -137,6 +140,15 @@ class PrefixTuning(LearnedPrompt):
     """Width of that network."""
     init: Literal["random", "zero"] = "random"
     """Initial keys and values: standard normal, as in the paper, or zeros, which change the base least."""
+
+    def check(self, recipe: Recipe) -> None:
+        """A network that produced keys and values is not saved with them."""
+        super().check(recipe)
+        if recipe.model.continues and self.projection:
+            raise MethodError(
+                "method.projection=true saves the keys and values of its network, and not the network; set "
+                "method.projection=false to train them further"
+            )
 
     def check_base(self, config: PreTrainedConfig, recipe: Recipe) -> None:
         """The architecture must accept keys and values as an input, and have positions for them."""

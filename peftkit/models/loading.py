@@ -14,11 +14,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from peftkit.errors import ModelError, RecipeError
 from peftkit.models import dtypes
 from peftkit.models.architectures import check_trains, check_writes, padding_note
+from peftkit.models.json_files import read_json
 from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
-from peftkit.models.sources import check_config, fingerprint, folder_of, read_json, resolve
+from peftkit.models.sources import check_config, fingerprint, folder_of, resolve, stages_of
+from peftkit.models.stages import check_base, find_adapter, trained_in
 from peftkit.models.third_party import silence_libraries
-from peftkit.models.tokenizer import pad_note
+from peftkit.models.tokenizer import pad_note, tokenizer_in
 from peftkit.models.training_options import prepare_for_training
 from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import ModelConfig, Recipe
@@ -41,9 +43,48 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
     transformers.set_seed(recipe.training.seed)
     loaded = load_base(recipe, info, tokenizer, device)
     recipe.method.apply(loaded)
+    if recipe.model.continues:
+        continue_adapter(loaded, recipe, info)
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
     prepare_for_training(loaded, recipe, head_of(info, recipe.task))
     return loaded
+
+
+def continue_adapter(loaded: LoadedModel, recipe: Recipe, info: TaskInfo) -> None:
+    """Starts the applied method from the recipe's adapter, and records where it comes from.
+
+    Raises:
+        ModelError: there is no such adapter, it stands on another base, or its head is for other labels.
+        MethodError: the recipe's method is another than the adapter's.
+    """
+    adapter, source = find_adapter(recipe.model), resolve(recipe.model)
+    planned = next(loaded.model.parameters()).device.type == "meta"
+    checked = "" if planned else check_base(adapter, recipe.model.source, folder_of(source), loaded.fingerprint)
+    contents = adapter.contents
+    if contents and loaded.head_names and not adapter.has_head_for(info, loaded.auto_class):
+        labels = ", ".join(contents["info"]["labels"][:6])
+        raise ModelError(
+            f"model.adapter: {adapter.path} has a head for {labels or 'no labels'}, and this task's is for "
+            f"{', '.join(info.labels[:6])}; continuing keeps the head: set data.labels to the adapter's, or use "
+            "model.adapter_use=merge, which takes the backbone and a new head"
+        )
+    if contents and contents["pooling"] != loaded.pooling:
+        raise ModelError(
+            f"model.adapter: {adapter.path} was trained with pooling {contents['pooling']}, and this run would pool "
+            f"with {loaded.pooling}; set model.pooling={contents['pooling']}"
+        )
+    recipe.method.load_adapter(loaded, adapter.path)
+    if planned:
+        return
+    loaded.adapter = adapter.digest
+    stage = adapter.stage("continued", checked)
+    loaded.stages = (*(adapter.earlier or loaded.stages), stage)
+    loaded.notes.append(f"training continues from the adapter of {stage.describe()}; checked: {checked}")
+    if contents and tokenizer_in(adapter.path).chat_template != loaded.tokenizer.chat_template:
+        loaded.notes.append(
+            f"the adapter of {stage.run} was trained with another chat template than this run's (see "
+            "model.chat_template)"
+        )
 
 
 def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
@@ -70,7 +111,11 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
         arguments["device_map"] = {"": str(device or "cpu")}
     if recipe.model.attention != "auto":
         arguments["attn_implementation"] = recipe.model.attention
-    model, head_names, notes = _from_pretrained(folder, config, pooling, head, arguments)
+    trained = trained_in(folder)
+    # a head for other labels, even of the same shape, answers another question
+    replaced = () if trained is None or trained.has_head_for(info, head.auto_class(pooling)) else trained.heads
+    model, head_names, notes = _from_pretrained(folder, config, pooling, head, arguments, replaced)
+    notes += [f"the base comes from {stage.describe()}; checked: {stage.checked}" for stage in stages_of(source)]
     # adapters and cards must name a base that the user can load, not a path inside a cache
     model.config._name_or_path = model.name_or_path = source.location if source.kind == "hub" else str(folder)
     if quantized:
@@ -78,7 +123,10 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     elif device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
     notes += [note for note in (pad_note(tokenizer), padding_note(model.config)) if note]
-    return LoadedModel(model, tokenizer, pooling, head_names, fingerprint(folder), notes, head.auto_class(pooling))
+    auto = head.auto_class(pooling)
+    return LoadedModel(
+        model, tokenizer, pooling, head_names, fingerprint(folder), notes, auto, stages=stages_of(source)
+    )
 
 
 def load_language_model(recipe: Recipe, device: torch.device | str | None = None) -> PreTrainedModel:
@@ -233,9 +281,10 @@ def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
 
 
 def _from_pretrained(
-    folder: Path, config: PreTrainedConfig, pooling: Pooling, head: Head, arguments: dict[str, Any]
-) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:
-    """Loads the weights; only those of the head may be missing or differ in shape."""
+    folder: Path, config: PreTrainedConfig, pooling: Pooling, head: Head, arguments: dict[str, Any],
+    replaced: tuple[str, ...] = (),
+) -> tuple[PreTrainedModel, tuple[str, ...], list[str]]:  # fmt: skip
+    """Loads the weights; only those of the head may be missing or differ in shape; ``replaced`` heads are new ones."""
     auto = auto_class(head, pooling)
     if type(config) not in auto._model_mapping:
         kind = auto.__name__.removeprefix("AutoModelFor")
@@ -249,7 +298,19 @@ def _from_pretrained(
     except (ValueError, ImportError, OSError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {error}") from error
     heads = head_modules(head, model, report["missing_keys"])
-    return model, heads, _check_report(report, heads, folder, model, head)
+    notes = _check_report(report, heads, folder, model, head)
+    if replaced and (replaced := tuple(name for name in heads if name in replaced)):
+        _reinitialize(model, replaced)
+        notes = [f"the head of the earlier run ({', '.join(replaced)}) is for other labels: this run's is new"]
+    return model, heads, notes
+
+
+def _reinitialize(model: PreTrainedModel, heads: tuple[str, ...]) -> None:
+    """Draws the weights of heads anew, as the architecture initializes them."""
+    for module in (module for name in heads for module in model.get_submodule(name).modules()):
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else transformers leaves it
+        model._init_weights(module)
 
 
 def auto_class(head: Head, pooling: Pooling) -> Any:

@@ -60,6 +60,8 @@ def build_meta_model(
         if weight_format is not None:
             replace_linear(model, weight_format, dtype, skipped)
         recipe.method.apply(loaded)
+        if recipe.model.continues:
+            loading.continue_adapter(loaded, recipe, info)
         loading.cast_parameters(loaded.model, dtype)
     move_to_fake(loaded.model)
     prepare_for_training(loaded, recipe, head)

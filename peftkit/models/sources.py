@@ -1,4 +1,4 @@
-"""Where a base model comes from: the hub, a local folder, an installed package, or a GGUF file.
+"""Where a base model comes from: the hub, a local folder, an installed package, a GGUF file, or an earlier run.
 
 No weights are loaded here. Code that comes with a model is never run, and only safetensors weights are accepted.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,28 +15,39 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftkit.errors import ModelError
+from peftkit.models import stages
+from peftkit.models.json_files import read_json
+from peftkit.models.stages import Trained
 from peftkit.schema.recipe import ModelConfig
+from peftkit.schema.types import Stage
 from peftkit.system.files import file_digest
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 PACKAGE = "package:"
-MAX_JSON_BYTES = 10_000_000  # configs take kilobytes; tokenizers, which may take more, are read by their own library
 
 
 @dataclass(frozen=True)
 class ResolvedSource:
     """A base model that exists (a hub id is only checked when it is downloaded)."""
 
-    kind: Literal["hub", "folder", "package", "gguf"]
-    location: str  # hub id, or the local folder
+    kind: Literal["hub", "folder", "package", "gguf", "merged"]
+    location: str  # hub id, or the local folder; of "merged" the adapter's
     revision: str | None = None  # commit, tag or branch of a hub id
     gguf_file: str | None = None  # name of the GGUF file inside ``location``
+    trained: Trained | None = None  # the run or adapter that the model comes from
+    base: ModelConfig | None = None  # of an adapter to be merged: what it is merged into; None: its run names it
 
 
 def resolve(model: ModelConfig) -> ResolvedSource:
     """Locates a recipe's base model without the network; raises ModelError if it is neither there nor a hub id."""
+    if model.adapter_use == "merge":
+        adapter = stages.find_adapter(model)
+        plain = model.model_copy(update={"adapter": None, "adapter_use": None})
+        return ResolvedSource("merged", str(adapter.path.resolve()), trained=adapter, base=plain)
     text = model.source
+    if text.startswith(stages.RUN):
+        return _from_run(stages.find_run(text.removeprefix(stages.RUN), "model.source"))
     if text.startswith(PACKAGE):
         return _from_package(text.removeprefix(PACKAGE))
     path = Path(text).expanduser()
@@ -46,6 +56,10 @@ def resolve(model: ModelConfig) -> ResolvedSource:
             raise ModelError(f"model.source: there is no file {path}")
         return ResolvedSource("gguf", str(path.parent.resolve()), gguf_file=path.name)
     if path.is_dir():
+        if trained := stages.trained_in(path):
+            return _from_run(trained)
+        if (path / "recipe.yaml").is_file() and (path / "checkpoints").is_dir():
+            stages.find_run(text, "model.source")  # raises: it has not finished
         check_config(path)
         return ResolvedSource("folder", str(path.resolve()))
     if path.is_file():
@@ -53,7 +67,7 @@ def resolve(model: ModelConfig) -> ResolvedSource:
     if text.startswith((".", "/", "~")) or not HUB_ID.match(text):
         raise ModelError(
             f"model.source: there is no folder {text}; expected a hub id (owner/name), ./folder, file.gguf or "
-            "package:NAME"
+            "package:NAME, or run:PATH"
         )
     return ResolvedSource("hub", text, model.revision)
 
@@ -69,6 +83,8 @@ def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
         from peftkit.models.hub import download
 
         folder = download(source.location, source.revision, weights=weights)
+    elif source.kind == "merged":
+        folder = _merged(source)
     elif source.gguf_file:
         from peftkit.models import gguf
 
@@ -79,18 +95,6 @@ def folder_of(source: ResolvedSource, *, weights: bool = True) -> Path:
     if weights:
         check_weights(folder)
     return folder
-
-
-def read_json(file: Path) -> Any:
-    """The content of a model's or an adapter's JSON file; raises ModelError if it is not JSON, or far too large."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{file}: expected at most {MAX_JSON_BYTES:,} bytes, found {file.stat().st_size:,}")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ModelError(f"{file}: expected JSON, found brackets nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: expected JSON: {error}") from None
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -118,8 +122,8 @@ def check_weights(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder}: expected a base model, found an adapter: set model.source to its base, or load the adapter "
-            "with peftkit.load(folder)"
+            f"{folder}: expected a base model, found an adapter: set model.source to its base and "
+            "model.adapter to this folder, or load the adapter with peftkit.load(folder)"
         )
     if files:
         return files
@@ -152,6 +156,45 @@ def fingerprint(folder: Path) -> str:
 @functools.cache
 def _file_digest(path: Path, size: int, modified: int) -> str:
     return file_digest(path)
+
+
+def stages_of(source: ResolvedSource) -> tuple[Stage, ...]:
+    """The earlier trainings that a base model comes from, the first one first."""
+    trained = source.trained
+    if trained is None:
+        return ()
+    if not trained.is_adapter:
+        return (*trained.earlier, trained.stage("taken whole", "the model is whole"))
+    below = () if source.base is None else stages_of(resolve(source.base))
+    checked = "its own base, as its run names it" if source.base is None else _checked_base(source)[0]
+    return (*(trained.earlier or below), trained.stage("merged", checked))
+
+
+def _from_run(trained: Trained) -> ResolvedSource:
+    location = str(trained.path.resolve())
+    if trained.is_adapter:
+        return ResolvedSource("merged", location, trained=trained)
+    check_config(trained.path)
+    return ResolvedSource("folder", location, trained=trained)
+
+
+def _merged(source: ResolvedSource) -> Path:
+    """The model with its adapter merged; raises ModelError if ``model.source`` is not the adapter's base."""
+    trained = source.trained
+    assert trained is not None
+    if source.base is None:
+        return stages.merged_folder(trained, None, str(trained.contents["fingerprint"]))
+    _, mark = _checked_base(source)
+    return stages.merged_folder(trained, None if trained.contents else source.base, mark)
+
+
+def _checked_base(source: ResolvedSource) -> tuple[str, str]:
+    """By what the base to merge into was compared with the adapter's own, and its fingerprint."""
+    assert source.trained is not None
+    assert source.base is not None
+    folder = folder_of(resolve(source.base))
+    mark = fingerprint(folder)
+    return stages.check_base(source.trained, source.base.source, folder, mark), mark
 
 
 def _from_package(name: str) -> ResolvedSource:

@@ -18,10 +18,22 @@ NOT_LEARNED_FROM = (
 """Recipe fields that may change when a run is resumed: the trained weights do not depend on them."""
 
 
-def fingerprints(recipe: Recipe, *, data: str, tokenizer: str, base: str, world_size: int) -> dict[str, Any]:
-    """What a resumed run must share with the one that stopped; stored in every checkpoint."""
+def fingerprints(
+    recipe: Recipe, *, data: str, tokenizer: str, base: str, world_size: int, adapter: str = ""
+) -> dict[str, Any]:
+    """What a resumed run must share with the one that stopped; stored in every checkpoint.
+
+    ``adapter`` is the digest of the one that training started from.
+    """
     fields = {name: value for name, value in flatten(recipe).items() if not _covered(name, NOT_LEARNED_FROM)}
-    return {"data": data, "tokenizer": tokenizer, "base model": base, "world_size": world_size, "recipe": fields}
+    return {
+        "data": data,
+        "tokenizer": tokenizer,
+        "base model": base,
+        "adapter": adapter,
+        "world_size": world_size,
+        "recipe": fields,
+    }
 
 
 def find_checkpoint(
@@ -78,8 +90,8 @@ def _damaged_best(checkpoint: Checkpoint) -> tuple[int, str] | None:
 def _changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """Whatever differs, as name → `` (old → new)``; empty values for fingerprints."""
     changed = {}
-    for name in ("data", "tokenizer", "base model", "world_size"):
-        if saved.get(name) != current.get(name):
+    for name in ("data", "tokenizer", "base model", "adapter", "world_size"):
+        if (saved.get(name) or None) != (current.get(name) or None):
             changed[name] = f" ({saved[name]} → {current[name]})" if name == "world_size" else ""
     old, new = saved["recipe"], current["recipe"]
     for name in sorted(set(old) | set(new)):

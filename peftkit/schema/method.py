@@ -15,6 +15,8 @@ from peftkit.schema.head import possible_heads
 from peftkit.schema.sections import ConfigSection
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedConfig
 
@@ -51,6 +53,8 @@ class Method(ConfigSection):
     """Whether the result can be merged into the base's own weights."""
     checkpoints_activations: ClassVar[bool] = True
     """Whether it works with ``training.gradient_checkpointing``."""
+    continues: ClassVar[bool] = True
+    """Whether ``load_adapter`` can start it from an adapter that was trained before."""
     starts_as_base: ClassVar[bool] = True
     """Whether the untrained method leaves the base's outputs as they were."""
 
@@ -82,6 +86,10 @@ class Method(ConfigSection):
                 f"method.kind={self.kind} puts keys and values before every layer's own, which activation "
                 "checkpointing drops; set training.gradient_checkpointing=off"
             )
+        if recipe.model.continues and (not self.continues or self.saves == "model"):
+            raise MethodError(
+                f"method.kind={self.kind} cannot train an existing adapter further; set model.adapter_use=merge"
+            )
         if recipe.export.merge and (reason := self.unmergeable_reason()):
             raise MethodError(f"export.merge: {reason}; set export.merge=false")
 
@@ -108,6 +116,16 @@ class Method(ConfigSection):
 
         Raises MethodError when, for instance, a pattern matches no module.
         """
+
+    def load_adapter(self, loaded: LoadedModel, folder: Path) -> None:
+        """Loads the weights of an adapter that the same method trained; called after ``apply``.
+
+        On the meta device, it only checks that they fit.
+
+        Raises:
+            MethodError: the adapter is of another kind, size or place; the message names the fields to set.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not continue an adapter")
 
     def initialize(self, loaded: LoadedModel, batches: Sequence[Batch]) -> None:
         """Called once after ``apply``, before the optimizer exists, on every process, and again on resume.

@@ -46,7 +46,13 @@ class ModelConfig(ConfigSection):
     """The base model: where it comes from and how it is loaded."""
 
     source: str
-    """Hub id, ./folder, file.gguf, or package:NAME for a model inside an installed distribution."""
+    """Hub id, ./folder, file.gguf, package:NAME for a model inside an installed distribution, or a finished run's
+    folder (run:PATH) for the model that it trained."""
+    adapter: str | None = None
+    """A finished run or a folder with an adapter, peftkit's or peft's, to start from; None starts with a new one."""
+    adapter_use: Literal["continue", "merge"] | None = None
+    """What to do with that adapter. continue: train it further, by the method that made it; merge: add it to the base's
+    weights, and train any method on top."""
     revision: str | None = None
     """Hub commit, tag or branch; pin a commit to make a recipe reproducible."""
     pooling: Literal["auto", "own", "mean", "cls", "last"] = "auto"
@@ -63,6 +69,22 @@ class ModelConfig(ConfigSection):
     fold_system: bool = False
     """Put the system prompt at the start of the first user turn, a blank line between, for a chat template that takes
     none. Exported with the template."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether training begins with the weights of an existing adapter."""
+        return self.adapter_use == "continue"
+
+    @model_validator(mode="after")
+    def _adapter_has_a_use(self) -> ModelConfig:
+        if self.adapter is not None and self.adapter_use is None:
+            raise ValueError(
+                f"adapter={self.adapter}: choose what to do with it: adapter_use=continue trains the same adapter "
+                "further, adapter_use=merge adds it to the base and trains a new one"
+            )
+        if self.adapter is None and self.adapter_use is not None:
+            raise ValueError(f"adapter_use={self.adapter_use} needs model.adapter: name a run or an adapter's folder")
+        return self
 
 
 class CleaningConfig(ConfigSection):
@@ -353,6 +375,11 @@ class Recipe(ConfigSection):
     def to_yaml(self, *, defaults: bool = True) -> str:
         """The recipe as YAML; ``defaults=False`` leaves out what is at its default."""
         return recipe_yaml.write(self, defaults=defaults)
+
+    @property
+    def starts_as_compared(self) -> bool:
+        """Whether the untrained model is what training is compared with: the base's outputs, or a given adapter's."""
+        return self.model.continues or bool(self.method.starts_as_base)
 
     @property
     def learning_rate(self) -> float:

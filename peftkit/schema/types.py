@@ -125,6 +125,34 @@ class Filled:
         }
 
 
+@dataclass(frozen=True)
+class Stage:
+    """An earlier training that a run stands on."""
+
+    run: str
+    """Name of its run's folder, or of the folder of an adapter that peft wrote."""
+    path: str
+    """Where it was read."""
+    use: str
+    """merged into the base, continued as the same adapter, or taken whole."""
+    method: str
+    """Its method; peft for an adapter that peft wrote."""
+    task: str | None
+    """Its task; None where that is not known."""
+    digest: str
+    """SHA-256 over its weights and configuration."""
+    base: str
+    """What it was trained on, as it names it."""
+    base_fingerprint: str | None
+    """Of that base; None where only peft's files were there."""
+    checked: str
+    """By what its base was compared with the run's."""
+
+    def describe(self) -> str:
+        """``first-20261122-140501 (lora, instruction), merged``."""
+        return f"{self.run} ({', '.join(filter(None, (self.method, self.task)))}), {self.use}"
+
+
 @dataclass
 class LoadedModel:
     """A model with its head and tokenizer, on the way from the base model to the trainable one.
@@ -147,6 +175,10 @@ class LoadedModel:
     """What was decided and why, in words for the user (dtype fallback, pad token, …)."""
     auto_class: str = "AutoModelForCausalLM"
     """Name of the transformers class that loaded base and head."""
+    stages: tuple[Stage, ...] = ()
+    """The earlier trainings that the model stands on, the first one first."""
+    adapter: str = ""
+    """Digest of the adapter that is trained further; empty for a new one."""
 
 
 def in_head(name: str, head_names: Collection[str]) -> bool:

@@ -1,7 +1,8 @@
 """What the untrained model makes of the rows, computed once and cached on disk for all later epochs and runs.
 
-Losses over preferences compare the model with the one that training began with. A method that starts as the base's own
-outputs needs no second model for that: these are computed before the first step, and before a checkpoint is restored.
+Losses over preferences compare the model with the one that training began with: the base, or an adapter that is trained
+further. A method that starts as the base's own outputs, or as that adapter's, needs no second model for that: these are
+computed before the first step, and before a checkpoint is restored.
 The cache key covers the base, the tokens, dtype, device, versions and code, but nothing that only training depends on.
 """
 
@@ -89,7 +90,7 @@ class Reference:
 
     def _compute(self, name: str, split: EncodedSplit) -> dict[str, np.ndarray]:
         session, tokens = self.session, pass_tokens(self.recipe.training, self.session.device.type)
-        off = nullcontext() if self.recipe.method.starts_as_base else self.loaded.model.disable_adapter()
+        off = nullcontext() if self.recipe.starts_as_compared else self.loaded.model.disable_adapter()
         with off, progress_bar(f"reference of {name}", len(split.lengths), shown=session.is_main) as advance:
             return reference_outputs(
                 self.module, split, self.tokenizer, device=session.device, tokens=tokens,
@@ -102,6 +103,7 @@ class Reference:
         recipe, inner, head = self.recipe, unwrap(self.module.model), self.module.head
         parts = {
             "base": self.loaded.fingerprint,
+            "adapter": [self.loaded.adapter, recipe.method.model_dump(mode="json")] if self.loaded.adapter else None,
             "model": recipe.model.model_dump(mode="json"),
             "quantization": None if recipe.quantization is None else recipe.quantization.model_dump(mode="json"),
             "head": f"{type(head).__module__}.{type(head).__qualname__}",

@@ -100,7 +100,7 @@ def _baseline_inputs(loop: Loop, loaded: LoadedModel, prepared: PreparedData, sp
             with session.accelerator.autocast():
                 return compute()
 
-        if not recipe.method.starts_as_base:
+        if loaded.adapter or not recipe.method.starts_as_base:
             return compute_in_eval_mode()
         return cached_array(kind, _base_key(loop, loaded, values), compute_in_eval_mode)
 
@@ -132,7 +132,7 @@ def _base_key(loop: Loop, loaded: LoadedModel, values: Sequence[Any]) -> str:
 
 def _as_base(loop: Loop, loaded: LoadedModel) -> AbstractContextManager[Any]:
     """The model without its method: most untrained methods change nothing, a random prompt does."""
-    return nullcontext() if loop.recipe.method.starts_as_base else loaded.model.disable_adapter()
+    return nullcontext() if loop.recipe.starts_as_compared else loaded.model.disable_adapter()
 
 
 def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:

@@ -16,6 +16,7 @@ FIELDS = "training/test_training_fields.py::"
 WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
 CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_properties.py::"
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
+STAGES = "test_run_stages.py::"
 SIMILARITY = "test_run_similarity.py::"
 QUESTIONS = "tasks/test_question_answering.py::"
 MASKED_LM = "test_run_masked_lm.py::"
@@ -29,6 +30,8 @@ KERNELS = "models/kernels/"
 METHOD_FIELDS = "methods/test_methods_in_training.py::"
 TESTS = {
     "name": FIELDS + "test_tracking_and_output_dir_and_name",
+    "model.adapter": STAGES + "test_an_adapter_of_peft_is_continued_and_exported_on_the_original_base",
+    "model.adapter_use": STAGES + "test_two_stages_interrupted_in_each_end_with_the_same_bytes",
     "model.source": "models/test_model_sources.py::test_what_is_neither_folder_nor_hub_id",
     "model.revision": "hub/test_hub.py::test_what_the_hub_lacks_or_withholds_is_one_message_each",
     "model.pooling": "models/test_pooled_logits.py::test_pooled_before_the_head_equals_pooled_token_logits",

@@ -35,6 +35,7 @@ def marks(recipe, **others):
         ({"data": "x"}, "these changed: data.", "data"),
         ({"tokenizer": "x"}, "these changed: tokenizer.", "tokenizer"),
         ({"base": "x"}, "these changed: base model.", "base_model"),
+        ({"adapter": "x"}, "these changed: adapter.", "adapter"),
         ({"world_size": 2}, "these changed: world_size (1 → 2).", "world_size"),
     ],
 )

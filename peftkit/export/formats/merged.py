@@ -6,11 +6,15 @@ Merged and saved in fp32, so that the model gives the adapter's outputs; it can 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from peftkit.errors import ModelError
 from peftkit.export.exporter import Exporter
-from peftkit.export.folder import ExportFolder
+from peftkit.export.folder import ExportFolder, open_export
 from peftkit.schema.registries import EXPORTERS
+
+if TYPE_CHECKING:
+    from peftkit.schema.recipe import ModelConfig
 
 
 @EXPORTERS.register("merged")
@@ -48,3 +52,27 @@ class Merged(Exporter):
         if tolerance is not None:
             proven = proof.prove_batch(folder, merged.contents, merged.batch, merged.logits, tolerance)
         self.finish(source, folder, proven, saves="model", quantization=None, dtype="float32")
+
+    def write_base(self, adapter: Path, base: ModelConfig | None, folder: Path) -> None:
+        """Writes the model that a second training stands on, proven like any export.
+
+        Args:
+            adapter: a run's export, or a folder that peft wrote.
+            base: what a peft adapter is merged into; None for a run's, whose recipe names it.
+
+        Raises:
+            ModelError: it cannot be merged, or does not fit its base.
+            ExportError: the merged model gives other outputs.
+        """
+        if base is not None:
+            from peftkit.export.foreign import merge_foreign
+
+            merge_foreign(adapter, base, folder)
+            return
+        from peftkit.export.merged_model import copy_pooling
+
+        source = open_export(adapter)
+        if reason := self.unsupported_reason(source).removesuffix("; leave --merge out"):
+            raise ModelError(f"{adapter}: another training cannot stand on this run: {reason}")
+        self.write(source, folder, tolerance=source.recipe.export.tolerance)
+        copy_pooling(source, folder)
