@@ -131,7 +131,9 @@ def test_a_head_answers_all_that_is_asked_without_data(name):
     batch = head.example_batch(2, 4)
     sequences, tokens = batch["input_ids"].shape  # of one or more texts in each row
     assert sequences % 2 == 0
-    assert sequences * tokens == 8
+    # a decoder's tokens count, too, but for its last position, which predicts nothing
+    targets = batch["decoder_input_ids"].shape[1] - 1 if "decoder_input_ids" in batch else 0
+    assert sequences * (tokens + targets) == 8
     assert len(batch["weight"]) == 2
     assert head.best_metric in head.metric_names(peftkit.schema.recipe.EvaluationConfig())
     assert all(baseline in BASELINES for baseline in head.baselines)

@@ -77,6 +77,36 @@ def tiny_llama(folder: str | Path, **config: Any) -> Path:
     return _save(folder, "chatml", LlamaConfig, LlamaForCausalLM, {**sizes, "tie_word_embeddings": True, **config})
 
 
+def tiny_t5(folder: str | Path, **config: Any) -> Path:
+    """A T5 encoder–decoder: relative positions, a tied output layer that reads scaled hidden states."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "initializer_factor": 1.0}
+    return _save(folder, "t5", T5Config, T5ForConditionalGeneration, {**sizes, **special, **config})
+
+
+def tiny_mt5(folder: str | Path, **config: Any) -> Path:
+    """An mT5 encoder–decoder: as T5, with a gated feed-forward layer and an output layer of its own."""
+    from transformers import MT5Config, MT5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False}
+    return _save(folder, "t5", MT5Config, MT5ForConditionalGeneration, {**sizes, **special, **config})
+
+
+def tiny_bart(folder: str | Path, **config: Any) -> Path:
+    """A BART encoder–decoder: learned positions, a bias on the logits, and a decoder that starts at </s>."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.2,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+             "max_position_embeddings": 128}  # fmt: skip
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return _save(folder, "roberta", BartConfig, BartForConditionalGeneration,
+                 {**sizes, **special, "forced_bos_token_id": 0, "forced_eos_token_id": None, **config})  # fmt: skip
+
+
 def tiny_recipe(folder: str | Path, **parts: Any) -> Any:
     """A recipe on a model folder, in fp32 and without tracking; parts are merged over it."""
     from peftkit.schema.recipe import Recipe, replace
@@ -162,6 +192,7 @@ def _byte_level(kind: str) -> Any:
     special = {
         "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         "gpt2": ["<|endoftext|>"],
+        "t5": ["<pad>", "</s>", "<unk>"],
         "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     }[kind]
     backend = Tokenizer(models.BPE())
@@ -176,9 +207,12 @@ def _byte_level(kind: str) -> Any:
         "roberta": {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>",
                     "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"},
         "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+        "t5": {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
         "chatml": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": CHATML,
                    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
     }[kind]  # fmt: skip
+    if kind == "t5":
+        backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     if kind == "roberta":
         backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return PreTrainedTokenizerFast(

@@ -1,11 +1,12 @@
-"""Text from a causal language model: batched, in order, and the same whatever else is in the batch.
+"""Text from a language model: batched, in order, and the same whatever else is in the batch.
 
     generate(model, tokenizer, ["In the beginning"], config)                       # continued as plain text
     generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]], config)   # answered by the chat template
 
-Rows are padded on the left and batched by length. A row's sampling noise is drawn from a generator seeded by
-(``config.seed``, its number), so that a sampled text depends on neither the batch size nor the other prompts; what
-remains is the rounding of differently shaped matmuls, which in half precision may tip a near tie.
+Rows are batched by length and padded on the left; the sources of an encoder–decoder on the right, since BART counts
+positions from the first token. A row's sampling noise is drawn from a generator seeded by (``config.seed``, its
+number), so that a sampled text depends on neither the batch size nor the other prompts; what remains is the rounding
+of differently shaped matmuls, which in half precision may tip a near tie.
 """
 
 from __future__ import annotations
@@ -50,19 +51,22 @@ def generate(
     *,
     batch_size: int = 8,
     numbers: Sequence[int] | None = None,
+    max_source: int | None = None,
 ) -> list[str]:
-    """The text after each prompt, in the prompts' order, without special tokens.
+    """The text after each prompt, in the prompts' order, without special tokens; of an encoder–decoder, the target.
 
     Args:
         prompts: plain texts to continue, or conversations to answer.
         config: temperature 0 is greedy.
         numbers: each prompt's own, by which its noise is drawn and an error names it; None counts from 0.
+        max_source: tokens at which sources that an encoder reads are cut, as in training; None cuts nothing.
 
     Raises:
         ModelError: a prompt is empty, or longer than the model's context leaves room for; or there are conversations
             and no chat template.
     """
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    source = reads_source(model)
+    encoded = [encode(tokenizer, prompt, source=source, max_source=max_source) for prompt in prompts]
     own = list(range(len(prompts)) if numbers is None else numbers)
     for number, ids in zip(own, encoded, strict=True):
         _check_fits(model, ids, config, f"prompt {number + 1}")
@@ -87,7 +91,7 @@ def _batches(lengths: list[int], size: int, *, alike: bool) -> Iterator[list[int
 
 def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, config: GenerationConfig) -> Iterator[str]:
     """The answer in pieces as it is generated, in a thread of its own that ends when the iterator is closed."""
-    ids = encode(tokenizer, messages)
+    ids = encode(tokenizer, messages, source=reads_source(model))
     _check_fits(model, ids, config, "the conversation")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     closed, failure = threading.Event(), []
@@ -110,8 +114,21 @@ def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, con
         raise failure[0]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a plain text (with the tokenizer's own beginning), or of a conversation whose answer is awaited."""
+def reads_source(model: Any) -> bool:
+    """Whether the prompt is a source, which an encoder reads, and the text is the decoder's own."""
+    return bool(getattr(unwrap(model).config, "is_encoder_decoder", False))
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, source: bool = False, max_source: int | None = None
+) -> list[int]:
+    """Token ids of a plain text (with the tokenizer's own beginning), or of a conversation whose answer is awaited.
+
+    A ``source`` of an encoder keeps its end, and is cut before it at ``max_source`` tokens.
+    """
+    if source and isinstance(prompt, str):
+        limit = {} if max_source is None else {"truncation": True, "max_length": max_source}
+        return list(tokenizer(prompt, verbose=False, **limit)["input_ids"])
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
         end = tokenizer.eos_token_id
@@ -138,6 +155,13 @@ def _check_fits(model: Any, ids: list[int], config: GenerationConfig, what: str)
     if not ids:
         raise ModelError(f"{what} is empty, and this tokenizer has no token to begin a text with; give it some text")
     context = context_length(model)
+    if reads_source(model):
+        if context is not None and max(len(ids), config.max_new_tokens + 1) > context:
+            raise ModelError(
+                f"{what} has {len(ids)} tokens and is to be answered with up to {config.max_new_tokens}, but the model "
+                f"reads and writes {context} at most; shorten it, or lower evaluation.generation.max_new_tokens"
+            )
+        return
     if context is not None and len(ids) + config.max_new_tokens > context:
         raise ModelError(
             f"{what} has {len(ids)} tokens, which with {config.max_new_tokens} new ones is more than the model's "
@@ -149,7 +173,7 @@ def _check_fits(model: Any, ids: list[int], config: GenerationConfig, what: str)
 def _batch(
     model: Any, tokenizer: Any, rows: list[list[int]], numbers: list[int], config: GenerationConfig
 ) -> list[str]:
-    width = max(len(ids) for ids in rows)
+    width = 1 if reads_source(model) else max(len(ids) for ids in rows)
     out = _run(model, tokenizer, rows, numbers, config)[:, width:].tolist()
     stops = set(stop_ids(model, tokenizer))
     texts = []
@@ -169,18 +193,27 @@ def _run(
     streamer: Any = None,
     stop: threading.Event | None = None,
 ) -> Tensor:
-    """transformers' greedy search over left-padded rows; sampling enters through the scores."""
+    """transformers' greedy search over padded rows; sampling enters through the scores."""
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     base = unwrap(model)
     embedding = base.get_input_embeddings().weight
     width = max(len(ids) for ids in rows)
     fill = [width - len(ids) for ids in rows]
-    input_ids = torch.tensor([[pad] * n + ids for n, ids in zip(fill, rows)], device=embedding.device)
-    mask = torch.tensor([[0] * n + [1] * len(ids) for n, ids in zip(fill, rows)], device=embedding.device)
+    source = reads_source(model)
+    start: dict[str, Any] = {}
+    if source:  # whose padding does not stand before what is written
+        input_ids = torch.tensor([ids + [pad] * n for n, ids in zip(fill, rows)], device=embedding.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * n for n, ids in zip(fill, rows)], device=embedding.device)
+        fill = [0] * len(rows)
+        start = {name: _own_token(base, name) for name in ("decoder_start_token_id", "forced_bos_token_id")}
+    else:
+        input_ids = torch.tensor([[pad] * n + ids for n, ids in zip(fill, rows)], device=embedding.device)
+        mask = torch.tensor([[0] * n + [1] * len(ids) for n, ids in zip(fill, rows)], device=embedding.device)
     settings = TransformersConfig(
         max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
         eos_token_id=stops or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, use_cache=True,
+        **start,
     )  # fmt: skip
     criteria = StoppingCriteriaList([_Closed(stop)] if stop else [])
     precision = dtypes.autocast(embedding.dtype, embedding.device)
@@ -189,6 +222,12 @@ def _run(
             input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer,
             logits_processor=processors(config, numbers, fill), stopping_criteria=criteria,
         )  # fmt: skip
+
+
+def _own_token(base: Any, name: str) -> int | None:
+    """A token that the model's generation, or else its config, names."""
+    value = getattr(base.generation_config, name, None)
+    return value if value is not None else getattr(base.config, name, None)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

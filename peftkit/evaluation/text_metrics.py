@@ -3,6 +3,7 @@
 rouge1, rouge2, rougeL, rougeLsum: overlap of words, word pairs and the longest common subsequence, by text and by
 lines; mean F1 over rows, without stemming; words are those of the Latin alphabet and digits (Lin 2004, W04-1013).
 chrf: corpus F2 of character n-grams up to 6, for any language (Popović 2015, W15-3049; Post 2018, arXiv:1804.08771).
+bleu: corpus BLEU, tokenized as sacrebleu does (Papineni et al. 2002, P02-1040; Post 2018).
 exact_match, token_f1: share of equal texts, and F1 between the words of both as bags, after ``normalize`` (SQuAD,
 Rajpurkar et al. 2016, arXiv:1606.05250).
 """
@@ -29,6 +30,7 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     return {
         **{kind: _mean([row[kind].fmeasure for row in overlaps]) for kind in ROUGE},
         "chrf": sacrebleu.corpus_chrf(list(predictions), [list(references)]).score / 100,
+        "bleu": sacrebleu.corpus_bleu(list(predictions), [list(references)]).score / 100,
         "exact_match": _mean([prediction == target for prediction, target in words]),
         "token_f1": _mean([_bag_f1(*pair) for pair in words]),
     }

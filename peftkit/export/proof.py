@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from peftkit.data.batching import collate
+from peftkit.data.batching import IGNORE, collate
 from peftkit.errors import ExportError
 from peftkit.export.manifest import Manifest
 from peftkit.methods.layers.fast_lora import use_peft_forward
@@ -157,6 +157,8 @@ def prove_batch(
 def sample_batch(tokenizer: Any, manifest: Manifest) -> dict[str, Tensor]:
     """A few texts of different lengths, tokenized and padded."""
     encoded = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
+    if manifest.head.encodes_source:  # whose targets may be any texts
+        encoded["labels"] = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORE)
     return {name: encoded[name] for name in manifest.head.model_inputs if name in encoded}
 
 

@@ -92,7 +92,7 @@ def logits(model, inputs, pooling):
         scores = torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float()
     else:
         scores = torch.as_tensor(outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state).float()
-    mask = inputs["attention_mask"]
+    mask = inputs["labels"] != -100 if "labels" in inputs else inputs["attention_mask"]
     if scores.dim() == 2:
         return scores
     if pooling == "mean":

@@ -101,16 +101,23 @@ def _check_lengths(export: ExportFolder, rows: list[Row], new_tokens: int) -> No
     from peftkit.models.tokenizer import tokenizer_in
 
     problems, tokenizer = Problems(), tokenizer_in(export.path)
-    context = generation.context_length(SimpleNamespace(config=AutoConfig.from_pretrained(export.path)))
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(export.path))
+    context, source = generation.context_length(model), generation.reads_source(model)
     for row in rows:
         place = {"file": row["_file"], "line": row["_line"]}
         try:
-            ids = generation.encode(tokenizer, prompts.as_prompt(row["prompt"], export.recipe))
+            ids = generation.encode(tokenizer, prompts.as_prompt(row["prompt"], export.recipe), source=source)
         except ModelError as error:
             raise DataError(str(error), **place) from None
         if not ids:
             problems.add(DataError("the prompt is empty; give it some text", **place))
-        elif context is not None and len(ids) + new_tokens > context:
+        elif context is not None and source and max(len(ids), new_tokens + 1) > context:
+            message = (
+                f"the prompt has {len(ids)} tokens and is to be answered with up to {new_tokens}, but the model reads "
+                f"and writes {context} at most; shorten it, or lower --max-new-tokens"
+            )
+            problems.add(DataError(message, **place))
+        elif context is not None and not source and len(ids) + new_tokens > context:
             message = (
                 f"the prompt has {len(ids)} tokens, which with {new_tokens} new ones exceed the model's context of "
                 f"{context}; shorten it, or ask for fewer with --max-new-tokens"

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from peftkit.errors import MethodError, ModelError
 from peftkit.methods.targets import BlockNumbers, Fraction, choose_blocks
+from peftkit.schema.head import possible_heads
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import LoadedModel, in_head
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftkit.methods.layers.bottleneck_adapter import AdapterShape
+    from peftkit.schema.recipe import Recipe
 
 PARALLEL_SCALE = 4.0  # He et al.'s scaling of parallel adapters; sequential ones are not scaled
 
@@ -55,6 +57,15 @@ class Bottleneck(Method):
     """zero: the second layer starts at 0, so training starts from the base's outputs; normal: both near 0 (Houlsby)."""
     layers: BlockNumbers | None = None
     """Blocks that get adapters: their numbers from 0, or -2 for the last two; None for all."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises MethodError for an encoder–decoder: its branches are looked for in one stack of blocks."""
+        super().check(recipe)
+        if any(head.encodes_source for head in possible_heads(recipe.task)):
+            raise MethodError(
+                f"method.kind={self.kind} adapts one stack of blocks, and task.kind={recipe.task.kind} has an encoder "
+                "and a decoder; use method.kind=lora or ia3"
+            )
 
     def unmergeable_reason(self) -> str | None:
         """Its adapters are nonlinear."""

@@ -86,6 +86,7 @@ def task_type(loaded: LoadedModel, *, prompt: bool = False) -> str | None:
     """
     kinds = {"AutoModel": "FEATURE_EXTRACTION", "AutoModelForCausalLM": "CAUSAL_LM"}
     kinds |= {"AutoModelForMaskedLM": "FEATURE_EXTRACTION"}  # peft has none of its own; this one passes everything on
+    kinds |= {"AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM"}
     kinds |= {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS"}
     kinds |= {"AutoModelForQuestionAnswering": "QUESTION_ANS"} if prompt else {}
     return kinds.get(loaded.auto_class)

@@ -167,7 +167,7 @@ class PrefixTuning(LearnedPrompt):
 
 
 def check_pooling(kind: str, recipe: Recipe) -> None:
-    """Raises MethodError for a classifier that pools over tokens, sentence embeddings, and masked language models."""
+    """Raises MethodError for pooling classifiers, sentence embeddings, masked language models and encoder–decoders."""
     if any(head.fills_masks for head in possible_heads(recipe.task)):
         raise MethodError(
             f"method.kind={kind} changes no weight of the encoder, so that nothing of what task.kind="
@@ -177,6 +177,11 @@ def check_pooling(kind: str, recipe: Recipe) -> None:
         raise MethodError(
             f"method.kind={kind} puts a learned prompt before the tokens, which an embedding of the text would mix "
             "with them; use method.kind=lora"
+        )
+    if any(head.encodes_source for head in possible_heads(recipe.task)):
+        raise MethodError(
+            f"method.kind={kind} puts a learned prompt before one text, and task.kind={recipe.task.kind} has a source "
+            "and a target; use method.kind=lora or ia3"
         )
     if recipe.model.pooling in {"mean", "cls"} and any(head.pools for head in possible_heads(recipe.task)):
         raise MethodError(

@@ -64,8 +64,8 @@ def check_writes(config: PreTrainedConfig, folder: Path) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{folder}: {kind} models write from an encoder's reading of another text, and peftkit trains language "
-            f"models on one text; {remedy}"
+            f"{folder}: {kind} models write from an encoder's reading of another text, and this task learns from one "
+            f"text; set task.kind=seq2seq, or {remedy}"
         )
     if reads_ahead(config):
         raise ModelError(
@@ -79,6 +79,15 @@ def check_pools(config: PreTrainedConfig, vectors: int, tokens: int) -> None:
     if vectors != tokens:
         raise ModelError(
             f"{config.model_type} gives {vectors} vectors for {tokens} tokens, so their mean would include padding"
+        )
+
+
+def check_encodes(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises ModelError for a model without an encoder for the source and a decoder for the target."""
+    if not getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{folder}: {config.model_type} models are no encoder–decoders, which task.kind=seq2seq needs; choose a "
+            "T5 or BART model, or set task.kind=instruction for a decoder"
         )
 
 

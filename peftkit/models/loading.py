@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from peftkit.errors import ModelError, RecipeError
 from peftkit.models import dtypes
-from peftkit.models.architectures import check_trains, check_writes, padding_note
+from peftkit.models.architectures import check_encodes, check_trains, check_writes, padding_note
 from peftkit.models.json_files import read_json
 from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
@@ -256,7 +256,9 @@ def load_config(recipe: Recipe, head: Head, tokenizer: Any, folder: Path) -> Pre
     except (ValueError, KeyError, OSError) as error:
         kind = check_config(folder).get("model_type")
         raise ModelError(f"{folder}: model type '{kind}' is not known to this version of transformers") from error
-    if head.writes_text:
+    if head.encodes_source:
+        check_encodes(config, folder)
+    elif head.writes_text:
         check_writes(config, folder)
     head.configure(config)
     config.pad_token_id = tokenizer.pad_token_id

@@ -22,6 +22,7 @@ from peftkit.models.blocks import forward_parameters, unwrap
 
 Strategy = Literal["positions", "mask"]
 _KEYS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+_SOURCE_AND_TARGET = ("input_ids", "attention_mask", "decoder_input_ids")
 _DOCUMENTS = ((0, 0, 5), (0, 5, 8), (0, 8, 12), (1, 0, 2), (1, 2, 8), (1, 8, 12))
 """Row, start and end of the documents in the two rows of the trial."""
 
@@ -59,6 +60,8 @@ def inputs(batch: dict[str, Tensor], model: Any) -> dict[str, Any]:
     Raises:
         ModelError: rows are packed (have several tokens at position 0), and the model cannot isolate documents.
     """
+    if "decoder_input_ids" in batch:  # an encoder must be shown where a padded text ends
+        return {name: batch[name] for name in _SOURCE_AND_TARGET if name in batch}
     names = forward_parameters(model)
     arguments = {name: batch[name] for name in _KEYS if batch.get(name) is not None and name in names}
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")

@@ -62,6 +62,8 @@ class Head(ABC):
     """Whether the loss is over tokens, so that an example's ``weight`` counts its scored tokens."""
     writes_text: ClassVar[bool] = False
     """Whether the model generates text, rather than predicting something about its input."""
+    encodes_source: ClassVar[bool] = False
+    """Whether an encoder reads the text and a decoder writes another one: encoder–decoder models only."""
     marks_words: ClassVar[bool] = False
     """Whether its answers are spans of the text."""
     fills_masks: ClassVar[bool] = False

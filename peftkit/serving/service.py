@@ -70,6 +70,11 @@ class Service:
         self.decoder: Decoder | None = None
         self.batcher = Batcher(self.lock)
         if self.run.head.writes_text:
+            if self.run.head.encodes_source:
+                raise RunError(
+                    f"{self.run.path}: an encoder–decoder cannot be served, since the server continues texts; use "
+                    "`peftkit generate`"
+                )
             if packing.learned_tokens(self.run.model):
                 raise RunError(
                     f"{self.run.path}: method '{self.run.manifest.method}' puts a learned prompt before each text, "

@@ -138,7 +138,10 @@ def _as_base(loop: Loop, loaded: LoadedModel) -> AbstractContextManager[Any]:
 def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
     with loop.session.accelerator.autocast():
         prompts = [sample.prompt for sample in chosen]
-        return generation.generate(loaded.model, loaded.tokenizer, prompts, loop.recipe.evaluation.generation)
+        return generation.generate(
+            loaded.model, loaded.tokenizer, prompts, loop.recipe.evaluation.generation,
+            max_source=loop.recipe.data.max_length,
+        )  # fmt: skip
 
 
 def after_training(

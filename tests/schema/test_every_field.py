@@ -17,6 +17,7 @@ WEIGHTS = FIELDS + "test_every_field_of_learning_changes_the_trained_weights"
 CLEANING, SPLITTING = "data/test_cleaning_steps.py::", "data/test_splitting_properties.py::"
 LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classification.py::"
 STAGES = "test_run_stages.py::"
+SEQ2SEQ = "test_run_seq2seq.py::"
 SIMILARITY = "test_run_similarity.py::"
 QUESTIONS = "tasks/test_question_answering.py::"
 MASKED_LM = "test_run_masked_lm.py::"
@@ -110,6 +111,10 @@ TESTS = {
         f"task.loss[kto].{name}": PREFERENCE_LOSSES
         + "test_kto_is_its_formula_with_the_other_rows_answers_as_reference_point"
         for name in ("beta", "desirable_weight", "undesirable_weight")
+    },
+    **{
+        f"task[seq2seq].{name}": SEQ2SEQ + "test_every_field_counts"
+        for name in ("prefix", "max_target_length", "too_long")
     },
     "task[style].packing": STYLE + "test_without_packing_a_window_holds_one_document",
     "task[style].prompt_words": STYLE + "test_the_prompt_is_the_documents_first_words_as_they_stand",

@@ -50,6 +50,8 @@ class GGUF(Exporter):
         contents, method = source.manifest, source.recipe.method
         if not contents.head.writes_text:
             return "GGUF is written for language models; export a classifier with --format onnx"
+        if contents.head.encodes_source:
+            return "GGUF is written for decoders; an encoder–decoder is exported as a plain model: --merge"
         if contents.saves not in manifest.SAVES:
             return f"{source.path} is an export of format '{contents.saves}'; export the run itself"
         if self.content != "merged":

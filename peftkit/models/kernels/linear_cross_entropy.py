@@ -195,7 +195,8 @@ def _at_output(
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         own = hidden[:, -tokens:]  # without the vectors of a learned prompt
         results.append(compute(own[:, : tokens - next_token].flatten(0, 1).index_select(0, keep), output))
-        return hidden[..., :1]
+        # nothing that a bias as wide as the vocabulary, which BART adds to what this returns, could make large
+        return hidden[:, :0, :1] if "decoder_input_ids" in arguments else hidden[..., :1]
 
     with replaced_forward({module: forward}):
         model(**arguments)
@@ -442,8 +443,11 @@ def _find_shaping(model: Any, base: Any, input_ids: Tensor) -> Shaping | None:
         outputs.append(line.roll(output.shape[-1] // 2).view(output.shape).to(output.dtype))
         return outputs[-1]
 
+    inputs = {"input_ids": input_ids}
+    if getattr(base.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = input_ids
     with module.register_forward_hook(replace), packing.eval_modules(model), torch.no_grad():
-        logits = model(input_ids=input_ids, **packing.no_cache(model)).logits
+        logits = model(**inputs, **packing.no_cache(model)).logits
     if len(outputs) != 1 or outputs[0].dim() != 3 or outputs[0].shape != logits.shape:
         return None
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
