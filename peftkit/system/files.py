@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -100,6 +101,11 @@ def swap_folder(staging: Path, path: Path, aside: Path) -> None:
 def staging_path(path: Path) -> Path:
     """A unique hidden name next to ``path``, ending in ``.tmp``."""
     return path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
+
+
+def is_staging(path: Path) -> bool:
+    """Whether a path has a name of ``staging_path``, so that it may be incomplete."""
+    return re.fullmatch(r"\..*\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
 def check_output(out: Path, source: Path | None) -> None:

@@ -127,7 +127,7 @@ def test_the_card_says_what_a_reader_needs(tmp_path):
     folder, _ = exported(tmp_path / "run", tiny.tiny_bert(tmp_path / "base"))
     text = (folder / card.FILE).read_text()
     for piece in ("cat, dog, eel", "| test | 0.75 | 0.5 |", "In a fresh process", "0.001 was allowed", "## Limits",
-                  "recipe.yaml", 'library_name: "peft"', "none.csv"):  # fmt: skip
+                  "recipe.yaml", "library_name: peft", "none.csv"):  # fmt: skip
         assert piece in text
     assert text.startswith("---\n")
 

@@ -32,7 +32,7 @@ def test_another_package_s_format_is_proven_by_its_own_loader_and_loads(demo, be
     assert set(proof["versions"]) == {"torch", "transformers", "peft"}
     card = (tmp_path / "demo" / "README.md").read_text()
     assert "peftkit.load(" in card
-    assert 'library_name: "peftkit"' in card
+    assert "library_name: peftkit\n" in card
     ours = peftkit.load(tmp_path / "demo")
     assert ours.manifest.saves == "demo"
     np.testing.assert_allclose(ours.logits(TEXTS), peftkit.load(folder).logits(TEXTS), rtol=1e-4, atol=1e-5)

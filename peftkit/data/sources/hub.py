@@ -31,6 +31,7 @@ class HubSource(Source):
 
     form = "a hub id"
     rank = 20
+    on_hub = True
 
     @classmethod
     def accepts(cls, name: str) -> bool:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from peftkit.export import hub
 from peftkit.export.exporter import Exporter
 from peftkit.export.folder import ExportFolder
 from peftkit.export.formats.merged import Merged
@@ -27,4 +28,5 @@ class Adapter(Exporter):
         if self.merge:
             Merged().export(source, folder)
         else:
-            shutil.copytree(source.path, folder, dirs_exist_ok=True)
+            without_list = shutil.ignore_patterns(hub.FILE)
+            shutil.copytree(source.path, folder, dirs_exist_ok=True, ignore=without_list)

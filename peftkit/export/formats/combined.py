@@ -65,6 +65,9 @@ class Combined(Exporter):
             return "each classifier's adapter has a head of its own, and heads cannot be combined; use add_adapter"
         return ""
 
+    def other_runs(self) -> tuple[str, ...]:
+        return self.adapters
+
     def export(self, source: ExportFolder, folder: Path) -> None:
         """Combines the adapters and scores the result.
 
