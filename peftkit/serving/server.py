@@ -56,7 +56,13 @@ def serve(
         service.observers.append(recorder)
     app = build_app(service, key=key, hosts=LOOPBACK if host in LOOPBACK else None, log_requests=log_requests)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
+        # without a configuration of logging, which would close the handlers that other libraries have set up
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
     )
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"

@@ -20,7 +20,9 @@ def served(run, **options):
     service = Service(peftkit.load(run, adapters=options.pop("adapters", None)), options.pop("name", "tiny"), limits,
                       with_base=options.pop("base", False))  # fmt: skip
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(service, **options), log_level="error", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        build_app(service, **options), log_config=None, log_level="error", timeout_graceful_shutdown=5
+    )
     instance = uvicorn.Server(config)
     thread = threading.Thread(target=instance.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
