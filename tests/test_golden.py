@@ -27,6 +27,7 @@ def test_every_recipe_has_hashes():
     assert set(STORED) == set(recipes.CHANGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.CHANGES)
 def test_a_run_gives_what_it_has_always_given(found, name):
     assert found[name] == STORED[name]

@@ -213,7 +213,9 @@ def test_other_methods_train_and_export_with_proof(method, base, texts, tmp_path
     assert peftkit.load(trained.path).predict(TEXT)[0].masks[0]
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("bitfit", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
 def test_an_encoder_without_output_layers_gets_new_ones(method, texts, tmp_path):
     bare = masked_model(tmp_path / "bare", "roberta", head=False)
     small = recipe(bare, texts, tmp_path, method={"kind": method}, training={"max_steps": 12})

@@ -209,7 +209,10 @@ def test_a_merged_export_answers_as_the_run(run, tmp_path):
     assert "reward" in card
 
 
-@pytest.mark.parametrize("method", ["full", "prompt_tuning", "ln_tuning"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("full", marks=pytest.mark.slow), pytest.param("prompt_tuning", marks=pytest.mark.slow), "ln_tuning"],
+)
 def test_other_methods_train_and_evaluate_against_the_base(method, base, rows, tmp_path):
     """A method without an adapter to turn off is compared with what it was before its first step, or the base again."""
     small = recipe(base, rows, tmp_path, method={"kind": method}, training={"epochs": 1, "learning_rate": 0.003},

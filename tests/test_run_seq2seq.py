@@ -203,7 +203,9 @@ def test_evaluate_and_generate_on_files(run, rows, tmp_path):
     assert json.loads(line)["generated"] == peftkit.load(run.path).generate("red world", max_new_tokens=3)[0]
 
 
-@pytest.mark.parametrize("method", ["full", "ia3", "ln_tuning"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("full", marks=pytest.mark.slow), "ia3", pytest.param("ln_tuning", marks=pytest.mark.slow)]
+)
 def test_other_methods(method, bases, rows, tmp_path):
     small = recipe(bases["t5"], rows, tmp_path, method={"kind": method}, training={"max_steps": 2},
                    evaluation={"generation": {"samples": 0}})  # fmt: skip

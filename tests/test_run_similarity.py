@@ -380,6 +380,7 @@ def test_what_is_learned_goes_by_the_loss_and_its_fields(bert, files, kind, task
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [{"kind": "bottleneck"}, {"kind": "bitfit"}, {"kind": "full"}], ids=str)
 def test_other_methods_train_vectors(bert, files, layers, tmp_path):
     run = peftkit.train(

@@ -102,7 +102,7 @@ def test_spans_point_into_the_text_and_plain_transformers_finds_the_same(run, tm
         )
 
 
-@pytest.mark.parametrize("form", ["merged", "onnx"])
+@pytest.mark.parametrize("form", ["merged", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_exports_give_the_same_spans(run, tmp_path, form):
     if form == "onnx":
         pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
@@ -135,7 +135,17 @@ def test_an_interrupted_run_ends_with_the_same_bytes(run, bert, rows, tmp_path):
     assert resumed.metrics["test"] == run.metrics["test"]
 
 
-@pytest.mark.parametrize("method", ["frozen", "bottleneck", "full", "top_k", "prefix_tuning", "bitfit"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("frozen", marks=pytest.mark.slow),
+        "bottleneck",
+        pytest.param("full", marks=pytest.mark.slow),
+        pytest.param("top_k", marks=pytest.mark.slow),
+        pytest.param("prefix_tuning", marks=pytest.mark.slow),
+        pytest.param("bitfit", marks=pytest.mark.slow),
+    ],
+)
 def test_other_methods_train_and_export_with_proof(method, bert, rows, tmp_path):
     fields = {"kind": method, **({"k": 1} if method == "top_k" else {})}
     small = recipe(bert, rows, tmp_path, method=fields, training={"epochs": 1})
@@ -145,7 +155,14 @@ def test_other_methods_train_and_export_with_proof(method, bert, rows, tmp_path)
     assert peftkit.load(made.path).predict([TEXT])
 
 
-@pytest.mark.parametrize("maker", [tiny.tiny_roberta, tiny.tiny_distilbert, tiny.tiny_llama])
+@pytest.mark.parametrize(
+    "maker",
+    [
+        tiny.tiny_roberta,
+        pytest.param(tiny.tiny_distilbert, marks=pytest.mark.slow),
+        pytest.param(tiny.tiny_llama, marks=pytest.mark.slow),
+    ],
+)
 def test_other_architectures_train_and_export_with_proof(maker, rows, tmp_path):
     small = recipe(maker(tmp_path / "base"), rows, tmp_path / "runs", training={"epochs": 2})
     made = peftkit.train(small, quiet=True)

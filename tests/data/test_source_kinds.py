@@ -189,6 +189,7 @@ def test_dialogs_alternate_and_end_with_an_answer(tmp_path):
     assert row["messages"][0]["content"] in path.read_text(encoding="utf-8").splitlines()[row["_line"] - 1]
 
 
+@pytest.mark.slow
 def test_ten_times_the_rows_take_about_the_same_memory(tmp_path):
     code = """
 import resource, sys, pathlib

@@ -58,6 +58,7 @@ def test_one_two_and_four_processes_learn_the_same_and_count_every_row_once(fold
             assert texts(found[many]) == texts(found[1]), "every row once, in order"
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_are_one_run(folder):
     """As started by hand: one process speaks and writes, and learns what one process alone learns."""
     recipe = replace(

@@ -184,6 +184,7 @@ def test_real_trials_never_read_the_test_split_and_the_best_is_tested_once(quick
     assert kept == {f"{best:03d}"}, "the others' checkpoints are swept"
 
 
+@pytest.mark.slow
 def test_a_failing_trial_is_told_and_the_best_of_cheap_trials_is_trained_on_all_rows(quick, tmp_path, monkeypatch):
     from peftkit.training.step import Stepper
 

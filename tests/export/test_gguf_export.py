@@ -89,8 +89,11 @@ def test_every_family_has_a_test():
     assert set(ARCHITECTURES) == {*FAMILIES, "gpt2"}
 
 
+QUICK = ("llama", "gpt2", "gemma3_text")
+
+
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name == "gemma" else ()) for name in (*FAMILIES, "gpt2")]
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*FAMILIES, "gpt2")]
 )
 def test_llama_cpp_computes_what_transformers_computes(family, tmp_path, monkeypatch):
     """In fp32; for some, base and adapter are files of their own, of which llama.cpp makes the sum."""
@@ -179,7 +182,9 @@ def test_tokenizers_of_pieces_give_the_same_ids(kind, model, tmp_path, monkeypat
     assert fields["tokenizer.ggml.tokens"].contents()[-1] == f"[PAD{len(tokenizer) + 4}]"
 
 
-@pytest.mark.parametrize("kind", ["f16", pytest.param("q8_0", marks=pytest.mark.slow), "q4_0", "q4_k_m"])
+@pytest.mark.parametrize(
+    "kind", ["f16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("q8_0", "q4_0")), "q4_k_m"]
+)
 def test_the_file_holds_the_weights_in_its_type(kind, llama_run, tmp_path, monkeypatch):
     few_prompts(monkeypatch)
     run_export(llama_run, tmp_path / "out", to_format="gguf", type=kind, max_kl=1.0)

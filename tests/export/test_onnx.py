@@ -108,6 +108,7 @@ def test_merging_is_refused_where_there_is_nothing_to_merge(bert, tmp_path):
             run_export(folder, tmp_path / "onnx", to_format="onnx", merge=True)
 
 
+@pytest.mark.slow
 def test_other_logits_are_an_error_and_nothing_is_written(bert, tmp_path, monkeypatch):
     OnnxClassifier = installed()
     folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)

@@ -110,6 +110,7 @@ def test_heads_of_several_layers_are_set_in_their_last(small_recipe, tmp_path):
     assert peftkit.train(recipe, quiet=True).metrics["test"]["accuracy"] > 0.4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_learns_the_same(small_recipe):
     changes = {"epochs": 2, "evaluate_every": 3, "save_every": 3}
     recipe = replace(small_recipe, task={"cosine_temperature": 0.1}, training=changes)

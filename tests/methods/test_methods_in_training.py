@@ -122,6 +122,7 @@ def test_adalora_ends_at_its_budget(bert, texts, tmp_path):
     assert sum(len(value) for name, value in values.items() if "lora_E" in name) == sum(kept)
 
 
+@pytest.mark.slow
 def test_adalora_resumed_is_adalora_undisturbed(bert, texts, tmp_path):
     method = {"kind": "adalora", "target_r": 2, "init_r": 4, "prune_every": 2, "warmup": 0.1, "final": 0.3}
     whole = peftkit.train(recipe_of(bert, texts, tmp_path, method=method, name="whole"), quiet=True)

@@ -51,6 +51,7 @@ def _run(code, *paths):
     return found.stdout
 
 
+@pytest.mark.slow
 def test_fallback_kernels_of_bitsandbytes_are_compiled_when_they_are_called(tmp_path):
     (tmp_path / "bitsandbytes.py").write_text(FALLBACKS)
     _run(IMPORT, tmp_path)

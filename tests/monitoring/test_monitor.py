@@ -195,11 +195,12 @@ def test_a_torn_line_is_skipped_and_harms_no_other(tmp_path):
 
 def test_processes_that_share_a_log_lose_no_line(tmp_path):
     code = (
-        "import sys; from tests.monitoring.test_monitor import entry, ServingLog; from pathlib import Path\n"
-        "folder = ServingLog(Path(sys.argv[1]))\n"
-        "for number in range(200): folder.append([entry(model=sys.argv[2], characters=number)] * 3)"
+        "import sys; from pathlib import Path; from peftkit.monitoring.log import Entry, ServingLog\n"
+        "folder, lines = ServingLog(Path(sys.argv[1])), [Entry.model_validate_json(sys.argv[2])] * 3\n"
+        "for number in range(200): folder.append(lines)"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in ("a", "b")]
+    lines = [entry(model=name).model_dump_json() for name in ("a", "b")]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), line]) for line in lines]
     assert [process.wait(120) for process in processes] == [0, 0]
     served = log.read(tmp_path)
     assert (len(served.entries), served.damaged, served.models()) == (1200, 0, ["a", "b"])

@@ -42,6 +42,7 @@ def test_a_shortened_stack_continued_is_the_whole_one(pooling, eight_blocks, mon
         assert short.end == long.end
 
 
+@pytest.mark.slow
 def test_it_saves_what_the_last_block_saves(eight_blocks):
     """Of the last block's products two of twelve are left at every token, and a little at the first."""
     (own, _), (mean, _) = found(eight_blocks, "own"), found(eight_blocks, "mean")

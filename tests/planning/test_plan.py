@@ -136,6 +136,7 @@ def test_a_decoder_is_planned_and_told_in_words(llama, tmp_path):
     assert persistent_memory(model, "adamw") == plan.persistent
 
 
+@pytest.mark.slow
 def test_packed_rows_are_planned(llama, tmp_path):
     lines = [f"the king said no to the red ball {'of the new world ' * (n % 5)}{n}" for n in range(60)]
     (tmp_path / "rows.csv").write_text("\n".join(["text", *lines]), encoding="utf-8")

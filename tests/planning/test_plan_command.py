@@ -64,6 +64,7 @@ def test_apply_writes_the_recipe_that_was_planned(call, file, tmp_path):
     assert again["peak"]["bytes"] == planned["suggestion"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_the_table_has_every_method_in_every_precision(call, bert, monkeypatch):
     methods = ["full", "ia3", "lora"]
     monkeypatch.setattr("peftkit.planning.table.METHODS", SimpleNamespace(names=lambda: methods))

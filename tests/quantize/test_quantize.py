@@ -135,6 +135,7 @@ def test_smaller_blocks_take_more_bytes_and_lose_less(llama, tmp_path):
     ).stat().st_size
 
 
+@pytest.mark.slow
 def test_tokens_count_by_what_the_loss_makes_of_them(llama, tmp_path, monkeypatch):
     guided = quantize(llama, tmp_path / "guided", rows=40)
     monkeypatch.setattr(quantization.linear_cross_entropy, "loss", None)
@@ -191,6 +192,7 @@ def test_no_scales_are_trained_unasked(llama, tmp_path):
     assert "norms trained" not in (tmp_path / "nf4" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_other_rows_give_other_codes_and_the_same_seed_the_same(llama, tmp_path):
     def codes(name, **training):
         quantize(replace(llama, training=training), tmp_path / name, rows=8)

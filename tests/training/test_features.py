@@ -192,6 +192,7 @@ def test_what_was_used_longest_ago_makes_room():
     assert sorted(path.name for path in entries()) == ["kept", "new"]
 
 
+@pytest.mark.slow
 def test_noise_below_or_too_short_a_training_keeps_nothing(recipe):
     recipe = replace(recipe, **FROZEN)
     noisy = peftkit.train(replace(recipe, training={"neftune_alpha": 5.0}))

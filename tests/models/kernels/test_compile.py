@@ -134,6 +134,7 @@ def test_evaluation_and_generation_stay_uncompiled(folders):
     assert graphs() == before
 
 
+@pytest.mark.slow
 @works
 def test_a_copy_is_compiled_and_is_a_model_of_its_own(folders):
     model, _ = made(folders, "gpt2", "full", True)
