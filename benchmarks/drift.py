@@ -32,7 +32,7 @@ def measured(model: Any, texts: list[str]) -> dict[str, Any]:
     """Everything that is known of texts, by row."""
     return {
         "rows": [features.of_text((text,), model.tokenizer) for text in texts],
-        "answers": [features.of_answer(answer) for answer in model.predict(texts)],
+        "answers": [answer.observed() for answer in model.predict(texts)],
         "vectors": reference.embeddings(model, texts),
     }
 

@@ -6,6 +6,8 @@ and values are those of ``metrics``; scikit-learn's own functions would take min
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from peftkit.evaluation.intervals import Statistics
@@ -87,6 +89,24 @@ def of_numbers(gold: np.ndarray, predicted: np.ndarray) -> Statistics:
             "pearsonr": _correlation(truth, guess),
             "spearmanr": _correlation(rankdata(truth), rankdata(guess)),
         }
+
+    return statistics
+
+
+def of_groups(first: np.ndarray, rows: int, metrics: Callable[[np.ndarray], dict[str, float]]) -> Statistics:
+    """Statistics of groups of rows, such as the windows of a text: a group counts where its first row is drawn.
+
+    Args:
+        first: the first row of each group.
+        rows: how many rows there are in all.
+        metrics: takes numbers of groups, repeats allowed, and gives their metrics.
+    """
+    number = np.full(rows, -1)
+    number[first] = np.arange(len(first))
+
+    def statistics(chosen: np.ndarray) -> dict[str, float]:
+        groups = number[chosen]
+        return metrics(groups[groups >= 0])
 
     return statistics
 

@@ -216,16 +216,11 @@ class QuestionAnswering(Head):
         """Of examples: a question counts where its first window is drawn."""
         import numpy as np
 
+        from peftkit.evaluation import resampling
+
         questions = _questions(outputs)
-        scores, first = self._scores(questions), np.array([one.example for one in questions])
-        number = np.full(len(outputs["row"]), -1)
-        number[first] = np.arange(len(first))
-
-        def statistics(rows: np.ndarray) -> dict[str, float]:
-            chosen = number[rows]
-            return scores.metrics(chosen[chosen >= 0])
-
-        return statistics
+        first = np.array([one.example for one in questions])
+        return resampling.of_groups(first, len(outputs["row"]), self._scores(questions).metrics)
 
     def details(self, outputs: Outputs, rows: Any, evaluation: EvaluationConfig) -> Row:
         """The questions whose answers are worst; where some have none, how well these are told from the others."""

@@ -45,19 +45,13 @@ class RankedTexts(Embedding):
         """Every query's metrics."""
 
     def measured(self, outputs: Outputs, width: int | None = None) -> Any:
-        import numpy as np
-
+        from peftkit.evaluation import resampling
         from peftkit.evaluation.retrieval import means
 
         result = self.search(outputs, width)
-        place = np.full(len(outputs["weight"]), -1)
-        place[result.queries] = np.arange(len(result.queries))
-
-        def measured(rows: np.ndarray) -> dict[str, float]:
-            chosen = place[rows]
-            return means(result.values, chosen[chosen >= 0])
-
-        return measured
+        return resampling.of_groups(
+            result.queries, len(outputs["weight"]), lambda queries: means(result.values, queries)
+        )
 
     def details(self, outputs: Outputs, rows: Any, evaluation: EvaluationConfig) -> Row:
         """The queries that find what belongs to them last."""

@@ -155,16 +155,11 @@ class TokenClassification(Head):
         """Of examples: a sentence counts where its first window is drawn."""
         import numpy as np
 
+        from peftkit.evaluation import resampling
+
         sentences = self._sentences(outputs)
-        counts, first = self._count(sentences), np.array([one.example for one in sentences])
-        number = np.full(len(outputs["row"]), -1)
-        number[first] = np.arange(len(first))
-
-        def statistics(rows: np.ndarray) -> dict[str, float]:
-            chosen = number[rows]
-            return counts.metrics(chosen[chosen >= 0])
-
-        return statistics
+        first = np.array([one.example for one in sentences])
+        return resampling.of_groups(first, len(outputs["row"]), self._count(sentences).metrics)
 
     def details(self, outputs: Outputs, rows: Any, evaluation: EvaluationConfig) -> Row:
         """Scores by type, the confusion of types word by word, and the sentences with most wrong entities."""

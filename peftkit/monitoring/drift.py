@@ -89,7 +89,7 @@ def _too_few(measure: str, test: str, reference: int, served: int) -> Difference
     if min(reference, served) >= ROWS:
         return None
     side = "validated" if reference < served else "served"
-    note = f"not tested: {min(reference, served)} {side} texts have it, {ROWS} are needed"
+    note = f"not tested: {side} {min(reference, served)}, needed {ROWS}"
     return Difference(measure, test, served, None, None, None, None, note)
 
 

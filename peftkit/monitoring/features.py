@@ -1,4 +1,4 @@
-"""What is recorded of a text and of its answer, whatever the language."""
+"""What is recorded of a text, whatever its language."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ def of_text(texts: Sequence[str], tokenizer: Any) -> dict[str, Any]:
     return {
         "characters": sum(map(len, texts)), "tokens": len(ids), "unknown": unknown / len(ids) if ids else 0.0,
     }  # fmt: skip
-
-
-def of_answer(answer: Any) -> tuple[Any, float | None]:
-    """The label of an answer, or the labels of its spans, and how probable it is; None where it has none.
-
-    The probability of spans is the mean over them.
-    """
-    if hasattr(answer, "spans"):
-        spans = answer.spans
-        mean = sum(span.probability for span in spans) / len(spans) if spans else None
-        return tuple(span.label for span in spans), mean
-    return getattr(answer, "label", None), getattr(answer, "probability", None)
 
 
 def parts(text: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def recorder(folder: Path) -> Callable[[LoadedRun, list[Any], Sequence[Any], flo
         about = {"time": datetime.now(UTC), "model": model.recipe.name, "route": ROUTE, "seconds": seconds}
         entries = []
         for text, answer in zip(texts, predictions, strict=True):
-            label, probability = features.of_answer(answer)
+            label, probability = answer.observed()
             values = features.of_text(features.parts(text), model.tokenizer)
             entries.append(Entry(**about, **values, label=label, probability=probability))
         log.append(entries)

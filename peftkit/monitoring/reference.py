@@ -83,10 +83,8 @@ def _validation_texts(export: ExportFolder) -> list[Text]:
     if export.manifest.head.writes_text:
         prompts = (recipe.task.prompt(row)[0] for row in rows)
         return [prompt if isinstance(prompt, str) else tuple(turn["content"] for turn in prompt) for prompt in prompts]
-    return [
-        (row["text"], row["text_pair"]) if row.get("text_pair") else row.get("text") or recipe.task.text_of(row)
-        for row in rows
-    ]
+    inputs = (recipe.task.input_texts(row) for row in rows)
+    return [texts[0] if len(texts) == 1 else texts for texts in inputs]
 
 
 def _texts_of_file(export: ExportFolder, file: Path) -> list[Text]:
@@ -115,8 +113,8 @@ def _compute(export: ExportFolder, texts: list[Text], embed: bool, folder: Path)
     model = trained_model.load(export)
     rows = [features.of_text(features.parts(text), model.tokenizer) for text in texts]
     answers: list[tuple[Any, float | None]] = []
-    if not model.head.writes_text:
-        answers = [features.of_answer(answer) for answer in model.predict(texts)]
+    if not (model.head.writes_text or model.head.fills_masks):  # documents have no masks to be filled
+        answers = [answer.observed() for answer in model.predict(texts)]
     result = of_rows(rows, answers)
     np.savez(folder / "numbers.npz", **result.numbers)  # type: ignore[arg-type]
     write_json(folder / "labels.json", result.labels)

@@ -60,7 +60,7 @@ def _sentences(table: Mapping[str, Any]) -> Iterator[str]:
     elif tested:
         yield f"No difference from the {table['validated']:,} validated texts was found."
     else:
-        yield "Nothing was tested: there are too few texts."
+        yield "Nothing was tested: there are too few texts. --reference FILE names others to compare with."
     yield (
         f"An alarm needs p < {table['level']:g}, corrected for all tests together (Holm), and an effect of "
         f"{table['effect']:g} or more."

@@ -96,6 +96,10 @@ class Task(ConfigSection):
         """A canonical row without its answer, from the values of ``input_columns``."""
         return {"text": values[0]}
 
+    def input_texts(self, row: Row) -> tuple[str, ...]:
+        """The texts of a canonical row that ``input_row`` would make it from, without its answer."""
+        return tuple(row[name] for name in ("text", "text_pair") if row.get(name) is not None)
+
     @abstractmethod
     def text_of(self, row: Row) -> str:
         """The text of a canonical row: rows without one are empty, and near duplicates share its words."""

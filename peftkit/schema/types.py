@@ -48,6 +48,10 @@ class Prediction:
             columns["probability"] = round(self.probability, 6)
         return columns | {f"probability_{name}": round(value, 6) for name, value in self.probabilities.items()}
 
+    def observed(self) -> tuple[Any, float | None]:
+        """The answer in short, and how probable it is: what is watched of a served model."""
+        return self.label, self.probability
+
 
 @dataclass(frozen=True)
 class Span:
@@ -74,6 +78,11 @@ class Tagged:
         """The prediction as a column of a file: ``spans``, a list with ``start``, ``end``, ``text``, … of each."""
         return {"spans": [{**asdict(span), "probability": round(span.probability, 6)} for span in self.spans]}
 
+    def observed(self) -> tuple[Any, float | None]:
+        """The labels of the spans, and the mean of their probabilities."""
+        total = sum(span.probability for span in self.spans)
+        return tuple(span.label for span in self.spans), total / len(self.spans) if self.spans else None
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -97,6 +106,10 @@ class Answer:
         if self.no_answer_probability is not None:
             columns["no_answer_probability"] = round(self.no_answer_probability, 6)
         return columns
+
+    def observed(self) -> tuple[Any, float | None]:
+        """Whether there is an answer, and the score of the best one."""
+        return "answer" if self.text else "no answer", self.score
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,11 @@ class Filled:
                 for candidates in self.masks
             ]
         }
+
+    def observed(self) -> tuple[Any, float | None]:
+        """No label, and the mean probability of the likeliest tokens."""
+        best = [candidates[0].probability for candidates in self.masks]
+        return None, sum(best) / len(best) if best else None
 
 
 @dataclass(frozen=True)

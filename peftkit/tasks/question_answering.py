@@ -121,6 +121,9 @@ class QuestionAnswering(Task):
             raise DataError("expected (question, context) pairs, with text in both")
         return {"question": values[0], "context": values[1]}
 
+    def input_texts(self, row: Row) -> tuple[str, ...]:
+        return row["question"], row["context"]
+
     def text_of(self, row: Row) -> str:
         """The words of the context, each with the question: near duplicates ask the same of nearly the same text.
 

@@ -88,7 +88,7 @@ def test_too_few_rows_and_other_widths_are_reported_and_not_tested():
     few, other = draw(generator, rows=12), Measurements(embeddings=np.zeros((50, 3), dtype=np.float32))
     for one in drift.compare(draw(generator), few):
         assert (one.p_value, one.effect) == (None, None)
-        assert "12 served texts have it, 30 are needed" in one.note
+        assert "not tested: served 12, needed 30" in one.note
     widths = drift.compare(draw(generator), other)[-1]
     assert "3 dimensions" in widths.note
     assert widths.p_value is None

@@ -107,7 +107,7 @@ def test_what_differs_is_an_alarm_by_day_with_a_page(run, alike, unlike, tmp_pat
     assert found["2026-02-02"]["labels"]["drift"]
     assert found["2026-02-02"]["unknown tokens"]["drift"]
     assert found["2026-02-02"]["unknown tokens"]["served"] > 0.1
-    assert "5 served texts have it, 30 are needed" in found["2026-02-03"]["labels"]["note"]
+    assert "not tested: served 5, needed 30" in found["2026-02-03"]["labels"]["note"]
     page = (tmp_path / "page" / "monitor.html").read_text()
     assert "2026-02-02" in page
     assert "<script" not in page
@@ -173,6 +173,57 @@ def test_generated_texts_are_logged_as_conversations(llama, tmp_path):
     code, shown, _ = invoke("monitor", run, tmp_path / "log")
     assert code == 0
     assert "Nothing was tested" in shown
+
+
+def spans(count):
+    words = [tiny.WORDS[number % 40] for number in range(count)]
+    return [
+        {"text": f"{word} king {number}", "spans": [{"start": len(word) + 1, "end": len(word) + 5, "label": "person"}]}
+        for number, word in enumerate(words)
+    ]
+
+
+def questions(count):
+    return [
+        {"question": f"who is {number}", "context": f"{tiny.WORDS[number % 40]} king {number}",
+         "answers": "king" if number % 3 else ""}
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def documents(count):
+    return [{"text": f"{' '.join(tiny.WORDS[number % 40 : number % 40 + 12])} {number}"} for number in range(count)]
+
+
+UNANSWERED = {"characters", "tokens", "unknown tokens", "confidence"}
+OTHERS = {
+    "own_entities": (spans(120), spans(60), UNANSWERED | {"labels"}),
+    "own_questions": (questions(120), questions(60), UNANSWERED | {"labels"}),
+    "domain_mlm": (documents(120), [{"text": f"the [MASK] of {n}"} for n in range(60)], UNANSWERED),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_runs_of_other_tasks_are_watched_by_what_they_answer(name, bert, tmp_path):
+    rows, asked, measured = OTHERS[name]
+    for file, lines in (("rows.jsonl", rows), ("asked.jsonl", asked)):
+        (tmp_path / file).write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    recipe = peftkit.replace(
+        peftkit.get_recipe(name), model={"source": str(bert)}, training={"max_steps": 1, "threads": 1}, tracking=[],
+        data={"source": str(tmp_path / "rows.jsonl"), "max_length": 48, "validation_size": 0.4, "test_size": 0.1,
+              "cleaning": {"duplicates": "off", "near_duplicates": "off", "leakage": "off"}},
+        evaluation={"baselines": []}, export={"prove": False}, output_dir=str(tmp_path / "runs"),
+    )  # fmt: skip
+    run = peftkit.train(recipe, quiet=True).path
+    code, *_ = invoke("predict", run, "--file", tmp_path / "asked.jsonl", "--out", tmp_path / "o.jsonl",
+                      "--monitor", tmp_path / "log")  # fmt: skip
+    assert code == 0
+    code, shown, _ = invoke("monitor", run, tmp_path / "log", "--json")
+    assert code in (0, 3)
+    (day,) = json.loads(shown)["days"]
+    assert {one["measure"] for one in day["measures"]} == measured
+    tested = {one["measure"] for one in day["measures"] if one["p_value"] is not None}
+    assert {"characters", "tokens"} <= tested
 
 
 def entry(**changes):

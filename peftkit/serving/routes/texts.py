@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from peftkit.inference.trained_model import LoadedRun
-from peftkit.monitoring import features
 from peftkit.serving.errors import RequestError
 from peftkit.serving.route import ROUTES, Body, Route, read
 
@@ -68,7 +67,7 @@ class Answers(OfTexts):
         model, texts = self.service.adapter(body.model), self.texts_of(body)
         answers = await self.service.batched(model, "answers", self.service.run.predict, texts)
         shown = [{"index": number, **answer.columns()} for number, answer in enumerate(answers)]
-        labels, probabilities = zip(*map(features.of_answer, answers))
+        labels, probabilities = zip(*(answer.observed() for answer in answers))
         usage = self.record(request, model, texts, labels=labels, probabilities=probabilities)
         return JSONResponse({"object": "list", "model": model, "data": shown, "usage": usage})
 
