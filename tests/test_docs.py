@@ -499,6 +499,7 @@ def test_fields_that_pages_name_exist():
 # -- the site -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_strict_links_and_loads_nothing_from_the_network(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import peftkit
 from peftkit import Recipe
 from peftkit.cli.app import app
+from peftkit.data import batching
 from peftkit.data.pipeline import encode, prepare
 from peftkit.distributed.session import open_session
 from peftkit.errors import DataError, Interrupted, ModelError, RecipeError
@@ -119,6 +120,22 @@ def test_a_batch_of_several_micro_batches_has_the_gradient_of_the_whole(bert, fi
     assert again == pytest.approx(loss, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(cached[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_small_batch_is_embedded_once_and_has_the_gradient_of_the_whole(bert, files, tmp_path, monkeypatch):
+    whole = recipe(bert, files, "text_pairs", tmp_path, training={"micro_batch_tokens": 10**6})
+    unlimited = replace(whole, training={"micro_batch_tokens": None})
+    _, _, expected = gradients(whole)
+    monkeypatch.setitem(batching.PASS_TOKENS, "cpu", 128)
+    passes, forward = [], TaskModule.forward
+    monkeypatch.setattr(TaskModule, "forward", lambda *args, **options: passes.append(1) or forward(*args, **options))
+    for limit, times in ((10**6, 1), (10, 2)):
+        monkeypatch.setitem(batching.GRAPH_TOKENS, "cpu", limit)
+        passes.clear()
+        _, many, kept = gradients(unlimited)
+        assert len(passes) == times * many > 3
+        for name, gradient in expected.items():
+            torch.testing.assert_close(kept[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_both_passes_over_a_micro_batch_have_the_same_dropout(bert, files, tmp_path, monkeypatch):

@@ -25,6 +25,8 @@ POOL_BATCHES = 64
 """Batches whose rows are sorted by length together: more means less padding and less shuffling."""
 PASS_TOKENS = {"cpu": 1024}
 OTHER_PASS_TOKENS = 32768
+GRAPH_TOKENS = {"cpu": 4 * PASS_TOKENS["cpu"]}
+"""Maximum padded tokens of a batch whose rows are compared, of which all activations are kept."""
 EVALUATION_ROWS = 32
 """Rows per batch of evaluation, prediction and embedding, unless a batch size is given."""
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -105,6 +107,19 @@ def split_by_budget(
 def pass_tokens(training: TrainingConfig, device: str) -> int:
     """Maximum padded tokens per forward pass on a type of device."""
     return training.micro_batch_tokens or PASS_TOKENS.get(device, OTHER_PASS_TOKENS)
+
+
+def keeps_graphs(
+    training: TrainingConfig, lengths: np.ndarray, micro_batches: Sequence[np.ndarray], device: str
+) -> bool:
+    """Whether a batch whose rows are compared with each other keeps the activations of all of its micro-batches.
+
+    Otherwise they are computed twice (see ``Head.vectors``), as they are wherever the recipe limits a micro-batch.
+    """
+    if training.micro_batch is not None or training.micro_batch_tokens is not None:
+        return False
+    tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
+    return tokens <= GRAPH_TOKENS.get(device, OTHER_PASS_TOKENS)
 
 
 def by_length(

@@ -124,7 +124,10 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
     silence_libraries()
     device = device or local_device()
     inputs = inputs or collect_inputs(recipe, device)
-    workload = data_workload(recipe, inputs.encoded, "cuda" if device.gpu else "cpu", unpadded=inputs.unpadded)
+    workload = data_workload(
+        recipe, inputs.encoded, "cuda" if device.gpu else "cpu", unpadded=inputs.unpadded,
+        compares_rows=head_of(inputs.info, recipe.task).compares_rows,
+    )  # fmt: skip
     return plan_workload(recipe, device, inputs, workload)
 
 

@@ -81,5 +81,8 @@ def _plan(
     folder = folder_of(resolve(recipe.model), weights=False)
     files, unpadded = weight_file_bytes(folder), check_config(folder).get("model_type") in READS_PADDING
     inputs = PlanInputs(tokenizer, info, encoded, machine, tables, files, unpadded)
-    workload = data_workload(recipe, encoded, device.type, world_size=world_size, unpadded=unpadded)
+    workload = data_workload(
+        recipe, encoded, device.type, world_size=world_size, unpadded=unpadded,
+        compares_rows=head_of(info, recipe.task).compares_rows,
+    )  # fmt: skip
     return plan_workload(recipe, local_device(gpu=device.type == "cuda"), inputs, workload)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.data.batching import by_length, epoch_batches, pass_tokens, shard_batch, steps_per_epoch
+from peftkit.data.batching import by_length, epoch_batches, keeps_graphs, pass_tokens, shard_batch, steps_per_epoch
 from peftkit.planning.traced_model import Shape
 from peftkit.schema.recipe import Recipe
 
@@ -38,11 +38,19 @@ class Workload:
 
 
 def data_workload(
-    recipe: Recipe, encoded: Any, device: str, *, world_size: int = 1, unpadded: bool = False
+    recipe: Recipe,
+    encoded: Any,
+    device: str,
+    *,
+    world_size: int = 1,
+    unpadded: bool = False,
+    compares_rows: bool = False,
 ) -> Workload:
     """The workload of a recipe on its encoded data; of several processes, the first one's.
 
-    ``unpadded``: whether micro-batches have rows of one length.
+    Args:
+        unpadded: whether micro-batches have rows of one length.
+        compares_rows: whether the loss compares the rows of a batch, whose activations are kept together then.
     """
     training, train = recipe.training, encoded.splits["train"]
     longest = recipe.data.max_length * recipe.task.texts_per_row(recipe.data)
@@ -61,7 +69,10 @@ def data_workload(
             batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens, unpadded=unpadded
         )
         accumulates = accumulates or len(shard) > 1
-        shapes += [shape(micro_batch.rows, lengths, train_scored) for micro_batch in shard]
+        parts = [micro_batch.rows for micro_batch in shard]
+        if len(parts) > 1 and compares_rows and keeps_graphs(training, lengths, parts, device):
+            parts = [np.concatenate(parts)]
+        shapes += [shape(rows, lengths, train_scored) for rows in parts]
     validation = encoded.splits["validation"]
     validation_lengths, validation_scored = np.minimum(validation.lengths, longest), validation.scored
     batches = by_length(validation_lengths, recipe.evaluation.batch_size, tokens, unpadded=unpadded)

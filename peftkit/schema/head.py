@@ -157,9 +157,10 @@ class Head(ABC):
     def vectors(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """[texts, width] fp32: what ``batch_loss`` compares; for a head that ``compares_rows``.
 
-        A global batch of several micro-batches is embedded twice: first without gradients, so that the loss of the
-        whole batch and its gradient by these vectors are known, then each micro-batch with it (GradCache, Gao et al.
-        2021, arXiv:2101.06983). The gradient of the weights is that of the whole batch at once.
+        A global batch of several micro-batches whose activations are not kept (``data.batching.keeps_graphs``) is
+        embedded twice: first without gradients, so that the loss of the whole batch and its gradient by these vectors
+        are known, then each micro-batch with it (GradCache, Gao et al. 2021, arXiv:2101.06983). The gradient of the
+        weights is that of the whole batch at once.
         """
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from peftkit.data.batching import MODEL_INPUTS, MicroBatch, pass_tokens, shard_batch
+from peftkit.data.batching import MODEL_INPUTS, MicroBatch, keeps_graphs, pass_tokens, shard_batch
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
@@ -198,33 +198,38 @@ class Stepper:
 
     def _accumulate_together(self, micro_batches: list[MicroBatch], weight: float, step: int) -> torch.Tensor:
         """``accumulate`` where the loss compares rows of different micro-batches; see ``Head.vectors``."""
-        session, seed, head = self.session, self.recipe.training.seed, self.head
-        batches, parts = [], []
-        for number, micro_batch in enumerate(micro_batches):
-            seed_micro_batch(seed, step, number, session.rank)
-            batches.append(self.collate(micro_batch.rows))
-            with torch.no_grad(), session.accelerator.autocast():
-                parts.append(self.module(batches[-1], use="vectors"))
-            session.watchdog.report_progress()
-        cached = torch.cat(parts).requires_grad_()
+        training, lengths, device = self.recipe.training, self.split.lengths, self.session.device.type
+        twice = not keeps_graphs(training, lengths, [each.rows for each in micro_batches], device)
+        batches = [self.collate(micro_batch.rows) for micro_batch in micro_batches]
+        with torch.set_grad_enabled(not twice):
+            parts = [self._vectors(batch, step, number) for number, batch in enumerate(batches)]
+        compared = torch.cat([part.detach() for part in parts]).requires_grad_()
         rows = {
             name: torch.cat([batch[name] for batch in batches])
             for name in batches[0] if name not in (*MODEL_INPUTS, "attention_mask")
         }  # fmt: skip
-        total = head.batch_loss(cached, rows)
+        total = self.head.batch_loss(compared, rows)
         (total / weight if weight else total * 0.0).backward()
-        assert cached.grad is not None
-        for number, (collated, gradient) in enumerate(zip(batches, cached.grad.split([len(part) for part in parts]))):
-            seed_micro_batch(seed, step, number, session.rank)  # the same dropout as above
-            with session.accelerator.autocast():
-                vectors = self.module(collated, use="vectors")
+        assert compared.grad is not None
+        gradients = compared.grad.split([len(part) for part in parts])
+        for number, (batch, gradient) in enumerate(zip(batches, gradients)):
+            vectors = self._vectors(batch, step, number) if twice else parts[number]
+            parts[number] = gradient  # frees the activations after their backward pass
             last = number == len(batches) - 1
             objective = (vectors * gradient).sum()
             if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
                 objective = objective + penalty
-            session.backward(objective, last=last)
-            session.watchdog.report_progress()
+            self.session.backward(objective, last=last)
+            self.session.watchdog.report_progress()
         return total.detach()
+
+    def _vectors(self, batch: dict[str, torch.Tensor], step: int, number: int) -> torch.Tensor:
+        """The head's vectors of a micro-batch; called twice, it draws the same dropout."""
+        seed_micro_batch(self.recipe.training.seed, step, number, self.session.rank)
+        with self.session.accelerator.autocast():
+            vectors: torch.Tensor = self.module(batch, use="vectors")
+        self.session.watchdog.report_progress()
+        return vectors
 
     @torch.no_grad()
     def _batch_sums(self, micro_batches: list[MicroBatch], step: int) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from peftkit.data.pipeline import encode, encode_rows, prepare
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.schema.recipe import AugmentationConfig, replace
 from peftkit.system import cache
+from tests import warm
 
 
 @pytest.fixture
@@ -120,10 +122,10 @@ def test_several_processes_make_one_entry(small_recipe, own_cache):
     own_cache.mkdir()
     path = own_cache / "recipe.yaml"
     path.write_text(small_recipe.to_yaml())
-    running = [subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) for _ in range(3)]
-    said = {process.communicate(timeout=120)[0] for process in running}
-    assert len(said) == 1
-    assert said != {b""}
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda _: warm.run([sys.executable, "-c", code, str(path)], timeout=120), range(3)))
+    assert len({each.stdout for each in done}) == 1
+    assert done[0].stdout.strip()
     assert len([entry for entry in (own_cache / "prepared").iterdir() if entry.is_dir()]) == 1
 
 

@@ -39,7 +39,8 @@ def agree(first, second):
         assert other.get("tokens") == line.get("tokens"), "tokens of a validation are counted, not averaged"
 
 
-@pytest.mark.parametrize("kind", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_one_two_and_four_processes_learn_the_same_and_count_every_row_once(folder, kind):
     """Neither a step's 7 rows nor those of a validation divide by two or four."""
     recipe = replace(

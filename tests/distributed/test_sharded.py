@@ -73,7 +73,8 @@ def losses(path):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("encoder", marks=pytest.mark.slow), "decoder"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_sharded_over_two_processes_learns_saves_and_goes_on_as_one_process_does(folder, kind):
     make = runs.KINDS[kind]
     recipe = replace(make(folder), model={"dropout": 0.0}, method={"dropout": 0.0})

@@ -45,6 +45,7 @@ print(json.dumps([said(change, prepare if change[0].startswith("data") else lamb
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_from_the_hub_and_a_second_time_from_the_cache_alone(hub, python, tmp_path):
     done = python(RECIPE, *QUICK, "output_dir=first", hub=hub.url)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -44,6 +44,7 @@ def file(small_recipe, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_apply_writes_the_recipe_that_was_planned(call, file, tmp_path):
     code, out, _ = call("plan", file, "--gpu", "1GB", "--json")
     whole = json.loads(out)
