@@ -27,6 +27,9 @@ PASS_TOKENS = {"cpu": 1024}
 OTHER_PASS_TOKENS = 32768
 GRAPH_TOKENS = {"cpu": 4 * PASS_TOKENS["cpu"]}
 """Maximum padded tokens of a batch whose rows are compared, of which all activations are kept."""
+PASS_COST = {"cpu": 48}
+OTHER_PASS_COST = 8192
+"""Tokens that take about as long as it takes to start a pass."""
 EVALUATION_ROWS = 32
 """Rows per batch of evaluation, prediction and embedding, unless a batch size is given."""
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -109,17 +112,38 @@ def pass_tokens(training: TrainingConfig, device: str) -> int:
     return training.micro_batch_tokens or PASS_TOKENS.get(device, OTHER_PASS_TOKENS)
 
 
-def keeps_graphs(
-    training: TrainingConfig, lengths: np.ndarray, micro_batches: Sequence[np.ndarray], device: str
-) -> bool:
-    """Whether a batch whose rows are compared with each other keeps the activations of all of its micro-batches.
+def keeps_graphs(training: TrainingConfig, padded_tokens: int, device: str) -> bool:
+    """Whether a batch whose rows are compared with each other keeps the activations of all of its passes.
 
     Otherwise they are computed twice (see ``Head.vectors``), as they are wherever the recipe limits a micro-batch.
     """
-    if training.micro_batch is not None or training.micro_batch_tokens is not None:
-        return False
-    tokens = sum(len(rows) * int(lengths[rows].max()) for rows in micro_batches)
-    return tokens <= GRAPH_TOKENS.get(device, OTHER_PASS_TOKENS)
+    limited = training.micro_batch is not None or training.micro_batch_tokens is not None
+    return not limited and padded_tokens <= GRAPH_TOKENS.get(device, OTHER_PASS_TOKENS)
+
+
+def text_passes(
+    lengths: np.ndarray, training: TrainingConfig, device: str, *, most: int | None = None, unpadded: bool = False
+) -> list[np.ndarray]:
+    """The forward passes of a batch's texts, whichever row they belong to, as arrays of text numbers.
+
+    They are cut so that padding and the cost of starting a pass are least together. None has more than ``most`` texts
+    or ``pass_tokens`` padded tokens, or it is a single text; ``unpadded`` ones have texts of one length.
+    """
+    order, cost = np.argsort(lengths, kind="stable"), PASS_COST.get(device, OTHER_PASS_COST)
+    widths, counts = np.unique(lengths, return_counts=True)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    least, cuts = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=int)
+    for end, width in enumerate(widths, 1):
+        costs = least[:end] + cost + width * (starts[end] - starts[:end])
+        cuts[end] = int(costs.argmin())
+        least[end] = costs[cuts[end]]
+    passes: list[np.ndarray] = []
+    end = len(widths)
+    while end:
+        texts = order[starts[cuts[end]] : starts[end]]
+        passes += split_by_budget(texts, lengths, most, pass_tokens(training, device), unpadded=unpadded)
+        end = cuts[end]
+    return passes
 
 
 def by_length(

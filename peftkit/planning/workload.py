@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from peftkit.data.batching import by_length, epoch_batches, keeps_graphs, pass_tokens, shard_batch, steps_per_epoch
+from peftkit.data.batching import (
+    by_length,
+    epoch_batches,
+    keeps_graphs,
+    pass_tokens,
+    shard_batch,
+    steps_per_epoch,
+    text_passes,
+)
 from peftkit.planning.traced_model import Shape
 from peftkit.schema.recipe import Recipe
 
@@ -64,15 +72,18 @@ def data_workload(
         return Shape(len(index), width, min(scored, len(index) * (width - 1)), packed)
 
     train_scored, shapes, accumulates = train.scored, [], False
+    parts = np.array(train.examples["parts"]) if compares_rows else np.empty(0)
     for batch in epoch_batches(lengths, training, 0):
+        if compares_rows:
+            passes = _passes(np.minimum(parts[batch], recipe.data.max_length), recipe, device, unpadded)
+            shapes += passes
+            accumulates = accumulates or len(passes) > 1
+            continue
         shard = shard_batch(
             batch, lengths, rank=0, world_size=world_size, micro_batch=rows, micro_tokens=tokens, unpadded=unpadded
         )
         accumulates = accumulates or len(shard) > 1
-        parts = [micro_batch.rows for micro_batch in shard]
-        if len(parts) > 1 and compares_rows and keeps_graphs(training, lengths, parts, device):
-            parts = [np.concatenate(parts)]
-        shapes += [shape(rows, lengths, train_scored) for rows in parts]
+        shapes += [shape(micro_batch.rows, lengths, train_scored) for micro_batch in shard]
     validation = encoded.splits["validation"]
     validation_lengths, validation_scored = np.minimum(validation.lengths, longest), validation.scored
     batches = by_length(validation_lengths, recipe.evaluation.batch_size, tokens, unpadded=unpadded)
@@ -80,3 +91,15 @@ def data_workload(
     steps = min(math.ceil(per_epoch * training.epochs), training.max_steps or 10**12)
     evaluation = tuple(shape(batch, validation_lengths, validation_scored) for batch in batches)
     return Workload(tuple(shapes), evaluation, steps, steps / per_epoch, accumulates)
+
+
+def _passes(texts: np.ndarray, recipe: Recipe, device: str, unpadded: bool) -> list[Shape]:
+    """The shapes of a batch of rows that are compared, [rows, texts] tokens: a single one where its graphs are kept."""
+    training, each, lengths = recipe.training, texts.shape[1], texts.flatten()
+    most = training.micro_batch * each if isinstance(training.micro_batch, int) else None
+    passes = text_passes(lengths, training, device, most=most, unpadded=unpadded)
+    shapes = [Shape(-(-len(texts) // each), int(lengths[texts].max()) * each, 0) for texts in passes]
+    padded = sum(shape.padded_tokens for shape in shapes)
+    if keeps_graphs(training, padded, device):
+        return [Shape(len(texts), -(-padded // len(texts)), 0)]
+    return shapes

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from peftkit.data.batching import MODEL_INPUTS, MicroBatch, keeps_graphs, pass_tokens, shard_batch
+from peftkit.data.batching import MODEL_INPUTS, MicroBatch, keeps_graphs, pass_tokens, shard_batch, text_passes
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
@@ -24,6 +24,8 @@ from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
 
 ForwardPass = Literal["loss", "outputs", "loss_and_measures", "batch_sums", "reference_outputs", "vectors"]
 """The forward passes of a head, by the name of its method."""
+TEXT_INPUTS = (*MODEL_INPUTS, "attention_mask")
+"""Columns of a batch that have a row for each text; where rows are compared, others have one for each row."""
 
 
 class TaskModule(torch.nn.Module):
@@ -179,10 +181,10 @@ class Stepper:
         """
         session = self.session
         measures = self.head.measures
+        if self.head.compares_rows:
+            return self._accumulate_compared(batch, weight, step)
         total = torch.zeros(1 + 2 * len(measures) if measures else (), device=session.device)
         micro_batches = self.micro_batches(batch)
-        if len(micro_batches) > 1 and self.head.compares_rows:
-            return self._accumulate_together(micro_batches, weight, step)
         shared = self._batch_sums(micro_batches, step) if self.head.sums_batches else {}
         for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(self.recipe.training.seed, step, number, session.rank)
@@ -196,26 +198,25 @@ class Stepper:
             session.watchdog.report_progress()
         return total
 
-    def _accumulate_together(self, micro_batches: list[MicroBatch], weight: float, step: int) -> torch.Tensor:
-        """``accumulate`` where the loss compares rows of different micro-batches; see ``Head.vectors``."""
-        training, lengths, device = self.recipe.training, self.split.lengths, self.session.device.type
-        twice = not keeps_graphs(training, lengths, [each.rows for each in micro_batches], device)
-        batches = [self.collate(micro_batch.rows) for micro_batch in micro_batches]
+    def _accumulate_compared(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
+        """``accumulate`` where the loss compares the rows of the batch with each other; see ``Head.vectors``."""
+        collated = self.collate(batch)
+        passes = self.passes_over(collated)
+        texts = [cut_texts(collated, indices) for indices in passes]
+        twice = not keeps_graphs(
+            self.recipe.training, sum(each["input_ids"].numel() for each in texts), self.session.device.type
+        )
         with torch.set_grad_enabled(not twice):
-            parts = [self._vectors(batch, step, number) for number, batch in enumerate(batches)]
-        compared = torch.cat([part.detach() for part in parts]).requires_grad_()
-        rows = {
-            name: torch.cat([batch[name] for batch in batches])
-            for name in batches[0] if name not in (*MODEL_INPUTS, "attention_mask")
-        }  # fmt: skip
-        total = self.head.batch_loss(compared, rows)
+            parts = [self._vectors(each, step, number) for number, each in enumerate(texts)]
+        order = torch.from_numpy(np.argsort(np.concatenate(passes))).to(self.session.device)
+        compared = torch.cat([part.detach() for part in parts])[order].requires_grad_()
+        total = self.head.batch_loss(compared, {name: collated[name] for name in collated if name not in TEXT_INPUTS})
         (total / weight if weight else total * 0.0).backward()
         assert compared.grad is not None
-        gradients = compared.grad.split([len(part) for part in parts])
-        for number, (batch, gradient) in enumerate(zip(batches, gradients)):
-            vectors = self._vectors(batch, step, number) if twice else parts[number]
-            parts[number] = gradient  # frees the activations after their backward pass
-            last = number == len(batches) - 1
+        for number, indices in enumerate(passes):
+            vectors = self._vectors(texts[number], step, number) if twice else parts[number]
+            gradient = parts[number] = compared.grad[indices]  # which frees the activations after their backward pass
+            last = number == len(passes) - 1
             objective = (vectors * gradient).sum()
             if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
                 objective = objective + penalty
@@ -223,8 +224,17 @@ class Stepper:
             self.session.watchdog.report_progress()
         return total.detach()
 
+    def passes_over(self, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
+        """The passes of a batch whose rows are compared, as the numbers of their texts."""
+        lengths = batch["attention_mask"].sum(dim=1).cpu().numpy()
+        texts = len(lengths) // len(batch["weight"])
+        return text_passes(
+            lengths, self.recipe.training, self.session.device.type, unpadded=self.unwrapped.unpadded,
+            most=self.micro_batch and self.micro_batch * texts,
+        )  # fmt: skip
+
     def _vectors(self, batch: dict[str, torch.Tensor], step: int, number: int) -> torch.Tensor:
-        """The head's vectors of a micro-batch; called twice, it draws the same dropout."""
+        """The head's vectors of a pass; called twice, it draws the same dropout."""
         seed_micro_batch(self.recipe.training.seed, step, number, self.session.rank)
         with self.session.accelerator.autocast():
             vectors: torch.Tensor = self.module(batch, use="vectors")
@@ -267,6 +277,14 @@ class Stepper:
         """The rows as padded tensors on this process's device."""
         batch = self.split.batch(rows, self.tokenizer)
         return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def cut_texts(batch: dict[str, torch.Tensor], texts: np.ndarray) -> dict[str, torch.Tensor]:
+    """The model's inputs of some texts of a batch, without the columns in which all of them are padded."""
+    mask = batch["attention_mask"][texts]
+    used = mask.any(dim=0).nonzero().flatten()
+    columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(None)
+    return {name: batch[name][texts][:, columns] for name in TEXT_INPUTS if name in batch}
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
