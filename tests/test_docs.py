@@ -123,7 +123,7 @@ def _one_core():
 
 OTHER_RUNS = {
     "entities": "entities", "pairs": "similarity", "retrieval": "similarity", "questions": "questions",
-    "domain": "masked",
+    "domain": "masked", "reranker": "reranking",
 }  # fmt: skip
 """Which tiny run a word in a documented run's name stands for."""
 
@@ -144,6 +144,7 @@ def workspace(tmp_path_factory, bert, llama):
         "questions": ("own_questions", bert, {"source": "squad.json", "max_length": 64}),
         "masked": ("domain_mlm", bert, {"source": "my_texts", "max_length": 64}),
         "similarity": ("own_retrieval", bert, {"source": "pairs.csv", "max_length": 64}),
+        "reranking": ("own_reranker", bert, {"source": "judged.csv", "max_length": 64}),
     }
     runs = {}
     with contextlib.chdir(folder):
@@ -171,6 +172,11 @@ def write_files(folder: Path) -> None:
             rows = [(f"{word} {n}", f"the {word} of {n}", f"{word} a{n}", f"{word} b{n}", n % 5)
                     for n, word in enumerate(tiny.WORDS[:40])]  # fmt: skip
             csv.writer(file).writerows([header, *rows])
+    with (folder / "judged.csv").open("w", newline="", encoding="utf-8") as file:
+        judged = [
+            (f"{word} {n}", f"the {word} {label}", label) for n, word in enumerate(tiny.WORDS[:30]) for label in (0, 1)
+        ]
+        csv.writer(file).writerows([("query", "text", "label"), *judged])
     lines(folder / "spans.jsonl", [
         {"text": f"{word} king {n}", "spans": [{"start": len(word) + 1, "end": len(word) + 5, "label": "person"}]}
         for n, word in enumerate(tiny.WORDS[:30])

@@ -91,13 +91,22 @@ def search(
         str | None,
         typer.Option(help="Column of the texts. Default: the recipe's second text, or its text."),
     ] = None,
+    rerank: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Order the best texts again by a run of task.kind=reranking.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Texts per query that --rerank reads. Default: 50.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the texts of a file that are most like a query, by the cosine of their vectors."""
     from peftkit.inference import search as searching
 
     queries = query or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    answers = searching.search_file(source, corpus=corpus, queries=queries, top=top, column=column)
+    if candidates is not None and rerank is None:
+        raise RunError("--candidates is the number of texts that --rerank RUN reads; give the run, or leave it out")
+    options = given(rerank=rerank, candidates=candidates)
+    answers = searching.search_file(source, corpus=corpus, queries=queries, top=top, column=column, **options)
     searching.show(queries, answers, as_json=as_json)
 
 

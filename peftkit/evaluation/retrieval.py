@@ -1,7 +1,8 @@
-"""How well queries find what is relevant to them by the cosine of their vectors.
+"""How well queries find what is relevant to them: by the cosine of vectors, or in lists that were ordered by scores.
 
 Definitions are those of sentence-transformers' InformationRetrievalEvaluator: MRR and nDCG (Järvelin & Kekäläinen 2002)
-within the first 10, average precision within the first 100.
+within the first 10, average precision within the first 100; and of its CrossEncoderRerankingEvaluator for lists, whose
+average precision has no limit, and whose nDCG takes the relevance itself as the gain.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Mapping, Sequence, Set
 import numpy as np
 
 METRICS = ("accuracy_at_1", "recall_at_1", "recall_at_5", "recall_at_10", "mrr", "ndcg", "map")
+OF_LISTS = ("accuracy_at_1", "mrr", "ndcg", "map")
 TOP, DEEP = 10, 100
 CHUNK = 512
+_DISCOUNTS = 1 / np.log2(np.arange(TOP) + 2)
 
 
 def score(
@@ -41,16 +44,33 @@ def score(
     return values, first
 
 
+def of_list(gains: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
+    """The metrics of one query's texts, at least one of them relevant.
+
+    Args:
+        gains: how relevant each text is, in the order of the list, [texts], none below 0.
+        relevant: whether each counts as relevant, [texts].
+    """
+    places = np.flatnonzero(relevant)
+    top, best = gains[:TOP], -np.sort(-gains)[:TOP]
+    discounts = _DISCOUNTS[: len(top)]
+    return {
+        "accuracy_at_1": float(relevant[0]),
+        "mrr": 1 / (places[0] + 1.0) if places[0] < TOP else 0.0,
+        "ndcg": float((top * discounts).sum() / (best * discounts).sum()),
+        "map": float(((np.arange(len(places)) + 1) / (places + 1)).mean()),
+    }
+
+
 def _of_query(hits: np.ndarray, relevant: int) -> dict[str, float]:
     """The metrics of one query from whether each document in order is relevant."""
     places = np.flatnonzero(hits)
-    discounts = 1 / np.log2(np.arange(TOP) + 2)
     top = places[places < TOP]
     return {
         "accuracy_at_1": float(hits[0]),
         **{f"recall_at_{count}": float(hits[:count].sum()) / relevant for count in (1, 5, 10)},
         "mrr": 1 / (places[0] + 1.0) if len(top) else 0.0,
-        "ndcg": float(discounts[top].sum() / discounts[: min(relevant, TOP)].sum()),
+        "ndcg": float(_DISCOUNTS[top].sum() / _DISCOUNTS[: min(relevant, TOP)].sum()),
         "map": float(((np.arange(len(places)) + 1) / (places + 1)).sum() / min(relevant, DEEP)),
     }
 

@@ -102,10 +102,9 @@ class Embedding(Head):
         import torch
 
         rows = len(batch["weight"])
-        names = [(batch["texts"] >> (NAME_BITS * part)) % (1 << NAME_BITS) for part in range(NAME_PARTS)]
         return {
             "vectors": self.vectors(model, batch, pooling).reshape(rows, -1), "labels": batch["labels"].float(),
-            "texts": torch.stack(names, dim=-1).reshape(rows, -1), "weight": batch["weight"].float(),
+            "texts": name_parts(batch["texts"]), "weight": batch["weight"].float(),
             "loss": torch.zeros(rows),
         }  # fmt: skip
 
@@ -255,6 +254,14 @@ class Embedding(Head):
             "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
             "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": "cosine"},
         }
+
+
+def name_parts(numbers: torch.Tensor) -> torch.Tensor:
+    """[rows, texts] → [rows, texts · NAME_PARTS]: numbers of texts in parts that fp32 holds; see ``names_of``."""
+    import torch
+
+    parts = [(numbers >> (NAME_BITS * part)) % (1 << NAME_BITS) for part in range(NAME_PARTS)]
+    return torch.stack(parts, dim=-1).reshape(len(numbers), -1)
 
 
 def names_of(outputs: Outputs) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from peftkit.inference.trained_model import LoadedRun
 
 CHUNK = 512
-"""Rows in memory at a time, per process."""
+"""Rows in memory at a time, per process; of a head that ranks texts all of them."""
 WRITERS = (*texts.TABLES, ".jsonl")
 Observer = Callable[["LoadedRun", list[Any], Sequence[Any], float], None]
 
@@ -50,7 +51,8 @@ def predict_file(
         names = group.run_on_main(rows.check)
         model = group.main_first(lambda: trained_model.load(export, merge=merge, device=group.device))
         observe = observe if group.is_main else None
-        answers = _answers(model, group, group.chunks(iter(rows), CHUNK), columns, set(names), observe)
+        chunk = sys.maxsize // group.world_size if model.head.ranks else CHUNK
+        answers = _answers(model, group, group.chunks(iter(rows), chunk), columns, set(names), observe)
         return texts.write_rows(answers, out, names) if group.is_main else sum(1 for _ in answers)
 
 
@@ -68,7 +70,7 @@ def _answers(
     """The rows with their predictions as columns; a name that the input has already gets the prefix ``predicted_``."""
     for chunk in chunks:
         started, inputs = time.perf_counter(), [texts.text_of(row, columns) for row in chunk]
-        predictions = group.map_sharded(inputs, model.predict)
+        predictions = model.head.complete_answers(group.map_sharded(inputs, model.predict), inputs)
         if observe is not None:
             observe(model, inputs, predictions, time.perf_counter() - started)
         for row, prediction in zip(chunk, predictions, strict=True):

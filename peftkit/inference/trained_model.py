@@ -87,7 +87,8 @@ class LoadedRun(LoadedExport):
     ) -> list[Any]:  # fmt: skip
         """A ``Prediction`` for each text in order.
 
-        Or a ``Tagged`` from token classification, an ``Answer`` to a question, a ``Filled`` with tokens for each mask.
+        Or a ``Tagged`` from token classification, an ``Answer`` to a question, a ``Filled`` with tokens for each mask,
+        a ``Ranked`` from reranking, whose rank is among the texts of the call with the same query.
 
         Args:
             texts: texts, or (text, text pair) tuples; a single text is a list of one.
@@ -103,8 +104,12 @@ class LoadedRun(LoadedExport):
         """
         if columns or texts is None:
             texts = texts_of_columns(columns, self._recipe.task.input_columns(self._recipe.data), texts)
-        rows = self._input_rows(texts)
-        return list(self.head.answers(self._outputs(rows, batch_size), rows, self.tokenizer, threshold)) if rows else []
+        asked = as_texts(texts, self._text_counts)
+        rows = self._input_rows(asked)
+        if not rows:
+            return []
+        answers = self.head.answers(self._outputs(rows, batch_size), rows, self.tokenizer, threshold)
+        return self.head.complete_answers(answers, asked)
 
     def logits(self, texts: Text | Sequence[Text], *, batch_size: int | None = None) -> np.ndarray:
         """Scores [texts, labels] fp32 before softmax or sigmoid; see ``predict``.
@@ -112,7 +117,7 @@ class LoadedRun(LoadedExport):
         Raises:
             RunError: the run is a language model, or scores words rather than texts.
         """
-        rows = self._input_rows(texts)
+        rows = self._input_rows(as_texts(texts, self._text_counts))
         if not rows:
             return np.zeros((0, self.head.width), dtype=np.float32)
         outputs = self._outputs(rows, batch_size)
@@ -120,13 +125,16 @@ class LoadedRun(LoadedExport):
             raise RunError(f"{self.path}: this model scores words, not texts; use predict")
         return outputs["logits"]
 
-    def _input_rows(self, texts: Text | Sequence[Text]) -> list[Row]:
+    @property
+    def _text_counts(self) -> set[int]:
+        """How many texts may be read together."""
+        return {2, len(self._recipe.task.input_columns(self._recipe.data))}
+
+    def _input_rows(self, texts: Sequence[Text]) -> list[Row]:
         """Canonical rows without answers; raises RunError for a language model."""
         if self.head.writes_text:
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
-        task = self._recipe.task
-        lengths = {2, len(task.input_columns(self._recipe.data))}
-        return [task.input_row((text,) if isinstance(text, str) else text) for text in as_texts(texts, lengths)]
+        return [self._recipe.task.input_row((text,) if isinstance(text, str) else text) for text in texts]
 
     def _outputs(self, rows: list[Row], batch_size: int | None) -> dict[str, np.ndarray]:
         """The head's outputs, by name, for each example of the rows."""

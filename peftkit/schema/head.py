@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.schema.registries import HEADS
-from peftkit.schema.types import Answer, Batch, Filled, LoadedModel, Prediction, Row, Tagged, TaskInfo
+from peftkit.schema.types import Answer, Batch, Filled, LoadedModel, Prediction, Ranked, Row, Tagged, TaskInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,6 +68,8 @@ class Head(ABC):
     """Whether its answers are spans of the text."""
     fills_masks: ClassVar[bool] = False
     """Whether its answers are tokens for the masked places of the text."""
+    ranks: ClassVar[bool] = False
+    """Whether its answers order texts among each other, so that those of a file are needed at once."""
     baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
     """Baselines that results are compared with where the recipe names none."""
     completes: ClassVar[bool] = False
@@ -269,9 +271,17 @@ class Head(ABC):
 
     def answers(
         self, outputs: Outputs, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, threshold: float | None = None
-    ) -> Sequence[Prediction | Tagged | Answer | Filled]:
+    ) -> Sequence[Prediction | Tagged | Answer | Filled | Ranked]:
         """``predictions`` for canonical rows, for a head that points into their texts, or that answers by tokens."""
         return self.predictions(outputs, threshold)
+
+    def complete_answers(self, answers: Sequence[Any], texts: Sequence[Any]) -> list[Any]:
+        """The answers to all texts of a call, a file or a request, with what depends on more than one of them.
+
+        Args:
+            texts: what was asked: texts, or tuples of those that are read together.
+        """
+        return list(answers)
 
     # -- baselines -------------------------------------------------------------------------------------------------
 
@@ -305,6 +315,28 @@ class Head(ABC):
 
         Returns:
             None for a head that answers no questions.
+        """
+        return None
+
+    def tfidf_outputs(self, train: Any, rows: Any) -> tuple[dict[str, np.ndarray], str] | None:
+        """Outputs for ``rows`` by the words that the texts of each share, and a note on them.
+
+        Args:
+            train: canonical rows by which rare words are known, by column (``datasets.Dataset``), as ``rows``.
+
+        Returns:
+            None for a head that compares no texts.
+        """
+        return None
+
+    def lead_texts(self, train: Any, rows: Any) -> tuple[list[str], str] | None:
+        """The beginning of each row's source in place of a text that is generated from it, and a note on them.
+
+        Args:
+            train, rows: canonical rows by column (``datasets.Dataset``).
+
+        Returns:
+            None for a head that writes no text from another one.
         """
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ class TaskInfo:
 
     problem_type: str
     """Name of the head in ``HEADS``: single_label_classification, multi_label_classification, regression, causal_lm,
-    token_classification, question_answering."""
+    token_classification, question_answering, reranker, and others."""
     labels: tuple[str, ...] = ()
     """Class names by id; empty for language models, one name for a regression."""
     class_weights: tuple[float, ...] | None = None
@@ -51,6 +51,21 @@ class Prediction:
     def observed(self) -> tuple[Any, float | None]:
         """The answer in short, and how probable it is: what is watched of a served model."""
         return self.label, self.probability
+
+
+class Words(str):
+    """A text whose words are known: ``Words(["@ada", "was", "here"])`` is ``"@ada was here"``, of three words."""
+
+    words: tuple[str, ...]
+
+    def __new__(cls, words: Iterable[str]) -> Words:
+        words = tuple(words)
+        text = super().__new__(cls, " ".join(words))
+        text.words = words
+        return text
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]
+        return (self.words,)  # so that a copy in another process has them, too
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,24 @@ class Answer:
     def observed(self) -> tuple[Any, float | None]:
         """Whether there is an answer, and the score of the best one."""
         return "answer" if self.text else "no answer", self.score
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """How relevant a text is to its query."""
+
+    score: float
+    """Probability that it is relevant."""
+    rank: int
+    """Its place among the texts of the query, from 1, the most relevant."""
+
+    def columns(self) -> Row:
+        """The answer as columns of a file: ``score`` and ``rank``."""
+        return {"score": round(self.score, 6), "rank": self.rank}
+
+    def observed(self) -> tuple[Any, float | None]:
+        """The score, as a number that is watched."""
+        return self.score, None
 
 
 @dataclass(frozen=True)

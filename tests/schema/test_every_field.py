@@ -19,6 +19,7 @@ LORA, CLASSIFICATION = "methods/test_lora_method.py::", "tasks/test_classificati
 STAGES = "test_run_stages.py::"
 SEQ2SEQ = "test_run_seq2seq.py::"
 SIMILARITY = "test_run_similarity.py::"
+RERANKING = "test_run_reranking.py::test_each_field_takes_effect"
 QUESTIONS = "tasks/test_question_answering.py::"
 MASKED_LM = "test_run_masked_lm.py::"
 TOKENS = "tasks/test_token_classification.py::"
@@ -86,6 +87,7 @@ TESTS = {
     "task[similarity].symmetric": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[similarity].negatives": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
     "task[similarity].dimensions": SIMILARITY + "test_what_is_learned_goes_by_the_loss_and_its_fields",
+    **{f"task[reranking].{name}": RERANKING for name in ("max_relevance", "relevant_from", "negatives")},
     "task[classification].label_smoothing": CLASSIFICATION + "test_cross_entropy_is_torchs_however_the_batch_is_cut",
     "task[classification].class_weights": CLASSIFICATION + "test_balanced_weights_are_those_of_scikit_learn",
     "task[classification].cosine_temperature": "heads/test_cosine.py::test_a_run_starts_where_its_classes_are",

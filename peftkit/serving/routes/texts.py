@@ -66,6 +66,7 @@ class Answers(OfTexts):
         body = await read(request, TextsBody)
         model, texts = self.service.adapter(body.model), self.texts_of(body)
         answers = await self.service.batched(model, "answers", self.service.run.predict, texts)
+        answers = self.service.run.head.complete_answers(answers, texts)  # of this request alone
         shown = [{"index": number, **answer.columns()} for number, answer in enumerate(answers)]
         labels, probabilities = zip(*(answer.observed() for answer in answers))
         usage = self.record(request, model, texts, labels=labels, probabilities=probabilities)
@@ -74,7 +75,7 @@ class Answers(OfTexts):
 
 @ROUTES.register("classify")
 class Classify(Answers):
-    """The label of each text with the probability of every label, or the cosine of a pair."""
+    """The label of each text with the probability of every label, or the cosine or rank of a pair."""
 
     path: ClassVar[str] = "/v1/classify"
 
