@@ -1,6 +1,7 @@
 """Token classification from rows to spans: learned, resumed, exported and read by plain transformers and peft."""
 
 import json
+import pickle
 import random
 
 import pytest
@@ -11,9 +12,12 @@ import peftkit
 from peftkit import Recipe
 from peftkit.data.pipeline import encode_rows
 from peftkit.errors import Interrupted, RunError
+from peftkit.evaluation.entities import entities
 from peftkit.experiments import scores
 from peftkit.export import run_export
+from peftkit.inference.predict_file import predict_file
 from peftkit.schema.recipe import replace
+from peftkit.schema.types import Words
 from tests import tiny
 
 PEOPLE, PLACES = ("king", "lord", "player", "actor"), ("world", "market", "bank", "team")
@@ -197,3 +201,31 @@ def test_gradients_are_those_of_plain_transformers(bert):
     head = TokenClassification(TaskInfo("token_classification", labels))
     loss = head.loss(model, {**encoded, "labels": gold}, "own")
     assert float(loss) == pytest.approx(6 * float(model(**encoded, labels=gold).loss), rel=1e-5)
+
+
+def test_the_words_of_a_file_are_kept_and_its_spans_are_those_that_evaluate_counts(bert, tmp_path):
+    draw = random.Random(0)
+    blocks = []
+    for _ in range(60):
+        words = ["the", f"@{draw.choice(PEOPLE)}", f"#{draw.choice(PLACES)}!", "don't", draw.choice(tiny.WORDS)]
+        blocks.append("\n".join(f"{word}\t{tag}" for word, tag in zip(words, ["O", "B-PER", "B-LOC", "O", "O"])))
+    path = tmp_path / "tweets.conll"
+    path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    run = peftkit.train(recipe(bert, path, tmp_path / "runs", training={"epochs": 2}), quiet=True)
+    stored = [json.loads(line) for line in (run.path / "predictions" / "test.jsonl").read_text().splitlines()]
+    sentences = {line["line"]: line for line in stored}
+    out = tmp_path / "spans.jsonl"
+    assert predict_file(run.path, file=path, column=None, out=out) == 60
+    compared = 0
+    for number, row in enumerate(map(json.loads, out.read_text(encoding="utf-8").splitlines())):
+        words = [line.split("\t")[0] for line in blocks[number].split("\n")]
+        assert row["text"] == " ".join(words)
+        if (line := sentences.get(1 + 6 * number)) is None:
+            continue
+        expected = [(kind, " ".join(words[first:last])) for first, last, kind in entities(line["predicted"])]
+        assert [(span["label"], span["text"]) for span in row["spans"]] == expected
+        compared += len(expected)
+    assert compared > 5
+    words = Words(["the", "@king"])
+    assert pickle.loads(pickle.dumps(words)).words == words.words == ("the", "@king")
+    assert words == "the @king"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -52,12 +53,13 @@ def from_tokens(tokens: Sequence[Any], tags: Sequence[Any], columns: tuple[str, 
             raise DataError(f"expected words, found {shorten(token)} among them", column=columns[0])
     if len(tags) != len(tokens):
         raise DataError(f"expected a tag for each of {len(tokens)} words, found {len(tags)} tags", column=columns[1])
-    starts, ends, place = [], [], 0
-    for token in tokens:
-        starts.append(place)
-        ends.append(place + len(token))
-        place += len(token) + 1
-    return TaggedWords(" ".join(tokens), starts, ends, [str(tag) for tag in tags])
+    return TaggedWords(" ".join(tokens), *joined(tokens), [str(tag) for tag in tags])
+
+
+def joined(tokens: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Starts and ends of words that are joined by spaces."""
+    ends = list(itertools.accumulate((len(token) for token in tokens), lambda end, length: end + 1 + length))
+    return [end - len(token) for end, token in zip(ends, tokens)], ends
 
 
 def from_spans(text: str, spans: Sequence[Any], column: str) -> TaggedWords:

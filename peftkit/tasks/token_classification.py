@@ -29,10 +29,10 @@ from peftkit.models.context import usable_length
 from peftkit.schema.registries import TASKS
 from peftkit.schema.sections import ClassName
 from peftkit.schema.task import Task
-from peftkit.schema.types import Row, TaskInfo
+from peftkit.schema.types import Row, TaskInfo, Words
 from peftkit.tasks.control_tokens import places, warn_of_control_tokens
 from peftkit.tasks.long_texts import require_offsets, windows
-from peftkit.tasks.tagged_words import TaggedWords, from_spans, from_tokens, words_of
+from peftkit.tasks.tagged_words import TaggedWords, from_spans, from_tokens, joined, words_of
 from peftkit.tasks.tokens import surrounding_tokens
 
 if TYPE_CHECKING:
@@ -176,8 +176,9 @@ class TokenClassification(Task):
         return ("text",) if data.text == TOKENS else (data.text,)
 
     def input_row(self, values: Sequence[str]) -> Row:
-        starts, ends = words_of(values[0])
-        return {"text": values[0], "starts": starts, "ends": ends}
+        text = values[0]
+        starts, ends = joined(text.words) if isinstance(text, Words) else words_of(text)
+        return {"text": text, "starts": starts, "ends": ends}
 
     def text_of(self, row: Row) -> str:
         return str(row["text"])

@@ -12,7 +12,7 @@ from peftkit.data.reader import Reader
 from peftkit.errors import DataError
 from peftkit.schema.recipe import DataConfig
 from peftkit.schema.registries import READERS
-from peftkit.schema.types import Row
+from peftkit.schema.types import Row, Words
 
 TOKENS, TAGS = "tokens", "tags"
 DOCUMENT = "-DOCSTART-"
@@ -69,9 +69,9 @@ class ConllReader(Reader):
             raise DataError("the file is empty; expected a word and its tag per line", file=path)
 
     def inputs(self, path: Path, problems: Problems, column: str) -> Iterator[Row]:
-        """A row per sentence: its words, joined by spaces, under ``column``."""
+        """A row per sentence: its words, joined by spaces and known as such, under ``column``."""
         for row in self.rows(path, problems):
-            yield {column: " ".join(row[TOKENS]), "_file": row["_file"], "_line": row["_line"]}
+            yield {column: Words(row[TOKENS]), "_file": row["_file"], "_line": row["_line"]}
 
 
 @dataclass
