@@ -15,7 +15,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,25 @@ def kills(folder: Path, whole: Reference, trials: int, seed: int = 0) -> Outcome
             outcome.add("kills that met a living process", _killed(child, moment))
         outcome.count(finished(recipe, whole, said), f"killed after {', '.join(f'{each:.2f}' for each in moments)} s")
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    return outcome
+
+
+def kills_in_stages(folder: Path, stages: Sequence[Reference]) -> Outcome:
+    """Each of several stages, which stand on one another, is killed in a step, resumed and killed in a save."""
+    outcome = begin("kill -9 in every stage", "adapter, log and metrics byte-equal")
+    before: Path | None = None
+    for whole in stages:
+        recipe, said = whole.trial(folder, "staged")
+        if before is not None:
+            recipe = replace(recipe, model={"adapter": str(before)})
+        problems = []
+        for resume, phase, number in ((False, aimed.STEP, 5), (True, aimed.SAVE, 1)):
+            after = aimed.after(whole.phases, phase, 0.5)
+            struck = aimed.strike(runs.train(recipe, resume=resume), said, phase, number, after, signal.SIGKILL)
+            if struck.code != -signal.SIGKILL:
+                problems.append(f"the run to be killed in a {phase} ended with {struck.code}")
+        outcome.count(problems + finished(recipe, whole, said), f"stage {recipe.name}")
+        before = runs.folder_of(recipe)
     return outcome
 
 

@@ -98,6 +98,19 @@ def decoder_nf4(folder: Path, **parts: Any) -> Recipe:
     return replace(decoder(folder), name="decoder_nf4", quantization={"kind": "nf4"}, **parts)
 
 
+def preferences(folder: Path, *, adapter: Path, **parts: Any) -> Recipe:
+    """A second stage: DPO that trains the decoder's adapter further."""
+    rows = folder / "preferences.jsonl"
+    if not rows.exists():
+        lines = [{"prompt": f"say {n}", "chosen": f"it is {n % 5}", "rejected": f"no {n % 7}"} for n in range(48)]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {
+        "name": "preferences", "model": {"adapter": str(adapter), "adapter_use": "continue"},
+        "data": {"source": str(rows)}, "task": {"kind": "preference"},
+    }  # fmt: skip
+    return replace(replace(decoder(folder), **changes), **parts)
+
+
 STEPS = {
     "epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2, "threads": 1, "evaluate_every": 4,
     "save_every": 3, "early_stopping": {"patience": 9},
@@ -106,7 +119,7 @@ COMMON: dict[str, Any] = {
     "evaluation": {"baselines": [], "metrics": ["accuracy"]}, "export": {"prove": False}, "tracking": [],
     "output_dir": "unset",
 }  # fmt: skip
-KINDS = {"encoder": encoder, "decoder": decoder, "decoder_nf4": decoder_nf4}
+KINDS = {"encoder": encoder, "decoder": decoder, "decoder_nf4": decoder_nf4, "preferences": preferences}
 
 
 # -- children ----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,14 @@ def test_killed_at_random_moments(folder, whole):
     check(kinds.kills(folder, whole, trials=2))
 
 
+@pytest.mark.slow
+def test_killed_in_each_of_two_stages(folder, packed):
+    """Following instructions, then preferences by DPO on the adapter of that run."""
+    outcome = kinds.kills_in_stages(folder, [packed, kinds.reference(folder, "preferences", adapter=packed.path)])
+    check(outcome)
+    assert outcome.trials == 2
+
+
 def test_killed_in_a_save(folder, packed):
     outcome = kinds.kills_in_saves(folder, packed, trials=2)
     check(outcome)
