@@ -29,7 +29,10 @@ def summarize_lora() -> Recipe:
             "limit": {"train": 5000, "validation": 500, "test": 500},
         },
         training={"epochs": 2, "batch_size": 16, "learning_rate": 1e-3},
-        evaluation={"generation": {"samples": 100, "max_new_tokens": 128}},
+        evaluation={
+            "baselines": ["zero_shot", "lead"],
+            "generation": {"samples": 8, "test_rows": "all", "max_new_tokens": 128, "num_beams": 4},
+        },
     )
 
 

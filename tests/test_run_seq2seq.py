@@ -7,13 +7,16 @@ import random
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 import transformers
+from rouge_score import rouge_scorer
 
 import peftkit
 from peftkit import Recipe
 from peftkit.data.pipeline import encode, prepare
 from peftkit.errors import DataError, ExportError, Interrupted, MethodError, ModelError, RecipeError, RunError
+from peftkit.experiments import scores
 from peftkit.export import run_export
 from peftkit.inference.evaluate import evaluate
 from peftkit.inference.generate_file import generate_file
@@ -28,7 +31,11 @@ from peftkit.schema.recipe import replace
 from tests import tiny
 
 OFF = {"duplicates": "off", "near_duplicates": "off", "leakage": "off"}
-MODELS = {"t5": tiny.tiny_t5, "mt5": tiny.tiny_mt5, "bart": tiny.tiny_bart}
+MODELS = {
+    "t5": tiny.tiny_t5, "mt5": tiny.tiny_mt5, "bart": tiny.tiny_bart, "mbart": tiny.tiny_mbart,
+    "pegasus": tiny.tiny_pegasus,
+}  # fmt: skip
+QUANTIZED = (("t5", "int8"), ("bart", "nf4"), ("bart", "int8"))
 WORDS = ("red", "green", "blue", "king")
 
 
@@ -61,7 +68,8 @@ def recipe(base, rows, folder, **changes):
         "training": {
             "epochs": 4, "batch_size": 8, "learning_rate": 0.02, "threads": 1, "save_every": 3, "log_every": 1,
         },
-        "evaluation": {"generation": {"samples": 4, "max_new_tokens": 4}},
+        "evaluation": {"baselines": ["zero_shot", "lead"],
+                       "generation": {"samples": 4, "test_rows": "all", "max_new_tokens": 4}},
         "tracking": [], "output_dir": str(folder),
     }  # fmt: skip
     return replace(Recipe.parse(values), **changes)
@@ -119,7 +127,7 @@ def test_loss_and_gradients_are_those_of_plain_transformers(name, trained, bases
     assert outputs["weight"].tolist() == (batch["labels"] != -100).sum(1).tolist() == batch["weight"].tolist()
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
 def test_the_target_is_the_tokenizers_with_its_end_and_padding_is_not_scored(name, bases, rows, tmp_path):
     own = recipe(bases[name], rows, tmp_path)
     tokenizer, prepared = load_tokenizer(own.model), prepare(own)
@@ -128,7 +136,7 @@ def test_the_target_is_the_tokenizers_with_its_end_and_padding_is_not_scored(nam
     wanted = tokenizer(text_target=row["target"])["input_ids"]
     labels = batch["labels"][0]
     assert labels[labels != -100].tolist() == wanted
-    assert wanted[-1] == tokenizer.eos_token_id
+    assert wanted[-2 if name == "mbart" else -1] == tokenizer.eos_token_id
     source = tokenizer("say: " + row["text"])["input_ids"]
     assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == source
 
@@ -152,6 +160,52 @@ def test_it_learns_and_writes_as_plain_peft_does(run, bases, rows):
     assert json.loads((run.path / "adapter" / "proof.json").read_text())["passed"]
 
 
+def test_test_rows_are_written_and_scored_with_intervals(run, rows):
+    lines = [json.loads(line) for line in (rows / "test.jsonl").read_text().splitlines()]
+    texts = peftkit.load(run.path).generate([line["article"] for line in lines], max_new_tokens=4)
+    targets = [line["summary"] for line in lines]
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    expected = {
+        "rougeL": np.mean([scorer.score(*pair)["rougeL"].fmeasure for pair in zip(targets, texts)]),
+        "chrf": sacrebleu.corpus_chrf(texts, [targets]).score / 100,
+        "bleu": sacrebleu.corpus_bleu(texts, [targets]).score / 100,
+    }
+    metrics = run.metrics["test"]
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert 0 < metrics["chrf"] != run.metrics["zero_shot"]["chrf"]
+    entry = json.loads((run.path / "assessment.json").read_text())["test"]["metrics"]["chrf"]
+    assert entry["interval"] == "bootstrap"
+    assert entry["low"] <= entry["value"] <= entry["high"]
+    assert "rougeL" in (run.path / "report.html").read_text(encoding="utf-8")
+    stored = [json.loads(line) for line in (run.path / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert [(line["generated"], line["target"]) for line in stored] == list(zip(texts, targets))
+    assert evaluate(run.path)["chrf"] == pytest.approx(metrics["chrf"])
+
+
+def test_the_lead_of_a_source_is_scored_on_the_same_rows(run, rows):
+    lines = [json.loads(line) for line in (rows / "test.jsonl").read_text().splitlines()]
+    pairs = [(line["summary"], line["article"]) for line in lines]  # sources are one sentence
+    scorer = rouge_scorer.RougeScorer(["rouge1"])
+    expected = np.mean([scorer.score(*pair)["rouge1"].fmeasure for pair in pairs])
+    assert run.metrics["lead"]["rouge1"] == pytest.approx(expected)
+    head = peftkit.load(run.path).head
+    sources = {"text": ["One. Two. Three. Four.", "", "Alone"]}
+    texts, note = head.lead_texts({"target": ["A. B.", "C. D.", "E."]}, sources)
+    assert (texts, note) == (["One. Two.", "", "Alone"], "the first 2 sentences")
+
+
+def test_fewer_test_rows_are_a_part_of_all_and_other_runs_are_compared_on_them(run, bases, rows, tmp_path):
+    fewer = recipe(bases["t5"], rows, tmp_path, training={"max_steps": 1}, evaluation={"generation": {"test_rows": 3}})
+    other = peftkit.train(fewer, quiet=True)
+    stored = [json.loads(line) for line in (other.path / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert sum("generated" in line for line in stored) == 3
+    with_texts, without = (scores.read(one.path, "test") for one in (run, other))
+    assert with_texts.rows == without.rows
+    whole = peftkit.train(replace(fewer, evaluation={"generation": {"test_rows": "all"}}), quiet=True)
+    result = scores.compare([with_texts], [scores.read(whole.path, "test")], "chrf", 0.95)
+    assert result["difference"] == pytest.approx(run.metrics["test"]["chrf"] - whole.metrics["test"]["chrf"])
+
+
 def test_bart_writes_as_plain_transformers_does(bart, rows, tmp_path):
     run_export(bart.path, tmp_path / "merged", merge=True)
     assert json.loads((tmp_path / "merged" / "proof.json").read_text())["passed"]
@@ -164,6 +218,42 @@ def test_bart_writes_as_plain_transformers_does(bart, rows, tmp_path):
         output = model.generate(**tokenizer("say: " + text, return_tensors="pt"), max_new_tokens=5, do_sample=False)
         assert tokenizer.decode(output[0], skip_special_tokens=True) == answer
     assert list(peftkit.load(bart.path).stream(texts[0], max_new_tokens=5)) != []
+
+
+@pytest.mark.parametrize("name", ["mbart", pytest.param("pegasus", marks=pytest.mark.slow)])
+def test_mbart_and_pegasus_train_export_and_write_as_plain_transformers_does(name, bases, rows, tmp_path):
+    own = recipe(bases[name], rows, tmp_path / "runs", training={"max_steps": 3}, export={"prove": False},
+                 evaluation={"generation": {"samples": 0, "test_rows": None}})  # fmt: skip
+    done = peftkit.train(own, quiet=True)
+    assert done.metrics["test"]["loss"] < done.metrics["zero_shot"]["loss"]
+    run_export(done.path, tmp_path / "merged", merge=True)
+    assert json.loads((tmp_path / "merged" / "proof.json").read_text())["passed"]
+    texts = [json.loads(line)["article"] for line in (rows / "test.jsonl").read_text().splitlines()]
+    written = peftkit.load(done.path).generate(texts, max_new_tokens=5)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for text, answer in zip(texts, written, strict=True):
+        output = model.generate(**tokenizer("say: " + text, return_tensors="pt"), max_new_tokens=5, do_sample=False)
+        assert tokenizer.decode(output[0], skip_special_tokens=True) == answer
+    assert evaluate(done.path)["loss"] == pytest.approx(done.metrics["test"]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("t5", "nf4"), *(pytest.param(*one, marks=pytest.mark.slow) for one in QUANTIZED)],
+)
+def test_quantized_bases_train_reload_and_export(name, kind, bases, rows, tmp_path):
+    own = recipe(bases[name], rows, tmp_path / "runs", quantization={"kind": kind}, training={"max_steps": 6},
+                 evaluation={"generation": {"samples": 0, "test_rows": None}})  # fmt: skip
+    done = peftkit.train(own, quiet=True)
+    assert done.metrics["test"]["loss"] < done.metrics["zero_shot"]["loss"]
+    assert json.loads((done.path / "adapter" / "proof.json").read_text())["passed"]
+    again = peftkit.load(done.path)
+    kinds = {type(module).__name__ for module in again.model.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind] in kinds
+    assert evaluate(done.path)["loss"] == pytest.approx(done.metrics["test"]["loss"], rel=1e-2)
+    run_export(done.path, tmp_path / "merged", merge=True)
+    assert json.loads((tmp_path / "merged" / "proof.json").read_text())["passed"]
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(run, bases, rows, tmp_path):

@@ -107,6 +107,29 @@ def tiny_bart(folder: str | Path, **config: Any) -> Path:
                  {**sizes, **special, "forced_bos_token_id": 0, "forced_eos_token_id": None, **config})  # fmt: skip
 
 
+def tiny_mbart(folder: str | Path, **config: Any) -> Path:
+    """An mBART encoder–decoder: texts end with the code of their language, which the decoder starts with."""
+    from transformers import MBartConfig, MBartForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.2,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+             "max_position_embeddings": 128}  # fmt: skip
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 5}
+    return _save(folder, "mbart", MBartConfig, MBartForConditionalGeneration,
+                 {**sizes, **special, "forced_eos_token_id": None, **config})  # fmt: skip
+
+
+def tiny_pegasus(folder: str | Path, **config: Any) -> Path:
+    """A Pegasus encoder–decoder: sinusoidal positions, and a decoder that starts at the padding token."""
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
+
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.2,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+             "max_position_embeddings": 128}  # fmt: skip
+    special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    return _save(folder, "t5", PegasusConfig, PegasusForConditionalGeneration, {**sizes, **special, **config})
+
+
 def tiny_recipe(folder: str | Path, **parts: Any) -> Any:
     """A recipe on a model folder, in fp32 and without tracking; parts are merged over it."""
     from peftkit.schema.recipe import Recipe, replace
@@ -193,6 +216,7 @@ def _byte_level(kind: str) -> Any:
         "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         "gpt2": ["<|endoftext|>"],
         "t5": ["<pad>", "</s>", "<unk>"],
+        "mbart": ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "en_XX"],
         "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     }[kind]
     backend = Tokenizer(models.BPE())
@@ -208,11 +232,16 @@ def _byte_level(kind: str) -> Any:
                     "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"},
         "gpt2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
         "t5": {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+        "mbart": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+                  "mask_token": "<mask>", "additional_special_tokens": ["en_XX"]},
         "chatml": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": CHATML,
                    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
     }[kind]  # fmt: skip
     if kind == "t5":
         backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    if kind == "mbart":
+        language = [("</s>", 2), ("en_XX", 5)]
+        backend.post_processor = processors.TemplateProcessing(single="$A </s> en_XX", special_tokens=language)
     if kind == "roberta":
         backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     return PreTrainedTokenizerFast(

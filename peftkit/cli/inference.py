@@ -152,13 +152,20 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beam search with this many beams; 1 is greedy.")] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="Of beam search: larger values prefer longer texts.")
+    ] = None,
     seed: Seed = None,
     merge: Merge = None,
 ) -> None:
     """Generate text from prompts; rows hold prompt, messages, or instruction and input."""
     from peftkit.inference import generate_file
 
-    options = given(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    options = given(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, num_beams=num_beams,
+        length_penalty=length_penalty, seed=seed,
+    )  # fmt: skip
     count = generate_file.generate_file(run, file=file, out=out, options=options, **given(merge=merge))
     if out:
         report(f"wrote {count} rows to {out}")

@@ -9,13 +9,21 @@ import numpy as np
 
 from peftkit.evaluation import intervals, resampling
 from peftkit.evaluation.direction import greater_is_better
+from peftkit.evaluation.samples import WrittenTexts
 from peftkit.schema.baseline import BaselineResult
 from peftkit.schema.head import Head, Outputs
 from peftkit.schema.recipe import EvaluationConfig
 
 
 def assess(
-    head: Head, outputs: Outputs, rows: Any, evaluation: EvaluationConfig, *, split: str = "test", seed: int = 0
+    head: Head,
+    outputs: Outputs,
+    rows: Any,
+    evaluation: EvaluationConfig,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    written: WrittenTexts | None = None,
 ) -> dict[str, Any]:
     """Assesses one split.
 
@@ -23,6 +31,7 @@ def assess(
         outputs: what ``head.outputs`` returned for the split, gathered in order.
         rows: the split's canonical rows, a ``datasets.Dataset`` or a list.
         seed: of the bootstrap.
+        written: what the model wrote for some of the rows; its metrics are among the others.
 
     Returns:
         ``split``, ``rows``, ``problem_type``, ``labels``, ``confidence`` (the intervals' level) and ``metrics``: name →
@@ -31,6 +40,11 @@ def assess(
     """
     values = head.metrics(outputs, evaluation)
     limits = _intervals(head, outputs, evaluation.confidence, seed)
+    if written is not None:
+        statistics, count = written.statistics(), len(written.rows)
+        values |= statistics(np.arange(count))
+        drawn = intervals.bootstrap(statistics, count, confidence=evaluation.confidence, seed=seed)
+        limits |= {name: (*pair, "bootstrap") for name, pair in drawn.items()}
     return {
         "split": split,
         "rows": len(outputs["loss"]),

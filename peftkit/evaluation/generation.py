@@ -90,7 +90,13 @@ def _batches(lengths: list[int], size: int, *, alike: bool) -> Iterator[list[int
 
 
 def stream(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Prompt, config: GenerationConfig) -> Iterator[str]:
-    """The answer in pieces as it is generated, in a thread of its own that ends when the iterator is closed."""
+    """The answer in pieces as it is generated, in a thread of its own that ends when the iterator is closed.
+
+    Beam search knows only at the end which text is the likeliest, and gives it in one piece.
+    """
+    if config.num_beams > 1:
+        yield generate(model, tokenizer, [messages], config)[0]
+        return
     ids = encode(tokenizer, messages, source=reads_source(model))
     _check_fits(model, ids, config, "the conversation")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
@@ -193,7 +199,7 @@ def _run(
     streamer: Any = None,
     stop: threading.Event | None = None,
 ) -> Tensor:
-    """transformers' greedy search over padded rows; sampling enters through the scores."""
+    """transformers' greedy or beam search over padded rows; sampling enters through the scores."""
     stops = stop_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     base = unwrap(model)
@@ -211,7 +217,7 @@ def _run(
         input_ids = torch.tensor([[pad] * n + ids for n, ids in zip(fill, rows)], device=embedding.device)
         mask = torch.tensor([[0] * n + [1] * len(ids) for n, ids in zip(fill, rows)], device=embedding.device)
     settings = TransformersConfig(
-        max_new_tokens=config.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+        max_new_tokens=config.max_new_tokens, do_sample=False, repetition_penalty=1.0, **_beams(config),
         eos_token_id=stops or None, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, use_cache=True,
         **start,
     )  # fmt: skip
@@ -220,8 +226,14 @@ def _run(
     with torch.no_grad(), packing.eval_modules(model), precision:
         return model.generate(
             input_ids=input_ids, attention_mask=mask, generation_config=settings, streamer=streamer,
-            logits_processor=processors(config, numbers, fill), stopping_criteria=criteria,
+            logits_processor=processors(config, numbers, np.repeat(fill, config.num_beams).tolist()),
+            stopping_criteria=criteria,
         )  # fmt: skip
+
+
+def _beams(config: GenerationConfig) -> dict[str, Any]:
+    """transformers' options of beam search; it warns of a length penalty without beams."""
+    return {"num_beams": config.num_beams} | ({"length_penalty": config.length_penalty} if config.num_beams > 1 else {})
 
 
 def _own_token(base: Any, name: str) -> int | None:
@@ -242,7 +254,7 @@ def processors(config: GenerationConfig, numbers: list[int], fill: list[int]) ->
 
     Args:
         numbers: of the rows, by which their noise is drawn.
-        fill: padding on the left of each row.
+        fill: padding on the left of each row, under beam search of each beam of each row.
     """
     processors: list[LogitsProcessor] = []
     if config.repetition_penalty != 1.0:

@@ -96,13 +96,19 @@ class CausalLM(Head):
         ]
 
     def read_predictions(self, lines: Sequence[Row]) -> StoredPredictions:
-        """Losses, and scored tokens as ``gold``: runs are compared on the same tokens."""
+        """Losses and metrics of what was generated, and scored tokens as ``gold``: runs are compared on the same."""
         import numpy as np
 
-        from peftkit.evaluation.resampling import of_loss
+        from peftkit.evaluation import text_metrics
+        from peftkit.evaluation.resampling import of_groups, of_loss
 
         loss, tokens = (np.array([line[name] for line in lines], dtype=float) for name in ("loss", "tokens"))
-        return StoredPredictions(tokens, of_loss(loss, tokens))
+        losses, written = of_loss(loss, tokens), [row for row, line in enumerate(lines) if "generated" in line]
+        if not written:
+            return StoredPredictions(tokens, losses)
+        pairs = [(lines[row]["generated"], lines[row]["target"]) for row in written]
+        of_texts = of_groups(np.array(written), len(lines), text_metrics.statistics(*zip(*pairs)))
+        return StoredPredictions(tokens, lambda rows: {**losses(rows), **of_texts(rows)})
 
     def predictions(self, outputs: Outputs, threshold: float | None = None) -> list[Prediction]:
         return []

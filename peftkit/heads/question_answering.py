@@ -403,22 +403,17 @@ ANSWER_CODE = [
 def best_sentence(question: str, context: str) -> tuple[int, int]:
     """(first character, end) of the sentence of a text that shares most different words with a question.
 
-    Of several the first; a sentence ends at ., ! or ? before a space, or at a line end.
+    Of several the first.
     """
     import re
+
+    from peftkit.evaluation.text_metrics import sentences
 
     def words(text: str) -> set[str]:
         return set(re.findall(r"\w+", text.casefold()))
 
-    wanted, best, place = words(question), (-1, 0, 0), 0
-    for match in re.finditer(r".+?(?:[.!?](?=\s)|\n|\Z)", context, re.DOTALL):
-        sentence = match[0]
-        start = match.start() + len(sentence) - len(sentence.lstrip())
-        end = match.start() + len(sentence.rstrip())
-        place = len(words(sentence) & wanted)
-        if end > start and place > best[0]:
-            best = (place, start, end)
-    return best[1], best[2]
+    wanted = words(question)
+    return max(sentences(context), key=lambda place: len(words(context[slice(*place)]) & wanted), default=(0, 0))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,16 @@ class Seq2SeqLM(CausalLM):
         source = sum(label == IGNORE for label in example["labels"])
         return (("source", slice(0, source)), ("target", slice(source, None)))
 
+    def lead_texts(self, train: Any, rows: Any) -> tuple[list[str], str]:
+        """As many sentences as targets of training have, their median."""
+        import statistics
+
+        from peftkit.evaluation.text_metrics import sentences
+
+        most = max(1, round(statistics.median(len(sentences(target)) for target in train["target"])))
+        texts = [text[: [0, *(end for _, end in sentences(text)[:most])][-1]] for text in rows["text"]]
+        return texts, f"the first {most} sentences" if most > 1 else "the first sentence"
+
     def summary(self) -> str:
         return "writes a text from another one"
 

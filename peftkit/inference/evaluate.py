@@ -15,8 +15,10 @@ from peftkit.data.source import find_sources
 from peftkit.data.steps import CleaningStep
 from peftkit.distributed.process_group import ProcessGroup
 from peftkit.errors import RunError, did_you_mean
+from peftkit.evaluation import generation
 from peftkit.evaluation.assessment import assess
 from peftkit.evaluation.runner import in_order
+from peftkit.evaluation.samples import Sample, WrittenTexts, choose_test_rows
 from peftkit.export.folder import open_export
 from peftkit.export.merging import MergeMode
 from peftkit.inference.texts import data_options, print_notes
@@ -57,7 +59,8 @@ def evaluate(
     model = group.main_first(lambda: load(export, merge=merge, device=group.device))
     rows = group.run_on_main(lambda: _rows_of_file(model, data) if data else _rows_of_split(model, split))
     outputs = _outputs(model, rows, group)
-    assessment = group.run_on_main(lambda: assess(model.head, outputs, rows, model.recipe.evaluation, split=split))
+    written, evaluation = _test_texts(model, rows, group), model.recipe.evaluation
+    assessment = group.run_on_main(lambda: assess(model.head, outputs, rows, evaluation, split=split, written=written))
     return {name: metric["value"] for name, metric in assessment["metrics"].items()}
 
 
@@ -87,6 +90,20 @@ def _rows_of_file(model: LoadedRun, data: DataConfig) -> list[Row]:
         info = describe_file(raw, task, data, model.info)
         rows, _ = canonical_rows(raw, task, data, info, Path(folder))
         return list(rows.data)
+
+
+def _test_texts(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> WrittenTexts | None:
+    """What the model writes for the rows that ``evaluation.generation.test_rows`` chooses; None for none."""
+    task, config = model.recipe.task, model.recipe.evaluation.generation
+    chosen = choose_test_rows(rows, task, config) if model.head.writes_text else {}
+
+    def write(part: list[tuple[int, Sample]]) -> list[str]:
+        return generation.generate(
+            model.model, model.tokenizer, [sample.prompt for _, sample in part], config,
+            numbers=[number for number, _ in part], max_source=model.recipe.data.max_length,
+        )  # fmt: skip
+
+    return WrittenTexts.of(chosen, group.map_sharded(list(chosen.items()), write)) if chosen else None
 
 
 def _outputs(model: LoadedRun, rows: list[Row], group: ProcessGroup) -> dict[str, Any]:

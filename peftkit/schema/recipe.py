@@ -300,12 +300,33 @@ class GenerationConfig(ConfigSection):
     """Sample from the k likeliest tokens; 0 for all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Divides the scores of tokens that already occur (CTRL, arXiv:1909.05858)."""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """Beam search: texts that are continued side by side, of which the likeliest is given; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Beam search: a text's log-probability is divided by its tokens to this power; larger values prefer longer texts,
+    0 and below short ones."""
     seed: int = 0
     """Seed of the sampling."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Held-out rows to generate for before and after training; 0 for none."""
+    test_rows: Rows | Literal["all"] | None = None
+    """Test rows to generate for ROUGE, chrF and BLEU with intervals, before training as well where zero_shot is among
+    the baselines; None for none."""
     prompts: tuple[str, ...] = ()
     """Your own prompts, generated for before and after training."""
+
+    @model_validator(mode="after")
+    def _beams_are_not_sampled(self) -> GenerationConfig:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"num_beams={self.num_beams} searches, and temperature={self.temperature:g} draws "
+                "at random; set num_beams=1 or temperature=0"
+            )
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError(
+                f"length_penalty={self.length_penalty:g} belongs to beam search; set num_beams to 2 or more"
+            )
+        return self
 
 
 class EvaluationConfig(ConfigSection):

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from peftkit.data.pipeline import PreparedData
 from peftkit.evaluation import generation, samples
 from peftkit.evaluation.assessment import assess, compare
-from peftkit.evaluation.samples import Sample
+from peftkit.evaluation.samples import Sample, WrittenTexts
 from peftkit.models.loading import load_language_model, writes_text
 from peftkit.models.tokenizer import tokenizer_fingerprint
 from peftkit.planning import prediction
@@ -66,6 +66,8 @@ class PreTrainingBaselines:
     baselines: dict[str, BaselineResult] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    test_rows: dict[int, Sample] = field(default_factory=dict)
+    """Rows of the test split that are generated, by number."""
 
 
 def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> PreTrainingBaselines:
@@ -78,9 +80,15 @@ def before_training(loop: Loop, loaded: LoadedModel, prepared: PreparedData) -> 
         if name in wanted and (result := BASELINES.get(name)().compute(inputs)) is not None:
             before.baselines[name] = result
     if head.writes_text and not loop.session.sharded:
-        before.samples = samples.choose(prepared.splits[split], loop.recipe.task, evaluation.generation)
+        task, rows = loop.recipe.task, prepared.splits[split]
+        before.samples = samples.choose(rows, task, evaluation.generation)
+        if split == "test":
+            before.test_rows = samples.choose_test_rows(rows, task, evaluation.generation)
         with _as_base(loop, loaded):
             before.texts = _texts(loop, loaded, before.samples)
+            if before.test_rows and (base := before.baselines.get("zero_shot")):
+                written = _test_texts(loop, loaded, before.test_rows)
+                before.baselines["zero_shot"] = replace(base, metrics=base.metrics | written.metrics())
     return before
 
 
@@ -135,13 +143,24 @@ def _as_base(loop: Loop, loaded: LoadedModel) -> AbstractContextManager[Any]:
     return nullcontext() if loop.recipe.starts_as_compared else loaded.model.disable_adapter()
 
 
-def _texts(loop: Loop, loaded: LoadedModel, chosen: list[Sample]) -> list[str]:
+def _texts(
+    loop: Loop, loaded: LoadedModel, chosen: Sequence[Sample], numbers: Sequence[int] | None = None
+) -> list[str]:
     with loop.session.accelerator.autocast():
         prompts = [sample.prompt for sample in chosen]
         return generation.generate(
             loaded.model, loaded.tokenizer, prompts, loop.recipe.evaluation.generation,
-            max_source=loop.recipe.data.max_length,
+            max_source=loop.recipe.data.max_length, numbers=numbers,
         )  # fmt: skip
+
+
+def _test_texts(loop: Loop, loaded: LoadedModel, chosen: Mapping[int, Sample]) -> WrittenTexts:
+    """Generates rows of the test split, which the processes share."""
+
+    def write(part: list[tuple[int, Sample]]) -> list[str]:
+        return _texts(loop, loaded, [sample for _, sample in part], [number for number, _ in part])
+
+    return WrittenTexts.of(chosen, loop.session.map_sharded(list(chosen.items()), write))
 
 
 def after_training(
@@ -160,10 +179,13 @@ def after_training(
             head = head_of(prepared.info, recipe.task, results.tuned) if results.tuned else head
         rows, index = prepared.splits[split], encoded.examples["row"]
         rows = rows if len(index) == len(rows) else rows.select(index)  # the rows of the examples, in their order
-        assessment = assess(head, outputs, rows, recipe.evaluation, split=split)
+        written = _test_texts(loop, loaded, before.test_rows) if split == "test" and before.test_rows else None
+        assessment = assess(head, outputs, rows, recipe.evaluation, split=split, written=written)
         results.assessments[split] = assessment
         results.metrics[split] = {name: entry["value"] for name, entry in assessment["metrics"].items()}
         results.predictions[split] = head.prediction_rows(outputs, rows)
+        if written is not None and list(index) == list(range(len(prepared.splits[split]))):
+            written.add_to(results.predictions[split])
     if before.samples:
         texts = _texts(loop, loaded, before.samples)
         results.generations = samples.side_by_side(before.samples, before.texts, texts)

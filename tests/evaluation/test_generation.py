@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peftkit.errors import ModelError
 from peftkit.evaluation import generation
 from peftkit.schema.recipe import GenerationConfig
-from tests.tiny import tiny_gpt2, tiny_llama
+from tests.tiny import tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
 
 PROMPTS = ["the king", "a good movie about the world and the team that was best", "one", "sports game player match"]
+SEQ2SEQ = {"t5": tiny_t5, "bart": tiny_bart}
 CHATS = [
     [{"role": "user", "content": "hello"}],
     [{"role": "system", "content": "the best"}, {"role": "user", "content": "who is the king"}],
@@ -53,6 +55,48 @@ def test_batched_equals_each_alone(request, name, batch_size):
     stops = {tokenizer.eos_token_id, model.generation_config.eos_token_id}
     assert texts == [greedy_alone(model, tokenizer, tokenizer(p)["input_ids"], 12, stops) for p in PROMPTS]
     assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(("name", "penalty"), [("llama", 1.0), ("gpt2", 3.0), ("t5", 1.0), ("bart", -2.0)])
+def test_beams_are_those_of_transformers(request, name, penalty, tmp_path):
+    if name in SEQ2SEQ:
+        folder = SEQ2SEQ[name](tmp_path)
+        model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    else:
+        model, tokenizer = request.getfixturevalue(name)
+    config = GenerationConfig(max_new_tokens=10, num_beams=4, length_penalty=penalty)
+    texts = generation.generate(model, tokenizer, PROMPTS, config, batch_size=3)
+    options = {"max_new_tokens": 10, "num_beams": 4, "length_penalty": penalty, "do_sample": False}
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**ids, **options, pad_token_id=generation.stop_ids(model, tokenizer)[0])[0]
+        new = output if name in SEQ2SEQ else output[ids["input_ids"].shape[1] :]
+        expected.append(tokenizer.decode(new, skip_special_tokens=True))
+    assert texts == expected
+    greedy = generation.generate(model, tokenizer, PROMPTS, GenerationConfig(max_new_tokens=10))
+    assert texts != greedy
+    assert list(generation.stream(model, tokenizer, PROMPTS[0], config)) == texts[:1]
+
+
+def test_a_length_penalty_and_a_repetition_penalty_hold_for_beams(llama):
+    model, tokenizer = llama
+    options = {"max_new_tokens": 10, "num_beams": 3}
+    kinds = [{}, {"length_penalty": -20.0}, {"repetition_penalty": 3.0}]
+    texts = [generation.generate(model, tokenizer, PROMPTS, GenerationConfig(**options, **one)) for one in kinds]
+    assert texts[0] != texts[2]
+    apart = GenerationConfig(**options, repetition_penalty=3.0)
+    assert texts[2] == [generation.generate(model, tokenizer, [one], apart)[0] for one in PROMPTS]
+    assert sum(map(len, texts[1])) <= sum(map(len, texts[0]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"num_beams": 2, "temperature": 0.5}, "set num_beams=1"), ({"length_penalty": 2.0}, "belongs to beam search")],
+)
+def test_beams_are_not_sampled(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        GenerationConfig(**fields)
 
 
 def test_conversations_are_rendered_by_the_template(llama):

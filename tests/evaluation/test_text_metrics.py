@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
@@ -32,3 +33,21 @@ def test_exact_match_and_token_f1_on_worked_rows():
     # normalized: "cat sat on mat" twice, "apple" twice, "" and "something", 4 of 5 and 7 words, 3 of 4 and 3 words
     assert figures["exact_match"] == pytest.approx(2 / 5)
     assert figures["token_f1"] == pytest.approx((1 + 1 + 0 + 2 * 4 / (5 + 7) + 2 * 3 / (4 + 3)) / 5)
+
+
+def test_metrics_of_a_choice_of_rows_are_those_of_their_texts():
+    rows = np.array([3, 0, 3, 4])
+    chosen = [[texts[row] for row in rows] for texts in (FOUND, WANTED)]
+    drawn = text_metrics.statistics(FOUND, WANTED)(rows)
+    assert drawn == pytest.approx(text_metrics.score(*chosen))
+    assert drawn["bleu"] == pytest.approx(sacrebleu.corpus_bleu(chosen[0], [chosen[1]]).score / 100)
+    assert drawn["chrf"] == pytest.approx(sacrebleu.corpus_chrf(chosen[0], [chosen[1]]).score / 100)
+    assert 0 < drawn["bleu"] < 1
+
+
+def test_sentences():
+    text = "One. Two of 3.5 parts!\n  Three? and a rest "
+    assert [text[slice(*place)] for place in text_metrics.sentences(text)] == [
+        "One.", "Two of 3.5 parts!", "Three?", "and a rest"
+    ]  # fmt: skip
+    assert text_metrics.sentences(" \n ") == []

@@ -233,6 +233,10 @@ TESTS = {
     "evaluation.generation.top_p": GENERATION + "test_top_k_and_top_p_shut_tokens_out",
     "evaluation.generation.top_k": GENERATION + "test_top_k_and_top_p_shut_tokens_out",
     "evaluation.generation.repetition_penalty": LANGUAGE + "test_a_repetition_penalty_changes_the_text",
+    "evaluation.generation.num_beams": GENERATION + "test_beams_are_those_of_transformers",
+    "evaluation.generation.length_penalty": GENERATION + "test_beams_are_those_of_transformers",
+    "evaluation.generation.test_rows": SEQ2SEQ
+    + "test_fewer_test_rows_are_a_part_of_all_and_other_runs_are_compared_on_them",
     "evaluation.generation.seed": GENERATION + "test_sampling_depends_on_the_seed_and_the_row_but_not_on_the_batch",
     "evaluation.generation.samples": LANGUAGE + "test_samples_and_prompts_are_written_before_and_after",
     "evaluation.generation.prompts": LANGUAGE + "test_samples_and_prompts_are_written_before_and_after",

@@ -134,7 +134,7 @@ class Generation(Route):
         seed = secrets.randbits(62) if body.seed is None else body.seed
         config = generation_config(self.service.run.recipe, {
             "max_new_tokens": limit, "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k,
-            "repetition_penalty": body.repetition_penalty, "seed": seed,
+            "repetition_penalty": body.repetition_penalty, "seed": seed, "num_beams": 1, "length_penalty": 1.0,
         })  # fmt: skip
         return [
             Text(prompt, config, model, lambda piece: None, number=number, top=self.top(body))
