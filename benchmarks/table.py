@@ -42,6 +42,8 @@ def main() -> None:
                 parts += curves(content)
         elif "slopes" in content:
             parts += growth(path.stem, content)
+        elif "sets" in content:
+            parts += chosen_blocks(path.stem, content)
     (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(RESULTS / "README.md")
 
@@ -103,6 +105,23 @@ def growth(name: str, content: Mapping[str, Any]) -> list[str]:
         rows = [keys, ["---"] * len(keys), *([figure(point.get(key)) for key in keys] for point in points)]
         parts += [f"### {series}", table(rows)]
     return [*parts, f"`{name}.json`, medians of {content['repeats']} runs. {surroundings(content)}"]
+
+
+def chosen_blocks(name: str, content: Mapping[str, Any]) -> list[str]:
+    """A row for each set of rows: the choice next to all blocks, with what its tolerance allows."""
+    rows = [["", "seeds", "auto", "all blocks", "head alone", "auto − all", "allowed", "chosen", "as fast as all"]]
+    rows.append(["---"] * len(rows[0]))
+    for what, one in content["sets"].items():
+        found = one["verdict"]
+        if not found["seeds"]:
+            continue
+        means = [f"{found['means'][variant]:.3f}" for variant in ("auto", "all blocks", "head alone")]
+        limits = "" if found["low"] is None else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+        rows.append([
+            f"{what}: {one['metric']}", str(found["seeds"]), *means, f"{found['difference']:+.4f}{limits}",
+            f"{found['allowed']:+.4f}", ", ".join(map(str, found["chosen"])), f"{found['faster']:.2f} x",
+        ])  # fmt: skip
+    return [f"## {content['work']}", table(rows), f"`{name}.json`. {surroundings(content)}"]
 
 
 def surroundings(content: Mapping[str, Any]) -> str:

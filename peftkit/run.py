@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,17 @@ from peftkit.models.loading import build
 from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from peftkit.reporting import html, run_report
+from peftkit.runs import choices as stored_choices
 from peftkit.runs import folder as folders
 from peftkit.runs import resume as resuming
 from peftkit.runs.environment import environment_changes
+from peftkit.schema.automatic import Choice
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
 from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.system import files
 from peftkit.training import results
+from peftkit.training.choosing import choose
 from peftkit.training.features import plan_features
 from peftkit.training.first_batches import FirstBatches
 from peftkit.training.interruptions import guarded
@@ -93,7 +97,10 @@ def train(
     session = open_session(recipe)
     check_device_support(recipe, session)
     with guarded(session):
-        recipe, tokenizer, prepared, encoded, model = _data_and_model(recipe, session)
+        tokenizer, prepared, encoded = _data(recipe, session)
+        recipe, choices = _settled(recipe, session, prepared, tokenizer, resume)
+        recipe, encoded, model = _model(recipe, session, tokenizer, prepared, encoded)
+        model.notes += [choice.summary for choice in choices]
         module = TaskModule(model, head_of(prepared.info, recipe.task))
         frozen = plan_features(module, recipe, encoded, tokenizer, session, model.fingerprint)
         model.notes += [frozen.note] if frozen.note else []
@@ -118,6 +125,8 @@ def train(
                 for note in [*notes, *environment_changes(folder, session)]:
                     console.warn(note)
             folders.describe_run(folder, recipe, prepared.info, session)
+            if session.is_main:
+                stored_choices.write(folder, choices)
             session.start_trackers(recipe, folder)
             baselines = results.before_training(loop, model, prepared) if final else results.PreTrainingBaselines()
             loop.run(checkpoint)
@@ -135,15 +144,32 @@ def train(
     return Run(folder, recipe)
 
 
-def _data_and_model(
-    recipe: Recipe, session: Session
-) -> tuple[Recipe, PreTrainedTokenizerBase, PreparedData, EncodedData, LoadedModel]:
-    """Data, tokenizer and model; the recipe without packing if the model cannot separate packed rows."""
+def _data(recipe: Recipe, session: Session) -> tuple[PreTrainedTokenizerBase, PreparedData, EncodedData]:
+    """Tokenizer and data."""
     with session.accelerator.main_process_first():  # then the others read its caches
         find_sources(recipe.data)  # missing data are reported before a model that cannot be had
         tokenizer = load_tokenizer(recipe.model)
         prepared = prepare(recipe)
-        encoded = encode(prepared, tokenizer, recipe)
+        return tokenizer, prepared, encode(prepared, tokenizer, recipe)
+
+
+def _settled(
+    recipe: Recipe, session: Session, prepared: PreparedData, tokenizer: Any, resume: str | Path | bool | None
+) -> tuple[Recipe, tuple[Choice, ...]]:
+    """The recipe with a value for each field that it leaves to the run: the resumed run's, or chosen now."""
+    restored: tuple[Choice, ...] = ()
+    if resume:
+        find = functools.partial(folders.find_run, recipe, resume)
+        recipe, restored = session.run_on_main(lambda: stored_choices.restored(recipe, find()))
+    recipe, chosen = choose(recipe, session, prepared, tokenizer)
+    return recipe, (*restored, *chosen)
+
+
+def _model(
+    recipe: Recipe, session: Session, tokenizer: PreTrainedTokenizerBase, prepared: PreparedData, encoded: EncodedData
+) -> tuple[Recipe, EncodedData, LoadedModel]:
+    """The model; recipe and data without packing if it cannot separate packed rows."""
+    with session.accelerator.main_process_first():
         model = build(recipe, prepared.info, tokenizer, session.device)
         packable, reason = packing.supports_packing(model.model) if recipe.task.packs else (True, "")
         if not packable:
@@ -154,7 +180,7 @@ def _data_and_model(
         batches = FirstBatches(encoded.splits["train"], tokenizer, session)
         recipe.method.initialize(model, batches)
         head_of(prepared.info, recipe.task).initialize(model, batches)
-    return recipe, tokenizer, prepared, encoded, model
+    return recipe, encoded, model
 
 
 def _unsharded(model: LoadedModel, loop: Loop, info: TaskInfo) -> LoadedModel:

@@ -248,3 +248,60 @@ import time:      1000 |       1000 | zipfile
 import time:    300000 |     900000 | scipy.stats
 """
     assert imports(said) == {"torch": 0.75, "sklearn, scipy": 0.3, "others": 0.001}
+
+
+def test_blocks_chosen_on_the_data_are_judged_by_their_tolerance_beyond_noise():
+    import layers_auto
+    import table
+    from scipy.stats import ttest_1samp
+
+    def figures(auto, everything, head):
+        runs = {"auto": auto, "all blocks": everything, "head alone": head}
+        return {
+            name: [{"accuracy": value, "wall_seconds": 10.0 + len(name), "chosen_layers": 2, "choosing_seconds": 1.0}
+                   for value in values]
+            for name, values in runs.items()
+        }  # fmt: skip
+
+    everything, head = [0.90, 0.91, 0.90, 0.92], [0.80, 0.81, 0.80, 0.80]
+    much_worse = figures([0.85, 0.86, 0.84, 0.87], everything, head)
+    found = layers_auto.verdict(much_worse, "accuracy", 0.05)
+    assert found["allowed"] == pytest.approx(-0.05 * (0.9075 - 0.8025))
+    differences = [one["accuracy"] - other["accuracy"] for one, other in
+                   zip(much_worse["auto"], much_worse["all blocks"])]  # fmt: skip
+    expected = ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert found["worse_beyond_noise"]
+    assert not found["shown_not_worse"]
+    same = layers_auto.verdict(figures(everything, everything, head), "accuracy", 0.05)
+    assert (same["worse_beyond_noise"], same["shown_not_worse"]) == (False, True)
+    assert same["faster"] == pytest.approx(20 / 14)
+    lower = layers_auto.verdict(figures([1.2, 1.3], [1.0, 1.1], [2.0, 2.0]), "accuracy", 0.05)
+    assert lower["difference"] > 0
+    (one,) = [layers_auto.verdict(figures([0.9], [0.9], [0.8]), "accuracy", 0.05)]
+    assert (one["low"], one["worse_beyond_noise"]) == (None, None)
+    page = "\n".join(table.chosen_blocks("x", {
+        "work": "w", "machine": {"processor": "p", "cores": 2, "python": "3", "versions": {}, "peers": {}, "date": "d"},
+        "sets": {"agnews_lora on ag": {"metric": "accuracy", "verdict": found}},
+    }))  # fmt: skip
+    assert "| agnews_lora on ag: accuracy | 4 | 0.855 |" in page
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_contestants_of_chosen_blocks_are_recipes(whole, tmp_path):
+    import layers_auto
+
+    from peftkit import get_recipe
+    from peftkit.methods.auto_layers import AutoLayers, LayerOptions
+    from peftkit.schema.overrides import apply
+
+    args = SimpleNamespace(recipe="agnews_lora", whole=whole, epochs=2, change=["training.max_steps=3"], fixed=[2],
+                           tolerance=0.1)  # fmt: skip
+    recipes = {}
+    for name, command in layers_auto.variants(args, tmp_path, tmp_path).items():
+        recipes[name] = apply(get_recipe(command[2]), [one.replace("{turn}", "7") for one in command[3:-2]])
+    assert recipes["auto"].method.layers == AutoLayers(auto=LayerOptions(tolerance=0.1))
+    assert [recipes[name].method.layers for name in ("all blocks", "last 2")] == [None, -2]
+    assert recipes["head alone"].method.kind == "frozen"
+    assert {one.training.seed for one in recipes.values()} == {7}
+    assert {one.training.max_steps for one in recipes.values()} == {3}

@@ -47,6 +47,8 @@ def main() -> None:
     run = peftkit.train(apply(peftkit.get_recipe(sys.argv[1]), overrides))
     done = time.perf_counter()
     training, test = run.metrics["training"], run.metrics["test"]
+    choices = run.path / "choices.json"
+    chosen = json.loads(choices.read_text(encoding="utf-8")) if choices.is_file() else []
     print(
         json.dumps(
             {
@@ -57,6 +59,8 @@ def main() -> None:
                 "f1": test.get("f1"),
                 "spearmanr": test.get("spearmanr"),
                 "loss": test.get("loss"),
+                **{f"chosen_{choice['field']}": choice["size"] for choice in chosen},
+                "choosing_seconds": sum(choice["seconds"] for choice in chosen),
                 "train_loss": mean_training_loss(run.path),
                 "train_seconds": training["seconds"],
                 "flops_utilization": training.get("flops_utilization"),

@@ -19,6 +19,7 @@ from peftkit.experiments.variants import Variant, parse_vary, variants
 from peftkit.reporting import comparison as reporting
 from peftkit.reporting import experiment
 from peftkit.runs import folder as folders
+from peftkit.runs.choices import asked_recipe
 from peftkit.runs.resume import NOT_LEARNED_FROM
 from peftkit.schema import catalog
 from peftkit.schema.recipe import Recipe, flatten, replace
@@ -252,7 +253,7 @@ def _groups_of(runs: Sequence[Path]) -> list[Group]:
     """Finished runs grouped by everything but their seed; raises RunError for different data."""
     groups: dict[str, list[Path]] = {}
     for run in dict.fromkeys(runs):
-        fields = flatten(Recipe.from_yaml(run / folders.RECIPE))
+        fields = flatten(asked_recipe(run))
         ignored = ("name", "training.seed", "training.threads", *NOT_LEARNED_FROM)
         learned = {name: value for name, value in fields.items() if not name.startswith(ignored)}
         groups.setdefault(json.dumps(learned, sort_keys=True), []).append(run)

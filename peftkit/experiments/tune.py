@@ -27,6 +27,7 @@ from peftkit.reporting import experiment
 from peftkit.reporting import search as reporting
 from peftkit.run import Run
 from peftkit.runs import folder as folders
+from peftkit.runs.choices import asked_recipe
 from peftkit.schema import catalog, overrides
 from peftkit.schema.head import head_of
 from peftkit.schema.recipe import Recipe, replace
@@ -279,7 +280,7 @@ def _finished(job: Job) -> Path | None:
     run = Path(done.run) if done and done.run and done.status != FAILED else None
     if run is None or not (run / "report.html").is_file():
         return None
-    return run if experiment_jobs.same_recipe(Recipe.from_yaml(run / folders.RECIPE), job.recipe) else None
+    return run if experiment_jobs.same_recipe(asked_recipe(run), job.recipe) else None
 
 
 def _check_same_study(folder: Path, recipe: Recipe, space: Space, rows: int | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from peftkit.export.formats.merged import Merged
 from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
 from peftkit.models.blocks import unwrap
+from peftkit.runs import choices
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.types import LoadedModel
 from peftkit.system.files import atomic_folder, write_json
@@ -46,6 +48,7 @@ def export_run(
     """
     dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
     contents = manifest.build_manifest(loaded, recipe, prepared.info, dtype, tuned)
+    contents = replace(contents, choices=tuple(choice.summary for choice in choices.read(path)))
     target = path / contents.saves
     with atomic_folder(target) as folder:
         save(folder, loaded, recipe, contents, metrics)

@@ -73,6 +73,8 @@ class Manifest:
     format: int = FORMAT
     stages: tuple[Stage, ...] = ()
     """The earlier trainings that it stands on, the first one first."""
+    choices: tuple[str, ...] = ()
+    """What the run chose of its method on the training rows, in words."""
 
     @property
     def head(self) -> Head:

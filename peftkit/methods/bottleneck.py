@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from peftkit.errors import MethodError, ModelError
-from peftkit.methods.targets import BlockNumbers, Fraction, choose_blocks
+from peftkit.methods.targets import Fraction, Layers, choose_blocks
 from peftkit.schema.head import possible_heads
 from peftkit.schema.method import Method
 from peftkit.schema.registries import METHODS
@@ -55,8 +55,10 @@ class Bottleneck(Method):
     """Factor on the adapter's output; learned: a trained scalar; None takes 1, and 4 for parallel."""
     init: Literal["zero", "normal"] = "zero"
     """zero: the second layer starts at 0, so training starts from the base's outputs; normal: both near 0 (Houlsby)."""
-    layers: BlockNumbers | None = None
-    """Blocks that get adapters: their numbers from 0, or -2 for the last two; None for all."""
+    layers: Layers = None
+    """Blocks that get adapters: their numbers from 0, or -2 for the last two; None for all. auto: as many of the last
+    ones as the training rows are estimated to need; {auto: {tolerance: 0.05, at_least: 1, rows: 512}} says how much may
+    be lost."""
 
     def check(self, recipe: Recipe) -> None:
         """Raises MethodError for an encoder–decoder: its branches are looked for in one stack of blocks."""

@@ -8,12 +8,12 @@ arXiv:2402.09353. PiSSA: Meng et al. 2024, arXiv:2404.02948. OLoRA: Büyükakyü
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WrapValidator, model_validator
 
 from peftkit.errors import MethodError
-from peftkit.methods import loftq_init
+from peftkit.methods import auto_rank, loftq_init
 from peftkit.methods.peft_method import LinearLayerMethod
 from peftkit.methods.targets import Fraction, check_patterns, fan_in_fan_out
 from peftkit.models.quantization.checkpoint import quantized_with
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftkit.schema.recipe import Recipe
 
 Rank = Annotated[int, Field(ge=1)]
+Ranks = Annotated[Rank | Literal["auto"] | auto_rank.AutoRank, WrapValidator(auto_rank.parse)]
 FROM_WEIGHTS = ("pissa", "olora", "orthogonal")
 """Initializations that peft computes from the base's unquantized weights."""
 NEEDS_NF4 = (
@@ -44,8 +45,9 @@ class Lora(LinearLayerMethod):
     quantized_checkpoints: ClassVar[tuple[str, ...] | None] = None
 
     kind: Literal["lora"] = "lora"
-    rank: Rank = 8
-    """Rank of the update."""
+    rank: Ranks = 8
+    """Rank of the update. auto: as large as the training rows are estimated to need; {auto: {at_most: 32, tolerance:
+    0.05, rows: 512}} bounds it and says how much may be lost."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The update is scaled by alpha / rank; None takes twice the rank."""
     dropout: Fraction = 0.0
@@ -73,9 +75,15 @@ class Lora(LinearLayerMethod):
     @model_validator(mode="after")
     def _check_even_ranks(self) -> Lora:
         ranks = {self.rank, *self.rank_pattern.values()}
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+        if self.init_lora_weights == "orthogonal" and any(not isinstance(rank, int) or rank % 2 for rank in ranks):
             raise ValueError("init_lora_weights=orthogonal splits the rank between A and B: expected an even rank")
+        if self.init_lora_weights == "loftq" and not isinstance(self.rank, int):
+            raise ValueError("init_lora_weights=loftq fits factors of one rank ahead of training: expected a number")
         return self
+
+    def probed(self) -> Self:
+        """As for every method; the weights' start is the plain one, which no rank is too large for."""
+        return super().probed().model_copy(update={"init_lora_weights": "default"})
 
     def check(self, recipe: Recipe) -> None:
         """Some initializations need the base's weights unquantized; LoftQ needs them in NF4."""
@@ -130,6 +138,7 @@ class Lora(LinearLayerMethod):
         """peft's LoraConfig; raises MethodError when a name or pattern matches nothing."""
         from peft import EvaConfig, LoraConfig
 
+        assert isinstance(self.rank, int), "an automatic rank is chosen before the model is built"
         shared, init = self.shared_arguments(loaded), self.init_lora_weights
         targets = shared["target_modules"]
         check_patterns("rank_pattern", self.rank_pattern, targets)

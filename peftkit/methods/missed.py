@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from peftkit.methods.targets import ALL_LINEAR, BlockNumbers, Patterns, choose_blocks, linear_names, matches
+from peftkit.methods.targets import ALL_LINEAR, Layers, Patterns, choose_blocks, linear_names, matches
 from peftkit.schema.types import in_head
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def unselectable_weights(
-    model: nn.Module, patterns: Patterns, head_names: Collection[str] = (), layers: BlockNumbers | None = None
+    model: nn.Module, patterns: Patterns, head_names: Collection[str] = (), layers: Layers = None
 ) -> list[str]:
     """A remark on frozen weights that ``patterns`` mean but cannot select, because they are no linear layers.
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from peftkit.errors import MethodError
 from peftkit.methods import missed
-from peftkit.methods.targets import ALL_LINEAR, BlockNumbers, ModuleNames, choose_targets
+from peftkit.methods.targets import ALL_LINEAR, Layers, ModuleNames, choose_targets
 from peftkit.schema.method import Method
 from peftkit.schema.types import LoadedModel
 
@@ -62,8 +62,10 @@ class LinearLayerMethod(PeftMethod):
     matches full module names. The head is never adapted: it is trained in full."""
     exclude_modules: ModuleNames | None = None
     """Modules to leave out: names, or one regular expression."""
-    layers: BlockNumbers | None = None
-    """Blocks to adapt: their numbers from 0, or -2 for the last two; None for all."""
+    layers: Layers = None
+    """Blocks to adapt: their numbers from 0, or -2 for the last two; None for all. auto: as many of the last ones as
+    the training rows are estimated to need; {auto: {tolerance: 0.05, at_least: 1, rows: 512}} says how much may be
+    lost."""
 
     def shared_arguments(self, loaded: LoadedModel) -> dict[str, Any]:
         """Those of every method, and the full names of the target modules."""

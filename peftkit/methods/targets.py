@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WrapValidator
 
 from peftkit.errors import MethodError, did_you_mean
+from peftkit.methods import auto_layers
 from peftkit.schema.types import in_head
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ def _check_names(value: Patterns | None) -> Patterns | None:
 ModuleNames = Annotated[Patterns, AfterValidator(_check_names)]
 """all-linear, names of modules, or one regular expression that matches full module names."""
 BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]  # numbers of blocks from 0, or -2 for the last two
+Layers = Annotated[BlockNumbers | Literal["auto"] | auto_layers.AutoLayers | None, WrapValidator(auto_layers.parse)]
+"""Blocks to adapt as a recipe names them: by number, all (None), or chosen by the run (auto)."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def choose_targets(
     model: nn.Module, head_names: tuple[str, ...], target_modules: Patterns, exclude_modules: Patterns | None = None,
-    layers: int | tuple[int, ...] | None = None,
+    layers: Layers = None,
 ) -> list[str]:  # fmt: skip
     """Full names of the layers to adapt; raises MethodError where a name, a pattern or a block matches nothing."""
     names = linear_names(model, head_names)
@@ -59,10 +62,11 @@ def choose_targets(
     return targets
 
 
-def choose_blocks(model: nn.Module, layers: int | tuple[int, ...] | None) -> list[str]:
+def choose_blocks(model: nn.Module, layers: Layers) -> list[str]:
     """Full names of the transformer blocks that ``layers`` selects (None: all); raises MethodError if out of range."""
     from peftkit.models.blocks import find_blocks
 
+    assert layers is None or isinstance(layers, (int, tuple)), "automatic layers are chosen before the model is built"
     prefix, blocks = find_blocks(model)
     count = len(blocks)
     numbers: tuple[int, ...] = layers if isinstance(layers, tuple) else tuple(range(count))

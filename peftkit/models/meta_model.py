@@ -59,7 +59,7 @@ def build_meta_model(
         loaded.head_names = loading.head_modules(head, model, _missing_keys(model, folder))
         if weight_format is not None:
             replace_linear(model, weight_format, dtype, skipped)
-        recipe.method.apply(loaded)
+        recipe.method.widest().apply(loaded)
         if recipe.model.continues:
             loading.continue_adapter(loaded, recipe, info)
         loading.cast_parameters(loaded.model, dtype)

@@ -212,6 +212,11 @@ def _notes(recipe: Recipe, device: Device, has_gpu: bool) -> tuple[str, ...]:
         notes.append("features of the frozen backbone are cached after the first epoch: the time is an upper bound")
     if recipe.training.optimizer.startswith("paged"):
         notes.append("paged optimizer states are counted in full, but move to the CPU when memory is short")
+    for name, value in recipe.method.automatic().items():
+        notes.append(
+            f"method.{name}=auto: the run chooses {value.span} on up to {value.rows} training rows; this plan is for "
+            "the most"
+        )
     if recipe.training.compile:
         notes.append("planned as not compiled: the compiler's memory and its first minute are not included")
     return tuple(notes)

@@ -98,7 +98,7 @@ def quantize(
     evaluation = _Evaluation(reference, held_out, causal)
     quantized = _load_nf4(recipe, folder, reference, keep, causal, device)
     with_lora = isinstance(recipe.method, Lora) and recipe.method.init_lora_weights == "loftq"
-    config = recipe.method.peft_config(LoadedModel(quantized, tokenizer)) if with_lora else None
+    config = recipe.method.widest().peft_config(LoadedModel(quantized, tokenizer)) if with_lora else None
     ranks = loftq_init.layer_ranks(config) if config else {}
     layers, factors, metrics = _fit(reference, quantized, calibration, tuning, evaluation, block_size, ranks)
     results = {

@@ -31,6 +31,8 @@ class Report:
     """``name``, ``split``, ``action``, ``rows``, ``examples`` of each step."""
     trainable: Sequence[Mapping[str, Any]] = ()
     """``part``, ``parameters``, ``trainable``, ``dtype``, ``bytes`` of each part of the model."""
+    choices: Sequence[Mapping[str, Any]] = ()
+    """``schema.automatic.Choice`` of each field that the run chose."""
     log: Sequence[Mapping[str, Any]] = ()
     """Lines of metrics.jsonl."""
     best_metric: str | None = None
@@ -66,6 +68,8 @@ def plots_of(report: Report) -> dict[str, bytes]:
         figures["reliability.png"] = plots.reliability_diagram(bins, error)
     if "pairs" in main:
         figures["scatter.png"] = plots.scatter(main["pairs"], main["labels"][0])
+    if report.choices:
+        figures["choices.png"] = plots.choices(report.choices)
     return {name: plots.png(figure) for name, figure in figures.items()}
 
 

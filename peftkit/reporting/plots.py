@@ -183,6 +183,25 @@ def scatter(pairs: Sequence[Sequence[float]], name: str = "value") -> Figure:
     return figure
 
 
+def choices(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """The estimates that a run's automatic fields were chosen by, one panel each, and what was asked for and chosen.
+
+    Args:
+        records: ``schema.automatic.Choice`` as JSON.
+    """
+    figure, axes = panels(len(records))
+    for axis, choice in zip(axes, records):
+        sizes, estimates = _column(choice["curve"], "size"), _column(choice["curve"], "estimate")
+        axis.errorbar(sizes, estimates, yerr=_column(choice["curve"], "error"), fmt="-o", color=BLUE, markersize=4,
+                      ecolor=FAINT, elinewidth=1, capsize=2)  # fmt: skip
+        axis.axhline(choice["threshold"], color=FAINT, linestyle="--", linewidth=1, label="asked for")
+        axis.axvline(choice["size"], color=GREEN, linewidth=1.2, label=f"chosen: {choice['size']}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(frameon=False, fontsize=9, loc="lower right")
+        dress(axis, f"estimated share of the gain, method.{choice['field']}=auto", choice["unit"])
+    return figure
+
+
 def panels(number: int) -> tuple[Figure, list[Axes]]:
     """An empty figure of panels side by side."""
     figure = Figure(figsize=(5.6 * number, 3.8), layout="constrained")

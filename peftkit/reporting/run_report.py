@@ -125,6 +125,7 @@ def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
 
 def read(path: Path) -> html.Report:
     """A run's folder as a report."""
+    from peftkit.runs import choices
     from peftkit.runs.environment import ENVIRONMENT
     from peftkit.runs.folder import LOG, METRICS, RECIPE
 
@@ -141,6 +142,7 @@ def read(path: Path) -> html.Report:
         splits=about.get("splits", []),
         cleaning=about.get("cleaning", []),
         trainable=about.get("trainable", []),
+        choices=[asdict(choice) for choice in choices.read(path)],
         log=log,
         best_metric=metrics.get("training", {}).get("best_metric"),
         samples=_lines(path / "generations.jsonl"),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from peftkit.errors import MethodError
+from peftkit.schema.automatic import Automatic
 from peftkit.schema.head import possible_heads
 from peftkit.schema.sections import ConfigSection
 
@@ -67,8 +68,28 @@ class Method(ConfigSection):
             if old in cls.__dict__:
                 raise TypeError(f"{cls.__module__}.{cls.__name__}.{old}: peftkit calls this '{new}' now; rename it")
 
+    def automatic(self) -> dict[str, Automatic]:
+        """Its fields that the run chooses on its training rows, in the order in which they are chosen."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, Automatic)}
+
+    def widest(self) -> Self:
+        """The method with the most that may be chosen for each automatic field: what is planned."""
+        return self.model_copy(update={name: value.widest for name, value in self.automatic().items()})
+
+    def probed(self) -> Self:
+        """The method whose gradients automatic fields are chosen by; it need not be one that is trained."""
+        return self.model_copy(update={name: value.probed for name, value in self.automatic().items()})
+
     def check(self, recipe: Recipe) -> None:
         """Raises MethodError when the method cannot work with this recipe; called before anything is loaded."""
+        for name, value in self.automatic().items():
+            if recipe.model.continues:
+                raise MethodError(
+                    f"method.{name}=auto is chosen for a new adapter, and model.adapter_use=continue starts from a "
+                    f"trained one; set method.{name} to that adapter's"
+                )
+            value.check(name, recipe)
         if not self.adapts_backbone and not all(head.adds_layers for head in possible_heads(recipe.task)):
             raise MethodError(
                 f"method.kind={self.kind} trains a classifier's head, and task.kind={recipe.task.kind} has none; "

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from peftkit.heads.preference_losses import LOSSES
+from peftkit.methods.auto_layers import LayerOptions
+from peftkit.methods.auto_rank import RankOptions
 from peftkit.schema.recipe import Recipe
 from peftkit.schema.registries import METHODS, QUANTIZATIONS, TASKS
 from peftkit.schema.sections import ConfigSection
@@ -58,6 +60,12 @@ TESTS = {
     "method[lora].init_lora_weights": LORA + "test_starts",
     "method[lora].rank_pattern": LORA + "test_rank_alpha_and_scaling",
     "method[lora].alpha_pattern": LORA + "test_rank_alpha_and_scaling",
+    "LayerOptions.tolerance": "methods/test_auto_layers.py::test_tolerance_and_at_least_decide",
+    "LayerOptions.at_least": "methods/test_auto_layers.py::test_tolerance_and_at_least_decide",
+    "LayerOptions.rows": "training/test_choosing.py::test_options_arrive_and_rows_bound_what_is_read",
+    "RankOptions.at_most": "methods/test_auto_rank.py::test_tolerance_and_at_most_bound_it",
+    "RankOptions.tolerance": "methods/test_auto_rank.py::test_tolerance_and_at_most_bound_it",
+    "RankOptions.rows": "training/test_choosing.py::test_a_run_trains_as_if_its_recipe_named_what_it_chose",
     "method[bottleneck].variant": BOTTLENECK + "test_llama_written_out",
     "method[bottleneck].reduction_factor": BOTTLENECK + "test_size_and_reduction_factor_give_the_width",
     "method[bottleneck].size": BOTTLENECK + "test_size_and_reduction_factor_give_the_width",
@@ -264,6 +272,8 @@ def all_fields() -> list[str]:
     for part, registry in (("method", METHODS), ("task", TASKS), ("quantization", QUANTIZATIONS)):
         for kind in registry.names():
             names += [f"{part}[{kind}].{name}" for name in registry.get(kind).model_fields if name != "kind"]
+    for options in (LayerOptions, RankOptions):
+        names += [f"{options.__name__}.{name}" for name in options.model_fields]
     for kind in LOSSES.names():
         names += [f"task.loss[{kind}].{name}" for name in LOSSES.get(kind).model_fields if name != "kind"]
     return names
