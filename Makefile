@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 # Two workers share the cores, so idle threads sleep instead of spinning and taking time from the other worker.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-all test-avx2 test-matrix check lint audit docs notebooks bench faults clean
+.PHONY: help install demo test test-all test-avx2 test-matrix check lint audit container-check docs notebooks bench faults clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -45,6 +45,9 @@ lint: $(STAMP)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+container-check: $(STAMP)  ## run the Dockerfile's commands in a virtual environment of their own, and the server in it; minutes
+	$(BIN)/python tests/container.py $(ARGS)
 
 audit: $(STAMP)  ## known vulnerabilities of the installed packages; reports and passes when offline
 	$(BIN)/python tests/audit.py

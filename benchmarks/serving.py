@@ -2,13 +2,15 @@
 
     python benchmarks/serving.py --work chat --data ALPACA [--clients 16] [--repeats 3]
     python benchmarks/serving.py --work classify --data AG_NEWS [--clients 16]
-    python benchmarks/serving.py --work mixed --data ALPACA [--minutes 30]
+    python benchmarks/serving.py --work mixed --data ALPACA [--minutes 30] --repeats 1
+    python benchmarks/serving.py --work mixed_classify --data AG_NEWS [--minutes 30] --repeats 1
 
 ``chat``: SmolLM2-135M with a LoRA adapter answers ``--requests`` questions greedily with at most ``--max-tokens``
 tokens: 16 clients at peftkit, one client at peftkit, and 16 clients at ``transformers serve`` with the merged model.
-``classify``: MiniLM with a LoRA adapter, one text per request, next to transformers' pipeline behind Starlette on
-uvicorn. ``mixed``: whole answers, streams, streams that clients leave, and nonsense, for some minutes; ``lost`` counts
-requests without the answer due to them, ``memory_growth`` is from the second tenth of the time to the last. ``--peer``
+``classify``: MiniLM with a LoRA adapter, one text per request, the run itself and its INT8 export, next to
+transformers' pipeline behind Starlette on uvicorn. ``mixed``, ``mixed_classify``: whole answers, streams, answers that
+clients leave, and nonsense, for some minutes; ``lost`` counts requests without the answer due to them,
+``server_errors`` answers of 5xx, and ``memory_growth`` is from the second tenth of the time to the last. ``--peer``
 names the ``transformers`` command of an environment with ``transformers[serving]``; without it one is built.
 ``--tuned`` adds its continuous batching to the chats, which has not been measured to the end on a CPU yet. ALPACA holds
 train.jsonl and test.jsonl, AG_NEWS train.csv and test.csv.
@@ -30,7 +32,10 @@ from harness import ENVIRONMENT, WORKERS, compare, minilm, options, shared, tabl
 from harness import lay_out as lay_out_table
 
 PEFTKIT = [sys.executable, "-m", "peftkit"]
-HEADLINES = {"chat": "tokens_per_second", "classify": "requests_per_second", "mixed": "requests_per_second"}
+HEADLINES = {
+    "chat": "tokens_per_second", "classify": "requests_per_second", "mixed": "requests_per_second",
+    "mixed_classify": "requests_per_second",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -44,13 +49,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--peer", help="the command `transformers` of an environment with transformers[serving]")
     args = parser.parse_args()
-    requests = shared(args.requests or (1600 if args.work == "classify" else 64), args.share, least=4)
+    classes = args.work.endswith("classify")
+    requests = shared(args.requests or (1600 if classes else 64), args.share, least=4)
     with tempfile.TemporaryDirectory(prefix="peftkit-bench-") as name:
         folder = Path(name)
-        if args.work == "classify":
+        if classes:
             data = lay_out_table(args.data, folder / "rows", shared(1000, args.share), validation=0, test=requests)
-            contestants = classifiers(data, folder, args.clients, requests)
-            what = f"MiniLM with a LoRA adapter, {requests} texts, {args.clients} clients, a text per request"
+            run, texts = classify.trained(data, folder), folder / "texts.jsonl"
+            texts.write_text("\n".join(json.dumps(row["text"]) for row in table_rows(data / "test.csv")), "utf-8")
+            if args.work == "mixed_classify":
+                seconds = args.minutes * 60
+                contestants = {"peftkit": load(args.work, texts, args, own(run), ["--seconds", str(seconds)])}
+                what = f"MiniLM, mixed requests of {args.clients} clients for {args.minutes:g} minutes"
+            else:
+                contestants = classifiers(run, texts, args, requests)
+                what = f"MiniLM with a LoRA adapter, {requests} texts, {args.clients} clients, a text per request"
         else:
             rows, judged = instruction_lora.lay_out(args.data, folder, shared(args.rows, args.share, least=16))
             questions = ask_of_alpaca(judged, folder / "questions.jsonl")
@@ -99,21 +112,19 @@ def chats(questions: Path, run: Path, folder: Path, args, requests: int, peer: s
     return contestants
 
 
-def classifiers(data: Path, folder: Path, clients: int, requests: int) -> dict[str, list[str]]:
-    """The contestants of ``--work classify``."""
-    run = classify.trained(data, folder)
+def classifiers(run: Path, texts: Path, args, requests: int) -> dict[str, list[str]]:
+    """The contestants of ``--work classify``; the export is in the run's folder, where the server finds it."""
     labels = json.loads((run / "info.json").read_text(encoding="utf-8"))["labels"]
-    texts = folder / "texts.jsonl"
-    texts.write_text("\n".join(json.dumps(row["text"]) for row in table_rows(data / "test.csv")), encoding="utf-8")
-    command = [
-        sys.executable, str(WORKERS / "serving_load.py"), "classify", "--data", str(texts), "--clients", str(clients),
-        "--requests", str(requests), "--",
-    ]  # fmt: skip
+    finish([*PEFTKIT, "export", str(run), "--format", "onnx-int8", "--to", str(run / "onnx")], "exporting")
     pipeline = [
         sys.executable, str(WORKERS / "pipeline_server.py"), "--model", minilm(), "--adapter", str(run / "adapter"),
         "--labels", ",".join(labels), "--port", "{port}",
     ]  # fmt: skip
-    return {"peftkit": [*command, *own(run)], "pipeline": [*command, *pipeline]}
+    servers = {
+        "peftkit, the run itself": [*own(run), "--run-itself"], "peftkit, INT8 export": own(run), "pipeline": pipeline,
+    }  # fmt: skip
+    count = ["--requests", str(requests)]
+    return {name: load("classify", texts, args, server, count) for name, server in servers.items()}
 
 
 def ask_of_alpaca(rows: Path, file: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -18,24 +17,8 @@ import yaml
 
 from peftkit.cli import app
 from peftkit.serving import server
+from tests.container import DOCKERFILE, ROOT, command_of, instructions, last
 from tests.serving.running import served
-
-ROOT = Path(__file__).parents[1]
-DOCKERFILE = ROOT / "container" / "Dockerfile"
-
-
-def instructions():
-    """(instruction, arguments) of the Dockerfile, lines that continue joined."""
-    text = re.sub(r"(?m)^#.*\n", "", DOCKERFILE.read_text(encoding="utf-8")).replace("\\\n", " ")
-    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
-
-
-def last(name):
-    return [value for kind, value in instructions() if kind == name][-1]
-
-
-def command_of(value):
-    return yaml.safe_load(value[value.index("[") :])
 
 
 def test_a_linter_has_nothing_to_say():

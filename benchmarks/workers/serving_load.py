@@ -1,10 +1,11 @@
 """Clients of a server: starts it, lets some clients ask at the same time, ends it; prints one JSON line.
 
-python benchmarks/workers/serving_load.py chat|classify|mixed --clients 16 --requests 48 --data FILE -- COMMAND {port} …
+python benchmarks/workers/serving_load.py WORK --clients 16 --requests 48 --data FILE -- COMMAND {port} …
 
-FILE has a JSON string on each line, which is what is asked. ``chat`` counts tokens by the answers' own usage; ``mixed``
-asks for ``--seconds`` in turn for whole answers, streams, streams that are left after their first chunk, and nonsense,
-and compares the server's memory after a tenth of the time (its caches are full then) with that at the end.
+FILE has a JSON string on each line, which is what is asked. ``chat`` counts tokens by the answers' own usage.
+``mixed`` asks for ``--seconds`` in turn for whole answers, continuations, streams, streams that are left after their
+first chunk, and nonsense; ``mixed_classify`` for the labels of one text and of several, answers that are left, and
+nonsense. Both compare the server's memory after a tenth of the time (its caches are full then) with that at the end.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
-CHAT, CLASSIFY = "/v1/chat/completions", "/v1/classify"
+CHAT, COMPLETIONS, CLASSIFY = "/v1/chat/completions", "/v1/completions", "/v1/classify"
+NONSENSE = (b"", b"{", b"[]", b'{"messages": "nonsense"}', b'{"input": {"a": 1}}', b'{"temperature": -1}', b"\xff" * 64)
 
 
 @dataclass
@@ -41,14 +44,19 @@ class Load:
     tokens: int = 0
     lost: int = 0
     """Requests without the answer that is due to them."""
+    server_errors: int = 0
+    """Answers of status 5xx."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def post(self, path: str, body: Any, *, leave: bool = False) -> tuple[int, bytes]:
-        """Status and content; ``leave`` hangs up after the first bytes."""
+        """Status and content; ``leave`` hangs up after the first bytes. A body of bytes is sent as it is."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("POST", path, content, {"Content-Type": "application/json"})
             answer = connection.getresponse()
+            with self.lock:
+                self.server_errors += answer.status >= 500
             return answer.status, answer.read(20) if leave else answer.read()
         finally:
             connection.close()
@@ -67,17 +75,38 @@ class Load:
         self.count(status == 200 and "label" in json.loads(content)["data"][0], started)
 
     def mixed(self, number: int) -> None:
-        """One of four kinds of request."""
-        started, kind = time.perf_counter(), number % 4
+        """One of five kinds of request to a language model."""
+        started, kind, question = time.perf_counter(), number % 5, self.question(number)
         if kind == 0:
             self.chat(number)
-            return
-        if kind == 3:
-            status, _ = self.post(CHAT, {"messages": "nonsense"})
-            self.count(status in (400, 422), started)
-            return
-        status, content = self.post(CHAT, {**self.question(number), "stream": True}, leave=kind == 2)
-        self.count(status == 200 and (kind == 2 or content.endswith(b"data: [DONE]\n\n")), started)
+        elif kind == 1:
+            text = {name: value for name, value in question.items() if name != "messages"}
+            status, content = self.post(COMPLETIONS, {**text, "prompt": self.texts[number % len(self.texts)]})
+            usage = json.loads(content)["usage"] if status == 200 else {"completion_tokens": 0}
+            self.count(status == 200, started, usage["completion_tokens"])
+        elif kind == 4:
+            self.nonsense(number, (CHAT, COMPLETIONS))
+        else:
+            status, content = self.post(CHAT, {**question, "stream": True}, leave=kind == 3)
+            self.count(status == 200 and (kind == 3 or content.endswith(b"data: [DONE]\n\n")), started)
+
+    def mixed_classify(self, number: int) -> None:
+        """One of four kinds of request to a classifier."""
+        started, kind = time.perf_counter(), number % 4
+        if kind == 0:
+            self.classify(number)
+        elif kind == 3:
+            self.nonsense(number, (CLASSIFY,))
+        else:
+            texts = [self.texts[(number + each) % len(self.texts)] for each in range(number % 17 + 1)]
+            status, content = self.post(CLASSIFY, {"input": texts}, leave=kind == 2)
+            self.count(status == 200 and (kind == 2 or len(json.loads(content)["data"]) == len(texts)), started)
+
+    def nonsense(self, number: int, paths: Sequence[str]) -> None:
+        """A request that must be refused."""
+        started = time.perf_counter()
+        status, _ = self.post(paths[number % len(paths)], NONSENSE[number % len(NONSENSE)])
+        self.count(400 <= status < 500, started)
 
     def question(self, number: int) -> dict[str, Any]:
         """A chat of one turn."""
@@ -140,14 +169,14 @@ def attempt(load: Load, work: str, number: int) -> None:
         load.count(False, started)
 
 
-def keep_asking(load: Load, clients: int, seconds: float, server: int) -> dict[str, float]:
+def keep_asking(load: Load, work: str, clients: int, seconds: float, server: int) -> dict[str, float]:
     """Mixed requests for some time; how the server's memory grows meanwhile."""
     started = time.monotonic()
 
     def client(first: int) -> None:
         number = first
         while time.monotonic() - started < seconds:
-            attempt(load, "mixed", number)
+            attempt(load, work, number)
             number += 1
 
     samples: list[tuple[float, int]] = []
@@ -174,13 +203,14 @@ def figures(load: Load, seconds: float) -> dict[str, float]:
         "p95_seconds": ordered[int(0.95 * (len(ordered) - 1))],
         "requests": len(ordered),
         "lost": load.lost,
+        "server_errors": load.server_errors,
     }
 
 
 def main() -> None:
     """Starts the server, asks, and prints what was measured."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=("chat", "classify", "mixed"))
+    parser.add_argument("work", choices=("chat", "classify", "mixed", "mixed_classify"))
     parser.add_argument("--clients", type=int, required=True)
     parser.add_argument("--requests", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0)
@@ -200,12 +230,12 @@ def main() -> None:
         try:
             wait_until_it_answers(server, port, args.ready, args.start_limit)
             warm = Load(port, args.model, args.max_tokens, texts)
-            ask(warm, "classify" if args.work == "classify" else "chat", 1, 2)
+            ask(warm, "classify" if args.work.endswith("classify") else "chat", 1, 2)
             if warm.lost:
                 raise RuntimeError("the server does not answer such requests")
             load = Load(port, args.model, args.max_tokens, texts)
-            if args.work == "mixed":
-                extra = keep_asking(load, args.clients, args.seconds, server.pid)
+            if args.work.startswith("mixed"):
+                extra = keep_asking(load, args.work, args.clients, args.seconds, server.pid)
                 found = {**figures(load, args.seconds), **extra}
             else:
                 found = figures(load, ask(load, args.work, args.clients, args.requests))

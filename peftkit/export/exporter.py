@@ -93,6 +93,13 @@ class Exporter(ConfigSection):
 
         return card.usage(contents)
 
+    def speed(self, contents: Manifest) -> float:
+        """How fast ``load``'s model answers on this machine's CPU, next to the run itself, for what is to be served.
+
+        0 where ``load`` does not load the format.
+        """
+        return 0.0
+
     def load(self, source: ExportFolder, tokenizer: Any) -> LoadedModel:
         """The export as a model for ``peftkit.load``; its outputs have ``logits``."""
         raise RunError(f"{source.path}: peftkit writes the format '{self.kind}', but cannot load it; load the run")

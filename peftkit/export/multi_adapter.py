@@ -13,16 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftkit.errors import ModelError, RunError
 from peftkit.export.folder import ADAPTER_WEIGHTS, ExportFolder, open_export
 from peftkit.export.loading import check_adapter_config, check_head, check_same_names
 from peftkit.export.manifest import Manifest
 from peftkit.export.native_adapters import load_onto, native_adapters
+from peftkit.methods.layers.mixed_lora import RowAdapters, mix_lora, unmix_lora, unmixable_reason
+from peftkit.models import dtypes
 from peftkit.models.tokenizer import tokenizer_in
 
 FIRST = "default"
 """peft's name of the adapter that a run is loaded with."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MIXED_TOLERANCE = {torch.float32: 1e-3}
+"""Largest difference of mixed rows from those of one adapter, relative to the logits' spread, by dtype of the base."""
+OTHER_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,49 @@ def disabled(model: Any) -> Iterator[None]:
         if native is not None:
             native.activate(before)
         model.requires_grad_(False)
+
+
+def mix(model: Any) -> tuple[RowAdapters | None, str]:
+    """Lets batches of a language model have rows under several adapters, and under none.
+
+    The model is tried on a few tokens first: rows of a batch must answer as under ``activate`` and ``disabled``.
+
+    Returns:
+        What chooses the adapter of each row; or None, and why the adapters cannot be mixed.
+    """
+    if native_adapters(model) is not None:
+        return None, "their method is not LoRA on linear layers"
+    if reason := unmixable_reason(model, names(model)):
+        return None, reason
+    adapters = mix_lora(model, names(model))
+    reason = _difference_of_mixed_rows(model, adapters)
+    if reason:
+        unmix_lora(model)
+    return (None, reason) if reason else (adapters, "")
+
+
+@torch.no_grad()
+def _difference_of_mixed_rows(model: Any, adapters: RowAdapters) -> str:
+    """How rows of several adapters differ from those that each gives by itself; empty if they do not."""
+    embedding = model.get_input_embeddings().weight
+    ids = (torch.arange(12, device=embedding.device)[None] * 7919 + 13) % embedding.shape[0]
+    order, before, alone = [*adapters.names, None, adapters.names[0]], active(model), []
+    with dtypes.autocast(embedding.dtype, embedding.device):
+        for name in adapters.names:
+            activate(model, name)
+            alone.append(model(input_ids=ids).logits)
+        with disabled(model):
+            alone.append(model(input_ids=ids).logits)
+        activate(model, before or FIRST)
+        try:
+            with adapters.rows(order):
+                mixed = model(input_ids=ids.repeat(len(order), 1)).logits
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"a layer does not work on rows of tokens ({str(error).splitlines()[0][:200]})"
+    expected = torch.cat([*alone, alone[0]]).float()
+    difference = float((mixed.float() - expected).abs().max() / expected.std().clamp_min(1e-6))
+    allowed = MIXED_TOLERANCE.get(embedding.dtype, OTHER_TOLERANCE)
+    return "" if difference <= allowed else f"together they answer otherwise than alone (by {difference:.2g})"
 
 
 def _check_fits(folder: Path, manifest: Manifest, first: Manifest) -> None:

@@ -91,7 +91,8 @@ def of_run(run: LoadedExport) -> Embedder:
     """The embedder of a loaded run and its active adapter.
 
     Raises:
-        RunError: the method puts learned tokens before the text, which the backbone alone does not see.
+        RunError: the method puts learned tokens before the text, which the backbone alone does not see; or an export
+            in another format has no hidden states.
     """
     for config in getattr(run.model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
@@ -99,6 +100,8 @@ def of_run(run: LoadedExport) -> Embedder:
                 f"{run.path}: method '{run.manifest.method}' puts learned tokens before a text, and cannot embed it"
             )
     model = unwrap(run.model)
+    if not hasattr(model, "base_model"):
+        raise RunError(f"{run.path}: an export of format '{run.manifest.saves}' has no vectors; use the run itself")
     backbone = model.base_model
     pooling = run.loaded.pooling
     if pooling == "own":

@@ -1,28 +1,35 @@
 """Continuous batching of generated text (Yu et al. 2022, Orca): requests join and leave between tokens.
 
-Rows of one adapter share a key-value cache, padded on the left. A new row is read by itself (its prompt is one forward
-pass), then its cache is padded to the others' length and joined to them; a row that ends is taken out at once. A row's
-noise depends on its seed and number alone, as in ``evaluation.generation``, so that other rows do not change its text.
+Rows that can be computed together share a cache, whichever adapter each is under. New rows are read first, those of
+like length together, and then join the others; a row that ends is taken out at once. A row's noise depends on its seed
+and number alone, as in ``evaluation.generation``, so that other rows do not change its text.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from peftkit.data.batching import by_length
 from peftkit.evaluation.generation import processors, stop_ids
 from peftkit.models import dtypes, packing
 from peftkit.models.blocks import forward_parameters, unwrap
 from peftkit.schema.recipe import GenerationConfig
+from peftkit.serving.kv_cache import OwnCache, SlotCache, TextCache
+
+PROMPT_TOKENS = 1024
+"""Tokens of new prompts that are read between two tokens of the others, or one prompt."""
 
 
 @dataclass(frozen=True)
@@ -45,73 +52,86 @@ class Sequence:
     prompt: list[int]
     config: GenerationConfig
     adapter: str
-    send: Callable[[Piece | BaseException], None]
-    """Called from the decoder's thread for every token, or once with the error that ended it."""
     number: int = 0
     """Of the choice, by which its noise is drawn."""
     top: int | None = None
     """How many of the likeliest tokens to report next to each token's log-probability; None reports neither."""
+    stream: bool = True
+    """Whether its pieces are delivered one by one, or all at its end."""
+    receiver: Any = None
+    """Whom its pieces are delivered to."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     ids: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    """Those that are not delivered yet."""
     _processors: Any = None
+
+    def __post_init__(self) -> None:
+        self._processors = processors(self.config, [self.number], [0])
+
+    @property
+    def takes_the_largest(self) -> bool:
+        """Whether its token is the one of the largest score, as the model gives them."""
+        return not self._processors
 
     def scores(self, raw: Tensor) -> Tensor:
         """[words] after penalties, temperature and noise."""
-        if self._processors is None:
-            self._processors = processors(self.config, [self.number], [0])
         read = [*self.prompt, *self.ids] if self.config.repetition_penalty != 1.0 else []  # nothing else needs them
         adjusted: Tensor = self._processors(torch.tensor([read], dtype=torch.long, device=raw.device), raw[None])
         return adjusted[0]
 
 
+Delivery = tuple[Sequence, list[Piece] | BaseException]
+"""Pieces of a text, or the error that ended it."""
+
+
 class Group:
-    """The rows of one adapter that are being written, with their cache and mask."""
+    """Rows that are written together, and what they have cached."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: TextCache) -> None:
         self.rows: list[Sequence] = []
-        self.cache: DynamicCache | None = None
-        self.mask: Tensor | None = None
+        self.cache = cache
 
-    def join(self, rows: list[Sequence], cache: DynamicCache, mask: Tensor) -> None:
+    def join(self, rows: list[Sequence], cache: DynamicCache) -> None:
         """Adds rows whose prompts are in ``cache``."""
-        if self.cache is None or self.mask is None:
-            self.rows, self.cache, self.mask = list(rows), cache, mask
-            return
-        width = max(mask.shape[1], self.mask.shape[1])
-        layers = [
-            tuple(torch.cat([_padded(one, width), _padded(two, width)]) for one, two in zip(old, new))
-            for old, new in zip(_tensors(self.cache), _tensors(cache))
-        ]
-        self.cache = DynamicCache(layers)
-        masks = [torch.nn.functional.pad(one, (width - one.shape[1], 0)) for one in (self.mask, mask)]
-        self.mask = torch.cat(masks)
         self.rows += rows
+        self.cache.join(cache, [len(row.prompt) for row in rows])
 
     def keep(self, alive: list[int]) -> None:
-        """Leaves only some rows, and the columns that any of them needs."""
-        if len(alive) == len(self.rows):
-            return
-        self.rows = [self.rows[number] for number in alive]
-        if not self.rows or self.cache is None or self.mask is None:
-            self.rows, self.cache, self.mask = [], None, None
-            return
-        mask = self.mask[alive]
-        start = int(mask.any(0).int().argmax())
-        self.mask = mask[:, start:]
-        self.cache = DynamicCache([tuple(one[alive][:, :, start:] for one in layer) for layer in _tensors(self.cache)])
+        """Drops all but some rows."""
+        if len(alive) < len(self.rows):
+            self.rows = [self.rows[number] for number in self.cache.keep(alive)]
 
 
 class Decoder:
     """Writes texts in a thread of its own, which holds ``lock`` during each step."""
 
     def __init__(
-        self, activate: Callable[[str], AbstractContextManager[Any]], tokenizer: Any, lock: threading.Lock, most: int
+        self,
+        model: Any,
+        activate: Callable[[SequenceOf[str]], AbstractContextManager[Any]],
+        tokenizer: Any,
+        lock: threading.Lock,
+        most: int,
+        deliver: Callable[[list[Delivery]], None],
+        group_of: Callable[[str], Hashable] = lambda adapter: adapter,
     ) -> None:
-        """``activate(adapter)`` is a context in which the model, which it gives, answers under that adapter."""
-        self.activate, self.tokenizer, self.lock, self.most = activate, tokenizer, lock, most
+        """Starts the thread.
+
+        Args:
+            activate: returns a context in which the model, which it gives, answers each row of a batch under the
+                adapter of that name.
+            most: texts that are written at a time; one, where those of the model cannot join each other.
+            deliver: is given what a step has written, from the decoder's thread.
+            group_of: adapters of the same group have rows in one batch.
+        """
+        self.joins = joins(model)
+        self.most = most if self.joins else 1
+        self.activate, self.lock, self.deliver, self.group_of = activate, lock, deliver, group_of
+        self._stops = set(stop_ids(model, tokenizer))
         self._waiting: queue.Queue[Sequence | None] = queue.Queue()
-        self._groups: dict[str, Group] = {}
-        self._stops: set[int] | None = None
+        self._next: Sequence | None = None
+        self._groups: dict[Hashable, Group] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="peftkit-decoder", daemon=True)
         self._thread.start()
@@ -135,90 +155,109 @@ class Decoder:
             new = self._admitted()
             if self._closing and not new and not self.active:
                 return
-            for adapter in {row.adapter for row in new} | {name for name, group in self._groups.items() if group.rows}:
-                group = self._groups.setdefault(adapter, Group())
-                joining = [row for row in new if row.adapter == adapter]
+            joining: dict[Hashable, list[Sequence]] = {}
+            for row in new:
+                joining.setdefault(self.group_of(row.adapter), []).append(row)
+            for key in {*joining, *(key for key, group in self._groups.items() if group.rows)}:
+                group = self._groups.setdefault(key, self._empty_group())
                 try:
-                    with self.lock, torch.no_grad(), self.activate(adapter) as model:
-                        self._advance(model, group, joining)
+                    with self.lock, torch.no_grad():
+                        self._advance(group, joining.get(key, []))
                 except BaseException as error:
-                    for row in [*group.rows, *joining]:
-                        row.send(error)
-                    self._groups[adapter] = Group()
+                    self.deliver([(row, error) for row in {*group.rows, *joining.get(key, [])}])
+                    self._groups[key] = self._empty_group()
+
+    def _empty_group(self) -> Group:
+        return Group(SlotCache() if self.joins else OwnCache())
 
     def _admitted(self) -> list[Sequence]:
         """Those that wait, as many as there is room for; blocks while there is nothing to do."""
         new: list[Sequence] = []
         while len(new) + self.active < self.most:
+            one, self._next = self._next, None
             try:
-                one = self._waiting.get(block=not new and not self.active and not self._closing)
+                one = one or self._waiting.get(block=not new and not self.active and not self._closing)
             except queue.Empty:
                 break
             if one is None:
                 self._closing = True
-                continue
-            if not one.cancelled.is_set():
+            elif new and sum(len(row.prompt) for row in (*new, one)) > PROMPT_TOKENS:
+                self._next = one
+                break
+            elif not one.cancelled.is_set():
                 new.append(one)
         return new
 
-    def _advance(self, model: Any, group: Group, joining: list[Sequence]) -> None:
+    def _advance(self, group: Group, joining: list[Sequence]) -> None:
         """One token for every row."""
         group.keep([number for number, row in enumerate(group.rows) if not row.cancelled.is_set()])
-        device = model.get_input_embeddings().weight.device
-        with packing.eval_modules(model), dtypes.autocast(model.get_input_embeddings().weight.dtype, device):
-            if group.rows:
-                self._step(model, group)
-            if joining:
-                started = Group()
-                self._start(model, started, joining)
-                if started.rows and started.cache is not None and started.mask is not None:
-                    group.join(started.rows, started.cache, started.mask)
+        if group.rows:
+            with self.activate([row.adapter for row in group.rows]) as model:
+                logits = self._next_logits(model, group)
+            self._write(group, 0, logits)
+        lengths = np.asarray([len(row.prompt) for row in joining])
+        for numbers in by_length(lengths, self.most, PROMPT_TOKENS) if joining else []:
+            rows = [joining[number] for number in numbers]
+            with self.activate([row.adapter for row in rows]) as model:
+                cache, logits = _read_prompts(model, [row.prompt for row in rows])
+            first = len(group.rows)
+            group.join(rows, cache)
+            self._write(group, first, logits)
 
-    def _start(self, model: Any, group: Group, rows: list[Sequence]) -> None:
-        """Reads prompts, left-padded, and writes the first token of each."""
-        device = model.get_input_embeddings().weight.device
-        width = max(len(row.prompt) for row in rows)
-        fill = [width - len(row.prompt) for row in rows]
-        ids = torch.tensor([[0] * pad + row.prompt for pad, row in zip(fill, rows)], device=device)
-        mask = torch.tensor([[0] * pad + [1] * len(row.prompt) for pad, row in zip(fill, rows)], device=device)
-        cache = DynamicCache(config=unwrap(model).config)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
-        output = model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **last, **_positions(model, mask)
-        )
-        group.join(rows, output.past_key_values, mask)
-        self._write(model, group, output.logits[:, -1])
+    def _next_logits(self, model: Any, group: Group) -> Tensor:
+        """[rows, words] after one more token of every row."""
+        embedding = model.get_input_embeddings().weight
+        last = torch.tensor([[row.ids[-1]] for row in group.rows], device=embedding.device)
+        arguments = group.cache.next_token(embedding.device)
+        if "position_ids" not in forward_parameters(model):
+            del arguments["position_ids"]
+        with dtypes.autocast(embedding.dtype, embedding.device):
+            logits: Tensor = model(input_ids=last, use_cache=True, **arguments).logits
+        return logits[:, -1]
 
-    def _step(self, model: Any, group: Group) -> None:
-        assert group.mask is not None
-        last = torch.tensor([[row.ids[-1]] for row in group.rows], device=group.mask.device)
-        mask = torch.cat([group.mask, group.mask.new_ones(len(group.rows), 1)], dim=1)
-        positions = {name: value[:, -1:] for name, value in _positions(model, mask).items()}
-        output = model(input_ids=last, attention_mask=mask, past_key_values=group.cache, use_cache=True, **positions)
-        group.cache, group.mask = output.past_key_values, mask
-        self._write(model, group, output.logits[:, -1])
-
-    def _write(self, model: Any, group: Group, logits: Tensor) -> None:
-        """Chooses a token for each row, sends it, and takes out the rows that end."""
-        if self._stops is None:  # the template is rendered for this, which takes longer than a step
-            self._stops = set(stop_ids(model, self.tokenizer))
-        alive = []
-        for number, (row, raw) in enumerate(zip(group.rows, logits.float())):
-            token = int(row.scores(raw).argmax())
+    def _write(self, group: Group, first: int, logits: Tensor) -> None:
+        """Chooses a token for each row from ``first`` on, delivers it, and takes out the rows that end."""
+        rows, logits = group.rows[first:], logits.float()
+        largest = logits.argmax(-1).tolist()
+        alive, deliveries = list(range(first)), list[Delivery]()
+        for number, (row, raw, token) in enumerate(zip(rows, logits, largest), first):
+            if not row.takes_the_largest:
+                token = int(row.scores(raw).argmax())
             row.ids.append(token)
             ended = "stop" if token in self._stops else "length" if len(row.ids) >= row.config.max_new_tokens else None
-            row.send(_piece(token, raw, row.top, ended))
+            row.pieces.append(_piece(token, raw, row.top, ended))
+            if row.stream or ended:
+                deliveries.append((row, row.pieces))
+                row.pieces = []
             if ended is None and not row.cancelled.is_set():
                 alive.append(number)
         group.keep(alive)
+        self.deliver(deliveries)
+
+
+def _read_prompts(model: Any, prompts: list[list[int]]) -> tuple[DynamicCache, Tensor]:
+    """Keys and values of prompts, padded on the left, and the logits [rows, words] of what follows each."""
+    embedding = model.get_input_embeddings().weight
+    width = max(map(len, prompts))
+    fill = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(fill, prompts)], device=embedding.device)
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in fill], device=embedding.device)
+    arguments: dict[str, Any] = {"logits_to_keep": 1, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    taken = {name: value for name, value in arguments.items() if name in forward_parameters(model)}
+    cache = DynamicCache(config=unwrap(model).config)
+    with dtypes.autocast(embedding.dtype, embedding.device):
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **taken)
+    return output.past_key_values, output.logits[:, -1]
 
 
 def joins(model: Any) -> bool:
-    """Whether rows of the model can join each other: every layer caches all keys and values, without a prompt."""
-    inner = unwrap(model)
-    layers = DynamicCache(config=inner.config).layers
-    plain = all(type(layer) is DynamicLayer for layer in layers)
-    return plain and bool(layers) and packing.learned_tokens(model) == 0
+    """Whether rows of the model can join each other.
+
+    Every layer caches all keys and values, positions are given, and there is no learned prompt.
+    """
+    layers = DynamicCache(config=unwrap(model).config).layers
+    plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return plain and "position_ids" in forward_parameters(model) and packing.learned_tokens(model) == 0
 
 
 def _piece(token: int, raw: Tensor, top: int | None, finish: str | None) -> Piece:
@@ -228,20 +267,3 @@ def _piece(token: int, raw: Tensor, top: int | None, finish: str | None) -> Piec
     likeliest = logprobs.topk(top)
     entries = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist()))
     return Piece(token, float(logprobs[token]), entries, finish)
-
-
-def _positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
-    """Position ids [rows, tokens] by the mask, where the model takes them."""
-    if "position_ids" not in forward_parameters(model):
-        return {}
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def _tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    layers: Any = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def _padded(tensor: Tensor, width: int) -> Tensor:
-    """[rows, heads, tokens, width of a head] with empty tokens on the left."""
-    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,12 +19,14 @@ GRACE = 60
 
 def serve(
     run: Path, *, adapters: Mapping[str, str], name: str, host: str, port: int, base: bool, log_requests: bool,
-    queue: int, batch: int, max_tokens: int, timeout: float, monitor: Path | None = None, monitor_texts: bool = False,
-    monitor_embeddings: bool = False,
+    queue: int, batch: int, max_tokens: int, timeout: float, itself: bool = False, monitor: Path | None = None,
+    monitor_texts: bool = False, monitor_embeddings: bool = False,
 ) -> None:  # fmt: skip
     """Loads a run and answers requests; returns when a signal has ended it and the requests in flight are done.
 
-    ``monitor`` is a folder for a log of what is served: see ``peftkit.monitoring``.
+    Args:
+        itself: serve the run itself even if its folder has an export that is faster, see ``serving.backend``.
+        monitor: a folder for a log of what is served: see ``peftkit.monitoring``.
 
     Raises:
         RunError: not a finished run; an address that others reach, without a key; a port in use; a package is missing.
@@ -38,6 +41,7 @@ def serve(
 
     from peftkit.inference import trained_model
     from peftkit.monitoring.log import ServingLog
+    from peftkit.serving import backend
     from peftkit.serving.app import LOOPBACK, build_app
     from peftkit.serving.recorder import Recorder
     from peftkit.serving.service import Limits, Service
@@ -47,7 +51,9 @@ def serve(
         raise RunError(f"--host {host}: others could use the server; set {KEY} in the environment, or leave --host out")
     folder = ServingLog(monitor) if monitor else None
     listening = _listen(host, port)
-    loaded = trained_model.load(run, adapters=adapters)
+    needs = {"--adapter": adapters, "--base": base, "--monitor-embeddings": monitor_embeddings, "--run-itself": itself}
+    form = backend.choose(run, itself=" and ".join(name for name, given in needs.items() if given))
+    loaded = trained_model.load(form.export, adapters=adapters)
     limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
     service = Service(loaded, name, limits, with_base=base)
     recorder = None
@@ -66,7 +72,10 @@ def serve(
     )
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
-    print(f"serving {', '.join(service.names)} on {address} (Ctrl-C ends it)", flush=True)
+    print(f"serving {', '.join(service.names)} on {address} (Ctrl-C ends it)")
+    for line in (f"computed by {form.reason}", *form.unused, *service.notes):
+        print(f"  {line}")
+    sys.stdout.flush()
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:

@@ -9,13 +9,17 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from peftkit.errors import RunError, did_you_mean
+from peftkit.export import multi_adapter
 from peftkit.inference.trained_model import LoadedRun
+from peftkit.methods.layers.mixed_lora import RowAdapters
 from peftkit.models import packing
+from peftkit.models.kernels.packed_linear import pack_output_layer
 from peftkit.serving.batcher import Batcher
-from peftkit.serving.decoder import Decoder, Piece, joins
+from peftkit.serving.decoder import Decoder, Delivery, Piece
 from peftkit.serving.decoder import Sequence as Text
 from peftkit.serving.errors import RequestError
 from peftkit.serving.metrics import Metrics
@@ -67,21 +71,34 @@ class Service:
             raise RunError(f"{self.run.path}: method '{method}' trained the base itself; leave --base out")
         if len(self.names) == 1:
             self.run.merge()
+        self.mixed: RowAdapters | None = None
+        """Chooses the adapter of each row, where rows of several have one batch."""
+        self.notes: tuple[str, ...] = ()
+        """What those who start the server should know."""
         self.decoder: Decoder | None = None
         self.batcher = Batcher(self.lock)
         if self.run.head.writes_text:
-            if self.run.head.encodes_source:
-                raise RunError(
-                    f"{self.run.path}: an encoder–decoder cannot be served, since the server continues texts; use "
-                    "`peftkit generate`"
-                )
-            if packing.learned_tokens(self.run.model):
-                raise RunError(
-                    f"{self.run.path}: method '{self.run.manifest.method}' puts a learned prompt before each text, "
-                    "which the server cannot; serve a run of method lora, or use `peftkit generate`"
-                )
-            most = self.limits.batch if joins(self.run.model) else 1
-            self.decoder = Decoder(self.activate, self.run.tokenizer, self.lock, most)
+            self._check_writes()
+            if len(self.names) > 1:
+                self.mixed, reason = multi_adapter.mix(self.run.model)
+                self.notes += (f"texts of each model are batched by themselves: {reason}",) if reason else ()
+            pack_output_layer(self.run.model)
+            self.decoder = Decoder(
+                self.run.model, self.under, self.run.tokenizer, self.lock, self.limits.batch, _deliver, self._group_of
+            )
+
+    def _check_writes(self) -> None:
+        """Raises RunError for a language model whose texts cannot be continued token by token."""
+        if self.run.head.encodes_source:
+            raise RunError(
+                f"{self.run.path}: an encoder–decoder cannot be served, since the server continues texts; use "
+                "`peftkit generate`"
+            )
+        if packing.learned_tokens(self.run.model):
+            raise RunError(
+                f"{self.run.path}: method '{self.run.manifest.method}' puts a learned prompt before each text, "
+                "which the server cannot; serve a run of method lora, or use `peftkit generate`"
+            )
 
     def _check_names(self) -> None:
         given = [self.name, *self.run.others, *([BASE] if self.with_base else [])]
@@ -118,9 +135,23 @@ class Service:
             with self.run.base():
                 yield self.run.model
             return
-        if len(self.names) > 1 and self.run.adapters:
+        if self.run.adapters and self.run.adapter != adapter:
             self.run.use_adapter(adapter)
         yield self.run.model
+
+    @contextmanager
+    def under(self, names: Sequence[str]) -> Iterator[Any]:
+        """The model with each row of a batch under the adapter of that name; all of one where they are not mixed."""
+        if self.mixed is None:
+            with self.activate(names[0]) as model:
+                yield model
+            return
+        with self.mixed.rows([self.names[name] for name in names]):
+            yield self.run.model
+
+    def _group_of(self, name: str) -> str | None:
+        """What the texts have in common that can be written in one batch."""
+        return name if self.mixed is None else None
 
     async def batched(self, name: str, kind: str, compute: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """``compute`` of the items under an adapter, together with those of other requests of the kind."""
@@ -139,23 +170,23 @@ class Service:
         """The pieces of a text as they are written; stops writing when the iterator is closed."""
         assert self.decoder is not None
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        text.send = lambda piece: _send(loop, pieces, piece)
+        arrived: asyncio.Queue[list[Piece] | BaseException] = asyncio.Queue()
+        text.receiver = (loop, arrived.put_nowait)
         self.decoder.submit(text)
-        until = loop.time() + self.limits.seconds
+        message = f"gave up after {self.limits.seconds:g} seconds"
+        late = RequestError(message, status=408, code="timeout")
+        timer = loop.call_later(self.limits.seconds, arrived.put_nowait, late)
         try:
             while True:
-                try:
-                    piece = await asyncio.wait_for(pieces.get(), until - loop.time())
-                except TimeoutError:
-                    message = f"gave up after {self.limits.seconds:g} seconds"
-                    raise RequestError(message, status=408, code="timeout") from None
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-                if piece.finish is not None:
-                    return
+                pieces = await arrived.get()
+                if isinstance(pieces, BaseException):
+                    raise pieces
+                for piece in pieces:
+                    yield piece
+                    if piece.finish is not None:
+                        return
         finally:
+            timer.cancel()
             text.cancelled.set()
 
     def enter(self) -> None:
@@ -187,6 +218,17 @@ class Service:
         self.batcher.close()
 
 
-def _send(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Any], piece: Any) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+def _deliver(deliveries: list[Delivery]) -> None:
+    """Hands pieces to the event loops that wait for them, all of a step at once: each call wakes a loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+    for text, pieces in deliveries:
+        loop, receive = text.receiver
+        by_loop.setdefault(loop, []).append(partial(receive, pieces))
+    for loop, calls in by_loop.items():
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_call_all, calls)
+
+
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

@@ -40,6 +40,12 @@ class TextStream:
         self.text = whole if len(whole) > len(self.text) else self.text
         return new
 
+    def read_all(self, pieces: list[Piece]) -> list[Piece]:
+        """Takes all pieces of an answer at once, where there are no stop strings; returns them."""
+        self.ids += [piece.token for piece in pieces[:-1]]
+        self.add(pieces[-1])
+        return pieces
+
     def _held_back(self, text: str) -> int:
         """Characters at the end that could begin a stop string."""
         longest = 0

@@ -19,7 +19,6 @@ import pytest
 from typer.testing import CliRunner
 
 import peftkit
-from peftkit import Recipe
 from peftkit.cli import app
 from peftkit.errors import RunError
 from peftkit.evaluation.generation import encode
@@ -31,24 +30,6 @@ from tests import tiny
 from tests.serving.running import served
 
 CHAT = [{"role": "user", "content": "the red king"}]
-
-
-@pytest.fixture(scope="module")
-def language(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("language")
-    rows = [{"instruction": f"Say {word}.", "output": f"the {word} is good"} for word in tiny.WORDS[:40]]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    runs = []
-    for seed in (0, 1):
-        runs.append(peftkit.train(Recipe.parse({
-            "name": "chat", "model": {"source": str(llama), "dtype": "float32"}, "task": {"kind": "instruction"},
-            "data": {"source": str(folder / "rows.jsonl"), "max_length": 64},
-            "method": {"kind": "lora", "rank": 4, "alpha": 64},
-            "training": {"epochs": 3, "batch_size": 8, "learning_rate": 0.02, "threads": 1, "seed": seed},
-            "evaluation": {"generation": {"samples": 0}}, "export": {"prove": False}, "tracking": [],
-            "output_dir": str(folder / "runs"),
-        }), quiet=True).path)  # fmt: skip
-    return runs
 
 
 @pytest.fixture(scope="module")

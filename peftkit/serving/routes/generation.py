@@ -137,7 +137,7 @@ class Generation(Route):
             "repetition_penalty": body.repetition_penalty, "seed": seed, "num_beams": 1, "length_penalty": 1.0,
         })  # fmt: skip
         return [
-            Text(prompt, config, model, lambda piece: None, number=number, top=self.top(body))
+            Text(prompt, config, model, number, self.top(body), stream=body.stream or bool(body.stops))
             for number in range(body.n)
         ]
 
@@ -157,6 +157,8 @@ class Generation(Route):
 
     async def _whole(self, text: Text, stream: TextStream) -> list[Piece]:
         async with contextlib.aclosing(self.service.write(text)) as pieces:
+            if not stream.stops:  # nothing in the text can end it
+                return stream.read_all([piece async for piece in pieces])
             return [piece async for piece, _ in read_text(stream, pieces)]
 
     async def _unless_gone(self, request: Request, writing: Any) -> Any:
