@@ -12,7 +12,7 @@ from peftkit.data.pipeline import EncodedData, PreparedData, encode, prepare
 from peftkit.data.source import find_sources
 from peftkit.distributed import sharding
 from peftkit.distributed.session import Session, open_session
-from peftkit.export.adapter import export_run
+from peftkit.export.adapter import check_backends, export_run
 from peftkit.models import packing
 from peftkit.models.loading import build
 from peftkit.models.third_party import silence_libraries
@@ -101,6 +101,7 @@ def train(
         recipe, choices = _settled(recipe, session, prepared, tokenizer, resume)
         recipe, encoded, model = _model(recipe, session, tokenizer, prepared, encoded)
         model.notes += [choice.summary for choice in choices]
+        check_backends(Path(recipe.output_dir), model, recipe, prepared.info)
         module = TaskModule(model, head_of(prepared.info, recipe.task))
         frozen = plan_features(module, recipe, encoded, tokenizer, session, model.fingerprint)
         model.notes += [frozen.note] if frozen.note else []

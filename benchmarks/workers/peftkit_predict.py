@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--run", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--reference", required=True, help="labels to agree with; written where it is missing")
+    parser.add_argument("--backend", default="torch", help="own: what the folder was exported for")
     args = parser.parse_args()
     from pipeline_predict import figures, rows_of
 
@@ -29,7 +30,7 @@ def main() -> None:
 
         torch.set_num_threads(int(threads))
     texts, gold = rows_of(args.data)
-    model = peftkit.load(args.run)
+    model = peftkit.load(args.run, backend=None if args.backend == "own" else args.backend)
     loaded = time.perf_counter()
     worked = time.process_time()
     found = [str(prediction.label) for prediction in model.predict(texts)]
@@ -39,8 +40,7 @@ def main() -> None:
             json.dump(found, file)
     with open(args.reference, encoding="utf-8") as file:
         reference = json.load(file)
-    said = figures(found, gold, reference, loaded - START, done - loaded)
-    print(json.dumps({**said, "rows_per_cpu_second": len(texts) / worked}))
+    print(json.dumps(figures(found, gold, reference, loaded - START, done - loaded, worked)))
 
 
 if __name__ == "__main__":

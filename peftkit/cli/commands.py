@@ -35,6 +35,14 @@ Merge = Annotated[
         show_default=False,
     ),
 ]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What predicts: torch, or onnx or onnx-int8 if exported. Default: auto, measured on the first texts.",
+        show_default=False,
+    ),
+]
 Delimiter = Annotated[
     str | None,
     typer.Option(help="Separator of a CSV file, one character, tab or auto. Default: the recipe's data.delimiter."),

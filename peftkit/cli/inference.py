@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peftkit.cli.commands import AsJson, Delimiter, Merge, RunFolder, given, report
+from peftkit.cli.commands import AsJson, Backend, Delimiter, Merge, RunFolder, given, report
 from peftkit.errors import RunError
 
 Texts = Annotated[
@@ -29,6 +29,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="Write csv, tsv or jsonl. Default: JSON lines on stdout.")] = None,
     delimiter: Delimiter = None,
     merge: Merge = None,
+    backend: Backend = None,
     monitor: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Log length, answer and confidence of every text for `peftkit monitor`."),
@@ -42,7 +43,7 @@ def predict(
         from peftkit.monitoring.predictions import recorder
 
         observe = recorder(monitor)
-    options = given(merge=merge, delimiter=delimiter, observe=observe)
+    options = given(merge=merge, delimiter=delimiter, observe=observe, backend=backend)
     count = predict_file.predict_file(run, file=file, column=column, out=out, **options)
     if out:
         report(f"wrote {count} rows to {out}")

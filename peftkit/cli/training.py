@@ -11,6 +11,7 @@ from peftkit.cli import launch
 from peftkit.cli.commands import (
     ANY_RECIPE,
     AsJson,
+    Backend,
     Delimiter,
     Merge,
     Overrides,
@@ -57,6 +58,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     delimiter: Delimiter = None,
     merge: Merge = None,
+    backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run on its own data or on a file."""
@@ -64,7 +66,7 @@ def evaluate(
     from peftkit.inference import evaluate
 
     with process_group.init_process_group() as group:
-        options = given(merge=merge, delimiter=delimiter)
+        options = given(merge=merge, delimiter=delimiter, backend=backend)
         metrics = evaluate.evaluate(run, split=split, file=file, group=group, **options)
     if launch.is_main_rank():
         show_values(metrics, as_json)

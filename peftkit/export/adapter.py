@@ -15,16 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftkit.errors import ExportError
+from peftkit.errors import ExportError, MethodError
 from peftkit.export import card, library_files, manifest, native_adapters, peft_files, proof
-from peftkit.export.folder import open_export
+from peftkit.export.exporter import exporter_of
+from peftkit.export.folder import ExportFolder, open_export
 from peftkit.export.formats.merged import Merged
 from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
 from peftkit.models.blocks import unwrap
 from peftkit.runs import choices
 from peftkit.schema.recipe import Recipe
-from peftkit.schema.types import LoadedModel
+from peftkit.schema.types import LoadedModel, TaskInfo
 from peftkit.system.files import atomic_folder, write_json
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -34,7 +35,7 @@ def export_run(
     path: Path, loaded: LoadedModel, recipe: Recipe, prepared: Any, encoded: Any, metrics: Metrics,
     tuned: Mapping[str, float] | None = None,
 ) -> Path:  # fmt: skip
-    """Writes a run's ``adapter/`` (or ``model/``), and ``merged/`` if the recipe asks for it.
+    """Writes a run's ``adapter/`` (or ``model/``), and what else the recipe asks for: ``merged/``, ``onnx/``, ….
 
     Args:
         path: the run's folder.
@@ -46,8 +47,7 @@ def export_run(
     Raises:
         ExportError: reloaded in a fresh process, the export gives other outputs. It is kept as ``adapter-unproven``.
     """
-    dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
-    contents = manifest.build_manifest(loaded, recipe, prepared.info, dtype, tuned)
+    contents = _contents(loaded, recipe, prepared.info, tuned)
     contents = replace(contents, choices=tuple(choice.summary for choice in choices.read(path)))
     target = path / contents.saves
     with atomic_folder(target) as folder:
@@ -62,7 +62,32 @@ def export_run(
         tolerance = recipe.export.tolerance if recipe.export.prove else None
         with atomic_folder(path / "merged") as folder:
             Merged().write(open_export(target), folder, tolerance=tolerance)
+    for backend in recipe.export.backends:
+        with atomic_folder(path / backend) as folder:
+            exporter_of(backend).export(open_export(target), folder)
     return target
+
+
+def check_backends(path: Path, loaded: LoadedModel, recipe: Recipe, info: TaskInfo) -> None:
+    """Checks before a training that what it trains can be written for the recipe's ``export.backends``.
+
+    Raises:
+        MethodError: a format is not for this head or method.
+        ModelError: packages that a format needs are missing.
+    """
+    for backend in recipe.export.backends:
+        exporter = exporter_of(backend)
+        source = ExportFolder(path, _contents(loaded, recipe, info), recipe)
+        if reason := exporter.unsupported_reason(source):
+            raise MethodError(f"export.backends: {backend}: {reason}")
+        exporter.check_installed()
+
+
+def _contents(
+    loaded: LoadedModel, recipe: Recipe, info: TaskInfo, tuned: Mapping[str, float] | None = None
+) -> Manifest:
+    dtype = str(dtypes.dtype_for(recipe.model, next(loaded.model.parameters()).device)).removeprefix("torch.")
+    return manifest.build_manifest(loaded, recipe, info, dtype, tuned)
 
 
 def save(folder: Path, loaded: LoadedModel, recipe: Recipe, contents: Manifest, metrics: Metrics) -> None:

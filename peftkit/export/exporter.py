@@ -11,13 +11,13 @@ import shutil
 from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
 from peftkit.errors import MethodError, RecipeError, RunError
 from peftkit.export import manifest
-from peftkit.export.folder import COPIED, ExportFolder, open_export
+from peftkit.export.folder import COPIED, ExportFolder, open_export, weights_digest
 from peftkit.export.manifest import Manifest
 from peftkit.models.context import usable_length
 from peftkit.schema.registries import EXPORTERS
@@ -38,7 +38,15 @@ class Exporter(ConfigSection):
     Fields are the format's options; the first line of the docstring is its summary in `peftkit list --formats`.
     """
 
+    runtime: ClassVar[str] = ""
+    """What runs the format, where that is not torch: `peftkit predict` can take it in torch's place (--backend)."""
+    rounds: ClassVar[bool] = False
+    """Whether answers are rounded further than in fp32, so that the runtime is taken only where that is allowed."""
+
     kind: str
+
+    def check_installed(self) -> None:
+        """Raises ModelError if packages that ``export`` needs are missing."""
 
     def unsupported_reason(self, source: ExportFolder) -> str:
         """Why a run cannot be written in this format, and what to do instead; empty if it can."""
@@ -78,7 +86,9 @@ class Exporter(ConfigSection):
             proof.check(f"export format '{self.kind}'")
             proof.write(folder)
         max_length = usable_length(tokenizer_in(source.path), source.manifest.max_length)
-        contents = replace(source.manifest, **{"saves": self.kind, "max_length": max_length, **changes})
+        origin = weights_digest(source.path) if self.runtime else ""
+        written: dict[str, Any] = {"saves": self.kind, "max_length": max_length, "origin": origin, **changes}
+        contents = replace(source.manifest, **written)
         manifest.write(folder, contents)
         for name in COPIED:
             shutil.copy2(source.path / name, folder / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from peftkit.export import hub, manifest
 from peftkit.export.manifest import Manifest
 from peftkit.models.sources import PICKLED
 from peftkit.schema.recipe import Recipe
-from peftkit.system.files import is_staging
+from peftkit.system.files import file_digest, is_staging
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COPIED = ("recipe.yaml", "metrics.json")
@@ -43,6 +45,12 @@ def open_export(path: str | Path) -> ExportFolder:
             "remove it, or export the run again"
         )
     return ExportFolder(folder, contents, Recipe.from_yaml(folder / "recipe.yaml"))
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the safetensors files of an exported folder, with their names."""
+    files = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def find_export(path: Path) -> Path:

@@ -75,6 +75,8 @@ class Manifest:
     """The earlier trainings that it stands on, the first one first."""
     choices: tuple[str, ...] = ()
     """What the run chose of its method on the training rows, in words."""
+    origin: str = ""
+    """Of an export for another runtime: the SHA-256 of the weights that it was written from."""
 
     @property
     def head(self) -> Head:

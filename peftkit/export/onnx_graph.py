@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,8 @@ def of_real_tokens(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return logits if logits.dim() == 2 else logits[batch["attention_mask"].bool()]
 
 
-def write_classifier(source: ExportFolder, file: Path, merge: MergeMode) -> Reference:
-    """Writes the ONNX file, and config and tokenizer next to it.
+def write_classifier(source: ExportFolder, file: Path, merge: MergeMode, traced: Path | None = None) -> Reference:
+    """Writes the ONNX file, and config and tokenizer next to it; ``traced``: of the same model, to be copied.
 
     Raises:
         MethodError: the adapter cannot be merged, and ``merge`` is True.
@@ -111,10 +112,13 @@ def write_classifier(source: ExportFolder, file: Path, merge: MergeMode) -> Refe
     batches = [graph.inputs(loaded.tokenizer, texts) for texts in (TEXTS, TEXTS[:1])]
     with torch.no_grad():
         reference = Reference(batches, torch.cat([of_real_tokens(graph(**batch), batch) for batch in batches]))
-    state = MergeState(merge)
-    if state.is_pending(loaded.model):
-        graph.model = state.merge(loaded.model, quantized=False, reload=lambda: load().model)
-    _trace(graph, graph.inputs(loaded.tokenizer, [SAMPLE, "?"]), file)
+    if traced is not None:
+        shutil.copyfile(traced, file)
+    else:
+        state = MergeState(merge)
+        if state.is_pending(loaded.model):
+            graph.model = state.merge(loaded.model, quantized=False, reload=lambda: load().model)
+        _trace(graph, graph.inputs(loaded.tokenizer, [SAMPLE, "?"]), file)
     unwrap(graph.model).config.save_pretrained(file.parent)
     loaded.tokenizer.save_pretrained(file.parent)
     return reference

@@ -37,6 +37,7 @@ def evaluate(
     merge: MergeMode = "auto",
     group: ProcessGroup = ALONE,
     delimiter: str | None = None,
+    backend: str | None = None,
 ) -> dict[str, float]:
     """Metrics by name, as in the run's metrics.json.
 
@@ -47,17 +48,21 @@ def evaluate(
         merge: as for ``peftkit.load``; False scores the adapter unmerged, as in training.
         group: processes that share the rows; all of them call this, and all get the metrics.
         delimiter: separator of a CSV ``file``, or "auto"; None takes the recipe's.
+        backend: what predicts, as for ``peftkit.load``.
 
     Raises:
-        RunError: not a finished run, no such split, or the data's labels are no longer the run's.
+        RunError: not a finished run, no such split, the data's labels are no longer the run's, or there is no proven
+            export for the backend.
         DataError: the file's rows are wrong.
     """
     export = group.run_collectively(lambda: open_export(Path(run)))
     data = None if file is None else _data_of_file(export.recipe, Path(file), delimiter)
     if data is not None:  # a missing file is reported before a model that cannot be had
         group.run_on_main(lambda: bool(find_sources(data)))
-    model = group.main_first(lambda: load(export, merge=merge, device=group.device))
+    model = group.main_first(lambda: load(export, merge=merge, device=group.device, backend=backend))
     rows = group.run_on_main(lambda: _rows_of_file(model, data) if data else _rows_of_split(model, split))
+    name = group.run_on_main(lambda: model.choose_backend(rows).name)
+    group.run_collectively(lambda: model.use_backend(name))
     outputs = _outputs(model, rows, group)
     written, evaluation = _test_texts(model, rows, group), model.recipe.evaluation
     assessment = group.run_on_main(lambda: assess(model.head, outputs, rows, evaluation, split=split, written=written))

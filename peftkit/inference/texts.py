@@ -106,6 +106,8 @@ class InputTexts:
     def __init__(self, file: Path | None, columns: Sequence[str], data: DataConfig | None = None) -> None:
         self.file, self.columns, self.data = file, columns, data
         self._checked: deque[Row] | None = None
+        self.count: int | None = None
+        """Number of rows of a file that was checked."""
 
     def check(self) -> list[str]:
         """Names of all columns; reads the whole file.
@@ -120,7 +122,9 @@ class InputTexts:
             return list(self.columns)
         problems, rows, fits = Problems(), deque[Row](), self.file.stat().st_size <= KEPT_BYTES
         names: dict[str, None] = {}
+        self.count = 0
         for row in self._read(problems):
+            self.count += 1
             names |= dict.fromkeys(row)
             if fits:
                 rows.append(row)
@@ -128,6 +132,11 @@ class InputTexts:
         print_notes(problems.take_notes())
         self._checked = rows if fits else None
         return list(names)
+
+    def first(self, count: int) -> list[Row]:
+        """The first rows of a file that was checked, which are read again afterwards."""
+        rows = self._read(Problems()) if self._checked is None else iter(self._checked)
+        return list(itertools.islice(rows, count))
 
     def __iter__(self) -> Iterator[Row]:
         if self._checked is None:

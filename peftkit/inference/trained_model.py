@@ -19,7 +19,8 @@ from peftkit.export.folder import ExportFolder, open_export
 from peftkit.export.loading import LoadedExport, load_exported
 from peftkit.export.merging import MergeMode, MergeState
 from peftkit.export.multi_adapter import AddedAdapter
-from peftkit.inference import embeddings
+from peftkit.inference import backends, embeddings
+from peftkit.inference.backends import AUTO, Backend
 from peftkit.inference.prompts import Conversation, as_prompt, as_prompts, generation_config
 from peftkit.inference.texts import Text, as_texts, texts_of_columns
 from peftkit.models import dtypes
@@ -49,6 +50,8 @@ class LoadedRun(LoadedExport):
     """Further adapters on the same base, by name."""
     merge_state: MergeState = field(default_factory=MergeState)
     """Whether the adapter is to be merged into the base in memory, and whether it was."""
+    backend: Backend = field(default_factory=Backend)
+    """What predicts: torch, or another runtime for which the run was exported."""
 
     @property
     def info(self) -> TaskInfo:
@@ -105,9 +108,10 @@ class LoadedRun(LoadedExport):
         if columns or texts is None:
             texts = texts_of_columns(columns, self._recipe.task.input_columns(self._recipe.data), texts)
         asked = as_texts(texts, self._text_counts)
-        rows = self._input_rows(asked)
+        rows = self.input_rows(asked)
         if not rows:
             return []
+        self.choose_backend(rows)
         answers = self.head.answers(self._outputs(rows, batch_size), rows, self.tokenizer, threshold)
         return self.head.complete_answers(answers, asked)
 
@@ -117,7 +121,8 @@ class LoadedRun(LoadedExport):
         Raises:
             RunError: the run is a language model, or scores words rather than texts.
         """
-        rows = self._input_rows(as_texts(texts, self._text_counts))
+        rows = self.input_rows(as_texts(texts, self._text_counts))
+        self.choose_backend(rows)
         if not rows:
             return np.zeros((0, self.head.width), dtype=np.float32)
         outputs = self._outputs(rows, batch_size)
@@ -130,7 +135,7 @@ class LoadedRun(LoadedExport):
         """How many texts may be read together."""
         return {2, len(self._recipe.task.input_columns(self._recipe.data))}
 
-    def _input_rows(self, texts: Sequence[Text]) -> list[Row]:
+    def input_rows(self, texts: Sequence[Text]) -> list[Row]:
         """Canonical rows without answers; raises RunError for a language model."""
         if self.head.writes_text:
             raise RunError(f"{self.path}: a language model has no labels to predict; use generate, or `peftkit chat`")
@@ -138,7 +143,7 @@ class LoadedRun(LoadedExport):
 
     def _outputs(self, rows: list[Row], batch_size: int | None) -> dict[str, np.ndarray]:
         """The head's outputs, by name, for each example of the rows."""
-        return self.outputs(encode_rows(rows, self.tokenizer, self._recipe, self.info), batch_size)
+        return self.outputs(self._encode(rows), batch_size)
 
     def outputs(self, split: EncodedSplit, batch_size: int | None) -> dict[str, np.ndarray]:
         """The head's outputs, by name, for each example of an encoded split.
@@ -146,6 +151,8 @@ class LoadedRun(LoadedExport):
         A head that compares with the untrained model gets that one's outputs first: from the base with the adapter off,
         or, where the method trained the base itself, from the base loaded once more.
         """
+        if self.backend.runtime is not None:
+            return dict(self.backend.runtime.outputs(split, batch_size))
         if self.head.reference_splits() and len(split.lengths):
             split = self._with_reference(split, batch_size)
         self.merge()
@@ -153,6 +160,57 @@ class LoadedRun(LoadedExport):
         options = self._passes(batch_size)
         outputs = runner.predict(module, split, self.tokenizer, unpadded=module.unpadded, **options)
         return dict(self.head.complete(outputs))
+
+    def choose_backend(self, rows: Sequence[Row], total: int | None = None) -> Backend:
+        """Chooses what predicts from now on, where that was left open and there are enough rows to measure it on.
+
+        ``predict`` and ``logits`` call it. To choose for rows that come in parts, call it with the first of them and
+        their ``total``; see ``inference.backends``.
+        """
+        total, backend = len(rows) if total is None else total, self.backend
+        if not backend.pending or total < backends.FEWEST or 0 < backend.seconds * total < backends.WORTHWHILE:
+            return backend
+        if self.others or self.merge_state.mode is False or next(self.model.parameters()).device.type != "cpu":
+            return self.use_backend(backends.TORCH, "other runtimes run on a CPU, with a single adapter merged")
+        half = dtypes.dtype_for(self.recipe.model, "cpu").itemsize < 4
+        usable, problems = backends.candidates(self, half_precision=half)
+        if not usable:
+            return self.use_backend(backends.TORCH, "; ".join(problems) or "this run has no export for another runtime")
+        glance = rows[: backends.GLANCE]
+        backend.seconds = backends.seconds_of(self._predict_probe, self._encode(glance)) / len(glance)
+        if (seconds := backend.seconds * total) < backends.WORTHWHILE:
+            tried = f"others are tried from {backends.WORTHWHILE:g} s"
+            backend.reason = f"{total} texts take about {seconds:.1f} s; {tried}"
+            return backend
+        runtimes: dict[str, LoadedRun] = {}
+
+        def open_runtime(name: str) -> backends.Predict:
+            runtimes[name] = load(usable[name].folder)
+            return runtimes[name]._predict_probe
+
+        probe, tolerances = rows[: backends.PROBE], {name: each.tolerance for name, each in usable.items()}
+        name, reason = backends.fastest(self._predict_probe, tolerances, open_runtime, self._encode(probe), len(probe))
+        return self.use_backend(name, "; ".join([reason, *problems]), runtimes.get(name))
+
+    def _predict_probe(self, split: EncodedSplit) -> dict[str, np.ndarray]:
+        return self.outputs(split, None)
+
+    def _encode(self, rows: Sequence[Row]) -> EncodedSplit:
+        return encode_rows(list(rows), self.tokenizer, self._recipe, self.info)
+
+    def use_backend(self, name: str, reason: str = "", runtime: LoadedRun | None = None) -> Backend:
+        """Predicts with that backend from now on; ``runtime`` is its export, where it is loaded already.
+
+        Raises:
+            RunError: an unknown backend, or no proven export of this run for it.
+        """
+        backend = self.backend
+        if name != backend.name:
+            if name != backends.own(self) and runtime is None:
+                runtime = load(backends.open_backend(self, name), backend=name)
+            backend.name, backend.runtime = name, runtime
+        backend.pending, backend.reason = False, reason or backend.reason
+        return backend
 
     def _passes(self, batch_size: int | None) -> dict[str, Any]:
         """Options of ``runner.predict``."""
@@ -282,6 +340,8 @@ class LoadedRun(LoadedExport):
         if self.merge_state.merged:
             self._reload()
         self.merge_state.merged, self.merge_state.mode = False, False
+        if self.backend.runtime is not None:  # which has the adapter merged
+            self.use_backend(backends.TORCH)
 
     def _reload(self) -> Any:
         device = str(next(self.model.parameters()).device)
@@ -301,6 +361,7 @@ def load(
     device: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     merge: MergeMode = "auto",
+    backend: str | None = AUTO,
 ) -> LoadedRun:
     """Loads a finished run, or an exported folder.
 
@@ -311,14 +372,21 @@ def load(
         merge: whether a single adapter is merged into the base in memory at the first use, which saves its matmuls.
             "auto" merges if the method allows it, the base is not quantized, and rounding keeps most of the adapter;
             ``base``, ``use_adapter`` and ``add_adapter``, which need it unmerged, load the weights again.
+        backend: what predicts: torch; onnx or onnx-int8, for which the run must have been exported into its folder; or
+            auto, the fastest of those, measured once on the first texts if there are hundreds of them, else torch.
+            None is torch, or the runtime that the folder itself was exported for.
 
     Raises:
-        RunError: not a finished run of peftkit, or a name that cannot be used.
+        RunError: not a finished run of peftkit, a name that cannot be used, or no proven export for the backend.
         MethodError: merge=True with several adapters.
         ModelError: the base is missing or another than the one trained on, weights are pickled or damaged, or the
             head does not fit the labels.
     """
     export = path if isinstance(path, ExportFolder) else open_export(path)
+    chosen = backends.open_backend(export, backend)
+    if chosen is not export and (adapters or merge is False):
+        raise RunError(f"an export for '{backend}' has its adapter merged; use backend=torch with others, or unmerged")
+    export = chosen
     if merge is True and adapters:
         raise MethodError("several adapters on one base cannot be merged into it; leave merge at 'auto'")
     others: dict[str, AddedAdapter] = {}
@@ -330,6 +398,8 @@ def load(
         multi_adapter.attach(run.model, added)
     file = export.path / "metrics.json"
     metrics = read_json(file) if file.is_file() else {}
+    own = backends.own(export)
     return LoadedRun(
-        run.path, run.manifest, run.recipe, run.loaded, metrics, others=others, merge_state=MergeState(merge)
-    )
+        run.path, run.manifest, run.recipe, run.loaded, metrics, others=others, merge_state=MergeState(merge),
+        backend=Backend(own, pending=backend == AUTO and own == backends.TORCH),
+    )  # fmt: skip

@@ -110,7 +110,7 @@ def _key(export: ExportFolder, texts: list[Text], embed: bool) -> str:
 
 
 def _compute(export: ExportFolder, texts: list[Text], embed: bool, folder: Path) -> None:
-    model = trained_model.load(export)
+    model = trained_model.load(export, backend=None)  # nothing that depends on a measurement
     rows = [features.of_text(features.parts(text), model.tokenizer) for text in texts]
     answers: list[tuple[Any, float | None]] = []
     if not (model.head.writes_text or model.head.fills_masks):  # documents have no masks to be filled

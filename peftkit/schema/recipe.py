@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 
 from peftkit.errors import RecipeError, did_you_mean
 from peftkit.schema import recipe_yaml
-from peftkit.schema.registries import BASELINES, METHODS, QUANTIZATIONS, TASKS
+from peftkit.schema.registries import BASELINES, METHODS, QUANTIZATIONS, TASKS, runtime_formats
 from peftkit.schema.sections import ClassName, ConfigSection, DiscriminatedBy, NameIn
 from peftkit.schema.validation import describe
 
@@ -39,6 +39,12 @@ def _known_encoding(value: str) -> str:
         raise ValueError(
             f"unknown text encoding '{value}'; take one of Python's, such as utf-8, cp1252, gbk, shift_jis"
         ) from None
+    return value
+
+
+def _runs_without_torch(value: str) -> str:
+    if value not in (names := runtime_formats()):
+        raise ValueError(f"unknown backend '{value}': {did_you_mean(value, names)}")
     return value
 
 
@@ -355,6 +361,9 @@ class ExportConfig(ConfigSection):
     """Reload the export in a fresh process and compare its outputs with the trained model's."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-3
     """Largest difference of logits, relative to their standard deviation, that passes the proof."""
+    backends: tuple[Annotated[str, AfterValidator(_runs_without_torch)], ...] = ()
+    """Formats of other runtimes (onnx, onnx-int8) to write into the run's folder as well. `peftkit predict` takes the
+    fastest of them or torch; one that rounds, such as onnx-int8, by itself only where it is named here."""
 
 
 class Recipe(ConfigSection):

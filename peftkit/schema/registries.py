@@ -23,3 +23,8 @@ QUANTIZATIONS: Registry[Any] = Registry(
 SOURCES: Registry[Any] = Registry("data source", package="peftkit.data.sources", group="peftkit.sources")
 READERS: Registry[Any] = Registry("file reader", package="peftkit.data.readers", group="peftkit.readers")
 EXPORTERS: Registry[Any] = Registry("export format", package="peftkit.export.formats", group="peftkit.exporters")
+
+
+def runtime_formats() -> list[str]:
+    """Names of the export formats that a runtime other than torch runs."""
+    return [name for name in EXPORTERS if EXPORTERS.get(name).runtime]

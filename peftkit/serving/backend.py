@@ -1,7 +1,8 @@
 """Which form of a run is served: the run itself, or an export in its folder that answers faster on this machine.
 
-An export is used if its proof passed and it was made of the run as it is now. So `peftkit export RUN --to RUN/onnx
---format onnx` once makes `peftkit serve RUN` faster.
+An export is used if its proof passed and it was written from the run's weights (``export.runtimes``). So `peftkit export
+RUN --to RUN/onnx --format onnx` once makes `peftkit serve RUN` faster. There are no texts as yet on which runtimes could
+be measured, as `predict` does: their usual speeds decide (``Exporter.speed``).
 """
 
 from __future__ import annotations
@@ -11,15 +12,10 @@ from pathlib import Path
 
 import torch
 
-from peftkit.export import manifest, proof
+from peftkit.export import manifest, proof, runtimes
 from peftkit.export.folder import ExportFolder, open_export
-from peftkit.export.manifest import Manifest
 from peftkit.models import dtypes
-from peftkit.schema.registries import EXPORTERS
-from peftkit.system.files import is_staging
-
-METRICS = "metrics.json"
-"""Copied into every export: those of a run that was trained again differ."""
+from peftkit.schema.registries import EXPORTERS, runtime_formats
 
 
 @dataclass(frozen=True)
@@ -49,40 +45,20 @@ def choose(run: Path, *, itself: str = "") -> Backend:
     if torch.cuda.is_available():
         return replace(plain, reason=f"{_library(own)} (the run itself: exports for CPUs are not used with a GPU)")
     best, best_speed, unused = plain, 1.0, []
-    for export in _exports_in(run if run.is_dir() else own.path):
-        speed = EXPORTERS.get(export.manifest.saves)().speed(export.manifest)
-        if not speed:  # of a format that others serve
+    for name in runtime_formats():
+        folder, exporter = runtimes.home(own) / name, EXPORTERS.get(name)
+        if not folder.is_dir():
             continue
-        if reason := _unusable_reason(export, own):
-            unused.append(f"{export.path} is not used: {reason}")
-        elif speed > best_speed:
-            values = proof.read(export.path) or {}
-            agreement = f", same answer for {values['same_choice']:.1%}" if "same_choice" in values else ""
-            best = Backend(export, f"{_library(export)} ({export.path}, proven{agreement})")
-            best_speed = speed
+        export, problem = runtimes.proven(own, name)
+        if exporter.rounds and name not in own.recipe.export.backends:
+            export, problem = None, "rounds, which `export.backends` of the recipe allows; or serve it by its own path"
+        if export is None:
+            unused.append(f"{folder} is not used: it {problem}")
+        elif (speed := exporter().speed(export.manifest)) > best_speed:
+            agreement = (proof.read(export.path) or {}).get("same_choice")
+            shown = "" if agreement is None else f", same answer for {agreement:.1%}"
+            best, best_speed = Backend(export, f"{_library(export)} ({export.path}, proven{shown})"), speed
     return replace(best, unused=tuple(unused))
-
-
-def _exports_in(folder: Path) -> list[ExportFolder]:
-    """Exports in formats other than the run's own, directly in its folder."""
-    folders = [path.parent for path in sorted(folder.glob(f"*/{manifest.FILE}")) if not is_staging(path.parent)]
-    exports = [open_export(path) for path in folders]
-    return [export for export in exports if export.manifest.saves not in manifest.SAVES]
-
-
-def _unusable_reason(export: ExportFolder, own: ExportFolder) -> str:
-    """Why an export cannot be served in place of the run; empty if it can."""
-    same_training = (export.path / METRICS).read_bytes() == (own.path / METRICS).read_bytes()
-    if _trained(export.manifest) != _trained(own.manifest) or not same_training:
-        return "it was made of another training; export the run again"
-    if not (proof.read(export.path) or {}).get("passed"):
-        return "nothing was proven of it; export the run again"
-    return ""
-
-
-def _trained(contents: Manifest) -> Manifest:
-    """What an export has in common with its run."""
-    return replace(contents, saves="model", dtype="", quantization=None, max_length=1)
 
 
 def _library(export: ExportFolder) -> str:

@@ -53,7 +53,7 @@ def serve(
     listening = _listen(host, port)
     needs = {"--adapter": adapters, "--base": base, "--monitor-embeddings": monitor_embeddings, "--run-itself": itself}
     form = backend.choose(run, itself=" and ".join(name for name, given in needs.items() if given))
-    loaded = trained_model.load(form.export, adapters=adapters)
+    loaded = trained_model.load(form.export, adapters=adapters, backend=None)
     limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
     service = Service(loaded, name, limits, with_base=base)
     recorder = None

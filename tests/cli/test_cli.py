@@ -224,7 +224,14 @@ def test_predict_adds_label_and_probabilities_to_every_row_of_a_file(call, finis
     found = table(out)
     assert [(row["id"], row["text"]) for row in found] == rows
     labels = ["business", "science", "sports"]
-    assert list(found[0]) == ["id", "text", "label", "probability", *(f"probability_{name}" for name in labels)]
+    assert list(found[0]) == [
+        "id",
+        "text",
+        "label",
+        "probability",
+        *(f"probability_{name}" for name in labels),
+        "backend",
+    ]
     for row in found:
         shares = {name: float(row[f"probability_{name}"]) for name in labels}
         assert row["label"] == max(shares, key=shares.get)
@@ -285,6 +292,9 @@ def test_a_prediction_that_fails_half_way_leaves_the_old_file(call, finished, tm
     calls, model = [], peftkit.load(finished)
 
     class Failing:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
         def predict(self, texts):
             calls.append(len(texts))
             if len(calls) == 2:

@@ -251,6 +251,7 @@ TESTS = {
     "export.merge": "export/test_export_and_proof.py::test_merged_model_loads_in_plain_transformers",
     "export.prove": "export/test_export_and_proof.py::test_a_fresh_process_that_cannot_load_is_an_error",
     "export.tolerance": "export/test_export_and_proof.py::test_changed_weights_are_caught",
+    "export.backends": "inference/test_backends.py::test_a_run_writes_what_its_recipe_names",
     "tracking": FIELDS + "test_tracking_and_output_dir_and_name",
     "output_dir": FIELDS + "test_tracking_and_output_dir_and_name",
 }  # fmt: skip

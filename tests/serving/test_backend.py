@@ -64,7 +64,13 @@ def test_a_proven_export_is_served_in_place_of_the_run(run):
 
 
 def test_the_fastest_export_is_served_and_the_run_itself_where_it_is_faster(run, monkeypatch):
-    faster = copied(run, "int8", dtype="int8")
+    faster = copied(run, "onnx-int8", dtype="int8")
+    chosen = backend.choose(run)
+    assert chosen.export.path == run / "onnx"
+    assert "onnx-int8 is not used: it rounds" in chosen.unused[0]
+    file = run / "adapter" / "recipe.yaml"
+    recipe = peftkit.Recipe.from_yaml(file)
+    file.write_text(peftkit.replace(recipe, export={"backends": ["onnx-int8"]}).to_yaml(), encoding="utf-8")
     assert backend.choose(run).export.path == faster
     monkeypatch.setattr(dtypes, "native_bf16", lambda device="cpu": True)
     assert backend.choose(run).export.path == faster
@@ -73,10 +79,9 @@ def test_the_fastest_export_is_served_and_the_run_itself_where_it_is_faster(run,
 
 
 @pytest.mark.parametrize(("file", "change", "reason"), [
-    ("proof.json", None, "nothing was proven"),
-    ("proof.json", {"passed": False}, "nothing was proven"),
-    ("metrics.json", {"test": {}}, "another training"),
-    ("peftkit.json", {"fingerprint": "0" * 64}, "another training"),
+    ("proof.json", None, "has no proof that passed"),
+    ("proof.json", {"passed": False}, "has no proof that passed"),
+    ("peftkit.json", {"origin": "0" * 64}, "was not written from this run's weights"),
 ])  # fmt: skip
 def test_an_export_without_proof_or_of_another_training_is_not_served(run, file, change, reason):
     path = run / "onnx" / file
@@ -101,13 +106,13 @@ def test_the_run_itself_is_served_where_it_is_needed(run, monkeypatch):
 
 def test_the_server_says_what_computes_and_takes_the_run_itself_if_asked_to(run, capsys, monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
-    copied(run, "stale", fingerprint="0" * 64)
+    copied(run, "onnx-int8", dtype="int8", origin="0" * 64)
     options = {"adapters": {}, "name": "x", "host": "127.0.0.1", "port": 0, "base": False, "log_requests": False,
                "queue": 1, "batch": 1, "max_tokens": 8, "timeout": 5.0}  # fmt: skip
     server.serve(run, **options)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("serving x on http://127.0.0.1:")
     assert lines[1].startswith(f"  computed by onnxruntime in float32 ({run / 'onnx'}, proven")
-    assert lines[2].startswith(f"  {run / 'stale'} is not used: it was made of another training")
+    assert lines[2].startswith(f"  {run / 'onnx-int8'} is not used: it rounds")
     server.serve(run, **options, itself=True)
     assert "computed by torch in float32 (the run itself: --run-itself)" in capsys.readouterr().out

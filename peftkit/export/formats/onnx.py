@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftkit.errors import ModelError
-from peftkit.export import manifest
+from peftkit.export import manifest, runtimes
 from peftkit.export.exporter import Exporter
 from peftkit.export.folder import ExportFolder
 from peftkit.export.formats.merged import Merged
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from peftkit.export.card import Usage
 
 FILE = "model.onnx"
-SAVES = "onnx"
 WRITE, READ = ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",)
 """Packages needed."""
 SPEED = {False: {"float32": 1.6, "int8": 3.1}, True: {"float32": 0.65, "int8": 1.2}}
@@ -42,9 +41,13 @@ class OnnxExporter(Exporter):
     """What both ONNX formats share."""
 
     int8: ClassVar[bool]
+    runtime: ClassVar[str] = "ONNX Runtime"
 
     merge: bool | Literal["auto"] = "auto"
     """True: merge the adapter into the base or fail; "auto": merge if that is possible."""
+
+    def check_installed(self) -> None:
+        need(WRITE)
 
     def unsupported_reason(self, source: ExportFolder) -> str:
         if not source.manifest.head.onnx:
@@ -56,22 +59,26 @@ class OnnxExporter(Exporter):
     def export(self, source: ExportFolder, folder: Path) -> None:
         """Traces the model with its adapter merged; compares ONNX Runtime's logits with torch's of the unmerged model.
 
+        INT8 starts from the run's own file in fp32 where there is one.
+
         Raises:
             ModelError: packages are missing, or the model cannot be traced.
             MethodError: the adapter cannot be merged, and ``merge`` is True.
             ExportError: ONNX Runtime's logits are not torch's.
         """
-        need(WRITE)
+        self.check_installed()
         from peftkit.export import onnx_graph, onnx_int8
 
-        reference = onnx_graph.write_classifier(source, folder / FILE, self.merge)
+        fp32 = runtimes.proven(source, Onnx().kind)[0] if self.int8 and self.merge == "auto" else None
+        traced = fp32.path / FILE if fp32 else None
+        reference = onnx_graph.write_classifier(source, folder / FILE, self.merge, traced)
         proof = reference.prove(folder / FILE, source.recipe.export.tolerance, "float32")
         if self.int8:
             proof.check("ONNX in fp32")
             onnx_int8.quantize(folder / FILE)
             proof = reference.prove(folder / FILE, INT8_TOLERANCE, "int8")
             proof.check("ONNX in INT8", allowed_by="rounding to INT8")
-        self.finish(source, folder, proof, saves=SAVES, quantization=None, dtype=proof.dtype)
+        self.finish(source, folder, proof, quantization=None, dtype=proof.dtype)
 
     def usage(self, contents: Manifest) -> Usage:
         from peftkit.export.card import Usage
@@ -109,6 +116,7 @@ class OnnxInt8(OnnxExporter):
     """The ONNX file with its weights in 8 bits: a quarter of the size, slightly different answers."""
 
     int8: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True
 
     kind: Literal["onnx-int8"] = "onnx-int8"
 
