@@ -250,6 +250,7 @@ import time:    300000 |     900000 | scipy.stats
     assert imports(said) == {"torch": 0.75, "sklearn, scipy": 0.3, "others": 0.001}
 
 
+<<<<<<< HEAD
 def test_blocks_chosen_on_the_data_are_judged_by_their_tolerance_beyond_noise():
     import layers_auto
     import table
@@ -305,3 +306,36 @@ def test_the_contestants_of_chosen_blocks_are_recipes(whole, tmp_path):
     assert recipes["head alone"].method.kind == "frozen"
     assert {one.training.seed for one in recipes.values()} == {7}
     assert {one.training.max_steps for one in recipes.values()} == {3}
+=======
+def test_the_page_on_scale_has_the_tables_that_the_script_prints():
+    import scale
+
+    page = scale.PAGE.read_text(encoding="utf-8")
+    assert scale.filled(page) == page
+    assert all(f"<!-- table: {name} -->" in page for name in scale.TABLES)
+    changed = page.replace("| 42 M |", "| 43 M |", 1)
+    assert scale.filled(changed) == page != changed
+
+
+def test_scale_starts_from_what_the_planner_counts():
+    import scale
+    import scale_plans
+
+    name, work = "Llama-3.1-8B", "LoRA, bf16"
+    assert scale_plans.planned(name, work) == scale.read("scale_plans")["plans"][name][work]
+
+
+def test_bytes_and_memory_of_several_gpus_follow_the_formulas():
+    import scale
+
+    model = scale.Model(10, 4, 12, 0, 16, 32, 5, 8, 100, 1)
+    assert scale.ddp_sent(model, 4, 7) == 2 * 0.75 * 16
+    assert scale.fsdp_sent(model, 4, 2) == 2 * 0.75 * (2 * 20 + 8) + 0.75 * 16
+    assert scale.zero2_sent(model, 4, 7) == 0.75 * (8 + 8)
+    assert scale.fsdp_memory(model, 4) == (28 + 16 + 32) / 4 + 8 + 2 * 5 + 100
+    assert scale.ddp_memory(model, 1) == 28 + 32 + 100
+    quantized = scale.Model(10, 4, 12, 3, 16, 32, 5, 8, 100, 1)
+    assert scale.fsdp_memory(quantized, 4) == 12 + 3 + 100 + (16 + 32 + 16) / 4
+    slow = scale.Step(1.0, 3.0)
+    assert slow.efficiency == (0.25, pytest.approx(1 / 3))
+>>>>>>> 85da48b (docs/scale.md: measured laws and planned models extrapolated to 10 million rows, 70B and 64 GPUs)

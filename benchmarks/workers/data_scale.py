@@ -40,9 +40,10 @@ def main() -> None:
         stages["prepare"] = watch.stage(lambda: held.append(prepare(recipe)))
         stages["tokenize"] = watch.stage(lambda: held.append(encode(held[0], tokenizer, recipe)))
         rows = len(held[1].splits["train"].lengths)
+        disk = sum(file.stat().st_size for file in Path(work, "cache").rglob("*") if file.is_file())
         held.clear()
         stages["first steps"] = watch.stage(lambda: _train(recipe))
-    print(json.dumps({"rows": rows, "stages": stages}))
+    print(json.dumps({"rows": rows, "cache_mb": round(disk / 1e6, 1), "stages": stages}))
 
 
 def _imports() -> None:

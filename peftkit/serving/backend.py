@@ -1,8 +1,8 @@
 """Which form of a run is served: the run itself, or an export in its folder that answers faster on this machine.
 
-An export is used if its proof passed and it was written from the run's weights (``export.runtimes``). So `peftkit export
-RUN --to RUN/onnx --format onnx` once makes `peftkit serve RUN` faster. There are no texts as yet on which runtimes could
-be measured, as `predict` does: their usual speeds decide (``Exporter.speed``).
+An export is used if its proof passed and it was written from the run's weights (``export.runtimes``). So `peftkit
+export RUN --to RUN/onnx --format onnx` once makes `peftkit serve RUN` faster. There are no texts as yet on which
+runtimes could be measured, as `predict` measures them: their usual speeds decide (``Exporter.speed``).
 """
 
 from __future__ import annotations
