@@ -296,7 +296,7 @@ def call_peftkit(shell: Shell, words: list[str]) -> None:
         fast = "--merge" not in words or "merge" not in DONE
         DONE.add("merge" if "--merge" in words else "adapter")
     elsewhere = "--push" in words or any("hub:" in word for word in words)  # tests/hub has a hub
-    if (tour or fast) and not elsewhere and "served" not in words:  # served: the ONNX export
+    if (tour or fast) and not elsewhere and not {"served", "--backend"} & set(words):  # which are of ONNX exports
         run_cli(words, shell.stdin())
 
 
