@@ -250,7 +250,6 @@ import time:    300000 |     900000 | scipy.stats
     assert imports(said) == {"torch": 0.75, "sklearn, scipy": 0.3, "others": 0.001}
 
 
-<<<<<<< HEAD
 def test_blocks_chosen_on_the_data_are_judged_by_their_tolerance_beyond_noise():
     import layers_auto
     import table
@@ -306,7 +305,8 @@ def test_the_contestants_of_chosen_blocks_are_recipes(whole, tmp_path):
     assert recipes["head alone"].method.kind == "frozen"
     assert {one.training.seed for one in recipes.values()} == {7}
     assert {one.training.max_steps for one in recipes.values()} == {3}
-=======
+
+
 def test_the_page_on_scale_has_the_tables_that_the_script_prints():
     import scale
 
@@ -338,4 +338,3 @@ def test_bytes_and_memory_of_several_gpus_follow_the_formulas():
     assert scale.fsdp_memory(quantized, 4) == 12 + 3 + 100 + (16 + 32 + 16) / 4
     slow = scale.Step(1.0, 3.0)
     assert slow.efficiency == (0.25, pytest.approx(1 / 3))
->>>>>>> 85da48b (docs/scale.md: measured laws and planned models extrapolated to 10 million rows, 70B and 64 GPUs)
