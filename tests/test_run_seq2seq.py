@@ -336,7 +336,12 @@ def test_what_is_wrong_is_one_message(run, bases, rows, tmp_path):
             replace(own, method={"kind": kind})
     with pytest.raises(ModelError, match="no encoder–decoders"):
         peftkit.train(replace(own, model={"source": str(tiny.tiny_gpt2(tmp_path / "gpt2"))}), quiet=True)
-    for kind, message in (("onnx", "ONNX is written for classifiers"), ("gguf", "GGUF is written for decoders")):
+    with pytest.raises(ModelError, match="holds no conversation"):
+        peftkit.load(run.path).generate([[{"role": "user", "content": "red"}]])
+    for kind, message in (
+        ("onnx", "ONNX is not written for task.kind=seq2seq"),
+        ("gguf", "GGUF is written for decoders"),
+    ):
         with pytest.raises((RunError, ExportError, MethodError, ModelError), match=message):
             run_export(run.path, tmp_path / kind, to_format=kind)
 

@@ -107,7 +107,7 @@ def gradients(recipe):
     stepper.module.train()
     rows = np.arange(24)
     loss = stepper.accumulate(rows, float(stepper.split.weights[rows].sum()), 0)
-    return float(loss), len(stepper.passes_over(stepper.collate(rows))), {
+    return float(loss), len(stepper.passes_over(stepper.collate(rows), [])), {
         name: parameter.grad for name, parameter in stepper.module.named_parameters() if parameter.requires_grad
     }  # fmt: skip
 

@@ -109,6 +109,19 @@ class ProcessGroup:
             dist.all_gather_object(values, value)
         return values
 
+    def all_gather_rows(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's tensor by rank, on every process; their first dimensions may differ."""
+        if self.world_size == 1:
+            return [tensor]
+        import torch
+
+        sizes = self.all_gather_object(len(tensor))
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded)
+        return [rows[:size] for rows, size in zip(gathered, sizes)]
+
     def broadcast_object(self, value: Any) -> Any:
         """The main process's value, on every process."""
         values = [value]

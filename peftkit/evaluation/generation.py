@@ -132,7 +132,9 @@ def encode(
 
     A ``source`` of an encoder keeps its end, and is cut before it at ``max_source`` tokens.
     """
-    if source and isinstance(prompt, str):
+    if source:
+        if not isinstance(prompt, str):
+            raise ModelError("an encoder–decoder rewrites one text at a time and holds no conversation; give it a text")
         limit = {} if max_source is None else {"truncation": True, "max_length": max_source}
         return list(tokenizer(prompt, verbose=False, **limit)["input_ids"])
     if isinstance(prompt, str):

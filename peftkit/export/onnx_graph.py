@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ def _trace(graph: ClassifierGraph, inputs: dict[str, Tensor], file: Path) -> Non
     """Traces the graph for any number of rows and tokens; hides what the exporter prints."""
     rows, tokens = torch.export.Dim("rows"), torch.export.Dim("tokens")
     try:
+        # of torchvision, which is optional
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(

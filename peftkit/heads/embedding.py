@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -209,6 +210,13 @@ class Embedding(Head):
 
     def label_text(self, label: Any) -> str:
         return f"{label:g}"
+
+    def parts(self, example: Row) -> Sequence[tuple[str, slice]]:
+        """The texts of the row."""
+        ends = list(itertools.accumulate(example["parts"]))
+        names = ("first", "second", *(f"negative {number}" for number in range(1, len(ends) - 1)))
+        cuts = (slice(start, end) for start, end in zip([0, *ends], ends))
+        return tuple(zip(names if len(ends) > 1 else ("",), cuts))
 
     # -- the model card --------------------------------------------------------------------------------------------
 

@@ -360,6 +360,11 @@ class QuestionAnswering(Head):
             return "not learned"
         return f"tokens {first} to {last}" if last else "no answer"
 
+    def token_notes(self, example: Row) -> dict[int, str]:
+        """The answer, at its last token."""
+        last = example["labels"][1]
+        return {last: "answer"} if last > 0 else {}
+
     # -- the model card --------------------------------------------------------------------------------------------
 
     def summary(self) -> str:

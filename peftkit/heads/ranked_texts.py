@@ -134,6 +134,10 @@ class TextPairs(RankedTexts):
         values, first = score(vectors[queries, 0], vectors[places[0], places[1]], relevant)
         return Search(queries, values, places[0][first])
 
+    def label_text(self, label: Any) -> str:
+        """Nothing: the pair is all there is."""
+        return ""
+
 
 @HEADS.register("labeled_texts")
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.schema.head import Head, Outputs, Statistics, StoredPredictions
 from peftkit.schema.registries import HEADS
@@ -33,6 +33,7 @@ class TokenClassification(Head):
     marks_words: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ("frequent_tag",)
     best_metric: ClassVar[str] = "f1"
+    class_unit: ClassVar[Literal["rows", "words"]] = "words"
     onnx: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "token-classification"
 
@@ -300,6 +301,13 @@ class TokenClassification(Head):
         for tag, number in counts.items():
             words[type_of(tag)] += number
         return words
+
+    def token_notes(self, example: Row) -> dict[int, str]:
+        """The tags but for O, at the first token of each word."""
+        from peftkit.evaluation.entities import OUTSIDE
+
+        tags = {place: self.info.labels[tag] for place, tag in enumerate(example["labels"]) if tag != IGNORE}
+        return {place: tag for place, tag in tags.items() if tag != OUTSIDE}
 
     # -- the model card --------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def open_language_run(run: Path) -> ExportFolder:
     """The export of a run that generates text; raises RunError for any other."""
     export = open_export(run)
     if not export.manifest.head.writes_text:
-        raise RunError(f"{run}: a classifier writes no text; use `peftkit predict`")
+        raise RunError(f"{run}: task.kind={export.manifest.task} writes no text; use `peftkit predict`")
     return export
 
 

@@ -285,7 +285,9 @@ class LoadedRun(LoadedExport):
     def _generation(self, options: Mapping[str, Any]) -> GenerationConfig:
         """The options of generation; raises RunError for a run that writes no text."""
         if not self.head.writes_text:
-            raise RunError(f"{self.path}: a classifier writes no text; use predict, or `peftkit predict`")
+            raise RunError(
+                f"{self.path}: task.kind={self.manifest.task} writes no text; use predict, or `peftkit predict`"
+            )
         return generation_config(self._recipe, {**self.generation, **options})
 
     def configured(self, **options: Any) -> LoadedRun:

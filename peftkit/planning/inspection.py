@@ -42,6 +42,8 @@ class Token:
     text: str
     special: bool
     supervised: bool
+    note: str = ""
+    """The tag of its word, or that the answer ends here."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SplitView:
     rows: int
     examples: int
     classes: dict[str, int]
-    """Rows per class, in id order; empty without classes."""
+    """Rows, or words, per class, in id order; empty without classes."""
     tokens: int
     quantiles: dict[str, int]
     """Tokens per example, by "0%" … "100%"."""
@@ -94,6 +96,26 @@ class Inspection:
     fingerprint: str
     steps: tuple[CleaningStep, ...]
     splits: tuple[SplitView, ...]
+    class_unit: str = "rows"
+    """What classes are counted in: rows or words."""
+    length_unit: str = "row"
+    """What has at most ``max_length`` tokens: a row, or each text of a row."""
+
+    @property
+    def what(self) -> str:
+        """Task and, where that says more, its head: ``classification (regression)``."""
+        task, *head = dict.fromkeys((self.task, self.problem_type))
+        return f"{task} ({head[0]})" if head else task
+
+    @property
+    def class_shares(self) -> dict[str, list[tuple[int, float]]]:
+        """For each class, count and share in every split: of its rows, or of its words."""
+        shares: dict[str, list[tuple[int, float]]] = {}
+        for name in dict.fromkeys(name for split in self.splits for name in split.classes):
+            counts = [split.classes.get(name, 0) for split in self.splits]
+            totals = [split.rows if self.class_unit == "rows" else sum(split.classes.values()) for split in self.splits]
+            shares[name] = [(count, count / max(1, total)) for count, total in zip(counts, totals)]
+        return shares
 
     def as_dict(self) -> dict[str, Any]:
         """The inspection as plain values."""
@@ -118,7 +140,8 @@ def inspect(recipe: Recipe, *, examples: int = EXAMPLES) -> Inspection:
     return Inspection(
         recipe.name, prepared.sources, recipe.task.kind, prepared.info.problem_type, prepared.info.labels,
         usable_length(tokenizer, recipe.data.max_length), recipe.training.batch_size, encoded.fingerprint,
-        prepared.steps, views,
+        prepared.steps, views, head_of(prepared.info, recipe.task).class_unit,
+        "row" if recipe.task.texts_per_row(recipe.data) == 1 else "text",
     )  # fmt: skip
 
 
@@ -185,8 +208,9 @@ def _examples(
     row, ids, special = rows[example["row"]], example["input_ids"], set(tokenizer.all_special_ids)
     per_token = _per_token(example)
     supervised = [label != IGNORE for label in example["labels"]] if per_token else [False] * len(ids)
-    texts = zip(ids, token_texts(ids, tokenizer), supervised)
-    tokens = tuple(Token(text, token in special, learned) for token, text, learned in texts)
+    notes = head.token_notes(example)
+    texts = enumerate(zip(ids, token_texts(ids, tokenizer), supervised))
+    tokens = tuple(Token(text, token in special, learned, notes.get(at, "")) for at, (token, text, learned) in texts)
     label = "" if per_token else head.label_text(example["labels"])
     truncated = int(example.get("truncated") or 0)
     for number, (name, part) in enumerate(head.parts(example)):

@@ -58,7 +58,7 @@ def data_workload(
 
     Args:
         unpadded: whether micro-batches have rows of one length.
-        compares_rows: whether the loss compares the rows of a batch, whose activations are kept together then.
+        compares_rows: whether the loss compares the rows of a batch, whose texts one process embeds by like length.
     """
     training, train = recipe.training, encoded.splits["train"]
     longest = recipe.data.max_length * recipe.task.texts_per_row(recipe.data)
@@ -74,7 +74,7 @@ def data_workload(
     train_scored, shapes, accumulates = train.scored, [], False
     parts = np.array(train.examples["parts"]) if compares_rows else np.empty(0)
     for batch in epoch_batches(lengths, training, 0):
-        if compares_rows:
+        if compares_rows and world_size == 1:
             passes = _passes(np.minimum(parts[batch], recipe.data.max_length), recipe, device, unpadded)
             shapes += passes
             accumulates = accumulates or len(passes) > 1

@@ -16,7 +16,7 @@ from peftkit.planning.inspection import Example, Inspection, SplitView
 from peftkit.reporting import html, tables
 
 BAR = 40
-SUPERVISED, SPECIAL, PLAIN = "bold green", "magenta", "dim"
+SUPERVISED, SPECIAL, PLAIN, NOTE = "bold green", "magenta", "dim", "yellow"
 _VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "→\t", "\r": "␍"})
 
 
@@ -38,7 +38,7 @@ def _render(inspection: Inspection) -> RenderableType:
     parts: list[RenderableType] = [
         Text(f"{inspection.name}: {', '.join(inspection.sources)}", style="bold"),
         Text(
-            f"task {inspection.task} ({inspection.problem_type}), at most {inspection.max_length} tokens per row, "
+            f"task {inspection.what}, at most {inspection.max_length} tokens per {inspection.length_unit}, "
             f"{inspection.batch_size} rows per batch"
         ),
         _rows_table(inspection),
@@ -77,11 +77,10 @@ def _has_supervised(inspection: Inspection) -> bool:
 
 
 def _classes_table(inspection: Inspection) -> Table:
-    table = tables.table("Classes", "class", *(split.name for split in inspection.splits))
-    for label in inspection.labels:
-        counts = [split.classes.get(label, 0) for split in inspection.splits]
-        shares = [f"{count:,} ({count / max(1, split.rows):.1%})" for count, split in zip(counts, inspection.splits)]
-        table.add_row(escape(label), *shares)
+    title = f"Classes ({inspection.class_unit})"
+    table = tables.table(title, "class", *(split.name for split in inspection.splits))
+    for label, shares in inspection.class_shares.items():
+        table.add_row(escape(label), *(f"{count:,} ({share:.1%})" for count, share in shares))
     return table
 
 
@@ -113,6 +112,7 @@ def _example(example: Example) -> Text:
     for token in example.tokens:
         style = SUPERVISED if token.supervised else SPECIAL if token.special else PLAIN if not example.label else ""
         text.append(token.text.translate(_VISIBLE), style=style)
+        text.append(f"[{token.note}]" if token.note else "", style=NOTE)
     text.append("\n")
     return text
 
@@ -122,6 +122,7 @@ def example_html(example: Example) -> str:
     styles = {True: "background: #c9efd0; color: #10331a", False: "opacity: 0.6"}
     tokens = "".join(
         f'<span style="{styles[token.supervised]}">{escape_html(token.text.translate(_VISIBLE))}</span>'
+        + (f"<sub>{escape_html(token.note)}</sub>" if token.note else "")
         for token in example.tokens
     )
     place = f"{example.place} {example.part}".rstrip()
@@ -132,6 +133,5 @@ def write_html(inspection: Inspection, path: Path) -> None:
     """Writes the inspection as a self-contained page; every text is escaped."""
     template = html.environment().get_template("inspection.html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    task = f"{inspection.task} ({inspection.problem_type})"
-    page = template.render(inspection=inspection, task=task, supervised=_has_supervised(inspection), visible=_VISIBLE)
+    page = template.render(inspection=inspection, supervised=_has_supervised(inspection), visible=_VISIBLE)
     path.write_text(page, encoding="utf-8")

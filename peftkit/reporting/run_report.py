@@ -108,17 +108,20 @@ def split_rows(encoded: Any, recipe: Recipe, device: str, *, unpadded: bool = Fa
 
 def next_commands(path: Path, recipe: Recipe) -> list[tuple[str, str]]:
     """(description, command) of possible next steps after a run."""
+    heads = possible_heads(recipe.task)
     use = [("predict a file", f"peftkit predict {path} --file texts.csv --out predictions.csv")]
-    if any(head.writes_text for head in possible_heads(recipe.task)):
-        use = [
-            ("chat with it", f"peftkit chat {path}"),
-            ("generate from a file", f"peftkit generate {path} --file prompts.jsonl"),
-        ]
+    if any(head.embeds for head in heads):
+        use.append(("search in a file", f'peftkit search {path} --corpus texts.csv --query "…"'))
+    if any(head.writes_text for head in heads):
+        use = [("generate from a file", f"peftkit generate {path} --file prompts.jsonl")]
+        if not any(head.encodes_source for head in heads):
+            use.insert(0, ("chat with it", f"peftkit chat {path}"))
+    curves = [("view the curves", f"tensorboard --logdir {path}")] if "tensorboard" in recipe.tracking else []
     return [
         ("open the report", str(path / "report.html")),
         *use,
         ("evaluate again", f"peftkit evaluate {path}"),
-        ("view the curves", f"tensorboard --logdir {path}"),
+        *curves,
         ("export", f"peftkit export {path} --to {recipe.name}-{recipe.method.saves}"),
     ]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.schema.registries import HEADS
 from peftkit.schema.types import Answer, Batch, Filled, LoadedModel, Prediction, Ranked, Row, Tagged, TaskInfo
@@ -72,6 +72,8 @@ class Head(ABC):
     """Whether its answers order texts among each other, so that those of a file are needed at once."""
     baselines: ClassVar[tuple[str, ...]] = ("majority", "zero_shot")
     """Baselines that results are compared with where the recipe names none."""
+    class_unit: ClassVar[Literal["rows", "words"]] = "rows"
+    """What ``class_counts`` counts."""
     completes: ClassVar[bool] = False
     """Whether output layers that the checkpoint lacks are added, trained and saved in full, rather than an error."""
     predicts_next: ClassVar[bool] = True
@@ -347,12 +349,16 @@ class Head(ABC):
     # -- reports ---------------------------------------------------------------------------------------------------
 
     def class_counts(self, rows: Any) -> dict[str, int]:
-        """Rows of each class among canonical rows; empty where there are no classes."""
+        """Rows, or words, of each class among canonical rows; empty where there are no classes."""
         return {}
 
     def label_text(self, label: Any) -> str:
         """An example's label in words."""
         return str(label)
+
+    def token_notes(self, example: Row) -> Mapping[int, str]:
+        """What an inspection adds to tokens of an encoded example, by their place: a tag, or where the answer ends."""
+        return {}
 
     def parts(self, example: Row) -> Sequence[tuple[str, slice]]:
         """The sequences of an encoded example, each with its name, in words, and its tokens; names may be empty."""

@@ -15,7 +15,6 @@ from peftkit.data.batching import MODEL_INPUTS, MicroBatch, keeps_graphs, pass_t
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
-from peftkit.errors import RecipeError
 from peftkit.models.architectures import reads_padding
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
@@ -120,11 +119,6 @@ class Stepper:
         rows = self.recipe.training.micro_batch
         self.micro_batch: int | None = rows if isinstance(rows, int) else None
         """Maximum rows per micro-batch."""
-        if self.session.world_size > 1 and self.unwrapped.head.compares_rows:
-            raise RecipeError(
-                f"task.kind={self.recipe.task.kind} compares the rows of a batch with each other and runs in one "
-                f"process, but the launcher started {self.session.world_size}"
-            )
 
     @functools.cached_property
     def unwrapped(self) -> TaskModule:
@@ -200,34 +194,63 @@ class Stepper:
 
     def _accumulate_compared(self, batch: np.ndarray, weight: float, step: int) -> torch.Tensor:
         """``accumulate`` where the loss compares the rows of the batch with each other; see ``Head.vectors``."""
-        collated = self.collate(batch)
-        passes = self.passes_over(collated)
+        session, micro_batches = self.session, self.micro_batches(batch)
+        collated = self.collate(np.concatenate([each.rows for each in micro_batches]))
+        passes = self.passes_over(collated, micro_batches)
         texts = [cut_texts(collated, indices) for indices in passes]
-        twice = not keeps_graphs(
-            self.recipe.training, sum(each["input_ids"].numel() for each in texts), self.session.device.type
-        )
+        padded = sum(each["input_ids"].numel() for each in texts)
+        # of several processes only the last pass may meet the others in its backward, which kept graphs do not allow
+        twice = session.world_size > 1 or not keeps_graphs(self.recipe.training, padded, session.device.type)
         with torch.set_grad_enabled(not twice):
             parts = [self._vectors(each, step, number) for number, each in enumerate(texts)]
-        order = torch.from_numpy(np.argsort(np.concatenate(passes))).to(self.session.device)
-        compared = torch.cat([part.detach() for part in parts])[order].requires_grad_()
-        total = self.head.batch_loss(compared, {name: collated[name] for name in collated if name not in TEXT_INPUTS})
-        (total / weight if weight else total * 0.0).backward()
-        assert compared.grad is not None
+        order = torch.from_numpy(np.argsort(np.concatenate(passes))).to(session.device)
+        vectors = torch.cat([part.detach() for part in parts])[order]
+        total, gradients = self._loss_of_vectors(vectors, collated, micro_batches, weight)
         for number, indices in enumerate(passes):
-            vectors = self._vectors(texts[number], step, number) if twice else parts[number]
-            gradient = parts[number] = compared.grad[indices]  # which frees the activations after their backward pass
             last = number == len(passes) - 1
-            objective = (vectors * gradient).sum()
-            if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
-                objective = objective + penalty
-            self.session.backward(objective, last=last)
-            self.session.watchdog.report_progress()
-        return total.detach()
+            with contextlib.nullcontext() if last else session.accelerator.no_sync(self.module):
+                embedded = self._vectors(texts[number], step, number) if twice else parts[number]
+                parts[number] = torch.empty(0)  # frees the activations after their backward pass
+                objective = (embedded * gradients[indices]).sum()
+                if last and (penalty := self.recipe.method.penalty(self.model)) is not None:
+                    objective = objective + penalty
+                session.backward(objective, last=last)
+            session.watchdog.report_progress()
+        return total if session.is_main else torch.zeros_like(total)
 
-    def passes_over(self, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
-        """The passes of a batch whose rows are compared, as the numbers of their texts."""
+    def _loss_of_vectors(
+        self, vectors: torch.Tensor, batch: dict[str, torch.Tensor], micro_batches: list[MicroBatch], weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of the global batch, and its gradient by this process's vectors [texts, width].
+
+        Every process computes the loss of all vectors, so that only these are exchanged, and no gradients.
+        """
+        session, each = self.session, len(vectors) // len(batch["weight"])
+        counts = torch.tensor([one.counts for one in micro_batches for _ in one.rows], device=vectors.device)
+        own = counts.repeat_interleave(each)
+        shards = session.all_gather_rows(vectors[own])
+        compared = torch.cat(shards).requires_grad_()
+        columns = {name: tensor[counts] for name, tensor in batch.items() if name not in TEXT_INPUTS}
+        rows = {name: torch.cat(session.all_gather_rows(tensor)) for name, tensor in columns.items()}
+        total = self.head.batch_loss(compared, rows)
+        # DDP averages gradients over processes, but their sum is needed
+        (total * (session.world_size / weight if weight else 0.0)).backward()
+        assert compared.grad is not None
+        before = sum(map(len, shards[: session.rank]))
+        gradients = torch.zeros_like(vectors)
+        gradients[own] = compared.grad[before : before + int(own.sum())]
+        return total.detach(), gradients
+
+    def passes_over(self, batch: dict[str, torch.Tensor], micro_batches: list[MicroBatch]) -> list[np.ndarray]:
+        """The passes of a batch whose rows are compared, as the numbers of their texts.
+
+        Several processes need as many as each other: theirs are the micro-batches.
+        """
         lengths = batch["attention_mask"].sum(dim=1).cpu().numpy()
         texts = len(lengths) // len(batch["weight"])
+        if self.session.world_size > 1:
+            ends = np.cumsum([len(each.rows) * texts for each in micro_batches])
+            return np.split(np.arange(len(lengths)), ends[:-1])
         return text_passes(
             lengths, self.recipe.training, self.session.device.type, unpadded=self.unwrapped.unpadded,
             most=self.micro_batch and self.micro_batch * texts,

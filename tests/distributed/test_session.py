@@ -39,12 +39,27 @@ def agree(first, second):
         assert other.get("tokens") == line.get("tokens"), "tokens of a validation are counted, not averaged"
 
 
+def of_task(task):
+    """The encoder's recipe with another task on its texts."""
+
+    def recipe(folder):
+        return replace(runs.encoder(folder), task=task, evaluation={"metrics": None})
+
+    return recipe
+
+
+KINDS = {
+    **runs.KINDS, "similarity": of_task({"kind": "similarity", "dimensions": [8]}),
+    "masked_lm": of_task({"kind": "masked_lm", "whole_word": True}),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder", "similarity", "decoder", "masked_lm"])
 def test_one_two_and_four_processes_learn_the_same_and_count_every_row_once(folder, kind):
     """Neither a step's 7 rows nor those of a validation divide by two or four."""
     recipe = replace(
-        runs.KINDS[kind](folder), model={"dropout": 0.0}, method={"dropout": 0.0}, evaluation={"batch_size": 2},
+        KINDS[kind](folder), model={"dropout": 0.0}, method={"dropout": 0.0}, evaluation={"batch_size": 2},
         training={"batch_size": 7, "micro_batch": 2, "max_steps": 4, "evaluate_every": 2, "early_stopping": None},
     )  # fmt: skip
     found = {}

@@ -420,7 +420,7 @@ def test_the_command_line_pushes_and_predicts_from_the_hub(stand_in, adapter, mo
     assert run("evaluate", f"hub:{NAME}", "--file", str(tmp_path / "rows.csv"), "--json") == 0
     assert "accuracy" in json.loads(capsys.readouterr().out)
     assert run("generate", f"hub:{NAME}") == 2
-    assert "a classifier writes no text" in capsys.readouterr().err
+    assert "classification writes no text" in capsys.readouterr().err
     uvicorn = pytest.importorskip("uvicorn")
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
     assert run("serve", f"hub:{NAME}", "--port", "0") == 0

@@ -112,7 +112,7 @@ def test_wrong_prompts(runs, prompts, said):
 def test_a_classifier_writes_nothing(runs):
     run = load(runs["classifier"])
     for ask in (run.generate, run.stream):
-        with pytest.raises(RunError, match="a classifier writes no text"):
+        with pytest.raises(RunError, match="classification writes no text"):
             ask("oil")
 
 

@@ -8,11 +8,13 @@ from dataclasses import replace as change
 import numpy as np
 import pytest
 
+from peftkit import get_recipe
 from peftkit.data.pipeline import encode, prepare
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.inspection import Example, Token, histogram, inspect, token_texts
 from peftkit.reporting.inspection import as_text, example_html, write_html
 from peftkit.schema.recipe import Recipe, replace
+from tests.tiny import WORDS
 
 
 def test_figures_equal_those_counted_by_hand(small_recipe):
@@ -98,3 +100,41 @@ def test_an_example_by_itself_has_a_ground_under_what_is_learned_and_is_escaped(
     assert "<b>" not in page
     assert "&lt;i&gt;&amp;</span>" in page.split("background")[1]
     assert "⏎" in page.split("background")[2]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"source": str(path), "max_length": 32, "cleaning": {"near_duplicates": "off"}}
+
+
+def test_tags_are_shown_at_their_words_and_counted_in_words(bert, tmp_path):
+    rows = [{"text": f"the king {word} x", "spans": [{"start": 4, "end": 8, "label": "person"}]} for word in WORDS[:20]]
+    data = lines(tmp_path / "spans.jsonl", rows)
+    found = inspect(replace(get_recipe("own_entities"), model={"source": str(bert)}, data=data))
+    assert found.class_unit == "words"
+    assert {name: round(shares[0][1], 3) for name, shares in found.class_shares.items()} == {"O": 0.75, "person": 0.25}
+    text = as_text(found, color=False, width=120)
+    assert "king[B-person]" in text
+    assert "Classes (words)" in text
+    assert "task token_classification, at most" in text
+    write_html(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<sub>B-person</sub>" in page
+    assert "(25.0%)" in page
+    assert "<sub>B-person</sub>" in example_html(found.splits[0].shown[0])
+
+
+def test_answers_and_the_texts_of_a_pair_are_shown(bert, tmp_path):
+    rows = [{"question": "who?", "context": f"the {word} king", "answers": f"{word} king"} for word in WORDS[:20]]
+    data = lines(tmp_path / "questions.jsonl", rows)
+    found = inspect(replace(get_recipe("own_questions"), model={"source": str(bert)}, data=data))
+    assert " king[answer][SEP]" in as_text(found, color=False, width=120)
+    rows = [{"question": f"what {word}", "passage": f"the {word} king"} for word in WORDS[:20]]
+    data = lines(tmp_path / "pairs.jsonl", rows)
+    found = inspect(replace(get_recipe("own_retrieval"), model={"source": str(bert)}, data=data))
+    first, second = found.splits[0].shown[:2]
+    assert (first.part, second.part, first.label) == ("first", "second", "")
+    assert "at most 32 tokens per text, " in as_text(found, color=False, width=120)
+    assert second.tokens[0].text == "[CLS]"
+    write_html(found, tmp_path / "page.html")
+    assert " · second" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -62,7 +62,8 @@ class Combined(Exporter):
             method = contents.method
             return f"only LoRA adapters can be combined, and this is '{method}'; export it with --format lora first"
         if contents.heads:
-            return "each classifier's adapter has a head of its own, and heads cannot be combined; use add_adapter"
+            heads = ", ".join(contents.heads)
+            return f"each adapter has layers of its own ({heads}), and heads cannot be combined; use add_adapter"
         return ""
 
     def other_runs(self) -> tuple[str, ...]:

@@ -49,7 +49,8 @@ class GGUF(Exporter):
     def unsupported_reason(self, source: ExportFolder) -> str:
         contents, method = source.manifest, source.recipe.method
         if not contents.head.writes_text:
-            return "GGUF is written for language models; export a classifier with --format onnx"
+            other = "--format onnx" if contents.head.onnx else "--merge"
+            return f"GGUF is written for language models, not for task.kind={contents.task}; export it with {other}"
         if contents.head.encodes_source:
             return "GGUF is written for decoders; an encoder–decoder is exported as a plain model: --merge"
         if contents.saves not in manifest.SAVES:

@@ -51,7 +51,7 @@ class OnnxExporter(Exporter):
 
     def unsupported_reason(self, source: ExportFolder) -> str:
         if not source.manifest.head.onnx:
-            return "ONNX is written for classifiers; a language model is exported as a plain model: --merge"
+            return f"ONNX is not written for task.kind={source.manifest.task}; export one plain model with --merge"
         if source.manifest.saves not in manifest.SAVES:
             return f"{source.path} is an export of format '{source.manifest.saves}'; export the run itself"
         return Merged().unsupported_reason(source) if self.merge is True else ""
