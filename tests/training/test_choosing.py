@@ -214,7 +214,8 @@ def test_damaged_choices_are_named(tmp_path):
         stored.read(tmp_path)
 
 
-def test_a_plan_is_for_the_most_and_says_so(both):
+def test_a_plan_is_for_the_most_and_says_so(both, bert):
+    both = replace(both, model={"source": str(bert)})
     device = parse_device("24GB")
     inputs = collect_inputs(both, device)
     plan = make_plan(both, device, inputs)
@@ -226,6 +227,7 @@ def test_a_plan_is_for_the_most_and_says_so(both):
     assert plan.recipe == both
 
 
+@pytest.mark.slow
 def test_compare_sets_automatic_blocks_next_to_fixed_ones(recipe, tmp_path):
     varied = {"method.layers": ["auto", -1, None]}
     assert [one.recipe.method.layers for one in variants([recipe], vary=varied)] == [AutoLayers(), -1, None]
