@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from peftkit.data import cleaning, splitting
@@ -292,7 +294,9 @@ def encode_rows(rows: list[Row], tokenizer: PreTrainedTokenizerBase, recipe: Rec
         examples += _examples(_encode_columns(columns, tokenizer, recipe, info), start)
     if not examples:
         raise DataError("no example is left after tokenizing; see data.max_length")
-    return EncodedSplit.of(Dataset.from_list(examples), head_of(info, recipe.task))
+    # with a fingerprint of its own: hashing the rows for one takes longer than encoding them
+    split = Dataset(pa.Table.from_pylist(examples), fingerprint=secrets.token_hex(8))
+    return EncodedSplit.of(split, head_of(info, recipe.task))
 
 
 def _encoded_fingerprint(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
