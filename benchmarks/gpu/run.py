@@ -59,10 +59,11 @@ class Case:
 
 
 DECODER = ("peftkit", "trl", "trl tuned", "peftkit compiled")
+OFFLOADED = ("peftkit offload cpu", "peftkit offload disk")
 ENCODER = ("peftkit", "trainer", "trainer tuned")
 FULL = {"gradient_checkpointing": "full"}
 CASES = (
-    Case("llama-3.1-8b", "full", 4, 1, 2048, DECODER, nf4=True, training=FULL),
+    Case("llama-3.1-8b", "full", 4, 1, 2048, (*DECODER, *OFFLOADED), nf4=True, training=FULL),
     Case("smollm2-135m", "alpaca", 512, 16, 512, DECODER),
     Case("llama-3.2-1b", "alpaca", 256, 16, 512, DECODER),
     Case("roberta-large", "ag_news", 1024, 32, 256, ENCODER, targets=["query", "value"]),
@@ -77,7 +78,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "trainer tuned": {"bf16": True, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"},
 }
 """trl's defaults are bf16 and gradient checkpointing, the Trainer's fp32 without; tuned ones checkpoint where peftkit's
-recipe does. "peftkit compiled" is the recipe with training.compile."""
+recipe does. "peftkit compiled" is the recipe with training.compile, "peftkit offload cpu" with model.offload=cpu."""
 
 
 def main() -> None:
@@ -171,6 +172,8 @@ def carry_out(case: Case, contestant: str, model: Path, args: argparse.Namespace
         if contestant.startswith("peftkit"):
             told["recipe"] = recipe(case, told, Path(folder))
             told["recipe"]["training"]["compile"] = contestant == "peftkit compiled"
+        if contestant in OFFLOADED:
+            told["recipe"]["model"]["offload"] = "disk" if args.tiny else contestant.split()[-1]
         path = Path(folder) / "case.json"
         path.write_text(json.dumps(told), encoding="utf-8")
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(path)]

@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Configs of SmolLM2-135M, Llama-3.2-1B, Llama-3.1-8B, Qwen3-4B, RoBERTa-large and ModernBERT-base."""
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16}
 """For a dry run: what is replaced of a shape; the vocabulary stays, for the tokenizer's sake."""
 SHARD = 4 * 10**9
 """Bytes per file."""

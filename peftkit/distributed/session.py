@@ -43,7 +43,13 @@ class Session(ProcessGroup):
         """Module and optimizer as Accelerate wraps them for this run's processes."""
         if self._zero:
             zero.configure(self.accelerator, recipe, module, self.dtype)
-        return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+        if recipe.model.offload is None:
+            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+        # everything is where it belongs, and DDP must neither move nor compare what is offloaded
+        module._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+            name for name, parameter in module.named_parameters() if not parameter.requires_grad
+        ]
+        return self.accelerator.prepare(module, optimizer, device_placement=[False, False])  # type: ignore[no-any-return]
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Runs a backward pass; in a step's last one DeepSpeed also makes the optimizer step."""

@@ -17,6 +17,7 @@ from peftkit.models import dtypes
 from peftkit.models.json_files import read_json
 from peftkit.models.kernels import first_token
 from peftkit.models.loading import cast_parameters, load_base
+from peftkit.models.offload import offload_blocks
 from peftkit.models.quantization.checkpoint import KERNELS
 from peftkit.models.sources import check_config
 from peftkit.models.tokenizer import tokenizer_in
@@ -45,8 +46,9 @@ class LoadedExport(ExportFolder):
 
 
 def load_exported(
-    export: str | Path | ExportFolder, *, device: str | None = None, dtype: str | None = None, quantized: bool = True
-) -> LoadedExport:
+    export: str | Path | ExportFolder, *, device: str | None = None, dtype: str | None = None, quantized: bool = True,
+    offloaded: bool = False,
+) -> LoadedExport:  # fmt: skip
     """Loads a run's export.
 
     Args:
@@ -54,6 +56,7 @@ def load_exported(
         device: None takes CUDA if there is one.
         dtype: of frozen weights and matmuls, in place of the recipe's.
         quantized: False loads the base of a quantized recipe unquantized.
+        offloaded: whether ``model.offload`` of the recipe takes effect; weights must not be changed then.
 
     Raises:
         RunError: not a finished run of peftkit.
@@ -69,6 +72,8 @@ def load_exported(
         loaded = EXPORTERS.get(contents.saves)().load(export, tokenizer)
         return LoadedExport(folder, contents, export.recipe, loaded)
     recipe = _recipe(export, dtype, quantized)
+    if not offloaded:
+        recipe = replace(recipe, model={"offload": None})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_base(recipe, contents.info, tokenizer, device)
     loaded.pooling = contents.pooling  # type: ignore[assignment]
@@ -77,6 +82,7 @@ def load_exported(
     else:
         recipe.method.apply(loaded)  # marks what was trained, which stays in fp32
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
+    loaded.notes += offload_blocks(loaded.model, recipe.model, device)  # while the adapter's weights count as trained
     loaded.model.requires_grad_(False).eval()
     if contents.head.pools and contents.pooling == "own":
         first_token.shorten_last_block(loaded.model)
@@ -90,7 +96,7 @@ def load_base_of(export: ExportFolder) -> LoadedModel:
         ModelError: the base is not the one trained on.
     """
     contents = export.manifest
-    model = {"pooling": contents.pooling, "dtype": "float32", **_source(export.recipe.model, contents)}
+    model = {"pooling": contents.pooling, "dtype": "float32", "offload": None, **_source(export.recipe.model, contents)}
     recipe = replace(_recipe(export, "float32", False), model=model)
     loaded = load_base(recipe, contents.info, tokenizer_in(export.path), "cpu")
     loaded.pooling = contents.pooling  # type: ignore[assignment]
@@ -154,7 +160,8 @@ def _recipe(export: ExportFolder, dtype: str | None, quantized: bool) -> Recipe:
     if dtype is not None:
         changes["model"]["dtype"] = dtype
     if contents.saves == "model":
-        own = {"source": str(export.path.resolve()), "revision": None, "adapter": None, "adapter_use": None}
+        own = {"source": str(export.path.resolve()), "revision": None, "adapter": None, "adapter_use": None,
+               "offload": None}  # fmt: skip
         changes["model"] |= own
         if recipe.method.saves == "adapter":
             changes["method"] = {"kind": "full"}  # it is merged

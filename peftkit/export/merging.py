@@ -19,6 +19,7 @@ from torch import nn
 from peftkit.errors import MethodError
 from peftkit.export import multi_adapter
 from peftkit.export.native_adapters import native_adapters
+from peftkit.models.offload import has_offloaded_blocks
 
 MergeMode = Literal["auto"] | bool
 MAX_LOSS = 0.5
@@ -70,6 +71,8 @@ def unmergeable_reason(model: Any, *, quantized: bool) -> str:
     """Why the only adapter of a model cannot be merged in memory; empty if it can."""
     if quantized:
         return "its base is quantized"
+    if has_offloaded_blocks(model):
+        return "the recipe's model.offload keeps its weights off the device"
     if native_adapters(model) is not None:
         return "its method changes the base's weights themselves, or adds layers of its own"
     if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):

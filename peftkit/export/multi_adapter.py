@@ -94,6 +94,9 @@ def attach(model: Any, added: AddedAdapter) -> None:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{added.path}: the adapter does not fit: {str(error).splitlines()[0]}") from error
+    for name, parameter in model.named_parameters():
+        if added.name in name.split("."):  # peft puts it where the layer's weight is, and that may be offloaded
+            parameter.data = parameter.data.to(device)
     model.requires_grad_(False).eval()
 
 

@@ -77,7 +77,7 @@ def embedder(source: ExportFolder | str, device: str | None) -> Embedder:
     """What embeds texts, from a run or a base model."""
     if isinstance(source, str):
         return embeddings.of_model(source, device=device)
-    return embeddings.of_run(load_exported(source, device=device))
+    return embeddings.of_run(load_exported(source, device=device, offloaded=True))
 
 
 def _embed(

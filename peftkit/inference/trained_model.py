@@ -395,7 +395,7 @@ def load(
     for name, other in (adapters or {}).items():
         taken = [multi_adapter.FIRST, *others]
         others[name] = multi_adapter.read(Path(other), name, first=export.manifest, taken=taken)
-    run = load_exported(export, device=device)
+    run = load_exported(export, device=device, offloaded=True)
     for added in others.values():
         multi_adapter.attach(run.model, added)
     file = export.path / "metrics.json"

@@ -15,6 +15,7 @@ from peftkit.errors import ModelError, RecipeError
 from peftkit.models import dtypes
 from peftkit.models.architectures import check_encodes, check_trains, check_writes, padding_note
 from peftkit.models.json_files import read_json
+from peftkit.models.offload import is_offloaded, offload_blocks
 from peftkit.models.quantization import checkpoint, stored
 from peftkit.models.quantization.bitsandbytes_support import keep_gradients
 from peftkit.models.sources import check_config, fingerprint, folder_of, resolve, stages_of
@@ -46,6 +47,7 @@ def build(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device |
     if recipe.model.continues:
         continue_adapter(loaded, recipe, info)
     cast_parameters(loaded.model, dtypes.dtype_for(recipe.model, device))
+    loaded.notes += offload_blocks(loaded.model, recipe.model, device)
     prepare_for_training(loaded, recipe, head_of(info, recipe.task))
     return loaded
 
@@ -88,7 +90,7 @@ def continue_adapter(loaded: LoadedModel, recipe: Recipe, info: TaskInfo) -> Non
 
 
 def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.device | str | None = None) -> LoadedModel:
-    """The base model with the task's head, on its device, before a method is applied."""
+    """The base model with the task's head, before a method is applied; on its device, or to be offloaded on the CPU."""
     silence_libraries()
     source = resolve(recipe.model)
     folder = folder_of(source, weights=False)
@@ -100,6 +102,7 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
     packed = checkpoint.check(config, recipe)
     folder = folder_of(source)  # weights are downloaded once every check has passed
     dtype = torch.float32 if recipe.method.saves == "model" else dtypes.dtype_for(recipe.model, device)
+    device = "cpu" if is_offloaded(recipe.model, device) else device
     arguments: dict[str, Any] = {"dtype": dtype}
     quantized = recipe.quantization is not None or packed is not None
     skipped = never_quantized(config, pooling, head, folder) if quantized else ()
@@ -131,15 +134,20 @@ def load_base(recipe: Recipe, info: TaskInfo, tokenizer: Any, device: torch.devi
 
 def load_language_model(recipe: Recipe, device: torch.device | str | None = None) -> PreTrainedModel:
     """The untrained base as a language model, for zero-shot prompts."""
-    return load_plain(recipe.model, folder_of(resolve(recipe.model)), causal=True, device=device)
+    place = "cpu" if is_offloaded(recipe.model, device) else device
+    folder, dtype = folder_of(resolve(recipe.model)), dtypes.dtype_for(recipe.model, device)
+    model = load_plain(recipe.model, folder, causal=True, device=place, dtype=dtype)
+    offload_blocks(model.requires_grad_(False), recipe.model, device)
+    return model
 
 
 def load_plain(
-    model: ModelConfig, folder: Path, *, causal: bool, device: torch.device | str | None = None, **arguments: Any
-) -> PreTrainedModel:
+    model: ModelConfig, folder: Path, *, causal: bool, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None, **arguments: Any,
+) -> PreTrainedModel:  # fmt: skip
     """The model in a folder, in evaluation mode: a language model, or a backbone; raises ModelError if it fails."""
     auto: Any = AutoModelForCausalLM if causal else AutoModel
-    dtype = dtypes.dtype_for(model, device)
+    dtype = dtype or dtypes.dtype_for(model, device)
     device_map = {"": str(device or "cpu")}  # quantized checkpoints cannot be moved later
     try:
         loaded: Any = auto.from_pretrained(

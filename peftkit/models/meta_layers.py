@@ -21,7 +21,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from peftkit.models.quantization.bitsandbytes_support import is_installed
 from peftkit.models.quantization.stored import WeightFormat
 
-SCALES = "scales"
+SCALES, TABLES = "scales", "tables"
+"""Names of a layer's buffers. Lookup tables are not persistent: they stay on the device when blocks are offloaded."""
 
 
 def replace_linear(model: nn.Module, weight_format: WeightFormat, dtype: torch.dtype, skipped: Sequence[str]) -> None:
@@ -51,7 +52,9 @@ def _meta_layer(linear: Any, weight_format: WeightFormat, dtype: torch.dtype) ->
         if nf4:
             weight.quant_state = SimpleNamespace(shape=torch.Size((rows, columns)), quant_type="nf4", dtype=dtype)
         layer.weight = weight
-        layer.register_buffer(SCALES, torch.empty(weight_format.constant_bytes(rows, columns), dtype=torch.uint8))
+        for name, constants in zip((SCALES, f"nested_{SCALES}"), weight_format.scale_bytes(rows, columns)):
+            layer.register_buffer(name, torch.empty(constants, dtype=torch.uint8))
+        layer.register_buffer(TABLES, torch.empty(weight_format.table_bytes, dtype=torch.uint8), persistent=False)
         layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
         layer.weight_format, layer.compute_dtype = weight_format, dtype
         layer.quant_state = getattr(weight, "quant_state", None)

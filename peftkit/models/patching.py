@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from torch import nn
+
+_REPLACED: WeakSet[Any] = WeakSet()
 
 
 @contextlib.contextmanager
@@ -17,16 +20,23 @@ def replaced_forward(forwards: Mapping[Any, Callable[..., Any]]) -> Iterator[Non
     A ``forward`` that was already set on the instance (device maps set one) is restored at the end.
     """
     originals = {module: vars(module).get("forward") for module in forwards}
+    _REPLACED.update(forwards)
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
         for module, original in originals.items():
+            _REPLACED.discard(module)
             if original is None:
                 del module.forward
             else:
                 module.forward = original
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a function computes in a module's place at the moment."""
+    return module in _REPLACED
 
 
 def with_forward(cls: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:

@@ -1,7 +1,7 @@
 """The smallest set of changes that makes a recipe fit a device, and their cost in time.
 
 Single changes are tried before pairs, and pairs before triples, of: fewer rows per micro-batch, checkpointing,
-quantization, and shorter rows, which alone change what is learned from.
+quantization, offloading of frozen blocks, and shorter rows, which alone change what is learned from.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def _options(plan: Plan) -> list[list[str]]:
         [f"training.micro_batch={rows}" for rows in _halvings(largest.rows, 1)],
         [f"training.gradient_checkpointing={mode}" for mode in modes],
         ["quantization={kind: nf4, double: true}"] if recipe.quantization is None else [],
+        [f"model.offload={'cpu' if plan.device.gpu else 'disk'}"] if recipe.model.offload is None else [],
         [f"data.max_length={tokens}" for tokens in _halvings(largest.tokens, SHORTEST)],
     ]
     return [steps for steps in options if steps]

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftkit.models.meta_layers import SCALES
+from peftkit.models.meta_layers import SCALES, TABLES
+from peftkit.planning.offloading import OffloadedBlocks
 from peftkit.planning.trace import Trace
 
 BLOCK, SMALL = 256, 4096
@@ -42,22 +43,36 @@ class PersistentMemory:
     trained: int
     states: int
     averages: int = 0
+    blocks: int = 0
+    """Of offloaded blocks, those that are on the device at a time; the others are not counted as frozen."""
+    offloaded: int = 0
+    """Bytes of all offloaded blocks, which are in memory while a CPU loads the model."""
 
     def parts(self) -> dict[str, int]:
         parts = {"frozen weights": self.frozen, "quantization constants": self.constants,
                  "trained weights": self.trained, "optimizer states": self.states}  # fmt: skip
+        parts |= {"offloaded blocks": self.blocks} if self.blocks else {}
         return parts | ({"averaged weights": self.averages} if self.averages else {})
 
 
-def persistent_memory(model: Any, optimizer: str, *, averaged: bool = False) -> PersistentMemory:
+def persistent_memory(
+    model: Any, optimizer: str, *, averaged: bool = False, offloaded: OffloadedBlocks | None = None
+) -> PersistentMemory:
     """Memory of a model (with or without data; tied weights count once), its optimizer, and its averaged weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    scales = [b for name, b in model.named_buffers() if name.endswith(SCALES)]
-    buffers = [b for name, b in model.named_buffers() if not name.endswith(SCALES)]
+    constants = (SCALES, TABLES)
+    scales = [b for name, b in model.named_buffers() if name.endswith(constants)]
+    buffers = [b for name, b in model.named_buffers() if not name.endswith(constants)]
     states = sum(state_bytes(optimizer, tuple(p.shape)) for p in trained)
     size = _bytes(trained)
-    return PersistentMemory(_bytes([*frozen, *buffers]), _bytes(scales), size, states, size if averaged else 0)
+    weights, around, averages = _bytes([*frozen, *buffers]), _bytes(scales), size if averaged else 0
+    if offloaded is None:
+        return PersistentMemory(weights, around, size, states, averages)
+    return PersistentMemory(
+        weights - offloaded.weights, around - offloaded.constants, size, states, averages, offloaded.on_device,
+        offloaded.weights + offloaded.constants,
+    )  # fmt: skip
 
 
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
@@ -100,7 +115,10 @@ def plan_phases(
         return {} if gpu else {name: size}
 
     return (
-        Phase("load", {**base, **weights, **on_cpu("weight files", file)}),
+        Phase(
+            "load",
+            {**base, **weights, **on_cpu("weights to offload", persistent.offloaded), **on_cpu("weight files", file)},
+        ),
         Phase("forward and backward", {**full, **parts}),
         Phase("optimizer step", {**full, "gradients": persistent.trained}),
         Phase("evaluation", {**full, **backup, **evaluation.resident(ratio)}),

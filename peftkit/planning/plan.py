@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from peftkit.models import dtypes
+from peftkit.models import dtypes, offload
 from peftkit.models.architectures import READS_PADDING
 from peftkit.models.inventory import TablePart, trainable_table
 from peftkit.models.meta_model import build_meta_model, weight_file_bytes
@@ -16,9 +16,10 @@ from peftkit.models.sources import check_config, folder_of, resolve
 from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning import machine as machines
-from peftkit.planning.devices import Device, local_device
+from peftkit.planning.devices import Device, format_bytes, local_device
 from peftkit.planning.machine import Machine
 from peftkit.planning.memory import PersistentMemory, Phase, persistent_memory, plan_phases
+from peftkit.planning.offloading import RATES, OffloadedBlocks, offloaded_blocks
 from peftkit.planning.trace import Trace, fake_tensor_mode
 from peftkit.planning.traced_model import Shape, TracedModel
 from peftkit.planning.workload import Workload, data_workload
@@ -47,6 +48,8 @@ class Plan:
     evaluation_seconds: float
     """Of all validations."""
     notes: tuple[str, ...] = ()
+    offloaded: OffloadedBlocks | None = None
+    """What ``model.offload`` keeps off the device."""
 
     @property
     def peak(self) -> Phase:
@@ -78,6 +81,7 @@ class Plan:
             "seconds": self.seconds,
             "training_seconds": self.training_seconds,
             "notes": list(self.notes),
+            "offloaded": None if self.offloaded is None else asdict(self.offloaded),
         }
 
 
@@ -133,6 +137,7 @@ def make_plan(recipe: Recipe, device: Device | None = None, inputs: PlanInputs |
 
 def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: Workload) -> Plan:
     """The plan of a recipe with given micro-batches."""
+    offload.check(recipe.model, "cuda" if device.gpu else "cpu")
     # without a GPU here, the planned one is assumed to have bf16
     assumed = device.gpu and recipe.model.dtype == "auto" and not torch.cuda.is_available()
     dtype = torch.bfloat16 if assumed else dtypes.dtype_for(recipe.model, "cuda" if device.gpu else "cpu")
@@ -140,21 +145,22 @@ def plan_workload(recipe: Recipe, device: Device, inputs: PlanInputs, workload: 
     with fake_tensor_mode():
         loaded = build_meta_model(recipe, inputs.info, inputs.tokenizer, dtype, gpu=device.gpu)
         model = TracedModel(loaded, head_of(inputs.info, recipe.task), dtype, device.gpu)
-        averaged = bool(recipe.training.weight_averaging)
-        persistent = persistent_memory(loaded.model, recipe.training.optimizer, averaged=averaged)
+        averaged, config = bool(recipe.training.weight_averaging), recipe.model.offload
+        offloaded = offloaded_blocks(loaded, config) if config is not None else None
+        persistent = persistent_memory(loaded.model, recipe.training.optimizer, averaged=averaged, offloaded=offloaded)
         parameters = tuple(trainable_table(loaded.model))
         train = model.train(workload.largest, 2 if workload.accumulates else 1)
         evaluation = model.evaluate(workload.largest_evaluation)
-        times = _estimate_times(model, workload, train, evaluation, machine)
+        times = _estimate_times(model, workload, train, evaluation, machine, offloaded)
     phases = plan_phases(
         persistent, train, evaluation, ratio=machine.allocator_ratio, gpu=device.gpu,
         framework=machine.framework_bytes,
         loader=0 if device.gpu else inputs.loader_bytes, file=inputs.file_bytes,
         kernels=0 if dtype != torch.bfloat16 else int(_kernels(workload, train, evaluation) * machine.kernel_bytes),
     )  # fmt: skip
-    notes = _notes(recipe, device, torch.cuda.is_available())
+    notes = _notes(recipe, device, torch.cuda.is_available(), offloaded)
     name = str(dtype).removeprefix("torch.")
-    return Plan(recipe, device, name, parameters, phases, persistent, workload, *times, notes)
+    return Plan(recipe, device, name, parameters, phases, persistent, workload, *times, notes, offloaded)
 
 
 def _kernels(workload: Workload, train: Trace, evaluation: Trace) -> int:
@@ -175,8 +181,9 @@ def micro_batch_bytes(recipe: Recipe, info: TaskInfo, tokenizer: Any, dtype: Any
 
 
 def _estimate_times(
-    model: TracedModel, workload: Workload, train: Trace, evaluation: Trace, machine: Machine
-) -> tuple[float, float, float]:
+    model: TracedModel, workload: Workload, train: Trace, evaluation: Trace, machine: Machine,
+    offloaded: OffloadedBlocks | None,
+) -> tuple[float, float, float]:  # fmt: skip
     """FLOPs per token, seconds of all steps, and of all validations; a row costs a·tokens + b·tokens²."""
     largest = workload.largest
     half = Shape(largest.rows, max(2, largest.tokens // 2), max(1, largest.scored // 2), largest.packed)
@@ -188,12 +195,15 @@ def _estimate_times(
         return sum(shape.rows * _quadratic(shape.tokens, *points) for shape in workload.train)
 
     flops, moved = total(small.flops, train.flops), total(small.moved, train.moved)
-    seconds = machine.seconds(flops, moved, train.operators * len(workload.train)) * workload.epochs
+    seconds = machine.seconds(flops, moved, train.operators * len(workload.train))
     tokens = sum(shape.padded_tokens for shape in workload.train)
     share = sum(shape.padded_tokens for shape in workload.evaluation) / workload.largest_evaluation.padded_tokens
     calls = evaluation.operators * len(workload.evaluation)
     validation = machine.seconds(evaluation.flops * share, evaluation.moved * share, calls)
-    return flops / tokens, seconds, validation * max(1.0, workload.epochs)
+    if offloaded is not None:  # copies run next to computations
+        reading, reading_evaluation = offloaded.seconds(len(workload.train), len(workload.evaluation))
+        seconds, validation = max(seconds, reading), max(validation, reading_evaluation)
+    return flops / tokens, seconds * workload.epochs, validation * max(1.0, workload.epochs)
 
 
 def _quadratic(at: int, low: tuple[int, float], high: tuple[int, float]) -> float:
@@ -204,8 +214,16 @@ def _quadratic(at: int, low: tuple[int, float], high: tuple[int, float]) -> floa
     return at * (low[1] / low[0] + slope * (at - low[0]))
 
 
-def _notes(recipe: Recipe, device: Device, has_gpu: bool) -> tuple[str, ...]:
+def _notes(recipe: Recipe, device: Device, has_gpu: bool, offloaded: OffloadedBlocks | None) -> tuple[str, ...]:
     notes = []
+    if offloaded is not None:
+        place = "the CPU's memory" if offloaded.to == "cpu" else "files"
+        reading, _ = offloaded.seconds(1, 0)
+        notes.append(
+            f"{format_bytes(offloaded.forward)} of frozen blocks are in {place}; a micro-batch reads "
+            f"{format_bytes(offloaded.forward + offloaded.backward)}, {reading:.2g} s at an assumed "
+            f"{RATES[offloaded.to] / 1e9:g} GB/s, next to its computations"
+        )
     if device.gpu and not has_gpu:
         notes.append("no GPU was measured: its context is assumed to take 0.5 GB, and times only compare plans")
     if not recipe.method.adapts_backbone and recipe.training.feature_cache_gb:

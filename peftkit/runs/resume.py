@@ -13,7 +13,7 @@ from peftkit.schema.recipe import Recipe, flatten
 
 NOT_LEARNED_FROM = (
     "output_dir", "tracking", "evaluation", "export", "training.max_time", "training.keep_checkpoints",
-    "training.log_every",
+    "training.log_every", "model.offload",
 )  # fmt: skip
 """Recipe fields that may change when a run is resumed: the trained weights do not depend on them."""
 

@@ -107,6 +107,11 @@ class Method(ConfigSection):
                 f"method.kind={self.kind} puts keys and values before every layer's own, which activation "
                 "checkpointing drops; set training.gradient_checkpointing=off"
             )
+        if recipe.model.offload is not None and self.saves == "model":
+            raise MethodError(
+                f"method.kind={self.kind} trains the base's own weights and saves all of them, and model.offload is "
+                "for frozen ones; use method.kind=lora, or set model.offload=null"
+            )
         if recipe.model.continues and (not self.continues or self.saves == "model"):
             raise MethodError(
                 f"method.kind={self.kind} cannot train an existing adapter further; set model.adapter_use=merge"

@@ -28,6 +28,10 @@ def _as_mode(value: Any) -> Any:
     return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _as_offload(value: Any) -> Any:
+    return {"to": value} if isinstance(value, str) else value
+
+
 def _as_delimiter(value: Any) -> Any:
     return {"tab": "\t", "\\t": "\t"}.get(value, value) if isinstance(value, str) else value
 
@@ -46,6 +50,14 @@ def _runs_without_torch(value: str) -> str:
     if value not in (names := runtime_formats()):
         raise ValueError(f"unknown backend '{value}': {did_you_mean(value, names)}")
     return value
+
+
+class OffloadConfig(ConfigSection):
+    """Where the frozen weights of a model's blocks are while they do not compute."""
+
+    to: Literal["cpu", "disk"]
+    """cpu: in the CPU's memory, for a GPU that is too small for the weights. disk: in the model's own files where the
+    weights are used as stored, else in a file that is written once to the cache."""
 
 
 class ModelConfig(ConfigSection):
@@ -72,6 +84,9 @@ class ModelConfig(ConfigSection):
     """Dropout rate in the base and its head; None keeps the base's own."""
     chat_template: str | None = None
     """A named chat template (chatml, llama2, zephyr, plain) for a base that has none."""
+    offload: Annotated[OffloadConfig | None, BeforeValidator(_as_offload)] = None
+    """Keep the frozen weights of blocks off the device: two blocks at a time are brought there, forward and backward.
+    Results stay equal to the bit. Written as {to: disk}, or disk."""
     fold_system: bool = False
     """Put the system prompt at the start of the first user turn, a blank line between, for a chat template that takes
     none. Exported with the template."""
@@ -387,6 +402,15 @@ class Recipe(ConfigSection):
     @model_validator(mode="after")
     def _method_fits(self) -> Recipe:
         self.method.check(self)
+        return self
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Recipe:
+        if self.model.offload is not None and self.training.compile:
+            raise ValueError(
+                "model.offload frees and fills the weights of blocks between calls, which training.compile does not "
+                "expect; set training.compile=false, or model.offload=null"
+            )
         return self
 
     @classmethod

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from weakref import WeakSet
 
@@ -49,6 +50,17 @@ def release_mapped_pages() -> None:
     for mapped in list(mapped_files):
         if hasattr(mapped, "madvise"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def discard_pages(address: int, size: int) -> None:
+    """Returns the whole pages of a memory range to the system. Its content is lost, or read again if a file is mapped.
+
+    For memory that will not be read any more, but whose owner keeps more than the range mapped.
+    """
+    start, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and start < end:
+        library = ctypes.CDLL(None)
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from peftkit.distributed import zero
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import shard_like, unshard
+from peftkit.models import offload
 from peftkit.models.kernels import compile
 from peftkit.schema.method import Method
 from peftkit.schema.recipe import Recipe, TrainingConfig
@@ -17,8 +18,9 @@ from peftkit.training import low_bit_optimizers
 
 
 def check_device_support(recipe: Recipe, session: Session) -> None:
-    """Raises RecipeError if the optimizer or the compiler does not work on this device or with sharded parameters."""
+    """Raises RecipeError if optimizer, compiler or offloading do not work on this device or with sharded parameters."""
     training, device = recipe.training, session.device.type
+    offload.check(recipe.model, device, sharded=session.sharded)
     low_bit_optimizers.check(training.optimizer, device, sharded=session.sharded)
     if training.compile:
         compile.check(device, training.gradient_checkpointing, sharded=session.sharded)

@@ -104,7 +104,7 @@ class Reference:
         parts = {
             "base": self.loaded.fingerprint,
             "adapter": [self.loaded.adapter, recipe.method.model_dump(mode="json")] if self.loaded.adapter else None,
-            "model": recipe.model.model_dump(mode="json"),
+            "model": recipe.model.model_dump(mode="json", exclude={"offload"}),
             "quantization": None if recipe.quantization is None else recipe.quantization.model_dump(mode="json"),
             "head": f"{type(head).__module__}.{type(head).__qualname__}",
             "dtype": str(self.session.dtype),

@@ -36,6 +36,7 @@ def carried(tmp_path_factory):
         pytest.param("roberta-large", "trainer", marks=pytest.mark.slow),
         pytest.param("modernbert-base", "peftkit", marks=pytest.mark.slow),
         pytest.param("llama-3.1-8b, bf16", "peftkit", marks=pytest.mark.slow),
+        pytest.param("llama-3.1-8b, nf4", "peftkit offload", marks=pytest.mark.slow),
     ],
 )
 def test_a_case_is_carried_out_and_shown(case, contestant, carried, tmp_path):

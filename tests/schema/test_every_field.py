@@ -43,6 +43,8 @@ TESTS = {
     "model.attention": "models/test_loading.py::test_attention_implementation",
     "model.dropout": "models/test_loading.py::test_dropout_reaches_every_layer",
     "model.chat_template": "models/test_chat_template.py::test_a_tokenizer_without_template_is_told_how_to_get_one",
+    "model.offload.to": "models/test_offload.py::"
+    "test_weights_are_read_from_the_models_own_files_or_from_the_cache",
     "model.fold_system": INSTRUCTION + "test_a_system_prompt_is_folded_into_the_first_user_turn",
     "quantization": "models/test_quantization.py::test_heads_embeddings_and_adapters_are_never_quantized",
     "quantization[nf4].double": "models/test_quantization.py::test_double_quantization_and_threshold_arrive",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -83,3 +83,21 @@ def dequantizer(layer: Any) -> Dequantize | None:
     if type(layer) is not Linear4bit or state is None or getattr(state, "packing_format_for_cpu", False):
         return None
     return lambda dtype: dequantize_4bit(layer.weight.data, state).to(dtype)
+
+
+def quantization_constants(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Scales of a quantized layer, and other tensors over its weight's bytes, by the names that its files have.
+
+    They are attributes of bitsandbytes' own objects, and neither parameters nor buffers. Lookup tables are left out.
+    """
+    weight, int8 = getattr(layer, "weight", None), getattr(layer, "state", None)
+    state: Any = getattr(weight, "quant_state", None)
+    if hasattr(state, "absmax"):  # a layer without data has none
+        yield "weight.absmax", state.absmax
+        if state.nested:
+            yield "weight.nested_absmax", state.state2.absmax
+    for owner in (weight, int8):
+        for name in ("CB", "SCB"):
+            tensor = getattr(owner, name, None)
+            if tensor is not None and tensor.numel():
+                yield name, tensor

@@ -32,14 +32,21 @@ class WeightFormat:
         """Bytes of the packed weights."""
         return (weights + 1) // 2 if self.kind == "nf4" else weights
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of a matrix's lookup tables, which its constants include."""
+        return 0 if self.kind == "int8" else TABLES if self.double else 16 * 4
+
+    def scale_bytes(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Bytes of each tensor of scales of a matrix, [rows, columns]."""
+        if self.kind == "int8":
+            return (4 * rows,)
+        blocks = -(-rows * columns // self.block)
+        return (blocks, 4 * -(-blocks // self.outer)) if self.double else (4 * blocks,)
+
     def constant_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the scales and tables of a matrix, [rows, columns]."""
-        if self.kind == "int8":
-            return 4 * rows
-        blocks = -(-rows * columns // self.block)
-        if not self.double:
-            return 4 * blocks + 16 * 4
-        return blocks + 4 * -(-blocks // self.outer) + TABLES
+        return sum(self.scale_bytes(rows, columns)) + self.table_bytes
 
 
 def never_packed(model: Any, heads: Sequence[str], others: Sequence[str], folder: Path) -> tuple[str, ...]:
