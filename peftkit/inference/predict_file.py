@@ -14,6 +14,7 @@ from peftkit.errors import RunError
 from peftkit.export.folder import ExportFolder, open_export
 from peftkit.inference import texts
 from peftkit.inference.backends import AUTO, FEWEST, PROBE
+from peftkit.schema.head import Head
 from peftkit.schema.types import Row
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ def predict_file(
         model = group.main_first(lambda: trained_model.load(export, merge=merge, device=group.device, backend=backend))
         _choose_backend(model, group, rows, columns)
         observe = observe if group.is_main else None
-        chunk = sys.maxsize // group.world_size if model.head.ranks else CHUNK
-        answers = _answers(model, group, group.chunks(iter(rows), chunk), columns, set(names), observe)
+        head = export.manifest.head
+        chunks = group.chunks(iter(rows), sys.maxsize // group.world_size if head.ranks else CHUNK)
+        answers = _answers(model, head, group, chunks, columns, set(names), observe)
         return texts.write_rows(answers, out, names) if group.is_main else sum(1 for _ in answers)
 
 
@@ -84,7 +86,7 @@ def _choose_backend(model: LoadedRun, group: ProcessGroup, rows: texts.InputText
 
 
 def _answers(
-    model: LoadedRun, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], taken: set[str],
+    model: LoadedRun, head: Head, group: ProcessGroup, chunks: Iterator[list[Row]], columns: list[str], taken: set[str],
     observe: Observer | None,
 ) -> Iterator[Row]:  # fmt: skip
     """The rows with their predictions and what made them as columns.
@@ -93,7 +95,7 @@ def _answers(
     """
     for chunk in chunks:
         started, inputs = time.perf_counter(), [texts.text_of(row, columns) for row in chunk]
-        predictions = model.head.complete_answers(group.map_sharded(inputs, model.predict), inputs)
+        predictions = head.complete_answers(group.map_sharded(inputs, model.predict), inputs)
         if observe is not None:
             observe(model, inputs, predictions, time.perf_counter() - started)
         for row, prediction in zip(chunk, predictions, strict=True):
