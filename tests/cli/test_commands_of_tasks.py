@@ -21,8 +21,9 @@ from tests.exporting import exported
 PAGE = Path(__file__).parents[2] / "docs" / "use.md"
 COLUMNS = ("predict", "generate", "chat", "embed", "search", "serve", "onnx", "gguf")
 DECODERS = {"style", "instruction", "preference"}
-LABELS = {"classification": ("cat", "dog"), "token_classification": ("O", "B-cat", "I-cat")}
-PAIR = {"question_answering", "similarity"}
+LABELS = {"classification": ("cat", "dog"), "token_classification": ("O", "B-cat", "I-cat"),
+          "reranking": ("not relevant", "relevant")}  # fmt: skip
+PAIR = {"question_answering", "reranking", "similarity"}
 TEXT = {"masked_lm": "the [MASK] was"}
 
 

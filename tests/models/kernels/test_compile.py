@@ -188,7 +188,7 @@ def test_a_compiled_run_resumes_to_the_same_bytes(short, monkeypatch):
 def test_what_cannot_be_compiled_is_refused_before_anything_is_loaded(small_recipe, monkeypatch):
     recipe = replace(small_recipe, training={"compile": True})
     monkeypatch.setattr(compile, "_failure", lambda device: "no C++ compiler was found")
-    monkeypatch.setattr("peftkit.run._data_and_model", lambda *given: pytest.fail("something was loaded"))
+    monkeypatch.setattr("peftkit.run._data", lambda *given: pytest.fail("something was loaded"))
     with pytest.raises(RecipeError, match=r"does not work on cpu here \(no C\+\+ compiler was found\)"):
         peftkit.train(recipe, quiet=True)
     with pytest.raises(RecipeError, match="selective finds no matmuls"):
