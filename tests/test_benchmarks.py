@@ -317,6 +317,7 @@ def test_the_page_on_scale_has_the_tables_that_the_script_prints():
     assert scale.filled(changed) == page != changed
 
 
+@pytest.mark.slow
 def test_scale_starts_from_what_the_planner_counts():
     import scale
     import scale_plans

@@ -228,6 +228,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(runs, bert, files, tmp_path
     assert resumed.metrics["test"] == runs["binary"].metrics["test"]
 
 
+@pytest.mark.slow
 def test_exports_give_the_same_scores(runs, files, tmp_path):
     run = runs["pairs"]
     pairs = [(line["query"], line[name]) for line in lines_of(files["pairs"])[:8] for name in ("text", "negative_1")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import random
 
@@ -123,6 +124,13 @@ def test_a_batch_of_several_micro_batches_has_the_gradient_of_the_whole(bert, fi
     assert again == pytest.approx(loss, rel=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(cached[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_sharded_weights_are_refused(bert, files, tmp_path, monkeypatch):
+    stepper = stepper_of(recipe(bert, files, "text_pairs", tmp_path))
+    monkeypatch.setattr(stepper.session, "sharded", True)
+    with pytest.raises(RecipeError, match="weights that are sharded over the processes"):
+        dataclasses.replace(stepper)
 
 
 def test_a_small_batch_is_embedded_once_and_has_the_gradient_of_the_whole(bert, files, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from peftkit.data.batching import MODEL_INPUTS, MicroBatch, keeps_graphs, pass_t
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
+from peftkit.errors import RecipeError
 from peftkit.models.architectures import reads_padding
 from peftkit.schema.head import Head
 from peftkit.schema.recipe import Recipe
@@ -119,6 +120,11 @@ class Stepper:
         rows = self.recipe.training.micro_batch
         self.micro_batch: int | None = rows if isinstance(rows, int) else None
         """Maximum rows per micro-batch."""
+        if self.session.sharded and self.unwrapped.head.compares_rows:
+            raise RecipeError(
+                f"task.kind={self.recipe.task.kind} compares the rows of a batch and was never tried with weights that "
+                "are sharded over the processes (FSDP, DeepSpeed); launch processes that each hold the whole model"
+            )
 
     @functools.cached_property
     def unwrapped(self) -> TaskModule:

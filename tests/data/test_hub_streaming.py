@@ -28,6 +28,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_streamed_rows_equal_downloaded_ones(hub, python):  # noqa: F811
     changes = [[], ["data.streaming=true"], ["data.streaming=true", "data.limit=3"], ["data.source=some/gated"]]
     done = python("-c", CODE, json.dumps(changes), hub=hub.url)

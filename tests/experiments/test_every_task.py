@@ -13,7 +13,7 @@ from tests import tiny
 from tests.conftest import topic_rows
 
 WORDS = tiny.WORDS
-QUICK = ("masked_lm", "similarity")
+QUICK = ("masked_lm",)
 """Tasks of which nothing else here is trained in a comparison or a search."""
 
 

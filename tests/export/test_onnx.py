@@ -78,6 +78,7 @@ def test_the_card_says_how_to_run_it(classifier, capsys):
     assert capsys.readouterr().out.strip() == str(expected)
 
 
+@pytest.mark.slow
 def test_merging_leaves_no_adapter(classifier, tmp_path):
     import onnx as onnx_library
 

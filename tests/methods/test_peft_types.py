@@ -141,7 +141,10 @@ def test_adamss_prunes_as_peft_does_in_a_plain_loop(folders, walked):
         torch.testing.assert_close(found[name], parameter, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(("peft_type", "options"), [("ADAMSS", ASA), ("LORA", MONTECLORA)], ids=["asa", "monteclora"])
+@pytest.mark.parametrize(
+    ("peft_type", "options"),
+    [pytest.param("ADAMSS", ASA, id="asa", marks=pytest.mark.slow), pytest.param("LORA", MONTECLORA, id="monteclora")],
+)
 def test_resumed_it_is_the_undisturbed_run(folders, tmp_path, peft_type, options):
     rows = [f"{text} {number}," + ("yes" if number % 2 else "no") for number, text in enumerate(every_method.TEXTS * 8)]
     file = tmp_path / "texts.csv"

@@ -84,11 +84,15 @@ def test_the_table_has_every_method_in_every_precision(call, bert, monkeypatch):
     assert f"{lora['trained']:,}" in out
 
 
-def test_what_is_wrong_is_one_message(call, file, tmp_path):
+def test_what_is_wrong_is_one_message(call, file):
     code, _, err = call("plan", file, "--gpu", "rtx4900")
     assert (code, "did you mean 'rtx4090'" in err) == (2, True)
     code, _, err = call("plan")
     assert (code, "--table" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_what_nothing_makes_fit_is_not_written(call, file, tmp_path):
     code, _, err = call("plan", file, "--gpu", "1MB", "--apply", tmp_path / "never.yaml")
     assert (code, "does not fit GPU of 1MB with any known change" in err) == (2, True)
     assert not (tmp_path / "never.yaml").exists()

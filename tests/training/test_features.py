@@ -59,7 +59,10 @@ def entries():
     return [path for path in cache_folder("features").iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", [
+    pytest.param(method, id=name, marks=pytest.mark.slow if name == "top block" else ())
+    for name, method in METHODS.items()
+])  # fmt: skip
 def test_the_same_weights_and_figures_as_without_the_cache(recipe, method):
     recipe = replace(recipe, method=method)
     with_cache = peftkit.train(recipe)
