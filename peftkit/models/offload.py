@@ -114,10 +114,13 @@ class BlockStream:
 
     def __init__(self, blocks: Sequence[BlockWeights], store: HostStore | FileStore, device: torch.device) -> None:
         self._blocks, self._store, self._device = blocks, store, device
-        self._buffers = [torch.empty(block.nbytes, dtype=torch.uint8, device=device) for block in blocks]
-        self._on_device = [block.views(buffer) for block, buffer in zip(blocks, self._buffers)]
-        for buffer in self._buffers:
+        self._buffers: list[Tensor] = []
+        self._on_device: list[list[Tensor]] = []
+        for block in blocks:  # shrunk before the next one is made: all of them might not fit
+            buffer = torch.empty(block.nbytes, dtype=torch.uint8, device=device)
+            self._on_device.append(block.views(buffer))
             buffer.untyped_storage().resize_(0)
+            self._buffers.append(buffer)
         self._coming: dict[int, Future[Any]] = {}
         """Blocks that are on the device, or on their way; with the end of the copy on a GPU's stream."""
         self._ready: set[int] = set()

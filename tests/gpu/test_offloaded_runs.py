@@ -14,6 +14,7 @@ from peftkit.models.tokenizer import load_tokenizer
 from peftkit.planning.devices import Device
 from peftkit.planning.plan import make_plan
 from peftkit.schema.head import head_of
+from peftkit.training import flops
 from peftkit.training.step import TaskModule
 from tests import tiny
 from tests.gpu.test_runs import short, whole
@@ -44,6 +45,7 @@ def test_memory_has_two_blocks(to, tmp_path, gpu):
     base = tiny.tiny_llama(tmp_path / "base", **sizes)
     parts = {"task": {"kind": "style"}, "method": {"kind": "lora", "rank": 4}}
     peaks = {}
+    work_once(gpu)
     for each in (None, to):
         gc.collect()
         torch.cuda.empty_cache()
@@ -64,17 +66,28 @@ def test_memory_has_two_blocks(to, tmp_path, gpu):
     assert peaks[to] < 4 * block
 
 
+def work_once(gpu) -> None:
+    """Forward and backward, so that cuBLAS has its workspaces (some 80 MB), which the process keeps."""
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = torch.randn(512, 512, device=gpu, dtype=dtype, requires_grad=True)
+        (weight @ weight).sum().backward()
+    torch.cuda.synchronize()
+
+
 @pytest.mark.slow
-def test_the_plan_is_what_is_allocated(materials, tmp_path, gpu):
+def test_the_plan_is_what_is_allocated(materials, tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(flops, "matmul_rate", lambda *arguments: 1e12)  # measuring it takes more than this run
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "initializer_range": 0.02}
     base = tiny.tiny_llama(tmp_path / "base", **sizes)
     model = {"source": str(base), "dtype": "bfloat16", "offload": "cpu"}
     recipe = short("style", materials, tmp_path, model=model, export={"prove": False})
     plan = make_plan(recipe, Device("GPU", 10**12, True), known_of(recipe))
     planned = next(phase for phase in plan.phases if phase.name == "forward and backward")
+    work_once(gpu)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     peftkit.train(recipe, quiet=True)
     tensors = planned.total - planned.parts["framework"]
-    assert torch.cuda.max_memory_allocated() == pytest.approx(tensors, rel=0.2)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(tensors, rel=0.2)

@@ -186,6 +186,23 @@ def test_each_pass_reads_each_block_once_and_the_next_one_ahead(bases, streams, 
     assert on_device(stream) == 0
 
 
+def test_a_model_is_prepared_with_one_block_at_a_time(bases, monkeypatch):
+    empty, buffers, sizes = torch.empty, [], []
+
+    def counted(*size, **options):
+        tensor = empty(*size, **options)
+        if options.get("dtype") == torch.uint8:
+            buffers.append(tensor)
+            sizes.append([each.untyped_storage().nbytes() for each in buffers])
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", counted)
+    recipe = recipe_of(bases, "decoder", model={"offload": "disk"})
+    build(recipe, INFO["decoder"], load_tokenizer(recipe.model), "cpu")
+    assert len(sizes) == WIDE["num_hidden_layers"]
+    assert all(sum(map(bool, each)) == 1 for each in sizes)
+
+
 def test_features_of_a_frozen_trunk_need_none_of_its_blocks(bases, streams):
     recipe = recipe_of(bases, "encoder", model={"offload": "disk"}, method={"layers": -1})
     module, tokenizer, _ = module_of(recipe, "encoder")
