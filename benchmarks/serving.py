@@ -121,7 +121,8 @@ def classifiers(run: Path, texts: Path, args, requests: int) -> dict[str, list[s
         "--labels", ",".join(labels), "--port", "{port}",
     ]  # fmt: skip
     servers = {
-        "peftkit, the run itself": [*own(run), "--run-itself"], "peftkit, INT8 export": own(run), "pipeline": pipeline,
+        "peftkit, the run itself": [*own(run), "--backend", "torch"], "peftkit, INT8 export": own(run),
+        "pipeline": pipeline,
     }  # fmt: skip
     count = ["--requests", str(requests)]
     return {name: load("classify", texts, args, server, count) for name, server in servers.items()}

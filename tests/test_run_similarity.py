@@ -35,6 +35,7 @@ from peftkit.schema.recipe import replace
 from peftkit.training.step import Stepper, TaskModule
 from tests import tiny
 from tests.conftest import topic_rows
+from tests.models import architectures
 from tests.planning.test_plan import MACHINE
 
 
@@ -256,6 +257,21 @@ def test_correlations_are_those_of_scipy(runs, files):
     assert metrics["spearmanr"] == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-5)
     assert metrics["pearsonr"] == pytest.approx(pearsonr(gold, cosines).statistic, abs=1e-5)
     assert metrics["spearmanr_8"] == pytest.approx(spearmanr(gold, (short[0] * short[1]).sum(-1)).statistic, abs=1e-5)
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_texts_of_a_pair_are_not_padded_to_each_other_where_models_read_padding(layers, files, tmp_path):
+    base = architectures.save_base(architectures.Case("fnet", "classifier"), tmp_path / "base")
+    method = {"target_modules": ["dense"], "layers": layers}
+    run = peftkit.train(recipe(base, files, "scored_pairs", tmp_path, method=method), quiet=True)
+    model = peftkit.load(run.path)
+    lines = list(csv.DictReader(files["scored_pairs"].open(encoding="utf-8")))
+    first, second = (
+        np.concatenate([model.embed(line[name], normalize=True) for line in lines]) for name in "ab"
+    )  # fmt: skip
+    cosines = [answer.label for answer in model.predict([(line["a"], line["b"]) for line in lines])]
+    assert any(len(line["a"].split()) != len(line["b"].split()) for line in lines)
+    np.testing.assert_allclose(cosines, (first * second).sum(-1), atol=1e-5)
 
 
 def test_retrieval_metrics_are_those_of_sentence_transformers(runs, files):

@@ -31,9 +31,14 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="Write at most this many texts at a time.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a text.")] = 2048,
     timeout: Annotated[float, typer.Option(min=1, help="Give a request up after this many seconds.")] = 300.0,
-    itself: Annotated[
-        bool, typer.Option("--run-itself", help="Serve the run itself, not a faster export in its folder.")
-    ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What computes: torch, or onnx or onnx-int8 if exported. Default: auto, the usually fastest.",
+            show_default=False,
+        ),
+    ] = None,
     monitor: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Log length, answer and confidence of every text for `peftkit monitor`."),
@@ -49,7 +54,8 @@ def serve(
 
     server.serve(
         run, adapters=adapters_by_name(adapter or []), name=name or open_export(run).recipe.name, host=host, port=port,
-        base=base, log_requests=log, queue=queue, batch=batch, max_tokens=max_tokens, timeout=timeout, itself=itself,
+        base=base, log_requests=log, queue=queue, batch=batch, max_tokens=max_tokens, timeout=timeout,
+        backend=backend,
         monitor=monitor, monitor_texts=monitor_texts, monitor_embeddings=monitor_embeddings,
     )  # fmt: skip
 

@@ -33,6 +33,8 @@ OTHER_PASS_COST = 8192
 EVALUATION_ROWS = 32
 """Rows per batch of evaluation, prediction and embedding, unless a batch size is given."""
 MODEL_INPUTS = ("input_ids", "token_type_ids", "position_ids")
+TEXT_INPUTS = (*MODEL_INPUTS, "attention_mask")
+"""Columns of a batch that have a row for each text; where rows are compared, others have one for each row."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,14 @@ def collate(columns: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizer
     if "weight" in columns:
         batch["weight"] = torch.tensor(columns["weight"], dtype=torch.float32)
     return batch
+
+
+def cut_texts(batch: Mapping[str, torch.Tensor], texts: np.ndarray | torch.Tensor) -> dict[str, torch.Tensor]:
+    """The model's inputs of some texts of a batch, without the columns in which all of them are padded."""
+    mask = batch["attention_mask"][texts]
+    used = mask.any(dim=0).nonzero().flatten()
+    columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(None)
+    return {name: batch[name][texts][:, columns] for name in TEXT_INPUTS if name in batch}
 
 
 def _is_per_token(labels: Sequence[Any], lengths: Sequence[int]) -> bool:

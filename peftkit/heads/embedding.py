@@ -80,6 +80,20 @@ class Embedding(Head):
         return collate(stacked, tokenizer) | by_row
 
     def vectors(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
+        import torch
+
+        from peftkit.data.batching import cut_texts
+        from peftkit.models.architectures import reads_padding
+
+        lengths = batch["attention_mask"].sum(dim=1)
+        if lengths.is_meta or not reads_padding(model) or len(set(lengths.tolist())) == 1:
+            return self._pooled(model, batch, pooling)
+        groups = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
+        vectors = torch.cat([self._pooled(model, cut_texts(batch, group), pooling) for group in groups])
+        return vectors[torch.cat(groups).argsort()]
+
+    @staticmethod
+    def _pooled(model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         from peftkit.models.pooled_logits import model_inputs, pool
 
         hidden = model(**model_inputs(model, batch)).last_hidden_state
@@ -129,7 +143,7 @@ class Embedding(Head):
 
     def plain_logits(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         """[rows, width]: the vectors."""
-        return self.vectors(model, batch, pooling)
+        return self._pooled(model, batch, pooling)
 
     def example_batch(self, rows: int, tokens: int, *, packed: bool = False) -> Batch:
         """Two texts per row, each of half the tokens."""

@@ -12,7 +12,7 @@ suffice, and which depends on the data: Lee et al. 2022 (surgical finetuning, ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -63,7 +63,8 @@ class AutoLayers(Automatic):
 
     @property
     def span(self) -> str:
-        return f"between the last {self.auto.at_least} and all blocks"
+        blocks = "block" if self.auto.at_least == 1 else f"{self.auto.at_least} blocks"
+        return f"between the last {blocks} and all of them"
 
     def check(self, field: str, recipe: Recipe) -> None:
         """Refuses an encoder–decoder: its blocks are no single stack, of which the last ones could be adapted."""
@@ -193,14 +194,3 @@ def _sketch(parameters: Iterable[Any], number: int, signs: dict[int, Any]) -> to
     vector = vector * signs[number]
     padded = torch.nn.functional.pad(vector, (0, -len(vector) % SKETCH))
     return padded.view(-1, SKETCH).sum(0).cpu()
-
-
-def parse(value: Any, otherwise: Any) -> Any:
-    """A recipe's ``layers``: ``auto``, a mapping with its options, or what ``otherwise`` reads."""
-    if value == "auto":
-        return AutoLayers()
-    if isinstance(value, Mapping):
-        return AutoLayers.model_validate(value)
-    if isinstance(value, str) and not value.lstrip("-").isdigit():
-        raise ValueError("expected auto, -2 for the last two blocks, or numbers of blocks such as [0, 1]")
-    return otherwise(value)

@@ -10,7 +10,7 @@ modules, grows with r while the added directions are shared by both, and no furt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -109,14 +109,3 @@ def shared_by_rank(halves: Iterable[tuple[Tensor, Tensor]], at_most: int) -> np.
             total[: len(aligned)] += aligned
             total[len(aligned) :] += aligned[-1]  # a module that has no higher rank
     return total.numpy()
-
-
-def parse(value: Any, otherwise: Any) -> Any:
-    """A recipe's ``rank``: ``auto``, a mapping with its options, or what ``otherwise`` reads."""
-    if value == "auto":
-        return AutoRank()
-    if isinstance(value, Mapping):
-        return AutoRank.model_validate(value)
-    if isinstance(value, str) and not value.isdigit():
-        raise ValueError("expected auto or a whole number")
-    return otherwise(value)

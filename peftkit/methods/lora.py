@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, WrapValidator, model_validator
+from pydantic import Field, model_validator
 
 from peftkit.errors import MethodError
 from peftkit.methods import auto_rank, loftq_init
@@ -18,6 +18,7 @@ from peftkit.methods.peft_method import LinearLayerMethod
 from peftkit.methods.targets import Fraction, check_patterns, fan_in_fan_out
 from peftkit.models.quantization.checkpoint import quantized_with
 from peftkit.models.sources import folder_of, resolve
+from peftkit.schema.automatic import reads
 from peftkit.schema.registries import METHODS
 from peftkit.schema.types import Batch, LoadedModel
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from peftkit.schema.recipe import Recipe
 
 Rank = Annotated[int, Field(ge=1)]
-Ranks = Annotated[Rank | Literal["auto"] | auto_rank.AutoRank, WrapValidator(auto_rank.parse)]
+Ranks = Annotated[Rank | Literal["auto"] | auto_rank.AutoRank, reads(auto_rank.AutoRank, "auto or a whole number")]
 FROM_WEIGHTS = ("pissa", "olora", "orthogonal")
 """Initializations that peft computes from the base's unquantized weights."""
 NEEDS_NF4 = (

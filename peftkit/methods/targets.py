@@ -6,10 +6,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field, WrapValidator
+from pydantic import AfterValidator, Field
 
 from peftkit.errors import MethodError, did_you_mean
 from peftkit.methods import auto_layers
+from peftkit.schema.automatic import reads
 from peftkit.schema.types import in_head
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ def _check_names(value: Patterns | None) -> Patterns | None:
 ModuleNames = Annotated[Patterns, AfterValidator(_check_names)]
 """all-linear, names of modules, or one regular expression that matches full module names."""
 BlockNumbers = int | tuple[Annotated[int, Field(ge=0)], ...]  # numbers of blocks from 0, or -2 for the last two
-Layers = Annotated[BlockNumbers | Literal["auto"] | auto_layers.AutoLayers | None, WrapValidator(auto_layers.parse)]
+Layers = Annotated[
+    BlockNumbers | Literal["auto"] | auto_layers.AutoLayers | None,
+    reads(auto_layers.AutoLayers, "auto, -2 for the last two blocks, or numbers of blocks such as [0, 1]"),
+]
 """Blocks to adapt as a recipe names them: by number, all (None), or chosen by the run (auto)."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 

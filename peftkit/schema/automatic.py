@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidatorFunctionWrapHandler, WrapValidator
+
 from peftkit.schema.sections import ConfigSection
 
 if TYPE_CHECKING:
@@ -94,3 +96,22 @@ class Automatic(ConfigSection):
             gradients: at each step the model's trained parameters have the gradient of the mean loss of another group
                 of training rows.
         """
+
+
+def reads(kind: type[Automatic], expected: str) -> WrapValidator:
+    """A validator of a field that may be automatic: ``auto``, a mapping with its options, or what the field is.
+
+    Args:
+        expected: of a text that is neither ``auto`` nor a whole number, for the error.
+    """
+
+    def read(value: Any, otherwise: ValidatorFunctionWrapHandler) -> Any:
+        if value == AUTO:
+            return kind()
+        if isinstance(value, Mapping):
+            return kind.model_validate(value)
+        if isinstance(value, str) and not value.lstrip("-").isdigit():
+            raise ValueError(f"expected {expected}")
+        return otherwise(value)
+
+    return WrapValidator(read)

@@ -19,17 +19,18 @@ GRACE = 60
 
 def serve(
     run: Path, *, adapters: Mapping[str, str], name: str, host: str, port: int, base: bool, log_requests: bool,
-    queue: int, batch: int, max_tokens: int, timeout: float, itself: bool = False, monitor: Path | None = None,
+    queue: int, batch: int, max_tokens: int, timeout: float, backend: str | None = None, monitor: Path | None = None,
     monitor_texts: bool = False, monitor_embeddings: bool = False,
 ) -> None:  # fmt: skip
     """Loads a run and answers requests; returns when a signal has ended it and the requests in flight are done.
 
     Args:
-        itself: serve the run itself even if its folder has an export that is faster, see ``serving.backend``.
+        backend: what computes, see ``serving.backend``; by default the fastest proven form of the run.
         monitor: a folder for a log of what is served: see ``peftkit.monitoring``.
 
     Raises:
-        RunError: not a finished run; an address that others reach, without a key; a port in use; a package is missing.
+        RunError: not a finished run, or none for this backend; an address that others reach, without a key; a port in
+            use; a package is missing.
         DataError: the log's folder cannot be written.
     """
     if (monitor_texts or monitor_embeddings) and monitor is None:
@@ -41,7 +42,7 @@ def serve(
 
     from peftkit.inference import trained_model
     from peftkit.monitoring.log import ServingLog
-    from peftkit.serving import backend
+    from peftkit.serving import backend as backends
     from peftkit.serving.app import LOOPBACK, build_app
     from peftkit.serving.recorder import Recorder
     from peftkit.serving.service import Limits, Service
@@ -51,8 +52,8 @@ def serve(
         raise RunError(f"--host {host}: others could use the server; set {KEY} in the environment, or leave --host out")
     folder = ServingLog(monitor) if monitor else None
     listening = _listen(host, port)
-    needs = {"--adapter": adapters, "--base": base, "--monitor-embeddings": monitor_embeddings, "--run-itself": itself}
-    form = backend.choose(run, itself=" and ".join(name for name, given in needs.items() if given))
+    needs = {"--adapter": adapters, "--base": base, "--monitor-embeddings": monitor_embeddings}
+    form = backends.choose(run, wanted=backend, needs=[name for name, given in needs.items() if given])
     loaded = trained_model.load(form.export, adapters=adapters, backend=None)
     limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
     service = Service(loaded, name, limits, with_base=base)

@@ -172,7 +172,8 @@ class FeaturePlan:
             partly = "read from, or computed once and cached in,"
             how = {0: "read from", size: "computed once and cached in"}.get(missing, partly)
             decision = f"{how} {folder} ({size / 10**6:.1f} MB)"
-        blocks = f"the first {self.trunk.cut} of {len(self.trunk.blocks)} blocks are"
+        cut, of = self.trunk.cut, f"of {len(self.trunk.blocks)} blocks"
+        blocks = f"the first {of} is" if cut == 1 else f"the first {cut} {of} are"
         frozen = "the backbone is" if self.trunk.is_backbone else blocks
         self.note = f"{frozen} frozen and run without dropout; the features are {decision}"
 

@@ -11,7 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from peftkit.data.batching import MODEL_INPUTS, MicroBatch, keeps_graphs, pass_tokens, shard_batch, text_passes
+from peftkit.data.batching import (
+    TEXT_INPUTS,
+    MicroBatch,
+    cut_texts,
+    keeps_graphs,
+    pass_tokens,
+    shard_batch,
+    text_passes,
+)
 from peftkit.data.pipeline import EncodedSplit
 from peftkit.distributed.session import Session
 from peftkit.distributed.sharding import unshard
@@ -24,8 +32,6 @@ from peftkit.training.frozen_trunk import FEATURES, FrozenTrunk
 
 ForwardPass = Literal["loss", "outputs", "loss_and_measures", "batch_sums", "reference_outputs", "vectors"]
 """The forward passes of a head, by the name of its method."""
-TEXT_INPUTS = (*MODEL_INPUTS, "attention_mask")
-"""Columns of a batch that have a row for each text; where rows are compared, others have one for each row."""
 
 
 class TaskModule(torch.nn.Module):
@@ -306,14 +312,6 @@ class Stepper:
         """The rows as padded tensors on this process's device."""
         batch = self.split.batch(rows, self.tokenizer)
         return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def cut_texts(batch: dict[str, torch.Tensor], texts: np.ndarray) -> dict[str, torch.Tensor]:
-    """The model's inputs of some texts of a batch, without the columns in which all of them are padded."""
-    mask = batch["attention_mask"][texts]
-    used = mask.any(dim=0).nonzero().flatten()
-    columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(None)
-    return {name: batch[name][texts][:, columns] for name in TEXT_INPUTS if name in batch}
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:

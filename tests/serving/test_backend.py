@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import peftkit
+from peftkit.errors import RunError
 from peftkit.export import manifest, run_export
 from peftkit.models import dtypes
 from peftkit.serving import backend, server
@@ -97,7 +98,7 @@ def test_an_export_without_proof_or_of_another_training_is_not_served(run, file,
 
 
 def test_the_run_itself_is_served_where_it_is_needed(run, monkeypatch):
-    chosen = backend.choose(run, itself="--base")
+    chosen = backend.choose(run, needs=["--base"])
     assert (chosen.export.path, chosen.reason) == (run / "adapter", "torch in float32 (the run itself: --base)")
     assert backend.choose(run / "onnx").reason == "onnxruntime in float32 (the run itself)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -114,5 +115,21 @@ def test_the_server_says_what_computes_and_takes_the_run_itself_if_asked_to(run,
     assert lines[0].startswith("serving x on http://127.0.0.1:")
     assert lines[1].startswith(f"  computed by onnxruntime in float32 ({run / 'onnx'}, proven")
     assert lines[2].startswith(f"  {run / 'onnx-int8'} is not used: it rounds")
-    server.serve(run, **options, itself=True)
-    assert "computed by torch in float32 (the run itself: --run-itself)" in capsys.readouterr().out
+    server.serve(run, **options, backend="torch")
+    assert "computed by torch in float32 (the run itself: --backend torch)" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_named_is_served_or_refused(run):
+    chosen = backend.choose(run, wanted="onnx")
+    assert chosen.export.path == run / "onnx"
+    assert chosen.reason == f"onnxruntime in float32 ({run / 'onnx'}: --backend onnx)"
+    assert backend.choose(run, wanted="torch").export.path == run / "adapter"
+    assert backend.choose(run, wanted="auto").export.path == run / "onnx"
+    with pytest.raises(RunError, match="--backend onnx serves an export, which cannot serve --base"):
+        backend.choose(run, wanted="onnx", needs=["--base"])
+    with pytest.raises(RunError, match=r"unknown backend 'onx'.*onnx"):
+        backend.choose(run, wanted="onx")
+    with pytest.raises(RunError, match=r"cannot predict with 'onnx-int8'.*format onnx-int8"):
+        backend.choose(run, wanted="onnx-int8")
+    with pytest.raises(RunError, match="is an export for 'onnx'"):
+        backend.choose(run / "onnx", wanted="torch")
