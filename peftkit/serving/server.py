@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peftkit.errors import RunError
@@ -54,9 +55,13 @@ def serve(
     listening = _listen(host, port)
     needs = {"--adapter": adapters, "--base": base, "--monitor-embeddings": monitor_embeddings}
     form = backends.choose(run, wanted=backend, needs=[name for name, given in needs.items() if given])
-    loaded = trained_model.load(form.export, adapters=adapters, backend=None)
     limits = Limits(queue=queue, batch=batch, tokens=max_tokens, seconds=timeout)
-    service = Service(loaded, name, limits, with_base=base)
+    with ThreadPoolExecutor(1) as loader:  # OpenMP's threads wait by sleeping once two threads have some: this one ends
+        service = loader.submit(
+            lambda: Service(
+                trained_model.load(form.export, adapters=adapters, backend=None), name, limits, with_base=base
+            )
+        ).result()
     recorder = None
     if folder:
         recorder = Recorder(folder, service, texts=monitor_texts, embeddings=monitor_embeddings)

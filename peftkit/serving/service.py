@@ -79,7 +79,7 @@ class Service:
         self.batcher = Batcher(self.lock)
         if self.run.head.writes_text:
             self._check_writes()
-            if len(self.names) > 1:
+            if self.run.adapters and not self.run.merge_state.merged:
                 self.mixed, reason = multi_adapter.mix(self.run.model)
                 self.notes += (f"texts of each model are batched by themselves: {reason}",) if reason else ()
             pack_output_layer(self.run.model)
