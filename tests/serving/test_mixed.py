@@ -53,6 +53,26 @@ def test_mixed_rows_are_those_of_peft(llama, options):
     torch.testing.assert_close(second, model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9)])
+def test_rows_in_half_precision_are_those_of_peft(llama, shape):
+    model = adapted(llama, target_modules="all-linear")
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    ids = torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(1))
+    model.set_adapter("second")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        rows, _ = multi_adapter.mix(model)
+        with rows.rows(["second"] * len(ids)):
+            mixed = model(input_ids=ids).logits
+    assert mixed.dtype == torch.bfloat16
+    far = (expected - base).float().norm()
+    assert (mixed - expected).float().norm() < 0.1 * far
+
+
 @pytest.mark.parametrize(("options", "reason"), [
     ({"target_modules": "all-linear", "use_dora": True}, "variant of LoRA"),
     ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules besides LoRA"),
@@ -139,6 +159,17 @@ def test_texts_of_adapters_and_base_written_together_are_those_of_each_alone(lan
     assert service.notes == ()
     assert max(len(set(step)) for step in steps) >= 3, "several adapters had rows in one step"
     assert max(map(len, steps)) <= 6
+
+
+def test_a_single_adapter_that_is_not_merged_is_served_by_mixed_layers(language):
+    service = Service(peftkit.load(language[0], merge=False), "own", Limits(batch=4))
+    requests = requests_of(["own"], count=5)
+    try:
+        together, _ = written(service, requests, alone=False)
+    finally:
+        service.close()
+    assert service.mixed is not None
+    assert together == expected_texts(peftkit.load(language[0], merge=False), requests)
 
 
 def test_adapters_that_cannot_be_mixed_are_batched_by_themselves(variants):
