@@ -113,15 +113,16 @@ def chats(questions: Path, run: Path, folder: Path, args, requests: int, peer: s
 
 
 def classifiers(run: Path, texts: Path, args, requests: int) -> dict[str, list[str]]:
-    """The contestants of ``--work classify``; the export is in the run's folder, where the server finds it."""
+    """The contestants of ``--work classify``; the exports are in the run's folder, where the server finds them."""
     labels = json.loads((run / "info.json").read_text(encoding="utf-8"))["labels"]
-    finish([*PEFTKIT, "export", str(run), "--format", "onnx-int8", "--to", str(run / "onnx")], "exporting")
     pipeline = [
         sys.executable, str(WORKERS / "pipeline_server.py"), "--model", minilm(), "--adapter", str(run / "adapter"),
         "--labels", ",".join(labels), "--port", "{port}",
     ]  # fmt: skip
     servers = {
-        "peftkit, the run itself": [*own(run), "--backend", "torch"], "peftkit, INT8 export": own(run),
+        "peftkit, the run itself": [*own(run), "--backend", "torch"],
+        "peftkit, ONNX export": [*own(run), "--backend", "onnx"],
+        "peftkit, INT8 export": [*own(run), "--backend", "onnx-int8"],
         "pipeline": pipeline,
     }  # fmt: skip
     count = ["--requests", str(requests)]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from peftkit.schema.types import Batch
+
 MIXED_PRECISION = {"torch.float32": "no", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
@@ -57,6 +59,10 @@ class Session(ProcessGroup):
             self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
         else:
             self.accelerator.backward(loss)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch's tensors on this process's device."""
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def start_trackers(self, recipe: Recipe, folder: Path) -> None:
         """Starts the recipe's trackers with the recipe's fields; their files go into the run's folder."""

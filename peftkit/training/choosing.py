@@ -131,7 +131,7 @@ def _head_batches(
     """Batches and their weights; with the backbone's features in place of tokens where the module gets a trunk."""
     order = np.argsort(split.lengths, kind="stable")
     parts = split_by_budget(order, split.lengths, HEAD_ROWS, None, unpadded=module.unpadded)
-    batches = [(_on_device(split, rows, tokenizer, session), split.weight(rows, tokenizer)) for rows in parts]
+    batches = [(session.on_device(split.batch(rows, tokenizer)), split.weight(rows, tokenizer)) for rows in parts]
     batches = [(batch, weight) for batch, weight in batches if weight]
     if type(module.head).collate is not Head.collate:
         return batches  # a row may be several sequences
@@ -186,7 +186,7 @@ class GroupGradients:
         return split_by_budget(rows, self.split.lengths, None, tokens, unpadded=self.module.unpadded)
 
     def _backward(self, rows: np.ndarray, weight: float) -> None:
-        batch = _on_device(self.split, rows, self.tokenizer, self.session)
+        batch = self.session.on_device(self.split.batch(rows, self.tokenizer))
         with self.session.accelerator.autocast():
             if self.module.head.reference_splits():
                 batch |= self._reference(batch)
@@ -200,10 +200,6 @@ class GroupGradients:
         with off:
             outputs: dict[str, torch.Tensor] = self.module(batch, use="reference_outputs")
         return outputs
-
-
-def _on_device(split: EncodedSplit, rows: np.ndarray, tokenizer: Any, session: Session) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(session.device) for name, tensor in split.batch(rows, tokenizer).items()}
 
 
 def _completed(module: TaskModule, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

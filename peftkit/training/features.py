@@ -105,15 +105,11 @@ class FeaturePlan:
 
     def _capture(self, split: EncodedSplit, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """The trunk's output for some rows, and their attention mask, on the CPU."""
-        batch = self._batch(split, rows)
+        batch = self.session.on_device(split.batch(rows, self.tokenizer))
         self.module.eval()
         with torch.no_grad(), self.session.accelerator.autocast():
             hidden = self.trunk.capture(lambda: self.module(batch, outputs=True), batch)
         return hidden.cpu(), batch["attention_mask"].bool().cpu()
-
-    def _batch(self, split: EncodedSplit, rows: np.ndarray) -> dict[str, Tensor]:
-        batch = split.batch(rows, self.tokenizer)
-        return {name: tensor.to(self.session.device) for name, tensor in batch.items()}
 
     def _is_correct(self, split: EncodedSplit, path: Path) -> bool:
         """Whether a few rows, computed again, have the stored features."""
@@ -132,7 +128,7 @@ class FeaturePlan:
     def find_trunk(self) -> bool:
         """Find the model's frozen trunk, and keep it in evaluation mode from now on; whether there is one."""
         train = self.encoded.splits["train"]
-        batch = self._batch(train, probe_rows(train))
+        batch = self.session.on_device(train.batch(probe_rows(train), self.tokenizer))
         forward = functools.partial(self.module.eval(), outputs=True)
         with self.session.accelerator.autocast():
             trunk, reason = find_frozen_trunk(self.module.model, forward, batch, self.module.pooling)

@@ -310,8 +310,7 @@ class Stepper:
 
     def collate(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The rows as padded tensors on this process's device."""
-        batch = self.split.batch(rows, self.tokenizer)
-        return {name: tensor.to(self.session.device, non_blocking=True) for name, tensor in batch.items()}
+        return self.session.on_device(self.split.batch(rows, self.tokenizer))
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
