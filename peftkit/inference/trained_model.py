@@ -30,6 +30,7 @@ from peftkit.schema.head import Head, head_of
 from peftkit.schema.recipe import GenerationConfig, Recipe
 from peftkit.schema.recipe import replace as replace_fields
 from peftkit.schema.types import Row, TaskInfo
+from peftkit.system.memory import bound_kernel_cache
 from peftkit.training import reference
 from peftkit.training.step import TaskModule
 
@@ -384,6 +385,7 @@ def load(
         ModelError: the base is missing or another than the one trained on, weights are pickled or damaged, or the
             head does not fit the labels.
     """
+    bound_kernel_cache()  # texts have many lengths
     export = path if isinstance(path, ExportFolder) else open_export(path)
     chosen = backends.open_backend(export, backend)
     if chosen is not export and (adapters or merge is False):

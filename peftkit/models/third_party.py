@@ -50,9 +50,37 @@ def import_bitsandbytes() -> None:
     torch.compile = compile_at_first_call  # type: ignore[assignment]
     try:
         with contextlib.suppress(ImportError):  # whoever needs it imports it again, and gets the error
-            import bitsandbytes  # noqa: F401
+            from bitsandbytes.backends.cpu import ops
+
+            ops.lib = AlignedRows(ops.lib)  # type: ignore[assignment]
     finally:
         torch.compile = compile_now
+
+
+class AlignedRows:
+    """bitsandbytes' library for CPUs, whose 4-bit weights it unpacks right whatever their width.
+
+    On processors with AVX512 it takes a wrong scale (of another block) where a row of a multiple of 16 weights is no
+    multiple of a block of 64: an error of 13 to 38 % of the weights in place of NF4's 9 %, without a word.
+    Blocks go over the rows of a matrix, so that it may be unpacked as one with a block in each row.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        if not name.startswith(("cdequantize_blockwise_cpu_nf4", "cdequantize_blockwise_cpu_fp4")):
+            return function
+
+        def unpack(packed: Any, scales: Any, out: Any, block: Any, rows: Any, width: Any) -> None:
+            count = rows.value * width.value
+            if width.value % block.value:
+                width = type(width)(count if count % block.value else block.value)
+                rows = type(rows)(count // width.value)
+            function(packed, scales, out, block, rows, width)
+
+        return unpack
 
 
 @functools.cache

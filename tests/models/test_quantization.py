@@ -9,6 +9,7 @@ from peftkit.errors import MethodError, ModelError, RecipeError
 from peftkit.models import dtypes, pooled_logits
 from peftkit.models.loading import build
 from peftkit.models.quantization import bitsandbytes_support
+from peftkit.models.third_party import silence_libraries
 from peftkit.models.tokenizer import load_tokenizer
 from peftkit.schema.registries import QUANTIZATIONS
 from peftkit.schema.types import TaskInfo
@@ -116,3 +117,18 @@ def test_missing_bitsandbytes_says_the_install_line(monkeypatch):
 def test_methods_that_need_whole_weights_are_refused(method):
     with pytest.raises((MethodError, RecipeError), match="quantiz"):
         tiny.tiny_recipe("x", method=method, quantization={"kind": "nf4"})
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 96), (100, 200), (33, 64), (5, 48)])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_weights_of_any_width_are_unpacked_by_their_own_scales(shape, block, dtype):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    silence_libraries()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=block)
+    numbers = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: weight.numel()]
+    scales = state.absmax.repeat_interleave(block)[: weight.numel()]
+    by_hand = (state.code[numbers.long()] * scales).view(shape).to(dtype)
+    torch.testing.assert_close(dequantize_4bit(packed, state), by_hand, rtol=1e-2, atol=1e-4)
