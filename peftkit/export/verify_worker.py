@@ -2,8 +2,9 @@
 
     python -I verify_worker.py FOLDER    # which holds job.json and inputs.safetensors
 
-peftkit is not imported: what this file can do, any reader of the model card can do. Two exceptions: bottleneck
-adapters, which peft lacks, and formats of other exporters, which are loaded by the function that their job names.
+peftkit is not imported: what this file can do, any reader of the model card can do. Three exceptions: bottleneck
+adapters, which peft lacks; formats of other exporters, which are loaded by the function that their job names; and 4-bit
+weights of widths that bitsandbytes unpacks wrongly on processors with AVX512.
 """
 
 import importlib
@@ -62,6 +63,11 @@ def load_base(job, auto, dtype):
         if "checkpoint" not in quantization:  # a quantized checkpoint holds its own configuration
             arguments["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
     base = auto.from_pretrained(job["base"], dtype=dtype, ignore_mismatched_sizes=True, **arguments)
+    if any(is_cut(module) for module in base.modules()):
+        sys.path[:0] = job["import_path"]
+        from peftkit.models.third_party import import_bitsandbytes
+
+        import_bitsandbytes()  # which mends it
     if "checkpoint" in quantization:
         cast_unpacked(base, dtype)
     for name, module in base.named_modules():
@@ -72,6 +78,12 @@ def load_base(job, auto, dtype):
         if getattr(module, "linear_mode", "") is None:
             module.linear_mode = "train"  # also for gptqmodel's layers
     return base
+
+
+def is_cut(module):
+    """Whether a 4-bit layer has blocks of weights that begin in one row and end in the next."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return hasattr(state, "blocksize") and module.in_features % state.blocksize != 0
 
 
 def cast_unpacked(base, dtype):
