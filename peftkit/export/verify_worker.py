@@ -83,7 +83,8 @@ def load_base(job, auto, dtype):
 def is_cut(module):
     """Whether a 4-bit layer has blocks of weights that begin in one row and end in the next."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
-    return hasattr(state, "blocksize") and module.in_features % state.blocksize != 0
+    blocksize = getattr(state, "blocksize", None)
+    return blocksize is not None and module.in_features % blocksize != 0
 
 
 def cast_unpacked(base, dtype):
