@@ -133,8 +133,8 @@ def test_the_server_logs_texts_and_vectors_only_where_asked(run, alike, tmp_path
             replies = list(pool.map(lambda some: httpx.post(f"{address}/v1/classify", json={"input": some}), parts))
         assert {reply.status_code for reply in replies} == {200}
         assert httpx.post(f"{address}/v1/classify", json={"input": []}).status_code == 400
-        for observer in observers:
-            observer.close()
+    for observer in observers:  # as the server does, once it has ended: a reply is sent before it is recorded
+        observer.close()
     without, entries = log.read(tmp_path / "plain").entries, log.read(tmp_path / "full").entries
     assert len(without) == len(entries) == 80
     assert {entry.embedding for entry in without} == {None}
@@ -166,7 +166,7 @@ def test_generated_texts_are_logged_as_conversations(llama, tmp_path):
         recorder = Recorder(ServingLog(tmp_path / "log"), service, texts=True)
         service.observers.append(recorder)
         reply = httpx.post(f"{address}/v1/chat/completions", json={"messages": turns, "max_tokens": 3}, timeout=60)
-        recorder.close()
+    recorder.close()
     (entry,) = log.read(tmp_path / "log").entries
     assert (entry.texts, entry.characters, entry.label) == (("the red king",), 12, None)
     assert entry.written == reply.json()["usage"]["completion_tokens"]
