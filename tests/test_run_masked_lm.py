@@ -203,7 +203,8 @@ def test_micro_batches_change_no_gradient(base, texts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["bottleneck", "full", "bitfit", *(pytest.param(one, marks=pytest.mark.slow) for one in ("top_k", "ia3"))]
+    "method",
+    ["bottleneck", *(pytest.param(one, marks=pytest.mark.slow) for one in ("full", "bitfit", "top_k", "ia3"))],
 )
 def test_other_methods_train_and_export_with_proof(method, base, texts, tmp_path):
     fields = {"kind": method, **({"k": 1} if method == "top_k" else {})}
@@ -291,7 +292,7 @@ def test_loss_and_gradients_are_those_of_plain_transformers(name, tmp_path):
     assert float(outputs["loss"].sum()) == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
-SLOW = ("xlm_roberta", "distilbert", "deberta_v2")
+SLOW = ("roberta", "xlm_roberta", "distilbert", "deberta_v2", "deberta_v3")
 """Architectures whose loss and layers are tested above, and that train like one of the others."""
 
 

@@ -224,8 +224,8 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "method",
-    ["bottleneck", "full", "prefix_tuning"]
-    + [pytest.param(name, marks=SLOW) for name in ("frozen", "top_k", "prompt_tuning")],
+    ["prefix_tuning"]
+    + [pytest.param(name, marks=SLOW) for name in ("bottleneck", "full", "frozen", "top_k", "prompt_tuning")],
 )
 def test_other_methods_train_and_export_with_proof(method, bert, rows, tmp_path):
     fields = {"kind": method, **({"k": 1} if method == "top_k" else {})}
@@ -268,7 +268,9 @@ def tiny_encoder(kind, folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["roberta", pytest.param("distilbert", marks=SLOW), "deberta", "modernbert"])
+@pytest.mark.parametrize(
+    "kind", ["deberta", *(pytest.param(kind, marks=SLOW) for kind in ("roberta", "distilbert", "modernbert"))]
+)
 def test_other_architectures_train_and_export_with_proof(kind, rows, tmp_path):
     known = {"roberta": tiny.tiny_roberta, "distilbert": tiny.tiny_distilbert}
     base = known[kind](tmp_path / "base") if kind in known else tiny_encoder(kind, tmp_path / "base")

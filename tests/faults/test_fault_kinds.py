@@ -54,6 +54,7 @@ def test_a_full_or_broken_disk_in_a_save(folder, packed):
     check(kinds.failing_saves(folder, packed, trials=2))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_best_weights_fails_for_a_while(folder, whole):
     recipe, said = whole.trial(folder, "best")
     # the second save is that of the first validation, the best so far

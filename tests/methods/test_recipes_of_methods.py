@@ -20,6 +20,9 @@ BASES = {
 }
 FAMILIES = {name: path.stem for name, path in catalog.built_in().items() if path.stem in BASES}
 CLASSIFIERS = [name for name in FAMILIES if name.startswith("agnews")]
+QUICK = ("agnews_dora", "agnews_bitfit", "agnews_prefix_tuning", "agnews_loftq")
+"""A variant of LoRA, weights of the base itself, a prompt, a start of its own; the methods of the others are trained in
+test_every_method.py."""
 WRITERS = [name for name in FAMILIES if name.startswith("instruct")]
 NARROW = {
     "agnews_miss": ["method.rank=4"],
@@ -62,7 +65,9 @@ def test_a_recipe_changes_the_method_and_what_belongs_to_it(name):
     assert {key for key, value in one["training"].items() if value != base["training"][key]} <= {"learning_rate"}
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CLASSIFIERS]
+)
 def test_a_classifier_s_recipe_runs_and_predicts_again_what_it_predicted(name, folder, tmp_path):
     run = trained(name, "roberta", "rows.csv", folder, tmp_path, "data.max_length=32")
     lines = [json.loads(line) for line in (run.path / "predictions" / "test.jsonl").read_text().splitlines()]

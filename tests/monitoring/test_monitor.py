@@ -203,7 +203,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", ["own_entities", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name != "own_entities")]
+)
 def test_runs_of_other_tasks_are_watched_by_what_they_answer(name, bert, tmp_path):
     rows, asked, measured = OTHERS[name]
     for file, lines in (("rows.jsonl", rows), ("asked.jsonl", asked)):

@@ -83,15 +83,10 @@ def learned(model, half, rows=3, tokens=17):
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-QUICK = {("gpt2", "full")}
-"""Another quick test compiles these graphs too, and finds them in the compiler's cache."""
-
-
 @works
-@pytest.mark.parametrize(
-    ("base", "way"),
-    [pytest.param(base, way, marks=[] if (base, way) in QUICK else pytest.mark.slow) for base in BASES for way in WAYS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("base", BASES)
 def test_logits_and_gradients_are_those_of_the_plain_model(folders, base, way):
     (plain, half), (fast, _) = made(folders, base, way, False), made(folders, base, way, True)
     share = 0.1 if half or way == "nf4" else 1e-4
