@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import peftkit
 from peftkit import replace
@@ -22,6 +23,10 @@ def quick(small_recipe):
 
 def adapter(run):
     return (run.path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def weights(run):
+    return load_file(run.path / "adapter" / "adapter_model.safetensors")
 
 
 def lines(run, kind):
@@ -136,7 +141,8 @@ def test_gradient_checkpointing_runs_layers_twice_and_learns_the_same(quick, mon
         calls.clear()
         again = peftkit.train(replace(quick, training={"gradient_checkpointing": mode}), quiet=True)
         assert len(calls) >= plain + 8  # 8 steps; of 2 layers at least one is run again
-        assert adapter(once) == adapter(again)
+        for name, weight in weights(once).items():  # bytes differ with torch 2.11
+            torch.testing.assert_close(weights(again)[name], weight, rtol=1e-5, atol=1e-7)
 
 
 def test_threads_are_set(quick):
