@@ -22,6 +22,7 @@ CLASSIFICATION: dict[str, list[str]] = {
     "frozen_features": ["frozen_features.py"],
     "encoder_lora": ["encoder_lora.py"],
     "encoder_lora_last_2": ["encoder_lora.py", "--last-layers", "2", "--epochs", "3"],
+    "time_to_quality": ["time_to_quality.py"],
     "classify": ["classify.py"],
     "few_shot": ["few_shot.py"],
     "bottleneck": ["bottleneck_adapters.py"],

@@ -42,6 +42,8 @@ def main() -> None:
                 parts += curves(content)
         elif "slopes" in content:
             parts += growth(path.stem, content)
+        elif "sets" in content and all("times" in one for one in content["sets"].values()):
+            parts += times_to_targets(path.stem, content)
         elif "sets" in content:
             parts += chosen_blocks(path.stem, content)
     (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -122,6 +124,27 @@ def chosen_blocks(name: str, content: Mapping[str, Any]) -> list[str]:
             f"{found['allowed']:+.4f}", ", ".join(map(str, found["chosen"])), f"{found['faster']:.2f} x",
         ])  # fmt: skip
     return [f"## {content['work']}", table(rows), f"`{name}.json`. {surroundings(content)}"]
+
+
+def times_to_targets(name: str, content: Mapping[str, Any]) -> list[str]:
+    """Seconds until the peer's last metric is reached, a table for each set of rows."""
+    parts = [f"## {content['work']}"]
+    for what, one in content["sets"].items():
+        first = next(iter(one["times"].values()))
+        rows = [[what, *(key.replace("_", " ") for key in first)], ["---"] * (len(first) + 1)]
+        rows += [[who, *(reached(value) for value in found.values())] for who, found in one["times"].items()]
+        parts.append(table(rows))
+    note = "Medians [least, greatest]; seconds since the shell, with and without those of validations."
+    return [*parts, f"{note} `{name}.json`. {surroundings(content)}"]
+
+
+def reached(value: Mapping[str, Any]) -> str:
+    """``12 [11, 14]``, and in how many repeats a target was reached where that is not all."""
+    seconds = [one for one in value["repeats"] if one is not None]
+    if not seconds:
+        return "not reached"
+    cell = "–" if value["median"] is None else f"{value['median']:.0f} [{min(seconds):.0f}, {max(seconds):.0f}]"
+    return cell if len(seconds) == len(value["repeats"]) else f"{cell} ({len(seconds)} of {len(value['repeats'])})"
 
 
 def surroundings(content: Mapping[str, Any]) -> str:

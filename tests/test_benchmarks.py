@@ -307,6 +307,45 @@ def test_the_contestants_of_chosen_blocks_are_recipes(whole, tmp_path):
     assert {one.training.max_steps for one in recipes.values()} == {3}
 
 
+def test_a_target_is_reached_at_the_first_validation_that_is_no_lower():
+    import table
+    import time_to_quality
+
+    def curve(*metrics):
+        return {"curve": [{"seconds": 10.0 * number, "training_seconds": 7.0 * number, "metric": metric}
+                          for number, metric in enumerate(metrics, 1)]}  # fmt: skip
+
+    default, other = time_to_quality.peer(1e-3), time_to_quality.peer(3e-3)
+    repeats = [
+        {"peftkit": curve(0.7, 0.8, 0.9), default: curve(0.5, 0.8, 0.8), other: curve(0.5, 0.6, 0.9)},
+        {"peftkit": curve(0.7, 0.8, 0.8), default: curve(0.5, 0.6, 0.7), other: curve(0.5, 0.6, 0.9)},
+    ]
+    found = time_to_quality.times(repeats, default)
+    assert found["peftkit"]["seconds_to_default"] == {"median": 15.0, "repeats": [20.0, 10.0]}
+    assert found["peftkit"]["training_seconds_to_best"] == {"median": None, "repeats": [21.0, None]}
+    assert found[default]["seconds_to_default"]["repeats"] == [20.0, 30.0]
+    page = "\n".join(table.times_to_targets("x", {
+        "work": "w", "machine": {"processor": "p", "cores": 2, "python": "3", "versions": {}, "peers": {}, "date": "d"},
+        "sets": {"ag": {"times": found}},
+    }))  # fmt: skip
+    assert "| peftkit | 15 [10, 20] | 10 [7, 14] | – (1 of 2) | – (1 of 2) |" in page
+
+
+def test_the_contestants_of_time_to_quality_are_recipes(tmp_path):
+    import time_to_quality
+
+    from peftkit import get_recipe
+    from peftkit.schema.overrides import apply
+
+    args = SimpleNamespace(epochs=2, rates=[1e-3, 3e-3], tuned=True)
+    found = time_to_quality.contestants(args, tmp_path, tmp_path, 5, 7)
+    assert len(found) == 5
+    own = {name: apply(get_recipe(command[4]), command[5:-2]) for name, command in found.items() if "peftkit" in name}
+    assert {one.training.seed for one in own.values()} == {7}
+    assert {one.training.evaluate_every for one in own.values()} == {5}
+    assert [one.method.layers is None for one in own.values()] == [True, False]
+
+
 def test_the_page_on_scale_has_the_tables_that_the_script_prints():
     import scale
 

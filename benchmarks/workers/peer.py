@@ -52,11 +52,13 @@ def trainer_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def classification_rows(args: argparse.Namespace, tokenizer: Any, limit: int | None = None) -> tuple[Any, int]:
-    """Tokenized train and test rows, and how many labels they have."""
+def classification_rows(
+    args: argparse.Namespace, tokenizer: Any, limit: int | None = None, *, held_out: str = "test"
+) -> tuple[Any, int]:
+    """Tokenized training and held-out rows, and how many labels they have."""
     from datasets import load_dataset
 
-    data = load_dataset("csv", data_files={name: f"{args.data}/{name}.csv" for name in ("train", "test")})
+    data = load_dataset("csv", data_files={name: f"{args.data}/{name}.csv" for name in ("train", held_out)})
     if limit:
         data["train"] = data["train"].select(range(limit))
     data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_length), batched=True)

@@ -2,8 +2,9 @@
 
 python benchmarks/workers/peftkit_run.py agnews_lora data.source=FOLDER training.epochs=1 … [--fresh-cache FOLDER]
 
-``--cache`` names the folder of tokens and features, ``--fresh-cache`` empties it first. ``BENCH_THREADS`` in the
-environment sets the threads, which OMP_NUM_THREADS does for other contestants.
+``--cache`` names the folder of tokens and features, ``--fresh-cache`` empties it first. ``--curve METRIC``, before the
+recipe, prints that metric of every validation, too, and the run is not tested. ``BENCH_THREADS`` in the environment
+sets the threads, which OMP_NUM_THREADS does for other contestants.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from curve import Curve
 
 START = time.perf_counter()
 
@@ -36,15 +40,32 @@ def chosen_cache(given: list[str]) -> list[str]:
     return given
 
 
+def print_curve(recipe: Any, metric: str) -> None:
+    """Trains, and prints the metric of every validation."""
+    import peftkit
+    from peftkit.training.loop import Loop
+
+    curve = Curve()
+    Loop.evaluate = curve.timed(Loop.evaluate)  # type: ignore[method-assign]
+    peftkit.train(recipe, on_validation=lambda step, metrics: curve.add(step, metrics[metric]), final=False)
+    print(json.dumps({"curve": curve.points}))
+
+
 def main() -> None:
     """Trains, evaluates on the test rows, and prints what was measured."""
     import peftkit
     from peftkit.schema.overrides import apply
 
-    overrides = chosen_cache(sys.argv[2:])
+    metric = sys.argv[2] if sys.argv[1] == "--curve" else None
+    name, *given = sys.argv[3:] if metric else sys.argv[1:]
+    overrides = chosen_cache(given)
     threads = os.environ.get("BENCH_THREADS")
     overrides += [f"training.threads={threads}"] if threads else []
-    run = peftkit.train(apply(peftkit.get_recipe(sys.argv[1]), overrides))
+    recipe = apply(peftkit.get_recipe(name), overrides)
+    if metric:
+        print_curve(recipe, metric)
+        return
+    run = peftkit.train(recipe)
     done = time.perf_counter()
     training, test = run.metrics["training"], run.metrics["test"]
     choices = run.path / "choices.json"

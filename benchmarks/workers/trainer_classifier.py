@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 import peer
+from curve import Curve
 
 
 def arguments() -> argparse.Namespace:
@@ -23,6 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--warmup", type=float, default=0.06)
     parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--evaluate-every", type=int, help="steps between validations, which are printed as a curve")
     return parser.parse_args()
 
 
@@ -57,7 +59,8 @@ def main() -> None:
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, labels = peer.classification_rows(args, tokenizer, args.rows)
+    held_out = "validation" if args.evaluate_every else "test"
+    data, labels = peer.classification_rows(args, tokenizer, args.rows, held_out=held_out)
     model = adapted(AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels), args)
     tuned = {"bf16": True, "train_sampling_strategy": "group_by_length", "use_cpu": not torch.cuda.is_available()}
     trainer = Trainer(
@@ -70,13 +73,25 @@ def main() -> None:
             logging_steps=50,
             **peer.trainer_options(args),
             **(tuned if args.tuned else {}),
+            **({"eval_strategy": "steps", "eval_steps": args.evaluate_every} if args.evaluate_every else {}),
         ),
         train_dataset=data["train"],
-        eval_dataset=data["test"],
+        eval_dataset=data[held_out],
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=peer.accuracy,
     )
-    peer.report(**peer.train_classifier(trainer, len(data["train"]) * args.epochs, len(data["test"])))
+    curve = Curve()
+    if args.evaluate_every:
+        evaluate = curve.timed(trainer.evaluate)
+
+        def evaluated(*arguments, **options):
+            found = evaluate(*arguments, **options)
+            curve.add(trainer.state.global_step, found["eval_accuracy"])
+            return found
+
+        trainer.evaluate = evaluated
+    figures = peer.train_classifier(trainer, len(data["train"]) * args.epochs, len(data[held_out]))
+    peer.report(**figures, **({"curve": curve.points} if curve.points else {}))
 
 
 if __name__ == "__main__":
