@@ -68,7 +68,9 @@ def main() -> None:
 
     encoded = {split: [encode(one) for one in sentences] for split, sentences in rows.items()}
     model = AutoModelForTokenClassification.from_pretrained(args.model, num_labels=len(names))
-    lora = LoraConfig(task_type="TOKEN_CLS", r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")
+    lora = LoraConfig(
+        task_type="TOKEN_CLS", r=16, lora_alpha=32, lora_dropout=0.1, target_modules=["query", "key", "value", "dense"]
+    )
 
     def score(result: Any) -> dict[str, float]:
         gold, predicted = [], []

@@ -6,7 +6,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.schema.head import Head, Outputs
 from peftkit.schema.types import Batch, Prediction, Row
@@ -40,6 +40,8 @@ class Embedding(Head):
     compares_rows: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ("zero_shot",)
     proof_tokens: ClassVar[int | None] = 64
+    onnx: ClassVar[bool] = True
+    onnx_output: ClassVar[Literal["logits", "vectors"]] = "vectors"
     pipeline_tag: ClassVar[str] = "sentence-similarity"
 
     @classmethod
@@ -96,8 +98,10 @@ class Embedding(Head):
     def _pooled(model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         from peftkit.models.pooled_logits import model_inputs, pool
 
-        hidden = model(**model_inputs(model, batch)).last_hidden_state
-        return pool(hidden, batch["attention_mask"], pooling).float()
+        outputs = model(**model_inputs(model, batch))
+        if pooling == "own":  # an ONNX file, which pools by itself
+            return outputs.vectors
+        return pool(outputs.last_hidden_state, batch["attention_mask"], pooling).float()
 
     def loss(self, model: torch.nn.Module, batch: Batch, pooling: str) -> torch.Tensor:
         return self.batch_loss(self.vectors(model, batch, pooling), batch)
@@ -255,6 +259,12 @@ class Embedding(Head):
             *pooled.split("\n"),
             "vectors = torch.nn.functional.normalize(vectors, dim=1)",
             "print(vectors @ vectors.T)  # SentenceTransformer(FOLDER).encode gives the same vectors",
+        ]
+
+    def onnx_code(self) -> list[str]:
+        return [
+            "vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)",
+            "print(vectors @ vectors.T)  # the cosines",
         ]
 
     def peftkit_code(self) -> list[str]:

@@ -36,7 +36,7 @@ class Embedder:
     """The transformers backbone, adapters in place; of an encoder–decoder, its encoder."""
     tokenizer: Any
     pooling: str
-    """mean, cls or last."""
+    """mean, cls or last; own for an ONNX file of vectors, which pools by itself."""
     max_length: int
     dtype: torch.dtype
     """Of the matmuls."""
@@ -80,8 +80,10 @@ class Embedder:
     def _pooled(self, columns: dict[str, list[list[int]]], device: torch.device) -> np.ndarray:
         batch = {name: tensor.to(device) for name, tensor in collate(columns, self.tokenizer).items()}
         with dtypes.autocast(self.dtype, device):
-            hidden = self.model(**batch).last_hidden_state
-        mask = batch["attention_mask"]
+            outputs = self.model(**batch)
+        if self.pooling == "own":
+            return outputs.vectors.numpy()
+        hidden, mask = outputs.last_hidden_state, batch["attention_mask"]
         check_pools(self.model.config, hidden.shape[1], mask.shape[1])
         pooled = pooled_logits.pool(hidden, mask, self.pooling)
         return pooled.float().cpu().numpy()
@@ -99,16 +101,16 @@ def of_run(run: LoadedExport) -> Embedder:
             raise RunError(
                 f"{run.path}: method '{run.manifest.method}' puts learned tokens before a text, and cannot embed it"
             )
-    model = unwrap(run.model)
-    if not hasattr(model, "base_model"):
+    model, pooling = unwrap(run.model), run.loaded.pooling
+    gives_vectors = getattr(model, "output", "") == "vectors"
+    if not gives_vectors and not hasattr(model, "base_model"):
         raise RunError(f"{run.path}: an export of format '{run.manifest.saves}' has no vectors; use the run itself")
-    backbone = model.base_model
-    pooling = run.loaded.pooling
-    if pooling == "own":
-        pooling = _own_pooling(folder_of(resolve(run.recipe.model)), backbone.config)  # type: ignore[assignment]
+    encoder = model if gives_vectors else text_encoder(model.base_model)
+    if pooling == "own" and not gives_vectors:
+        pooling = _own_pooling(folder_of(resolve(run.recipe.model)), model.base_model.config)  # type: ignore[assignment]
     device = next(run.model.parameters()).device
     return Embedder(
-        text_encoder(backbone), run.tokenizer, pooling, usable_length(run.tokenizer, run.manifest.max_length),
+        encoder, run.tokenizer, pooling, usable_length(run.tokenizer, run.manifest.max_length),
         dtypes.dtype_for(run.recipe.model, device), pass_tokens(run.recipe.training, device.type),
     )  # fmt: skip
 

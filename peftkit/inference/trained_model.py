@@ -245,6 +245,9 @@ class LoadedRun(LoadedExport):
             RunError: the method puts learned tokens before a text.
             DataError: something that is not a text.
         """
+        runtime = self.backend.runtime
+        if runtime is not None and self.head.onnx_output == "vectors":
+            return runtime.embed(texts, normalize=normalize, batch_size=batch_size)
         self.merge()
         return embeddings.of_run(self).embed(texts, normalize=normalize, batch_size=batch_size)
 

@@ -65,7 +65,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling in ("cls", "last"):
         places = torch.arange(mask.shape[1], device=mask.device)
         one = mask.int().argmax(dim=1) if pooling == "cls" else (places * mask).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), one]
+        # gather: indexing by row would be traced as a constant
+        return hidden.gather(1, one[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
     weights = mask.to(torch.float32).unsqueeze(-1)
     return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
 

@@ -92,6 +92,8 @@ class Head(ABC):
     """Tokens of each of these examples; None for all."""
     onnx: ClassVar[bool] = False
     """Whether ``plain_logits`` can be exported to ONNX."""
+    onnx_output: ClassVar[Literal["logits", "vectors"]] = "logits"
+    """What an ONNX file gives: ``logits``, or the pooled hidden states of each text."""
     pipeline_tag: ClassVar[str] = "other"
     """The Hugging Face hub's name for such models, in the model card."""
 
@@ -383,7 +385,7 @@ class Head(ABC):
         return {}
 
     def onnx_code(self) -> list[str]:
-        """Python lines that print an answer from ``logits``, a numpy array, where ``onnx`` is true."""
+        """Python lines that print an answer from the ``onnx_output``, a numpy array, where ``onnx`` is true."""
         return ["print(logits.tolist())"]
 
 

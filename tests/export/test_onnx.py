@@ -7,6 +7,7 @@ import logging
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 import peftkit
 from peftkit.errors import ExportError, MethodError, ModelError
@@ -24,9 +25,9 @@ def installed():
     """The class that runs ONNX files; skips the test where packages are missing."""
     for name in onnx.WRITE:
         pytest.importorskip(name)
-    from peftkit.export.onnx_graph import OnnxClassifier
+    from peftkit.export.onnx_graph import OnnxModel
 
-    return OnnxClassifier
+    return OnnxModel
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +55,59 @@ def classifier(bert, tmp_path_factory):
      pytest.param(tiny.tiny_roberta, "own", {"kind": "top_k", "k": 1}, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_runtime_predicts_what_torch_predicts(maker, pooling, method, tmp_path):
-    OnnxClassifier = installed()
+    OnnxModel = installed()
     folder, _ = exported(
         tmp_path / "run", maker(tmp_path / "base"), method=method, model={"pooling": pooling}, export=PLAIN
     )
     said = run_export(folder, tmp_path / "onnx", to_format="onnx")
     assert "(format onnx); its logits differ from the trained model's by " in said
     ours, torchs = peftkit.load(tmp_path / "onnx"), peftkit.load(folder)
-    assert type(ours.model) is OnnxClassifier
+    assert type(ours.model) is OnnxModel
     expected = torchs.logits(TEXTS)
     np.testing.assert_allclose(ours.logits(TEXTS), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     assert [p.label for p in ours.predict(TEXTS)] == [p.label for p in torchs.predict(TEXTS)]
     assert json.loads((tmp_path / "onnx" / "proof.json").read_text())["passed"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.slow)])
+def test_its_vectors_are_those_of_torch_and_of_sentence_transformers(bert, pooling, tmp_path, capsys):
+    installed()
+    run, _ = exported(
+        tmp_path / "run", bert, TaskInfo("scored_pairs"), method=LORA, model={"pooling": pooling}, export=PLAIN,
+        task={"kind": "similarity"}, data={"text_pair": "other", "max_length": 32},
+    )  # fmt: skip
+    home = run.parent
+    for name in ("onnx", "onnx-int8"):
+        run_export(run, home / name, to_format=name)
+    torchs, ours = peftkit.load(run, backend="torch"), peftkit.load(home / "onnx")
+    expected = torchs.embed(TEXTS)
+    np.testing.assert_allclose(ours.embed(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(peftkit.load(run, backend="onnx").embed(TEXTS), expected, atol=1e-5)
+    units = ours.embed(TEXTS, normalize=True)
+    np.testing.assert_allclose(SentenceTransformer(str(run)).encode(TEXTS), units, atol=1e-5)
+    pairs = list(zip(TEXTS, TEXTS[::-1]))
+    cosines = [one.label for one in torchs.predict(pairs)]
+    assert [one.label for one in ours.predict(pairs)] == pytest.approx(cosines, abs=1e-5)
+    rounded = peftkit.load(home / "onnx-int8").embed(TEXTS, normalize=True)
+    assert 0.98 < (rounded * torchs.embed(TEXTS, normalize=True)).sum(1).min() < 1 - 1e-7
+    capsys.readouterr()
+    code = (home / "onnx" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code.replace("path/to/this/folder", str(home / "onnx")), "card", "exec"), {})
+    first, second = torchs.embed(["a text", "another text"], normalize=True)
+    assert float(capsys.readouterr().out.split()[1].strip("[]")) == pytest.approx(float(first @ second), abs=1e-4)
+
+
+def test_a_model_that_reads_padding_never_sees_any(tmp_path):
+    from tests.models import architectures
+
+    installed()
+    base = architectures.save_base(architectures.Case("convbert", "classifier"), tmp_path / "base")
+    run, _ = exported(tmp_path / "run", base, method=LORA, export=PLAIN)
+    run_export(run, tmp_path / "onnx", to_format="onnx")
+    ours = peftkit.load(tmp_path / "onnx")
+    alone = np.concatenate([ours.logits(text) for text in TEXTS])
+    np.testing.assert_allclose(ours.logits(TEXTS), alone, atol=1e-5)
+    np.testing.assert_allclose(peftkit.load(run).logits(TEXTS), alone, atol=1e-4)
 
 
 def test_the_card_says_how_to_run_it(classifier, capsys):
@@ -137,16 +179,16 @@ def test_merging_is_refused_where_there_is_nothing_to_merge(bert, tmp_path):
 
 @pytest.mark.slow
 def test_other_logits_are_an_error_and_nothing_is_written(bert, tmp_path, monkeypatch):
-    OnnxClassifier = installed()
+    OnnxModel = installed()
     folder, _ = exported(tmp_path / "run", bert, method=LORA, export=PLAIN)
-    real = OnnxClassifier.forward
+    real = OnnxModel.forward
 
     def wrong(self, *args, **kwargs):
         made = real(self, *args, **kwargs)
         made.logits += 1
         return made
 
-    monkeypatch.setattr(OnnxClassifier, "forward", wrong)
+    monkeypatch.setattr(OnnxModel, "forward", wrong)
     with pytest.raises(ExportError, match="export format 'onnx': its logits differ"):
         run_export(folder, tmp_path / "onnx", to_format="onnx")
     assert not (tmp_path / "onnx").exists()

@@ -43,11 +43,11 @@ def run(bert, tmp_path_factory):
 
 
 @pytest.fixture
-def OnnxClassifier():
+def OnnxModel():
     """The class that runs ONNX files."""
-    from peftkit.export.onnx_graph import OnnxClassifier
+    from peftkit.export.onnx_graph import OnnxModel
 
-    return OnnxClassifier
+    return OnnxModel
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_run_writes_what_its_recipe_names(run):
 
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("torch", 0), ("onnx", 1e-4), ("onnx-int8", 0.05)])
-def test_a_named_backend_predicts_and_the_file_names_it(run, OnnxClassifier, tmp_path, backend, tolerance, capsys):
+def test_a_named_backend_predicts_and_the_file_names_it(run, OnnxModel, tmp_path, backend, tolerance, capsys):
     rows = predicted(run, tmp_path, backend=backend)
     assert {row["backend"] for row in rows} == {backend}
     expected = probabilities(predicted(run, tmp_path, backend="torch"))
@@ -104,12 +104,12 @@ def test_a_named_backend_predicts_and_the_file_names_it(run, OnnxClassifier, tmp
     assert difference <= tolerance
     assert (difference > 0) == (backend != "torch")
     model = peftkit.load(run, backend=backend)
-    assert isinstance(model.model, OnnxClassifier) == (backend != "torch")
+    assert isinstance(model.model, OnnxModel) == (backend != "torch")
     assert capsys.readouterr().err == ""
 
 
-def test_auto_takes_what_is_fastest_here_and_prints_the_rates(run, OnnxClassifier, small, slow, tmp_path, capsys):
-    slow(TaskModule, unless=OnnxClassifier)
+def test_auto_takes_what_is_fastest_here_and_prints_the_rates(run, OnnxModel, small, slow, tmp_path, capsys):
+    slow(TaskModule, unless=OnnxModel)
     (name,) = {row["backend"] for row in predicted(run, tmp_path)}
     assert name in ("onnx", "onnx-int8")
     printed = capsys.readouterr().err
@@ -119,14 +119,14 @@ def test_auto_takes_what_is_fastest_here_and_prints_the_rates(run, OnnxClassifie
     assert ", onnx-int8 " in printed
 
 
-def test_auto_stays_with_torch_where_that_is_fastest(run, OnnxClassifier, small, slow, tmp_path, capsys):
-    slow(OnnxClassifier)
+def test_auto_stays_with_torch_where_that_is_fastest(run, OnnxModel, small, slow, tmp_path, capsys):
+    slow(OnnxModel)
     assert {row["backend"] for row in predicted(run, tmp_path)} == {"torch"}
     assert "predicting with torch: texts/s on the first" in capsys.readouterr().err
 
 
-def test_a_loaded_run_chooses_once_and_goes_back_to_torch_without_its_adapter(run, OnnxClassifier, small, slow):
-    slow(TaskModule, unless=OnnxClassifier)
+def test_a_loaded_run_chooses_once_and_goes_back_to_torch_without_its_adapter(run, OnnxModel, small, slow):
+    slow(TaskModule, unless=OnnxModel)
     torchs = peftkit.load(run, backend="torch")
     model = peftkit.load(run)
     assert model.predict(TEXTS[:3])  # too few to choose
@@ -177,16 +177,16 @@ def test_one_that_rounds_is_taken_only_where_the_recipe_names_it(run, tmp_path):
     assert predicted(copy, tmp_path, backend="onnx-int8")[0]["backend"] == "onnx-int8"
 
 
-def test_other_answers_than_torchs_are_left_out(run, OnnxClassifier, small, slow, tmp_path, capsys, monkeypatch):
-    slow(TaskModule, unless=OnnxClassifier)
-    forward = OnnxClassifier.forward
+def test_other_answers_than_torchs_are_left_out(run, OnnxModel, small, slow, tmp_path, capsys, monkeypatch):
+    slow(TaskModule, unless=OnnxModel)
+    forward = OnnxModel.forward
 
     def wrong(self, *arguments, **options):
         outputs = forward(self, *arguments, **options)
         outputs.logits[:, 0] += 1
         return outputs
 
-    monkeypatch.setattr(OnnxClassifier, "forward", functools.wraps(forward)(wrong))
+    monkeypatch.setattr(OnnxModel, "forward", functools.wraps(forward)(wrong))
     assert {row["backend"] for row in predicted(run, tmp_path)} == {"torch"}
     assert "onnx differs from torch by " in capsys.readouterr().err
 

@@ -1,11 +1,12 @@
-"""A classifier as an ONNX file: base, adapter and pooling in one graph, for runtimes without torch.
+"""A model that scores or embeds texts as an ONNX file: base, adapter and pooling in one graph, without torch.
 
     FOLDER/  model.onnx  config.json  tokenizer…  peftkit.json  recipe.yaml  metrics.json  proof.json  README.md
 
 Inputs are ``input_ids`` and ``attention_mask`` (``token_type_ids`` where texts come in pairs), [rows, tokens] of any
-size; the output is ``logits`` [rows, labels] in fp32. The adapter is merged into the base first, in fp32, if its
-method allows it. ONNX Runtime must give torch's logits of base and adapter, or nothing is written. INT8 weights may
-differ more (INT8_TOLERANCE); `peftkit evaluate FOLDER` scores that file.
+size; the output is ``logits`` [rows, labels] in fp32, or ``vectors`` [rows, width], not normalized. The adapter is
+merged into the base first, in fp32, if its method allows it. ONNX Runtime must give torch's outputs of base and
+adapter, or nothing is written. INT8 weights may differ more (INT8_TOLERANCE); `peftkit evaluate FOLDER` scores that
+file.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class OnnxExporter(Exporter):
 
         fp32 = runtimes.proven(source, Onnx().kind)[0] if self.int8 and self.merge == "auto" else None
         traced = fp32.path / FILE if fp32 else None
-        reference = onnx_graph.write_classifier(source, folder / FILE, self.merge, traced)
+        reference = onnx_graph.write_model(source, folder / FILE, self.merge, traced)
         proof = reference.prove(folder / FILE, source.recipe.export.tolerance, "float32")
         if self.int8:
             proof.check("ONNX in fp32")
@@ -95,16 +96,16 @@ class OnnxExporter(Exporter):
     def load(self, source: ExportFolder, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
         """Raises ModelError if onnxruntime is missing."""
         need(READ)
-        from peftkit.export.onnx_graph import OnnxClassifier
+        from peftkit.export.onnx_graph import OnnxModel
 
         contents = source.manifest
-        model = OnnxClassifier(source.path / FILE).eval()
+        model = OnnxModel(source.path / FILE).eval()
         return LoadedModel(model, tokenizer, "own", contents.heads, contents.fingerprint)
 
 
 @EXPORTERS.register("onnx")
 class Onnx(OnnxExporter):
-    """A classifier in one ONNX file, its adapter merged, for ONNX Runtime (pip install peftkit[onnx])."""
+    """A model that scores or embeds texts in one ONNX file, its adapter merged (pip install peftkit[onnx])."""
 
     int8: ClassVar[bool] = False
 
@@ -129,6 +130,7 @@ def need(packages: tuple[str, ...]) -> None:
 
 
 def _code(contents: Manifest) -> str:
+    output = contents.head.onnx_output
     lines = [
         "import numpy as np",
         "import onnxruntime",
@@ -142,7 +144,7 @@ def _code(contents: Manifest) -> str:
         'return_tensors="np"',
         ")",
         "names = [given.name for given in session.get_inputs()]",
-        '(logits,) = session.run(["logits"], {name: inputs[name].astype(np.int64) for name in names})',
+        f'({output},) = session.run(["{output}"], {{name: inputs[name].astype(np.int64) for name in names}})',
         *contents.head.onnx_code(),
     ]
     return "\n".join(lines)
