@@ -60,6 +60,8 @@ def main() -> None:
         options |= {"max_steps": args.steps, "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
     elif args.tuned and not args.kto:  # trl's KTO needs its rows in order
         options |= {"train_sampling_strategy": "group_by_length"}
+        for row in rows:  # the sampler reads this column
+            row["length"] = 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     trainer = Tokenized(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(args.model),
