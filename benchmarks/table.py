@@ -17,13 +17,19 @@ NAMES = {
     "first_step_seconds": "s to first step", "wall_seconds": "s end to end", "train_seconds": "s of training",
     "train_rows_per_second": "rows/s", "train_tokens_per_second": "tokens/s", "rows_per_second": "rows/s",
     "rows_per_cpu_second": "rows/s of CPU time",
+    "requests_per_second": "requests/s", "tokens_per_second": "tokens/s", "lost": "requests lost",
+    "server_errors": "answers of 5xx", "memory_growth": "growth of memory",
     "predict_seconds": "s of prediction", "eval_rows_per_second": "rows/s evaluated", "peak_rss_gb": "peak GB",
-    "accuracy": "accuracy", "agreement": "agreement", "held_out_loss": "held-out loss", "train_loss": "training loss",
+    "accuracy": "accuracy", "f1": "F1", "spearmanr": "Spearman", "agreement": "agreement",
+    "held_out_loss": "held-out loss", "train_loss": "training loss",
     "validation_loss": "validation loss", "padding_share": "padding per micro-batch",
     "batch_padding_share": "padding per batch", "flops_utilization": "share of the matmul rate",
 }  # fmt: skip
 """Metrics that are shown, in this order, under these headings; the JSON has more."""
-FASTER_IS_MORE = ("train_rows_per_second", "train_tokens_per_second", "rows_per_second", "rows_per_cpu_second")
+FASTER_IS_MORE = (
+    "train_rows_per_second", "train_tokens_per_second", "rows_per_second", "rows_per_cpu_second", "requests_per_second",
+    "tokens_per_second",
+)  # fmt: skip
 OURS = "peftkit"
 PLOT = "![validation loss by step, and the difference](../../docs/batching_curves.png)"
 
@@ -56,7 +62,7 @@ def comparison(name: str, content: Mapping[str, Any]) -> list[str]:
     keys = [key for key in NAMES if any(key in values for values in summary.values())]
     repeats = max(len(runs) for runs in content["runs"].values())
     ours = OURS if OURS in summary else next(iter(summary))
-    has_ratio = headline in summary[ours]
+    has_ratio = headline in summary[ours] and headline != "peak_rss_gb"
     header = [
         "",
         *(NAMES[key] for key in keys),
