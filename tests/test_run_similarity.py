@@ -394,6 +394,16 @@ def test_search_finds_what_a_full_comparison_finds(runs, files, capsys):
     assert lines[order[0]]["b"] in shown.stdout
 
 
+def test_a_corpus_keeps_its_own_column_of_scores(runs, tmp_path):
+    corpus = tmp_path / "corpus.csv"
+    corpus.write_text("b,score,cosine\nthe red king,high,7\nthe bank,low,8\n", encoding="utf-8")
+    arguments = ["search", str(runs["text_pairs"].path), "--corpus", str(corpus), "--query", "the red king"]
+    first = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["texts"][0]
+    assert (first["b"], first["corpus_score"], first["corpus_cosine"]) == ("the red king", "high", "7")
+    assert first["score"] == pytest.approx(1, abs=1e-5)
+    assert "1.0000  'the red king | high | 7'" in CliRunner().invoke(app, arguments).stdout
+
+
 def test_a_plan_counts_the_texts_of_each_row(bert, files, tmp_path):
     planned = recipe(bert, files, "text_pairs", tmp_path)
     tokenizer = load_tokenizer(planned.model)

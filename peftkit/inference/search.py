@@ -17,6 +17,7 @@ from peftkit.export.folder import ExportFolder, open_export
 from peftkit.inference import embed_file, texts, trained_model
 from peftkit.schema.types import Row
 
+SCORES = ("score", "cosine")
 CHUNK = 2048
 """Texts of the corpus in memory at a time; of the others only the best are kept."""
 
@@ -32,6 +33,8 @@ def search_file(
     candidates: int = 50,
 ) -> list[list[Row]]:
     """For each query the ``top`` rows of ``corpus``, each with its ``score``, the cosine, the best first.
+
+    Columns of the corpus with that name, or named ``cosine``, get the prefix ``corpus_``.
 
     Args:
         source: a run, an exported folder, or a base model.
@@ -63,8 +66,13 @@ def search_file(
             order = np.argsort(-scores, kind="stable")[:count]
             merged = best[number] + [(float(scores[place]), chunk[place]) for place in order]
             best[number] = sorted(merged, key=lambda entry: -entry[0])[:count]
-    answers = [[{"score": round(score, 6), **row} for score, row in entries] for entries in best]
+    answers = [[{"score": round(score, 6), **_renamed(row)} for score, row in entries] for entries in best]
     return _reranked(reranker, queries, answers, columns, top) if reranker else answers
+
+
+def _renamed(row: Row) -> Row:
+    """The row of the corpus; its own columns ``score`` and ``cosine`` are called ``corpus_score``, ``corpus_cosine``."""
+    return {f"corpus_{name}" if name in SCORES else name: value for name, value in row.items()}
 
 
 def _open_reranker(path: Path) -> ExportFolder:
@@ -99,5 +107,5 @@ def show(queries: Sequence[str], answers: Sequence[Sequence[Row]], *, as_json: b
     for query, rows in zip(queries, answers):
         print(query)
         for row in rows:
-            words = " | ".join(str(value) for name, value in row.items() if name not in ("score", "cosine"))
+            words = " | ".join(str(value) for name, value in row.items() if name not in SCORES)
             print(f"  {row['score']:.4f}  {shorten(words, 200)}")
