@@ -71,7 +71,7 @@ def search_file(
 
 
 def _renamed(row: Row) -> Row:
-    """The row of the corpus; its own columns ``score`` and ``cosine`` are called ``corpus_score``, ``corpus_cosine``."""
+    """The row of the corpus, with ``corpus_`` before the names of its own columns ``score`` and ``cosine``."""
     return {f"corpus_{name}" if name in SCORES else name: value for name, value in row.items()}
 
 
