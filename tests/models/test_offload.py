@@ -290,27 +290,26 @@ def test_weights_leave_memory(tmp_path):
     base = {"decoder": tiny.tiny_llama(tmp_path / "base", **sizes)}
     process, ids = psutil.Process(), torch.arange(40).view(2, 20)
 
-    def resident(**model):
+    def growth(**model):
+        """Of resident memory: after loading, and after a forward pass; and the weights' bytes."""
+        gc.collect()  # what earlier tests left
+        trim_heap()
+        before = process.memory_info().rss
         recipe = recipe_of(base, "decoder", model=model)
         loaded = build(recipe, INFO["decoder"], load_tokenizer(recipe.model), "cpu").model
         gc.collect()
         trim_heap()
-        sizes = [process.memory_info().rss]
+        sizes = [process.memory_info().rss - before]
         with torch.no_grad():
             loaded(ids)
         trim_heap()
-        return loaded, [*sizes, process.memory_info().rss]
+        return [*sizes, process.memory_info().rss - before], sum(each.nbytes for each in loaded.parameters())
 
-    offloaded, sizes = resident(offload="disk")
-    weights = sum(each.nbytes for each in offloaded.parameters())
-    before = max(sizes)
-    _, sizes = resident()
-    assert sizes[-1] - before > 0.8 * weights
-    gc.collect()
-    trim_heap()
-    before = process.memory_info().rss
-    _, sizes = resident(offload="disk")
-    assert max(sizes) - before < 0.3 * weights
+    growth(offload="disk")  # allocates what is kept for later
+    sizes, weights = growth()
+    assert sizes[-1] > 0.8 * weights
+    sizes, _ = growth(offload="disk")
+    assert max(sizes) < 0.3 * weights
 
 
 def test_what_blocks_share_stays(bases):
