@@ -7,11 +7,23 @@ windows has no answer where none of them has one: its score is the least of the 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from peftkit.heads.answer_windows import (
+    END,
+    IGNORE,
+    LOW,
+    Question,
+    answer_codes,
+    best_sentence,
+    codes,
+    excerpt,
+    padded_table,
+    questions_of,
+    rows_of,
+)
 from peftkit.schema.head import Head, Outputs, Statistics, StoredPredictions
 from peftkit.schema.registries import HEADS
 from peftkit.schema.types import Answer, Batch, Prediction, Row
@@ -23,15 +35,6 @@ if TYPE_CHECKING:
 
     from peftkit.evaluation.squad import Scores
     from peftkit.schema.recipe import EvaluationConfig
-
-IGNORE = -100
-"""What pads outputs, and stands in place of a position that is not learned."""
-END = -1
-"""After each answer among ``answers``, and in place of the characters of a token that has none."""
-LOW = -1e9
-"""The logit of a token that can be no part of an answer."""
-TEXT_CHARACTERS = 300
-"""Of a context in the report."""
 
 
 @HEADS.register("question_answering")
@@ -94,7 +97,7 @@ class QuestionAnswering(Head):
 
         shift = torch.tensor([width - len(ids) if left else 0 for ids in columns["input_ids"]])
         labels = torch.tensor(list(columns["labels"]))
-        texts, answers = _codes(columns["text"]), [_answer_codes(texts) for texts in columns["answers"]]
+        texts, answers = codes(columns["text"]), [answer_codes(texts) for texts in columns["answers"]]
         return batch | {
             "labels": torch.where(labels == IGNORE, labels, labels + shift[:, None]),
             "no_answer": torch.tensor(list(columns["no_answer"])) + shift,
@@ -126,7 +129,7 @@ class QuestionAnswering(Head):
         return F.cross_entropy(logits, batch["labels"], ignore_index=IGNORE, reduction="none").mean(-1)
 
     def outputs(self, model: torch.nn.Module, batch: Batch, pooling: str) -> dict[str, torch.Tensor]:
-        """``loss`` and ``weight`` [rows], each window's best span, and what ``_questions`` needs to join them."""
+        """``loss`` and ``weight`` [rows], each window's best span, and what ``questions_of`` needs to join them."""
         import torch.nn.functional as F
 
         logits = self._logits(model, batch)
@@ -169,7 +172,7 @@ class QuestionAnswering(Head):
 
     def metrics(self, outputs: Outputs, evaluation: EvaluationConfig) -> dict[str, float]:
         """``loss`` per window, and those of ``peftkit.evaluation.squad.names`` that the recipe names, or all."""
-        values = self._scores(_questions(outputs)).metrics()
+        values = self._scores(questions_of(outputs)).metrics()
         weight = float(outputs["weight"].sum()) if "loss" in outputs else 0.0
         loss = {"loss": float(outputs["loss"].sum(dtype="float64")) / max(weight, 1e-9)} if "loss" in outputs else {}
         return loss | {name: values[name] for name in self._names(evaluation)}
@@ -187,12 +190,12 @@ class QuestionAnswering(Head):
                 raise RecipeError(f"evaluation.metrics: no metric '{name}' of answers: {did_you_mean(name, known)}")
         return tuple(dict.fromkeys((*(known if evaluation.metrics is None else evaluation.metrics), self.best_metric)))
 
-    def _scores(self, questions: Sequence[_Question]) -> Scores:
+    def _scores(self, questions: Sequence[Question]) -> Scores:
         from peftkit.evaluation.squad import Scores
 
         return Scores.of([one.gold for one in questions], [self._given(one) for one in questions], self.version)
 
-    def _given(self, question: _Question, threshold: float | None = None) -> str:
+    def _given(self, question: Question, threshold: float | None = None) -> str:
         """The answer that is given, or the empty string for none; ``threshold`` in place of the head's own."""
         if self.version == 1 or question.score <= LOW:
             return question.text
@@ -205,7 +208,7 @@ class QuestionAnswering(Head):
 
         from peftkit.evaluation import squad
 
-        questions = _questions(outputs)
+        questions = questions_of(outputs)
         if self.version == 1 or self.no_answer_threshold is not None or not questions:
             return {}
         scores = squad.Scores.of([one.gold for one in questions], [one.text for one in questions], self.version)
@@ -218,18 +221,17 @@ class QuestionAnswering(Head):
 
         from peftkit.evaluation import resampling
 
-        questions = _questions(outputs)
+        questions = questions_of(outputs)
         first = np.array([one.example for one in questions])
         return resampling.of_groups(first, len(outputs["row"]), self._scores(questions).metrics)
 
     def details(self, outputs: Outputs, rows: Any, evaluation: EvaluationConfig) -> Row:
         """The questions whose answers are worst; where some have none, how well these are told from the others."""
-        questions = _questions(outputs)
-        rows_of = _rows_of(questions, outputs, rows)
-        details = {"mistakes": self._mistakes(questions, rows_of, evaluation.worst)}
+        questions = questions_of(outputs)
+        details = {"mistakes": self._mistakes(questions, rows_of(questions, outputs, rows), evaluation.worst)}
         return details if self.version == 1 else {**self._answerability(questions), **details}
 
-    def _answerability(self, questions: Sequence[_Question]) -> Row:
+    def _answerability(self, questions: Sequence[Question]) -> Row:
         import numpy as np
 
         from peftkit.evaluation import resampling
@@ -246,7 +248,7 @@ class QuestionAnswering(Head):
             })  # fmt: skip
         return {"per_class": per_class, "confusion": counts.tolist()}
 
-    def _mistakes(self, questions: Sequence[_Question], rows: Sequence[Row], most: int) -> list[Row]:
+    def _mistakes(self, questions: Sequence[Question], rows: Sequence[Row], most: int) -> list[Row]:
         f1 = self._scores(questions).f1
         wrong = [number for number in range(len(questions)) if f1[number] < 1]
         order = sorted(wrong, key=lambda number: (f1[number], number))
@@ -255,7 +257,7 @@ class QuestionAnswering(Head):
             one, row = questions[number], rows[number]
             given = self._given(one)
             entries.append({
-                "text": f"{row['question']} {_excerpt(row, one, given)}",
+                "text": f"{row['question']} {excerpt(row, one, given)}",
                 "gold": " | ".join(dict.fromkeys(one.gold)) or "no answer", "predicted": given or "no answer",
                 "error": float(1 - f1[number]), "file": row.get("_file"), "line": row.get("_line"),
             })  # fmt: skip
@@ -265,7 +267,7 @@ class QuestionAnswering(Head):
         """The paired bootstrap of F1 over questions."""
         from peftkit.evaluation import paired_tests
 
-        trained, other = (self._scores(_questions(one)) for one in (outputs, baseline))
+        trained, other = (self._scores(questions_of(one)) for one in (outputs, baseline))
         test = paired_tests.paired(
             [lambda rows: trained.metrics(rows)["f1"]], [lambda rows: other.metrics(rows)["f1"]], len(trained.f1),
             confidence=confidence,
@@ -274,9 +276,9 @@ class QuestionAnswering(Head):
 
     def prediction_rows(self, outputs: Outputs, rows: Sequence[Row]) -> list[Row]:
         """A line per question: where it is from, its ``gold`` answers, and the ``predicted`` one, "" for none."""
-        questions = _questions(outputs)
+        questions = questions_of(outputs)
         lines = []
-        for one, row in zip(questions, _rows_of(questions, outputs, rows), strict=True):
+        for one, row in zip(questions, rows_of(questions, outputs, rows), strict=True):
             answer = self._answer(one, None)
             lines.append({
                 "file": row.get("_file"), "line": row.get("_line"), "id": row.get("id"), "question": row["question"],
@@ -308,10 +310,10 @@ class QuestionAnswering(Head):
             limit = math.log(inside / (1 - inside))
         return [
             self._answer(one, limit, row["context"][one.start : one.end])
-            for one, row in zip(_questions(outputs), rows, strict=True)
+            for one, row in zip(questions_of(outputs), rows, strict=True)
         ]
 
-    def _answer(self, question: _Question, threshold: float | None, text: str | None = None) -> Answer:
+    def _answer(self, question: Question, threshold: float | None, text: str | None = None) -> Answer:
         """The answer that is given; ``text`` where the outputs do not hold it."""
         import math
 
@@ -344,7 +346,8 @@ class QuestionAnswering(Head):
         return {
             "row": np.arange(len(rows)), "score": np.where(some, 0.0, 2 * LOW), "probability": np.ones(len(rows)),
             "no_answer": np.where(some, LOW, 0.0), "start": start, "end": end, "offset": start,
-            "characters": _table(_codes(texts)), "answers": _table([_answer_codes(one) for one in rows["answers"]]),
+            "characters": padded_table(codes(texts)),
+            "answers": padded_table([answer_codes(one) for one in rows["answers"]]),
         }  # fmt: skip
 
     def class_counts(self, rows: Any) -> dict[str, int]:
@@ -403,125 +406,3 @@ ANSWER_CODE = [
     "print(context[places[first][0] : places[last][1]])",
 ]
 """Prints the answer from ``outputs``, in the model card."""
-
-
-def best_sentence(question: str, context: str) -> tuple[int, int]:
-    """(first character, end) of the sentence of a text that shares most different words with a question.
-
-    Of several the first.
-    """
-    import re
-
-    from peftkit.evaluation.text_metrics import sentences
-
-    def words(text: str) -> set[str]:
-        return set(re.findall(r"\w+", text.casefold()))
-
-    wanted = words(question)
-    return max(sentences(context), key=lambda place: len(words(context[slice(*place)]) & wanted), default=(0, 0))
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A question's best answer, joined from the windows of its context."""
-
-    row: int
-    example: int
-    """The first window's number among the examples."""
-    gold: tuple[str, ...]
-    text: str
-    """Of the best answer; empty where no window can hold one, and where the outputs are not to be scored."""
-    start: int
-    end: int
-    score: float
-    probability: float
-    no_answer_score: float
-    """The no-answer logits less those of the best answer."""
-
-    def of(self, text: str) -> _Question:
-        """The same with the answer's text."""
-        from dataclasses import replace
-
-        return replace(self, text=text)
-
-
-def _questions(outputs: Outputs) -> list[_Question]:
-    """The questions in the order of their rows."""
-    import numpy as np
-
-    examples: defaultdict[int, list[int]] = defaultdict(list)
-    for example, row in enumerate(np.asarray(outputs["row"]).astype(int).tolist()):
-        examples[row].append(example)
-    questions = []
-    for row in sorted(examples):
-        scores = outputs["score"][examples[row]]
-        best = examples[row][int(np.argmax(scores))]
-        none = float(np.min(outputs["no_answer"][examples[row]]))
-        score = float(outputs["score"][best])
-        start, end = (int(outputs[name][best]) if score > LOW else 0 for name in ("start", "end"))
-        offset, characters = int(outputs["offset"][best]), outputs["characters"][best]
-        text = _text(characters[start - offset : end - offset]) if score > LOW else ""
-        questions.append(_Question(
-            row, examples[row][0], _texts(outputs["answers"][examples[row][0]]), text, start, end, score,
-            float(outputs["probability"][best]) if score > LOW else 0.0, none - score,
-        ))  # fmt: skip
-    return questions
-
-
-def _rows_of(questions: Sequence[_Question], outputs: Outputs, rows: Any) -> list[Row]:
-    """The canonical row of each question, where ``rows`` has one for each example, or one for each row."""
-    by_example = len(rows) == len(outputs["row"])
-    return [rows[one.example if by_example else one.row] for one in questions]
-
-
-def _excerpt(row: Row, question: _Question, given: str) -> str:
-    """The context around the answers, with both in brackets: … was born in [gold: London] in [predicted: 1815] …"""
-    context = row["context"]
-    marks = [(start, start + len(text), "gold") for start, text in list(zip(row["starts"], row["answers"]))[:1]]
-    if given:
-        marks.append((question.start, question.end, "predicted"))
-    marks.sort()
-    parts, place = [], 0
-    if marks and marks[0][0] > TEXT_CHARACTERS // 3:
-        place = marks[0][0] - TEXT_CHARACTERS // 3
-        parts.append("…")
-    for start, end, what in marks:
-        parts.append(f"{context[place : max(place, start)]}[{what}: {context[start:end]}]")
-        place = max(place, end)
-    text = "".join([*parts, context[place : place + TEXT_CHARACTERS]])
-    return text if len(text) <= 2 * TEXT_CHARACTERS else f"{text[: 2 * TEXT_CHARACTERS]}…"
-
-
-def _codes(texts: Sequence[str]) -> list[list[int]]:
-    """The numbers of the characters of each text."""
-    return [[ord(character) for character in text] for text in texts]
-
-
-def _answer_codes(texts: Sequence[str]) -> list[int]:
-    """The numbers of the characters of several texts, with END after each."""
-    return [code for text in _codes(texts) for code in (*text, END)]
-
-
-def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    import numpy as np
-
-    table = np.full((len(rows), max(1, *map(len, rows))), float(IGNORE))
-    for number, row in enumerate(rows):
-        table[number, : len(row)] = row
-    return table
-
-
-def _text(codes: Any) -> str:
-    return "".join(chr(int(code)) for code in codes if code >= 0)
-
-
-def _texts(codes: Any) -> tuple[str, ...]:
-    """The texts that ``_answer_codes`` wrote."""
-    texts, letters = list[str](), list[str]()
-    for code in codes:
-        if code == END:
-            texts.append("".join(letters))
-            letters = []
-        elif code >= 0:
-            letters.append(chr(int(code)))
-    return tuple(texts)
