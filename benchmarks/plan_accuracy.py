@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy.json"
@@ -146,11 +147,10 @@ def in_child(what: str, recipe: str, *, imitate: bool) -> dict[str, Any]:
 
 def child(what: str, path: str) -> None:
     """The process that is measured, or that plans."""
-    from peftkit.models import dtypes
     from peftkit.schema.recipe import Recipe
 
     if AVX2.items() <= os.environ.items():
-        dtypes.CPU_FLAGS = ()
+        hide_bf16()
     recipe, started = Recipe.from_yaml(path), time.perf_counter()
     if what == "measure":
         found: dict[str, Any] = measure(recipe)
@@ -162,6 +162,22 @@ def child(what: str, path: str) -> None:
         found["planned_by_phase"] = {phase.name: phase.total for phase in plan.phases}
         found["planning_seconds"] = round(time.perf_counter() - started, 1)
     print(json.dumps(found))
+
+
+def hide_bf16() -> None:
+    """Hides the processor's bf16 from peftkit, also in the process that measures the machine for plans."""
+    from peftkit.models import dtypes
+    from peftkit.planning import machine
+
+    dtypes.CPU_FLAGS = ()
+    hidden = "from peftkit.models import dtypes; dtypes.CPU_FLAGS = (); import runpy"
+    real = machine.subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        probe = f"{hidden}; runpy.run_module({command[2]!r}, run_name='__main__')"
+        return real([command[0], "-c", probe, *command[3:]], **options)
+
+    machine.subprocess = SimpleNamespace(run=run)  # type: ignore[assignment]
 
 
 def measure(recipe: Any) -> dict[str, Any]:

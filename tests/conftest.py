@@ -101,10 +101,10 @@ def _without_bf16():
         return
     from peftkit.models import dtypes
 
-    flags = dtypes._cpu_flags() - set(dtypes.CPU_FLAGS)
+    flags = dtypes.cpu_flags() - set(dtypes.CPU_FLAGS)
     dtypes.native_bf16.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dtypes, "_cpu_flags", lambda: flags)
+        patch.setattr(dtypes, "cpu_flags", lambda: flags)
         assert not dtypes.native_bf16()
         yield
     dtypes.native_bf16.cache_clear()

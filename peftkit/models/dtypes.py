@@ -22,7 +22,7 @@ def native_bf16(device: str = "cpu") -> bool:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "mps":
         return platform.system() == "Darwin" and int(platform.mac_ver()[0].split(".")[0] or 0) >= 14
-    return any(flag in _cpu_flags() for flag in CPU_FLAGS)
+    return any(flag in cpu_flags() for flag in CPU_FLAGS)
 
 
 def dtype_for(model: ModelConfig, device: torch.device | str | None = None) -> torch.dtype:
@@ -37,7 +37,8 @@ def autocast(dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in the kernel's words; empty where that is not known."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return frozenset()

@@ -1,10 +1,11 @@
-"""Overhead, allocator and speed of this machine, measured once and cached by versions, threads and measuring code."""
+"""Overhead, allocator and speed of this machine, measured once and cached by processor, versions and measuring code."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,8 +77,19 @@ def _kind(decoder: bool) -> str:
 
 def _file(threads: int, decoder: bool) -> Path:
     code = (Path(__file__).parent / "machine_probe.py").read_text(encoding="utf-8")
-    key = json.dumps([{name: version(name) for name in PACKAGES}, threads, _kind(decoder), sys.version, code])
+    versions = {name: version(name) for name in PACKAGES}
+    key = json.dumps([versions, threads, _kind(decoder), sys.version, code, _processor()])
     return cache.cache_folder("machine") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> list[object]:
+    """What is measured depends on it, and machines of several kinds may share a cache."""
+    import torch
+
+    from peftkit.models import dtypes
+
+    capability, limit = torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return [sorted(dtypes.cpu_flags()), dtypes.native_bf16(), capability, limit]
 
 
 def gpu() -> Machine:

@@ -149,7 +149,7 @@ def test_bf16_is_chosen_only_where_it_is_native(monkeypatch):
     monkeypatch.undo()
     for flag, expected_native in policy_flags.items():
         dtypes.native_bf16.cache_clear()
-        monkeypatch.setattr(dtypes, "_cpu_flags", lambda flag=flag: frozenset({flag}))
+        monkeypatch.setattr(dtypes, "cpu_flags", lambda flag=flag: frozenset({flag}))
         assert dtypes.native_bf16("cpu") is expected_native
     dtypes.native_bf16.cache_clear()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
 from peftkit import replace
+from peftkit.models import dtypes
+from peftkit.planning import machine as machines
 from peftkit.planning import plan as planning
 from peftkit.planning import prediction
 from peftkit.planning.devices import parse_device
@@ -23,6 +27,21 @@ def measured(monkeypatch):
     """The machine's figures are there."""
     monkeypatch.setattr(planning.machines, "is_measured", lambda threads, decoder: True)
     monkeypatch.setattr(planning.machines, "measure", lambda threads, decoder: MACHINE)
+
+
+def test_measurements_of_another_processor_are_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path))
+    result = json.dumps(asdict(MACHINE))
+    calls = []
+    monkeypatch.setattr(
+        machines.subprocess, "run", lambda *_, **__: calls.append(1) or SimpleNamespace(returncode=0, stdout=result)
+    )
+    for flags in ({"avx2"}, {"avx2"}, {"avx2", "avx512_bf16"}):
+        monkeypatch.setattr(dtypes, "cpu_flags", lambda flags=flags: frozenset(flags))
+        assert machines.measure(1, decoder=False) == MACHINE
+    assert len(calls) == 2
+    assert machines.is_measured(1, decoder=False)
+    assert not machines.is_measured(1, decoder=True)
 
 
 def test_planned_and_measured_stand_side_by_side(small_recipe, measured):
