@@ -323,5 +323,6 @@ def _result(name: str) -> Callable[[], str]:
 TABLES: dict[str, Callable[[], str]] = {
     "methods": table.markdown,
     "plan_accuracy": _result("plan_accuracy.md"),
+    "plan_accuracy_avx2_imitated": _result("plan_accuracy_avx2_imitated.md"),
     "methods_ag_news": _result("methods_ag_news.md"),
 }
