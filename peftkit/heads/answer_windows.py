@@ -124,6 +124,7 @@ def answer_codes(texts: Sequence[str]) -> list[int]:
 
 
 def padded_table(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[rows, longest row], filled up with IGNORE."""
     import numpy as np
 
     table = np.full((len(rows), max(1, *map(len, rows))), float(IGNORE))
@@ -133,6 +134,7 @@ def padded_table(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def text_of(codes: Any) -> str:
+    """The text that ``codes`` wrote."""
     return "".join(chr(int(code)) for code in codes if code >= 0)
 
 

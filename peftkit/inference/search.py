@@ -18,6 +18,7 @@ from peftkit.inference import embed_file, texts, trained_model
 from peftkit.schema.types import Row
 
 SCORES = ("score", "cosine")
+"""What search adds to the rows of a corpus."""
 CHUNK = 2048
 """Texts of the corpus in memory at a time; of the others only the best are kept."""
 
